@@ -152,7 +152,7 @@ class _RankLayer:
         with rank.page(number, ATTENTION) as page:
             if spec.entry:
                 spec.entry.apply(rank, page, x, step.batch)
-            own = self._normed(page, x) if spec.parallel else x  # what the MLP is of
+            own = self._beside(page, x) if spec.parallel else x  # what the MLP is of
             if spec.mixer:
                 adapted = rank.adapted(page)
                 part, bias = spec.mixer.compute(
@@ -189,8 +189,11 @@ class _RankLayer:
             kept(kernels.Residual, "mlp residual", number),
         )
 
-    def _normed(self, page: Page, x: Floats) -> Floats:
-        """The rows as the mixer sees them."""
+    def _beside(self, page: Page, x: Floats) -> Floats:
+        """What an MLP beside the mixer is of: x if it has a norm of its own, else the rows that the mixer sees."""
+        if self.spec.mlp_norms.before:
+            own: Floats = x.copy()
+            return own
         norm = self.spec.mixer_norms.before
         return self._rank.normalise(x, norm.kernel(page, "attn_norm") if norm else None)
 

@@ -36,7 +36,7 @@ ROUGH = Bounds(maximum=12.0, mean=0.4, embedding=5.0, margin=12.0)
 QUANTIZED = Bounds(maximum=1.5, mean=0.1, embedding=0.6, margin=1.0)
 # Of two experts that are nearly equal, quantised activations choose the other: PhiMoE's router leaves out all but the
 # best ones, and 6 of 105 tokens of the small Mixtral are close (the median error is 0.019 all the same).
-SPARSE_MODELS = ("phimoe", "mixtral_window")
+SPARSE_MODELS = ("phimoe", "mixtral_window", "exaone_moe")
 SPARSE = Bounds(maximum=3.0, mean=0.2, embedding=0.6, margin=1.0)
 # With BF16 weights activations are rounded to BF16, each by at most 2**-9 of itself. The NumPy decoder that rounds
 # alike differs from transformers in float32 by 0.016 on average, and by 0.07 at most.

@@ -10,20 +10,21 @@ from typing import Any
 
 from mpillm.errors import ModelError
 from mpillm.model.config import ModelConfig
+from mpillm.model.families.afmoe import Afmoe
 from mpillm.model.families.base import Family
 from mpillm.model.families.bert import Bert, Roberta
 from mpillm.model.families.cohere import Cohere
-from mpillm.model.families.deepseek import DeepSeek
+from mpillm.model.families.deepseek import DeepSeek, Youtu
 from mpillm.model.families.dots import Dots
 from mpillm.model.families.ernie import Ernie
-from mpillm.model.families.exaone import Exaone
+from mpillm.model.families.exaone import Exaone, ExaoneMixture
 from mpillm.model.families.falcon_h1 import FalconH1
 from mpillm.model.families.gemma import FirstGemma, Gemma
 from mpillm.model.families.gemma4 import Gemma4
 from mpillm.model.families.glm import Glm, GlmMixture
 from mpillm.model.families.gpt2 import Gpt2
 from mpillm.model.families.gpt_oss import GptOss
-from mpillm.model.families.granite import Granite
+from mpillm.model.families.granite import Granite, GraniteSwa
 from mpillm.model.families.granite_hybrid import GraniteHybrid
 from mpillm.model.families.hunyuan import Hunyuan
 from mpillm.model.families.images import TEXT_SIZES, WITH_IMAGES
@@ -35,8 +36,9 @@ from mpillm.model.families.minimax import MiniMax
 from mpillm.model.families.mistral import Mistral
 from mpillm.model.families.modernbert import ModernBert
 from mpillm.model.families.nemotron_h import NemotronH
+from mpillm.model.families.neox import FirstPhi, NeoX, StableLm
 from mpillm.model.families.nomic_bert import NomicBert
-from mpillm.model.families.olmo import Olmo, Olmoe
+from mpillm.model.families.olmo import FlexOlmo, Olmo, Olmoe
 from mpillm.model.families.phi import Phi
 from mpillm.model.families.qwen import Qwen, QwenVlMixture
 from mpillm.model.families.qwen_next import QwenNext
@@ -44,6 +46,8 @@ from mpillm.model.families.seed import Seed
 from mpillm.model.families.smollm import SmolLM3
 from mpillm.model.families.starcoder import StarCoder
 from mpillm.model.families.tasks import Task, split_task
+from mpillm.model.families.ungated import Ungated
+from mpillm.model.families.variants import Variants
 from mpillm.model.fields import Fields
 
 FAMILIES: tuple[Family, ...] = (
@@ -52,6 +56,7 @@ FAMILIES: tuple[Family, ...] = (
     Qwen(),
     QwenVlMixture(),
     DeepSeek(),
+    Youtu(),
     QwenNext(),
     Llama4(),
     FirstGemma(),
@@ -61,20 +66,29 @@ FAMILIES: tuple[Family, ...] = (
     GlmMixture(),
     GptOss(),
     Granite(),
+    GraniteSwa(),
     GraniteHybrid(),
     Olmo(),
     Olmoe(),
+    FlexOlmo(),
     StarCoder(),
     SmolLM3(),
     Seed(),
     MiniMax(),
     Exaone(),
+    ExaoneMixture(),
     Ernie(),
     Dots(),
     Cohere(),
     Phi(),
     Hunyuan(),
     Gpt2(),
+    NeoX(),
+    FirstPhi(),
+    StableLm(),
+    Ungated(),
+    Variants(),
+    Afmoe(),
     Lfm2(),
     FalconH1(),
     NemotronH(),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from mpillm.kernels.types import Activation
 from mpillm.model.config import ModelConfig
@@ -27,6 +28,7 @@ from mpillm.model.rope_fields import LONGEST
 from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, usual_config
 
 _V2, _V3, _LITE = "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Glm4MoeLiteForCausalLM"
+_YOUTU = "YoutuForCausalLM"
 _LATENTS = {"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128}
 _SIGMOID = 2  # of a GGUF file's expert_gating_func
 
@@ -38,8 +40,8 @@ class DeepSeek(Family):
     """
 
     architectures = {_V2: "deepseek_v2", _V3: "deepseek_v3", _LITE: "glm4_moe_lite"}
-    model_types = {"kimi_k2": _V3}
-    gguf = ("deepseek2",)
+    model_types: ClassVar[Mapping[str, str]] = {"kimi_k2": _V3}
+    gguf: ClassVar[tuple[str, ...]] = ("deepseek2",)
     yarn_multiplies_scores = True
     defaults = {
         _V2: {
@@ -153,6 +155,24 @@ class DeepSeek(Family):
         } | ({} if sigmoid else {"topk_method": "greedy" if groups == 1 else "group_limited_greedy"})  # fmt: skip
 
 
+class Youtu(DeepSeek):
+    """Latent attention and a dense MLP in all layers."""
+
+    architectures = {_YOUTU: "youtu"}
+    model_types = {}
+    gguf = ()
+    tied = True
+    defaults = {
+        _YOUTU: {
+            **_LATENTS,
+            "v_head_dim": 128,
+            "max_position_embeddings": 131072,
+            "bos_token_id": 128000,
+            "eos_token_id": 128001,
+        }
+    }
+
+
 def _sizes(fields: Fields) -> Sizes:
     """The sizes; `head_dim` is that of the part of a head that turns, as transformers has it."""
     heads = fields.integer("num_attention_heads", 1, 2**16)
@@ -195,6 +215,8 @@ def _attention(fields: Fields, architecture: str, sizes: Sizes) -> LatentAttenti
 
 def _dense(fields: Fields, architecture: str, n_layers: int) -> list[bool]:
     """Which layers have one MLP instead of experts."""
+    if architecture == _YOUTU:
+        return [True] * n_layers
     if architecture != _LITE:
         first = fields.integer("first_k_dense_replace", 0, LONGEST)
         return [layer < first for layer in range(n_layers)]

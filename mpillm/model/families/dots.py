@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from mpillm.model.config import ModelConfig
@@ -15,7 +16,7 @@ from mpillm.model.families.base import (
     read_sizes,
     read_width,
 )
-from mpillm.model.families.layer_types import read_windows
+from mpillm.model.families.layer_types import read_layer_types, read_windows
 from mpillm.model.families.routed import read_routed_experts
 from mpillm.model.fields import Fields
 from mpillm.model.layers.mlp import MlpSpec
@@ -30,23 +31,47 @@ from mpillm.weights.formats.gguf_config import (
     routed_config,
     usual_config,
 )
+from mpillm.weights.names import Names
+
+_HY3 = "HYV3ForCausalLM"
 
 
 class Dots(Family):
-    """Qwen 3's attention and DeepSeek V3's experts."""
+    """Qwen 3's attention and DeepSeek V3's experts; Hunyuan 3 has other names and keys for them."""
 
-    architectures = {"Dots1ForCausalLM": "dots1"}
+    architectures = {"Dots1ForCausalLM": "dots1", _HY3: "hy_v3"}
     gguf = ("dots1",)
+    names = Names(
+        hf={
+            "layers.{l}.mlp.router.gate.weight": ("router",),
+            "layers.{l}.mlp.expert_bias": ("router_correction",),
+            "layers.{l}.mlp.shared_mlp.gate_proj.weight": ("shared_gate",),
+            "layers.{l}.mlp.shared_mlp.up_proj.weight": ("shared_up",),
+            "layers.{l}.mlp.shared_mlp.down_proj.weight": ("shared_down",),
+        }
+    )
     defaults = {
+        _HY3: {
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 11158840.0,
+            "num_experts": 192,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 1536,
+        },
         "Dots1ForCausalLM": {
             "num_key_value_heads": 32,
             "max_position_embeddings": 2048,
             "sliding_window": 4096,
             "max_window_layers": 62,
-        }
+        },
     }
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
+        if architecture == _HY3:
+            return _hunyuan3(fields)
         activation = read_activation(fields)
         sizes, width, norm = read_sizes(fields), read_width(fields), read_norm(fields)
         bias = fields.flag("attention_bias")
@@ -71,3 +96,30 @@ class Dots(Family):
         refuse_gating(fields)
         config = usual_config(fields, shape_of) | routed_config(fields)
         return config | {"architectures": ["Dots1ForCausalLM"], "sliding_window": None}
+
+
+def _hunyuan3(fields: Fields) -> ModelConfig:
+    activation = read_activation(fields)
+    sizes, width, norm = read_sizes(fields), read_width(fields), read_norm(fields)
+    bias = fields.flag("attention_bias")
+    dense = MlpSpec(width, activation, bias=fields.flag("mlp_bias"))
+    experts = read_routed_experts(
+        fields,
+        activation,
+        shared_key="num_shared_experts",
+        scale_key="router_scaling_factor",
+        normalise=True,
+    )
+    if dense.bias and experts.shared:
+        experts = replace(experts, shared=replace(experts.shared, bias=True))
+    kinds = read_layer_types(fields, sizes.n_layers, "dense", "sparse", key="mlp_layer_types")
+    kinds = kinds or ["dense", *["sparse"] * (sizes.n_layers - 1)]
+    fields.read |= {"enable_moe_fp32_combine", "first_k_dense_replace"}  # the sum is of float32 here anyway
+    rotary = read_rotary(fields, sizes)
+    attention = attention_of(sizes, rotary, qkv_bias=bias, o_bias=bias, qk_norm=norm)
+
+    def layer(number: int) -> LayerSpec:
+        mlp = dense if kinds[number] == "dense" else experts
+        return LayerSpec(attention, mlp, Norms(norm), Norms(norm))
+
+    return model(fields, _HY3, sizes, layer, norm)

@@ -1,4 +1,4 @@
-"""EXAONE 4: norms only after attention and MLP, norms of each head's q and k, and windows in most layers."""
+"""EXAONE 4: norms only after attention and MLP, norms of each head's q and k, and windows in most layers; K-EXAONE."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mpillm.model.families.base import (
     read_width,
 )
 from mpillm.model.families.layer_types import FULL, SLIDING, every_nth_full, read_layer_types
+from mpillm.model.families.routed import read_routed_experts
 from mpillm.model.fields import Fields
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
@@ -24,6 +25,8 @@ from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope_fields import LONGEST
 from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, refuse_experts, usual_config, window_types
 from mpillm.weights.names import AFTER_NORMS, Names
+
+_MIXTURE = "ExaoneMoeForCausalLM"
 
 
 class Exaone(Family):
@@ -70,6 +73,53 @@ class Exaone(Family):
             "sliding_window": fields.integer("attention.sliding_window", 0) or None,
             "layer_types": window_types(fields, config["num_hidden_layers"], 4),
         }
+
+
+class ExaoneMixture(Family):
+    """K-EXAONE: EXAONE 4's attention with norms before it and before DeepSeek V3's experts."""
+
+    architectures = {_MIXTURE: "exaone_moe"}
+    names = Names(hf={"layers.{l}.mlp.e_score_correction_bias": ("router_correction",)})
+    defaults = {
+        _MIXTURE: {
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": 4096,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 1024,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            "bos_token_id": 1,
+            "eos_token_id": 53,
+        }
+    }
+
+    def config(self, fields: Fields, architecture: str) -> ModelConfig:
+        activation = read_activation(fields)
+        sizes, width, norm = read_sizes(fields), read_width(fields), read_norm(fields)
+        window = fields.optional_integer("sliding_window", 1, LONGEST) or 0
+        types = _layer_types(fields, sizes.n_layers, window)
+        dense = MlpSpec(width, activation)
+        experts = read_routed_experts(fields, activation, shared_key="num_shared_experts")
+        first = fields.integer("first_k_dense_replace", 0, LONGEST, default=1)
+        kinds = read_layer_types(fields, sizes.n_layers, "dense", "sparse", key="mlp_layer_types")
+        kinds = kinds or ["dense" if number < first else "sparse" for number in range(sizes.n_layers)]
+        rotary = read_rotary(fields, sizes)
+
+        def layer(number: int) -> LayerSpec:
+            slides = types[number] == SLIDING
+            attention = attention_of(
+                sizes,
+                rotary if slides or not window else None,
+                window if slides else 0,
+                qk_norm=norm,
+            )
+            mlp = dense if kinds[number] == "dense" else experts
+            return LayerSpec(attention, mlp, Norms(norm), Norms(norm))
+
+        return model(fields, architecture, sizes, layer, norm)
 
 
 def _layer_types(fields: Fields, n_layers: int, window: int) -> Sequence[str]:

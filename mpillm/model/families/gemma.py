@@ -37,7 +37,7 @@ from mpillm.weights.formats.gguf_config import (
 from mpillm.weights.names import AFTER_NORMS, Names
 
 _GEMMA, _GEMMA2, _GEMMA3 = "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"
-_EMBEDDING = "Gemma3TextModel"
+_EMBEDDING, _VAULT = "Gemma3TextModel", "VaultGemmaForCausalLM"
 _USUAL = {
     "num_key_value_heads": 4,
     "head_dim": 256,
@@ -92,14 +92,23 @@ class FirstGemma(Family):
 
 
 class Gemma(Family):
-    """Weights of norms are stored minus one; embeddings are multiplied by the square root of their width."""
+    """Weights of norms are stored minus one; embeddings are multiplied by the square root of their width.
 
-    architectures = {_GEMMA2: "gemma2", _GEMMA3: "gemma3_text"}
+    VaultGemma is Gemma 2 without norms after attention and MLP.
+    """
+
+    architectures = {_GEMMA2: "gemma2", _GEMMA3: "gemma3_text", _VAULT: "vaultgemma"}
     gguf = ("gemma2", "gemma3", "gemma-embedding")
     tied = True
     names = Names(hf={**AFTER_NORMS, "layers.{l}.pre_feedforward_layernorm.weight": ("ffn_norm",)})
     defaults = {
         _GEMMA2: {
+            **_USUAL,
+            "max_position_embeddings": 8192,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        _VAULT: {
             **_USUAL,
             "max_position_embeddings": 8192,
             "attn_logit_softcapping": 50.0,
@@ -121,7 +130,7 @@ class Gemma(Family):
         scale = fields.number("query_pre_attn_scalar", 1e-6, 1e9) ** -0.5
         window = fields.optional_integer("sliding_window", 1, LONGEST) or 0
         softcap = fields.optional_number("attn_logit_softcapping", 0, 1e9) or 0.0
-        if architecture != _GEMMA2:  # transformers has the key there, and does not look at it
+        if architecture == _GEMMA3:  # transformers has the key there, and does not look at it
             softcap = 0.0
         # GGUF files have the weights of norms as they are.
         norm = read_norm(fields, offset=0.0 if fields.flag("gguf_norms") else 1.0)
@@ -132,6 +141,7 @@ class Gemma(Family):
         fields.raw("cache_implementation")
         types = read_window_types(fields, sizes.n_layers, every=6 if newer else 2)
         rotaries = _rotaries(fields, sizes, set(types))
+        norms = Norms(norm, None if architecture == _VAULT else norm)
 
         def layer(number: int) -> LayerSpec:
             attention = attention_of(
@@ -145,7 +155,7 @@ class Gemma(Family):
                 scale=scale,
                 bidirectional=bidirectional,
             )
-            return LayerSpec(attention, MlpSpec(width, activation), Norms(norm, norm), Norms(norm, norm))
+            return LayerSpec(attention, MlpSpec(width, activation), norms, norms)
 
         return model(
             fields,

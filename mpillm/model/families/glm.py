@@ -17,6 +17,7 @@ from mpillm.model.families.base import (
 )
 from mpillm.model.families.routed import read_routed_experts
 from mpillm.model.fields import Fields
+from mpillm.model.layers.experts import ExpertsSpec
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
@@ -34,6 +35,7 @@ from mpillm.weights.names import Names
 from mpillm.weights.roles import Key
 
 _FIRST, _DENSE, _MIXTURE = "GlmForCausalLM", "Glm4ForCausalLM", "Glm4MoeForCausalLM"
+_SOLAR = "SolarOpenForCausalLM"
 _USUAL = {
     "num_key_value_heads": 2,
     "head_dim": 128,
@@ -78,9 +80,12 @@ class Glm(Family):
 
 
 class GlmMixture(Family):
-    """RoPE of halves, and a router that is a sigmoid with a correction and has groups."""
+    """RoPE of halves, and a router that is a sigmoid with a correction and has groups.
 
-    architectures = {_MIXTURE: "glm4_moe"}
+    Solar Open has experts in all layers.
+    """
+
+    architectures = {_MIXTURE: "glm4_moe", _SOLAR: "solar_open"}
     model_types = {"glm4v_moe_text": _MIXTURE}
     gguf = ("glm4moe",)
     names = Names(gguf={"blk.{l}.post_attention_norm.weight": ("ffn_norm",)})
@@ -94,20 +99,37 @@ class GlmMixture(Family):
             "n_shared_experts": 1,
             "moe_intermediate_size": 1408,
             "norm_topk_prob": True,
-        }
+        },
+        _SOLAR: {
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "num_experts_per_tok": 8,
+            "n_routed_experts": 128,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 1280,
+            "norm_topk_prob": True,
+        },
     }
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
         activation = read_activation(fields)
-        sizes, width, norm = read_sizes(fields), read_width(fields), read_norm(fields)
+        sizes, norm, solar = read_sizes(fields), read_norm(fields), architecture == _SOLAR
         attention = attention_of(
             sizes,
-            read_partial_rotary(fields, sizes, default=0.5),
+            read_partial_rotary(fields, sizes, default=1.0 if solar else 0.5),
             qkv_bias=fields.flag("attention_bias"),
-            qk_norm=norm if fields.flag("use_qk_norm") else None,
+            qk_norm=norm if fields.flag("use_qk_norm") and not solar else None,
         )
-        mlp, experts = MlpSpec(width, activation), read_routed_experts(fields, activation)
-        first = fields.integer("first_k_dense_replace", 0, LONGEST, default=1)
+        experts, first = read_routed_experts(fields, activation), 0
+        mlp: MlpSpec | ExpertsSpec = experts
+        if solar:
+            fields.read |= {"intermediate_size", "first_k_dense_replace"}  # of no layer
+        else:
+            mlp = MlpSpec(read_width(fields), activation)
+            first = fields.integer("first_k_dense_replace", 0, LONGEST, default=1)
 
         def layer(number: int) -> LayerSpec:
             return LayerSpec(attention, experts if number >= first else mlp, Norms(norm), Norms(norm))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
@@ -39,6 +39,7 @@ from mpillm.weights.formats.gguf_config import (
 from mpillm.weights.names import AFTER_NORMS, Names
 
 _OLMO2, _OLMO3, _MIXTURE = "Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoeForCausalLM"
+_FLEX = "FlexOlmoForCausalLM"
 _USUAL = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "eos_token_id": 50279}
 
 
@@ -91,7 +92,8 @@ class Olmoe(Family):
     """Layers with norms before attention and experts."""
 
     architectures = {_MIXTURE: "olmoe"}
-    gguf = ("olmoe",)
+    gguf: ClassVar[tuple[str, ...]] = ("olmoe",)
+    after: ClassVar[bool] = False  # norms are after them
     defaults = {
         _MIXTURE: {
             **_USUAL,
@@ -115,7 +117,8 @@ class Olmoe(Family):
             qk_norm_whole=True,
         )
         experts = ExpertsSpec(count, width, router, activation)
-        layer = LayerSpec(attention, experts, Norms(norm), Norms(norm))
+        norms = Norms(after=norm) if self.after else Norms(norm)
+        layer = LayerSpec(attention, experts, norms, norms)
         return model(fields, architecture, sizes, lambda number: layer, norm)
 
     def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
@@ -125,6 +128,24 @@ class Olmoe(Family):
             "num_experts": fields.integer("expert_count"),
             "num_experts_per_tok": fields.integer("expert_used_count"),
         }
+
+
+class FlexOlmo(Olmoe):
+    """Layers with norms after attention and experts."""
+
+    architectures = {_FLEX: "flex_olmo"}
+    gguf = ()
+    after = True
+    names = Names(hf=AFTER_NORMS)
+    defaults = {
+        _FLEX: {
+            "max_position_embeddings": 4096,
+            "rope_theta": 5e5,
+            "num_local_experts": 7,
+            "num_experts_per_tok": 5,
+            "eos_token_id": 100257,
+        }
+    }
 
 
 def _rotaries(fields: Fields, sizes: Sizes, types: set[str]) -> dict[str, Rotary]:

@@ -26,11 +26,17 @@ OF_EXPERTS = {
 
 
 def read_routed_experts(
-    fields: Fields, activation: Activation, shared: int = 1, **router: Any
+    fields: Fields,
+    activation: Activation,
+    shared: int = 1,
+    shared_key: str = "n_shared_experts",
+    scale_key: str = "routed_scaling_factor",
+    **router: Any,
 ) -> ExpertsSpec:
     """Experts that a sigmoid with a correction chooses, perhaps in groups, beside `shared` ones by default.
 
-    `router` is what else a family says of the choice.
+    The keys are what the family calls the number of shared ones and the factor of weights, `router` is what else it
+    says of the choice.
     """
     # Files of transformers have one name or the other.
     names = (
@@ -55,15 +61,15 @@ def read_routed_experts(
         chosen,
         groups=groups,
         groups_chosen=used,
-        scale=fields.number("routed_scaling_factor", 0, 1e9, default=1.0),
+        scale=fields.number(scale_key, 0, 1e9, default=1.0),
         **{
             "scoring": "sigmoid",
             "correction": True,
-            "normalise": fields.flag("norm_topk_prob"),
+            **({} if "normalise" in router else {"normalise": fields.flag("norm_topk_prob")}),
             **router,
         },
     )
     width = read_width(fields, "moe_intermediate_size")
-    shared = fields.integer("n_shared_experts", 0, 2**16, default=shared)
+    shared = fields.integer(shared_key, 0, 2**16, default=shared)
     beside = MlpSpec(width * shared, activation, prefix="shared_") if shared else None
     return ExpertsSpec(count, width, spec, activation, beside)

@@ -20,7 +20,7 @@ from mpillm.weights.roles import Key
 class LayerSpec:
     """x += residual_scale * mixer(x), then x += residual_scale * mlp_scale * mlp(x), each with the norms around it.
 
-    `parallel`: both are of what the mixer's norm makes of x before either is added, and the MLP has no norm before it.
+    `parallel`: both are of x before either is added, and the MLP has a norm of its own before it or the mixer's.
     `scaled`: what leaves the layer is multiplied by a learned number.
     `entry`: what is done to embeddings before they enter it.
     A layer may have a mixer or an MLP alone; without a mixer it is `parallel`.
