@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 
 HEAD = 64  # bytes of a file's beginning that tell it
 
@@ -18,10 +19,15 @@ _BEGINNINGS: tuple[tuple[tuple[bytes, ...], str], ...] = (
     ((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "is UTF-32; save it as UTF-8"),
     ((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "is UTF-16; save it as UTF-8"),
     ((b"{\0\0\0", b"[\0\0\0", b"\0\0\0{", b"\0\0\0["), "is UTF-32; save it as UTF-8"),
-    ((b"{\0", b"[\0", b"\0{", b"\0["), "is UTF-16; save it as UTF-8"),
+    ((b"ARROW1",), "is an Arrow (Feather) file; save it as Parquet"),
 )
+_OFFICE = re.compile(rb"PK\x03\x04.{26}(\[Content_Types\]\.xml|mimetypeapplication/vnd\.oasis)", re.DOTALL)
+_UTF_16 = re.compile(rb"(?:[\t\n\r -~]\0){4}|(?:\0[\t\n\r -~]){4}|[{\[]\0|\0[{\[]")
 
 
 def what_it_is(head: bytes) -> str | None:
     """What a file that begins with `head` is, and what to do, to follow its name; None if it is nothing of these."""
-    return next((what for beginnings, what in _BEGINNINGS if head.startswith(beginnings)), None)
+    if _OFFICE.match(head):
+        return "is a document of an office program; save its table as CSV"
+    known = next((what for beginnings, what in _BEGINNINGS if head.startswith(beginnings)), None)
+    return "is UTF-16; save it as UTF-8" if known is None and _UTF_16.match(head) else known

@@ -115,7 +115,7 @@ class Results:
 
     @cached_property
     def embeddings(self) -> Ragged:
-        """Vectors as the model gave them, before they are normalised."""
+        """Vectors as they are answered, of each input."""
         return self._ragged("embeddings", "values")
 
     def rows(self) -> Iterator[dict[str, Any]]:

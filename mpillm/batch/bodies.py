@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections import Counter
 from typing import Any
 
 import msgspec
 
 from mpillm.batch.endpoints import ENDPOINTS
-from mpillm.batch.other_keys import refuse, short
+from mpillm.batch.other_keys import IGNORED, NEUTRAL, REFUSED, refuse, short
 from mpillm.batch.work import Endpoint
 from mpillm.errors import RequestError
 from mpillm.spec import plain_words
 
 MAX_NAME = 4096  # characters of a custom_id: all of them stay in memory
 
+# What Python's json module writes for a number that is none, and its own words.
+_NO_VALUE = re.compile(rb"(?:NaN|Infinity|None|True|False)\b", re.IGNORECASE)
+_PLACE = re.compile(r"\(byte (\d+)\)")  # in the words of msgspec
 _BATCH_KEYS = ("custom_id", "method", "url", "body")
+# All keys that an object of a line may have, if only to be refused by their names.
+LINE_KEYS = frozenset(
+    {*_BATCH_KEYS, *IGNORED, *NEUTRAL, *REFUSED}.union(*(e.__struct_fields__ for e in ENDPOINTS))
+)
 
 
 def decode_line(raw: bytes) -> dict[str, Any]:
@@ -32,6 +40,11 @@ def decode_line(raw: bytes) -> dict[str, Any]:
         raise RequestError("the line is nested too deeply") from None
     except msgspec.MsgspecError as error:
         text = str(error).removeprefix("JSON is malformed: ")
+        if (found := _PLACE.search(text)) and (word := _NO_VALUE.match(raw, int(found[1]))):
+            text = (
+                f"{word[0].decode()} is no value of it (byte {found[1]}); write null, true, false or a number"
+            )
+            raise RequestError(f"the line is not JSON: {text}") from None
         raise RequestError(f"the line is not JSON: {text[0].lower()}{text[1:]}") from None
     if not isinstance(value, dict):
         raise RequestError('the line is no JSON object such as {"prompt": "..."}')
@@ -89,7 +102,7 @@ def read_body(line: dict[str, Any]) -> Endpoint:
 def _open(line: dict[str, Any]) -> tuple[type[Endpoint], dict[str, Any]]:
     """Return the endpoint that a line asks, and its body; RequestError if there is none."""
     if "body" not in line and "url" not in line and "method" not in line:
-        body = {key: value for key, value in line.items() if key != "custom_id"}
+        body = {key: value for key, value in line.items() if key != "custom_id" and value is not None}
         keys = {endpoint.key for endpoint in ENDPOINTS} & body.keys()
         found = [one for one in ENDPOINTS if one.key in keys and keys <= set(one.__struct_fields__)]
         if len(found) != 1:
@@ -117,7 +130,9 @@ def _check(endpoint: type[Endpoint], body: dict[str, Any]) -> Endpoint:
     kept = {}
     for key, value in body.items():
         if key in known:
-            kept[key] = value
+            # A frame writes 3 as 3.0 where other rows have none.
+            whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**63
+            kept[key] = int(value) if whole else value
         else:
             refuse(key, value, body, known)
     try:

@@ -20,7 +20,7 @@ from mpillm.batch.names import NumbersByName
 from mpillm.batch.order import Order
 from mpillm.batch.rows.json_array import begins_array
 from mpillm.batch.rows.line import MAX_LINE, ROW_ERROR
-from mpillm.batch.template import Template
+from mpillm.batch.template import asker
 from mpillm.batch.work import Line, Model, Work, work_of
 from mpillm.errors import JobError, RequestError
 from mpillm.foreign import what_it_is
@@ -150,7 +150,8 @@ def read_line(raw: bytes, spec: Spec) -> dict[str, Any]:
     row = bodies.decode_line(raw)
     if ROW_ERROR in row:
         raise RequestError(str(row[ROW_ERROR]))
-    return row if spec.request is None else Template(spec.request).line(row)
+    asked = asker(spec)
+    return row if asked is None else asked(row)
 
 
 def make_work(line: Line, content: dict[str, Any], spec: Spec, model: Model) -> Work:
@@ -168,7 +169,9 @@ def _check_line(line: Line, raw: bytes | None, named: NumbersByName, batch: Chec
         name = bodies.custom_id_of(content)
         if name is not None:
             if (first := named.add(name, line.number)) != line.number:
-                raise RequestError(f"the custom_id {name[:100]!r} is already that of line {first}")
+                raise RequestError(
+                    f"the custom_id {name[:100]!r} is already that of {batch.unit.lower()} {first}"
+                )
             line = replace(line, custom_id=name)
         work = make_work(line, content, batch.spec, batch.model)
     except RequestError as problem:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import msgspec
 
+from mpillm.batch.rows import forms
 from mpillm.errors import JobError, RequestError
+from mpillm.spec import Spec
 
 _PLACES = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
 # Keys whose values are texts: a number that comes from a column is written out there. In place of other values a text
@@ -19,6 +21,24 @@ _TEXTS = frozenset({
     "guided_grammar", "prompt_name", "user",
 })  # fmt: skip
 _LISTS = frozenset({"documents", "choices", "choice", "guided_choice", "bad_words"})  # of texts
+
+
+def asker(spec: Spec) -> Callable[[Mapping[str, Any]], dict[str, Any]] | None:
+    """What makes the line of the input of a row, as the job says; None if a row is its line as it is."""
+    if spec.request is not None:
+        return Template(spec.request).line
+    return request_of if forms.is_table(spec.input_path) else None
+
+
+def request_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The request that a row of a table is itself: an empty field is no key, and texts may have JSON."""
+    read = {key: value if key in _TEXTS else _read(value) for key, value in row.items() if not is_index(key)}
+    return {key: value for key, value in read.items() if value is not None and value != ""}
+
+
+def is_index(column: str) -> bool:
+    """Whether a column of a table has the numbers or names of rows that pandas writes beside the data."""
+    return column.startswith(("Unnamed: ", "__index_level_"))
 
 
 class Template:
@@ -103,6 +123,8 @@ def _read(found: Any) -> Any:
         return found
     if not found.strip():
         return None
+    if found.strip().lower() in ("true", "false"):  # as pandas, R and spreadsheets write them
+        return found.strip().lower() == "true"
     try:
         value = msgspec.json.decode(found)
     except (msgspec.MsgspecError, UnicodeError, RecursionError):

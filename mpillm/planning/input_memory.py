@@ -21,7 +21,7 @@ from mpillm.batch.endpoints.prompts import MAX_ANSWER, MAX_PROMPT_TOKENS, MAX_SE
 from mpillm.batch.order import PIECE
 from mpillm.batch.rows.forms import needs_arrow
 from mpillm.batch.rows.line import MAX_LINE
-from mpillm.batch.template import Template
+from mpillm.batch.template import asker
 from mpillm.errors import RequestError
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.cache_layout import blocks_for
@@ -143,7 +143,7 @@ def input_needs(
     blocks: int | None = 0
     shortest = context
     decoder = msgspec.json.Decoder(_LineSize)
-    template = None if spec.request is None else Template(spec.request)
+    asked = asker(spec)
     grammars, counter = GrammarCounter(spec), TokenCounter(load)
     try:
         with inputs.opened(spec) as file:
@@ -152,10 +152,8 @@ def input_needs(
                 lines += whole
                 checking = max(checking, checking_bytes(raw, context) if whole else 2 * MAX_LINE)
                 try:
-                    if template is not None:
-                        raw = msgspec.json.encode(
-                            template.line(msgspec.json.decode(raw, type=dict[str, Any]))
-                        )
+                    if asked is not None:
+                        raw = msgspec.json.encode(asked(msgspec.json.decode(raw, type=dict[str, Any])))
                         checking = max(checking, checking_bytes(raw, context))
                     line = decoder.decode(raw)
                 except (RequestError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):

@@ -13,10 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
+from mpillm.batch.bodies import LINE_KEYS
 from mpillm.batch.endpoints import ENDPOINTS
 from mpillm.batch.rows import forms
 from mpillm.batch.rows.compressed import STDIN
-from mpillm.batch.template import Template
+from mpillm.batch.template import Template, is_index
 from mpillm.comm import launch
 from mpillm.errors import JobError
 from mpillm.spec import Spec
@@ -70,8 +71,10 @@ def _check_columns(spec: Spec, columns: list[str]) -> None:
             raise JobError(
                 f"The input {spec.input} has no column {missing[0]!r}, which the job's request names; it has {has}."
             )
-    elif not {"body", *(endpoint.key for endpoint in ENDPOINTS)} & set(columns):
-        raise JobError(
-            f"The input {spec.input} has the columns {has}, none of which is a request; say in the job what to ask "
-            'of a row, such as prompt = "Summarise: {text}".'
-        )
+        return
+    say = 'say in the job what to ask of a row, such as prompt = "Summarise: {text}".'
+    if not {"body", *(endpoint.key for endpoint in ENDPOINTS)} & set(columns):
+        raise JobError(f"The input {spec.input} has the columns {has}, none of which is a request; {say}")
+    other = next((name for name in columns if not is_index(name) and name not in LINE_KEYS), None)
+    if other is not None:
+        raise JobError(f"The input {spec.input} has a column {other!r}, which is no key of a request; {say}")

@@ -104,6 +104,9 @@ def test_scoring_and_logprobs(tmp_path: Path) -> None:
 BAD = [
     (b"?", "the line is not JSON: invalid character (byte 0)"),
     (b'{"prompt": "a"', "the line is not JSON: input data was truncated"),
+    (b'{"prompt": "a", "seed": NaN}', "the line is not JSON: NaN is no value of it (byte 24); write null, true, false or a number"),
+    (b'{"prompt": "a", "seed": -Infinity}', "the line is not JSON: Infinity is no value of it (byte 25); write null, true, false or a number"),
+    (b'{"prompt": None}', "the line is not JSON: None is no value of it (byte 11); write null, true, false or a number"),
     (b'{"prompt": "a"} x', "the line is not JSON: trailing characters (byte 17)"),
     (b'{"prompt": "\xff"}', "the line is not UTF-8 text (byte 13)"),
     (b'{"prompt": ' + b"[" * 3000 + b"]" * 3000 + b"}", "the line is nested too deeply"),
@@ -351,6 +354,13 @@ def test_inputs_that_are_none(tmp_path: Path) -> None:
             b"version https://git-lfs.example/spec/v1\noid sha256:00\nsize 9\n",
             "is a Git LFS pointer .* git lfs pull",
         ),
+        (
+            b"PK\3\4" + b"x" * 26 + b"[Content_Types].xml" + b"x" * 99,
+            "is a document of an office program; save its",
+        ),
+        (b"PK\3\4" + b"x" * 26 + b"other.jsonl" + b"x" * 99, "is a ZIP archive"),
+        (b"ARROW1\0\0" + b"x" * 99, r"is an Arrow \(Feather\) file; save it as Parquet"),
+        ("text\na\n".encode("utf-16-le"), "is UTF-16; save it as UTF-8"),
         (f"{LINE}\r{LINE}\r".encode(), "carriage returns alone"),
         (f"[{LINE},{LINE}]".encode(), "is a JSON array; write one object a line: jq"),
         (f"[{LINE},\n{LINE}]\n".encode(), "is a JSON array"),

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas
+import polars
 import pyarrow
 import pytest
 import zstandard
@@ -98,6 +100,59 @@ def test_every_form_gives_the_same_rows(name: str, tmp_path: Path) -> None:
     assert prepared(made) == lines  # a run that goes on sees the same
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        'id;text;score\n1;"a; ""b"", c";4,5\n2;d,e;\n',
+        '"id, sic"x;text;score\n1;"a; ""b"", c";4,5\n2;d,e;\n',
+        'id\ttext\tscore\n1\ta; "b", c\t4,5\n2\td,e\t\n',
+        'sep=;\nid;text;score\n1;"a; ""b"", c";4,5\n2;d,e;\n',
+        'SEP=|\r\nid|text|score\r\n1|"a; ""b"", c"|4,5\r\n2|d,e|\r\n',
+        'id,text,score\n1,"a; ""b"", c","4,5"\n2,"d,e",\n',
+        ',id,text,score,\n0,1,"a; ""b"", c","4,5",\n1,2,"d,e",,\n',
+    ],
+)
+def test_what_spreadsheets_write(content: str, tmp_path: Path) -> None:
+    """Fields between semicolons or tabs, also where Excel says so above the header; columns without names."""
+    (tmp_path / "in.csv").write_text(content, "utf-8-sig", newline="")
+    first, second = (
+        json.loads(line) for line in prepared(job(tmp_path / "in.csv", 'request.prompt="{text}"'))
+    )
+    assert (first["text"], first["score"]) == ('a; "b", c', "4,5")
+    assert (second["text"], second["score"]) == ("d,e", "")
+    unnamed = {name: value for name, value in second.items() if name.startswith("Unnamed")}
+    assert unnamed == ({"Unnamed: 0": "1", "Unnamed: 4": ""} if content.startswith(",") else {})
+
+
+def test_requests_in_tables(tmp_path: Path) -> None:
+    """As frames of pandas and polars hold them: each row has some of the columns, and lists may be texts of JSON."""
+    chat = [{"role": "user", "content": "hi"}]
+    asked: list[dict[str, Any]] = [
+        {"custom_id": "a", "prompt": "5", "max_tokens": 3, "bad_words": ["x"]},
+        {"messages": chat, "temperature": 0.5, "n": 2},
+        {"custom_id": "c", "prompt": "null", "echo": True},
+    ]
+    lines = [{"url": "/v1/completions", "body": asked[0]}, {"custom_id": "b", "url": "/v1/chat/completions", "body": asked[1]}]  # fmt: skip
+    del asked[0]["custom_id"]
+    for data in (asked, lines):
+        frame = pandas.DataFrame(data)
+        as_text = frame.map(lambda value: json.dumps(value) if isinstance(value, list | dict) else value)
+        as_text.to_csv(tmp_path / "in.csv")
+        as_text.to_csv(tmp_path / "bare.csv", index=False, sep=";")
+        as_text.astype(object).to_parquet(tmp_path / "texts.parquet")
+        polars.DataFrame(data).write_parquet(tmp_path / "in.parquet")
+        polars.DataFrame(data).write_ndjson(tmp_path / "in.jsonl")
+        for name in ("in.csv", "bare.csv", "texts.parquet", "in.parquet", "in.jsonl"):
+            made = job(tmp_path / name)
+            prepared(made)
+            batch = requests.check(inputs.lines_path(made), made, WITH_TEXT)
+            assert [line.error for line in batch.lines] == [None] * len(data), name
+            found: list[Any] = [work.endpoint for work in batch.works()]
+            assert (found[0].prompt, found[0].max_tokens, found[0].bad_words) == ("5", 3, ["x"])
+            assert (found[1].temperature, found[1].n) == (0.5, 2)
+            assert found[1].messages[0]["content"] == "hi"
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 16])
 def test_arrays_are_read_piece_by_piece(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_array, "CHUNK", chunk)
@@ -135,8 +190,11 @@ def test_arrays_are_read_piece_by_piece(chunk: int, tmp_path: Path, monkeypatch:
         ("in.parquet", b"PAR1 and nothing else", "is no Parquet file, or damaged: "),
         ("in.csv", b"", "needs a first line that names its columns, each differently"),
         ("in.csv", b"a,a\n1,2\n", "needs a first line that names its columns, each differently"),
-        ("in.csv", b"a,,b\n1,2,3\n", "needs a first line that names its columns, each differently"),
+        ("in.csv", b",,\n1,2,3\n", "needs a first line that names its columns, each differently"),
+        ("in.csv", b"prompt,id\na,1\n", "has a column 'id', which is no key of a request; say in the job what to ask"),
         ("in.csv", b"text,label\n1,2\n", "has the columns 'text', 'label', none of which is a request; say in the job"),
+        ("in.csv", "prompt\na\n".encode("utf-16-le"), "is UTF-16; save it as UTF-8"),
+        ("in.csv", "prompt\na\n".encode("utf-16-be"), "is UTF-16; save it as UTF-8"),
         ("in.dat", b"PAR1...", "is Parquet; give it as a file whose name ends in .parquet"),
     ],
 )  # fmt: skip
@@ -231,7 +289,7 @@ def test_long_rows_are_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         )
     for name in text:
         tracemalloc.start()
-        lines = prepared(job(tmp_path / name))
+        lines = prepared(job(tmp_path / name, 'request.prompt="x"'))
         _, maximum = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert [json.loads(line).get("prompt") for line in lines] == ["a", None, "c"]
@@ -292,7 +350,7 @@ def test_a_record_that_is_too_long_is_one_error(
     (tmp_path / "in.csv").write_text(
         "prompt,note\n" + "".join(f"{one}\ngood,{number}\n" for number, one in enumerate(wrong)), newline=""
     )
-    lines = [json.loads(line) for line in prepared(job(tmp_path / "in.csv"))]
+    lines = [json.loads(line) for line in prepared(job(tmp_path / "in.csv", 'request.prompt="x"'))]
     assert lines[1::2] == [{"prompt": "good", "note": str(number)} for number in range(len(wrong))]
     assert all("the record is longer than" in line[ROW_ERROR] for line in lines[::2])
     assert len(lines) == 2 * len(wrong)
@@ -300,7 +358,7 @@ def test_a_record_that_is_too_long_is_one_error(
 
 def test_a_quote_that_is_not_closed_is_said(tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text('prompt,note\n"a\nb",1\n"c,2\nd,3\n')
-    lines = [json.loads(line) for line in prepared(job(tmp_path / "in.csv"))]
+    lines = [json.loads(line) for line in prepared(job(tmp_path / "in.csv", 'request.prompt="x"'))]
     assert lines == [
         {"prompt": "a\nb", "note": "1"},
         {ROW_ERROR: "a quote in the record that begins in line 4 of the input is not closed"},
@@ -338,7 +396,7 @@ def test_values_of_parquet_as_json(tmp_path: Path) -> None:
         "day": datetime.date(2024, 2, 29), "nan": float("nan"), "raw": b"ab",
     }  # fmt: skip
     parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "in.parquet")
-    (line,) = prepared(job(tmp_path / "in.parquet"))
+    (line,) = prepared(job(tmp_path / "in.parquet", 'request.prompt="x"'))
     assert json.loads(line) == {**row, "day": "2024-02-29", "nan": None, "raw": "YWI="}
 
 
@@ -354,7 +412,7 @@ def test_times_of_parquet(tmp_path: Path) -> None:
         "far": pyarrow.array([second, far, None], pyarrow.timestamp("s")),
     }
     parquet.write_table(pyarrow.table(columns), tmp_path / "in.parquet")
-    first, wrong, last = map(json.loads, prepared(job(tmp_path / "in.parquet")))
+    first, wrong, last = map(json.loads, prepared(job(tmp_path / "in.parquet", 'request.prompt="x"')))
     assert first == {
         "prompt": "a", "stamp": "2023-11-14T22:13:20.123456", "zoned": "2023-11-15T07:13:20+09:00", "time": "00:00:01",
         "length": "P1D", "far": "2023-11-14T22:13:20",

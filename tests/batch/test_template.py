@@ -20,6 +20,7 @@ ROWS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ({"messages": "{chat}"}, {"chat": '[{"role": "user", "content": "hi"}]'}, {"messages": [{"role": "user", "content": "hi"}]}),
     ({"query": "{year}", "documents": ["{a}", "No {b}"]}, {"year": 1984, "a": 3, "b": 4}, {"query": "1984", "documents": ["3", "No 4"]}),
     ({"query": "q", "documents": "{list}"}, {"list": '["a", "b"]'}, {"query": "q", "documents": ["a", "b"]}),
+    ({"prompt": "{text}", "echo": "{a}", "ignore_eos": "{b}"}, {"text": "True", "a": "True", "b": "FALSE"}, {"prompt": "True", "echo": True, "ignore_eos": False}),
     ({"prompt": "{p}", "choices": "{c}"}, {"p": "true", "c": ["x", "y"]}, {"prompt": "true", "choices": ["x", "y"]}),
     ({"prompt": "{p}", "choices": ["{one}", "{two}"]}, {"p": "[1]", "one": 1, "two": True}, {"prompt": "[1]", "choices": ["1", "true"]}),
     ({"prompt": "{p}", "stop": "{s}"}, {"p": "a", "s": "7"}, {"prompt": "a", "stop": "7"}),

@@ -14,21 +14,28 @@ from mpillm.batch.rows.line import MAX_LINE, byte_count, row_line, wrong_row
 from mpillm.errors import JobError
 
 CHUNK = 1 << 16  # characters that are read at once
+_SEPARATOR = re.compile(r"sep=(.)[\r\n]*", re.IGNORECASE)  # which Excel writes and reads above the header
+_QUOTED = re.compile(r'"[^"]*(?:"|$)')
 
 
 def records(
-    file: io.BufferedReader, path: Path, check: Callable[[list[str]], None], delimiter: str
+    file: io.BufferedReader, path: Path, check: Callable[[list[str]], None], delimiters: str
 ) -> Iterator[bytes]:
-    """The records below the header as lines; `check` is called with the header. JobError if there is no header."""
+    """The records below the header as lines; `check` is called with the header. JobError if there is no header.
+
+    Of the `delimiters` the one counts that the header has most often.
+    """
     csv.field_size_limit(MAX_LINE)
     with io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="") as text:
-        lines = _Lines(text, delimiter)
-        reader = csv.reader(lines, delimiter=delimiter)
+        lines = _Lines(text, delimiters)
+        reader = csv.reader(lines, delimiter=lines.delimiter)
         try:
             header = next(reader, [])
         except csv.Error as error:
             raise JobError(f"The input {path} has no header: {error}.") from None
-        if not header or len(set(header)) < len(header) or "" in header:
+        # As pandas calls a column without a name, such as that of row names which it writes itself.
+        header = [name or f"Unnamed: {number}" for number, name in enumerate(header) if any(header)]
+        if not header or len(set(header)) < len(header):
             raise JobError(f"The input {path} needs a first line that names its columns, each differently.")
         check(header)
         while True:
@@ -54,9 +61,14 @@ def records(
 class _Lines:
     """The lines of a text, record by record; csv.Error in place of a line that makes a record too long to be held."""
 
-    def __init__(self, text: IO[str], delimiter: str) -> None:
-        self._text, self._delimiter = text, delimiter
+    def __init__(self, text: IO[str], delimiters: str) -> None:
+        self._text = text
         self._number = 0  # lines read
+        self._first = text.readline(CHUNK)  # a line, or the beginning of it, that was read before its turn
+        if (said := _SEPARATOR.fullmatch(self._first)) is not None:
+            delimiters, self._number, self._first = said[1], 1, text.readline(CHUNK)
+        unquoted = _QUOTED.sub("", self._first)
+        self.delimiter = max(delimiters, key=unquoted.count)
         self._record: list[str] = []  # the lines of the record so far
         self._length = 0  # bytes of them
         self.unclosed = False  # the text has ended where the record wants another line
@@ -66,7 +78,8 @@ class _Lines:
 
     def __next__(self) -> str:
         pieces: list[str] = []
-        while piece := self._text.readline(CHUNK):
+        while piece := self._first or self._text.readline(CHUNK):
+            self._first = ""
             pieces.append(piece)
             self._length += byte_count(piece)
             if piece.endswith(("\n", "\r")) or self._length > MAX_LINE:
@@ -88,7 +101,7 @@ class _Lines:
 
     def pass_over(self) -> None:
         """Read up to the end of the record, of which no more is held than what was read."""
-        end = _RecordEnd(self._delimiter)
+        end = _RecordEnd(self.delimiter)
         ended = any(end.passed(line) for line in self._record)
         self._record.clear()
         while not ended and (piece := self._text.readline(CHUNK)):

@@ -23,8 +23,8 @@ _PARQUET = b"PAR1"
 Check = Callable[[list[str]], None]  # of the columns that a table has
 Reader = Callable[[io.BufferedReader, Path, Check], Iterator[bytes]]
 _READERS: dict[str, Reader] = {
-    ".csv": partial(delimited.records, delimiter=","),
-    ".tsv": partial(delimited.records, delimiter="\t"),
+    ".csv": partial(delimited.records, delimiters=",;\t"),
+    ".tsv": partial(delimited.records, delimiters="\t"),
     ".parquet": parquet.rows,
 }
 
@@ -38,7 +38,12 @@ def is_lines(path: Path) -> bool:
             head, array = begins_array(file)
     except OSError:
         return True  # which says what is wrong
-    return not (array or head.startswith((GZIP, ZSTD, _PARQUET)) or _suffix(path) in _READERS)
+    return not (array or head.startswith((GZIP, ZSTD, _PARQUET)) or is_table(path))
+
+
+def is_table(path: Path) -> bool:
+    """Whether an input has columns, whose values may all be texts."""
+    return _suffix(path) in _READERS
 
 
 def needs_arrow(path: Path) -> bool:
