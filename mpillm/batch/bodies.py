@@ -133,7 +133,7 @@ def _check(endpoint: type[Endpoint], body: dict[str, Any]) -> Endpoint:
             # A frame writes 3 as 3.0 where other rows have none.
             whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**63
             kept[key] = int(value) if whole else value
-        else:
+        elif value is not None or key not in LINE_KEYS:
             refuse(key, value, body, known)
     try:
         return msgspec.convert(kept, endpoint)

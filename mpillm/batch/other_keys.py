@@ -75,7 +75,7 @@ _INSTEAD = {
 
 def refuse(key: str, value: Any, body: dict[str, Any], known: Collection[str]) -> None:
     """RequestError for a key that is not among the `known` ones, unless its value asks for nothing."""
-    if key in IGNORED or (value is None and (key in NEUTRAL or key in REFUSED)):
+    if key in IGNORED:
         return
     if key in NEUTRAL:
         neutral = (*NEUTRAL[key], body.get("n")) if key == "best_of" else NEUTRAL[key]

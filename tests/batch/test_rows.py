@@ -132,7 +132,10 @@ def test_requests_in_tables(tmp_path: Path) -> None:
         {"messages": chat, "temperature": 0.5, "n": 2},
         {"custom_id": "c", "prompt": "null", "echo": True},
     ]
-    lines = [{"url": "/v1/completions", "body": asked[0]}, {"custom_id": "b", "url": "/v1/chat/completions", "body": asked[1]}]  # fmt: skip
+    lines = [
+        {"url": "/v1/completions", "body": asked[0]},
+        {"custom_id": "b", "url": "/v1/chat/completions", "body": asked[1]},
+    ]
     del asked[0]["custom_id"]
     for data in (asked, lines):
         frame = pandas.DataFrame(data)
