@@ -24,7 +24,8 @@ _BOOKKEEPING = """
     router_jitter_noise
     router_z_loss_coef padding_idx pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id
     directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type
-    decoder_start_token_id pooling_type classifier_from_token is_original_qwen3_reranker
+    decoder_start_token_id pooling_type classifier_from_token is_original_qwen3_reranker method
+    use_pad_token use_sep_token
 """.split()  # noqa: SIM905 (a list of strings would fill three screens)
 
 # Defaults of text generation, which old configurations carry; what a request asks for is in the job.

@@ -78,19 +78,32 @@ def _classifier(
     if config.classifier is not None:
         return read_classifier(source, config.classifier)
     words = words or source.config.get("classifier_from_token") or []
+    if not (words or said.answers) and config.pair_template is not None and _is_reranker(source.path):
+        words = ["no", "yes"]
     if not config.generates or not (words or said.answers):
         return None
     if said.answers and not words:
         no, yes = said.answers
     else:
-        if len(words) != 2:
-            raise ModelError(f"scoring.tokens are {words}, but must be two: not relevant, and relevant.")
-        no, yes = (_token(word, tokenizer) for word in words)
+        if len(words) not in (1, 2):
+            raise ModelError(
+                f"scoring.tokens are {words}, but must be two, not relevant and relevant, or the latter alone."
+            )
+        *others, yes = (_token(word, tokenizer) for word in words)
+        no = others[0] if others else None
     if max(yes, no or 0) >= config.vocab or min(yes, no or 0) < 0:
         raise ModelError(
             f"{source.path} names the tokens {no} and {yes} as answers; its vocabulary has {config.vocab}."
         )
     return answers_classifier(source, no, yes)
+
+
+def _is_reranker(path: Path) -> bool:
+    """Whether a model is called Qwen3-Reranker, whose published files say it nowhere else.
+
+    In the cache of huggingface_hub the name is that of the directory above `snapshots`.
+    """
+    return any("qwen3-reranker" in name.lower() for name in (path.name, path.parent.parent.name))
 
 
 def _token(word: str, tokenizer: Tokenizer | None) -> int:

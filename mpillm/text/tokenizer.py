@@ -232,24 +232,18 @@ class Tokenizer:
     ) -> tuple[list[int], int | None]:
         """Two texts as the tokenizer puts them together, and where its second segment begins, if it tells them apart.
 
-        Control tokens in them are ordinary text.
+        Control tokens in them are tokens, as in `transformers`.
         """
         if max_tokens is not None:
             for one in (text, other):
-                self._check_length(one, max_tokens, self._encoder.plain)
-        pair = encoding(self._core, (text, other), own=True, plain=True)
-        ids: list[int] = []
-        second = None
-        for id, segment, own in zip(pair.ids, pair.type_ids, pair.special_tokens_mask, strict=True):
-            if segment == 1 and second is None:
-                second = len(ids)
-            ids += [id] if own else self._encoder.spelled(id)
-        return ids, second
+                self._check_length(one, max_tokens, self._encoder.whole)
+        pair = encoding(self._core, (text, other), own=True, plain=False)
+        return list(pair.ids), pair.type_ids.index(1) if 1 in pair.type_ids else None
 
     def beginning(self, text: str, tokens: int) -> str:
-        """What of a text, without control tokens, its first `tokens` tokens stand for."""
+        """What of a text its first `tokens` tokens stand for."""
         text = End(encoded_at_once(tokens), last=False).of(text)
-        found = encoding(self._core, text, own=False, plain=True).offsets[:tokens]
+        found = encoding(self._core, text, own=False, plain=False).offsets[:tokens]
         return text[: max((end for _, end in found), default=0)]
 
     def encode_template(

@@ -121,7 +121,8 @@ def check(core: Tokenizer, fields: Mapping[str, Any]) -> None:
     for text in (mark for mark in MARKS if mark in core.get_vocab()):  # text is no control token
         around, bare = found.encode(text), found.encode(text, False)
         assert not set(bare) & (found.control_ids - {core.token_to_id("<unk>")})
-        assert len(found.encode_pair(text, text)[0]) == 2 * len(bare) + len(found.encode_pair("", "")[0])
+        parsed = found.encode(text, False, parse_special=True)
+        assert len(found.encode_pair(text, text)[0]) == 2 * len(parsed) + len(found.encode_pair("", "")[0])
         assert len(around) == len(bare) + 2
 
 

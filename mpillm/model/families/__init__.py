@@ -140,6 +140,8 @@ def family_of(config: Mapping[str, Any], name: str) -> tuple[Family, str, Task]:
     if found is None:
         raise ModelError(f"{name}: architecture {named[0][:60]!r} {_unsupported(named[0], architectures())}")
     architecture, task = found
+    if task == "classify" and (config.get("is_original_qwen3_reranker") or config.get("method")):
+        task = "generate"  # as vLLM is told of a model that answers in words: rows of its LM head classify
     if model_type is not None and (
         not isinstance(model_type, str) or MODEL_TYPES.get(model_type) != architecture
     ):

@@ -42,7 +42,7 @@ _USUAL = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_
 _QWEN2, _QWEN3, _MIXTURE = "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"
 _QWEN2_MIXTURE, _VL_MIXTURE = "Qwen2MoeForCausalLM", "Qwen3VLMoeForConditionalGeneration"
 # Of Qwen3-Reranker, whose files have none, as its authors publish it.
-_RERANKER = (
+RERANKER = (
     "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
     'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n<Instruct>: {instruction}\n'
     "<Query>: {query}\n<Document>: {document}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
@@ -114,7 +114,7 @@ class Qwen(Family):
             mlp = experts if experts and has_experts(number) else MlpSpec(width, activation)
             return LayerSpec(attention, mlp, Norms(norm), Norms(norm))
 
-        template = _RERANKER if architecture == _QWEN3 else None
+        template = RERANKER if architecture == _QWEN3 else None
         return model(fields, architecture, sizes, layer, norm, pair_template=template)
 
     def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
