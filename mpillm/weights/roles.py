@@ -190,6 +190,10 @@ ROLES: dict[str, Role] = {
             for x in ("gate", "up", "down")
         ),
         replace(_exact("shared_router", "mlp.shared_expert_gate.weight", "ffn_gate_inp_shexp.weight"), one_row=True),
+        _matrix("latent_in", "mlp.fc1_latent_proj.weight", "ffn_latent_down.weight"),
+        _matrix("latent_out", "mlp.fc2_latent_proj.weight", "ffn_latent_up.weight"),
+        _vector("latent_in_bias", "mlp.fc1_latent_proj.bias", "ffn_latent_down.bias"),
+        _vector("latent_out_bias", "mlp.fc2_latent_proj.bias", "ffn_latent_up.bias"),
         Role("final_norm", 1, "norm.weight", "output_norm.weight"),
         Role("final_norm_bias", 1, "norm.bias", "output_norm.bias"),
         Role("head", 2, "lm_head.weight", "output.weight", quantisable=True),

@@ -74,6 +74,11 @@ class NemotronH(Family):
                 for part, prefix in (("", ""), ("shared_experts.", "shared_"))
                 for end, bias in (("weight", ""), ("bias", "_bias"))
             },
+            **{
+                f"{_LAYER}{file}_latent_proj.{end}": (f"latent_{way}{bias}",)
+                for file, way in (("fc1", "in"), ("fc2", "out"))
+                for end, bias in (("weight", ""), ("bias", "_bias"))
+            },
             f"{_LAYER}gate.weight": ("router",),
             f"{_LAYER}gate.e_score_correction_bias": ("router_correction",),
             "embeddings.weight": ("embed",),
@@ -99,8 +104,6 @@ class NemotronH(Family):
         types = _layer_types(fields)
         sizes, norm = read_sizes(fields, len(types)), read_norm(fields, "layer_norm_epsilon", 1e-5)
         bias = fields.flag("mlp_bias")
-        if fields.raw("moe_latent_size") is not None:
-            raise fields.fail("moe_latent_size", "but only experts of whole rows are supported")
         activation = read_activation(fields, "relu2", "mlp_hidden_act")
         require_silu(fields, "mamba_hidden_act")
         fields.read |= {"expand", "mtp_layers_block_type", "mtp_hybrid_override_pattern", "num_hidden_layers"}
@@ -154,13 +157,16 @@ class NemotronH(Family):
                 f"{fields.path}: only experts that a sigmoid chooses are supported in {fields.kind} files."
             )
         shared = fields.integer("expert_shared_feed_forward_length")
-        return config | routed_config(fields) | {"moe_shared_expert_intermediate_size": shared}
+        latent = fields.integer("moe_latent_size", 0) or None
+        own = {"moe_shared_expert_intermediate_size": shared, "moe_latent_size": latent}
+        return config | routed_config(fields) | own
 
 
 _OF_PARTS = {
     *_KEYS.values(),
     *OF_EXPERTS,
     "intermediate_size",
+    "moe_latent_size",
     "moe_shared_expert_intermediate_size",
     "time_step_limit",
 }
@@ -199,4 +205,5 @@ def _experts(fields: Fields, activation: Activation, bias: bool) -> ExpertsSpec:
     spec = read_routed_experts(fields, activation)
     width = read_width(fields, "moe_shared_expert_intermediate_size")
     shared = MlpSpec(width, activation, gated=False, bias=bias, prefix="shared_")
-    return replace(spec, gated=False, shared=shared)
+    latent = fields.optional_integer("moe_latent_size", 1, 2**20) or 0
+    return replace(spec, gated=False, shared=shared, latent=latent, latent_bias=bias and latent > 0)

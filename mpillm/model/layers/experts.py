@@ -5,23 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mpillm import kernels
 from mpillm.kernels.router import Router, route
 from mpillm.kernels.types import Activation
+from mpillm.model.layers.mixture import ExpertPages, Prepared, Routed
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import NormSpec
 from mpillm.model.layers.rank import Floats, Rank
 from mpillm.partition.grid import Axis, Place, axis
-from mpillm.weights.inventory import EXPERT, SHARED, PageSpec, TensorSpec
+from mpillm.weights.inventory import SHARED, PageSpec, TensorSpec
 from mpillm.weights.page import Page
 from mpillm.weights.roles import Key
 
-Ints = NDArray[np.int32]
 APART = "router_norm", "experts_norm", "shared_post_norm", "experts_post_norm"
 
 
@@ -41,7 +39,9 @@ class ExpertsSpec:
     With `shared_router` what the shared MLP makes is multiplied by the sigmoid of a learned product. `bias`: all three
     matrices of an expert have one. `limit` and `alpha` are the clamped SwiGLU's. With `scaled_input` a row is
     multiplied by its weight before an expert, not after it. With `apart` the router, the mixture, what it makes, and
-    what the shared MLP makes have a norm each (Gemma 4). `gated` is as in `MlpSpec`.
+    what the shared MLP makes have a norm each (Gemma 4). `gated` is as in `MlpSpec`. With a `latent` above 0 experts
+    are of rows of that many columns, which a matrix makes and another one widens again, beside a shared MLP (Nemotron 3
+    Super); with `latent_bias` both have one.
     """
 
     count: int
@@ -56,6 +56,11 @@ class ExpertsSpec:
     scaled_input: bool = False
     apart: NormSpec | None = None
     gated: bool = True
+    latent: int = 0
+    latent_bias: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.shared or not self.latent, self
 
     @property
     def share(self) -> float:
@@ -99,28 +104,38 @@ class ExpertsSpec:
                 yield from self.apart.tensors(role, layer, hidden)
         if self.shared_router:
             yield TensorSpec(Key("shared_router", layer), (1, hidden))
+        if self.latent:
+            yield from self._latent_tensors("latent_in", layer, (self.latent, hidden))
+
+    def _latent_tensors(self, role: str, layer: int, shape: tuple[int, int]) -> Iterator[TensorSpec]:
+        """One of both matrices, whole on every rank."""
+        yield TensorSpec(Key(role, layer), shape)
+        if self.latent_bias:
+            yield TensorSpec(Key(f"{role}_bias", layer), shape[:1])
 
     def tensors(self, page: str, layer: int, hidden: int, block: int) -> Iterator[TensorSpec]:
-        """The tensors of its page, those of the shared MLP."""
+        """The tensors of its page: those of the shared MLP, and what widens the experts' rows."""
         assert self.shared is not None
         for matrix in self.shared.pages:
             yield from self.shared.tensors(matrix, layer, hidden, block)
+        if self.latent:
+            yield from self._latent_tensors("latent_out", layer, (hidden, self.latent))
 
     def experts(self, layer: int, hidden: int, block: int) -> Sequence[PageSpec]:
         """A page for each expert."""
-        columns = self.columns(block)
+        columns, rows = self.columns(block), self.latent or hidden
         tensors = [
-            *([TensorSpec(Key("gate", layer, 0), (self.width, hidden), columns)] if self.gated else []),
-            TensorSpec(Key("up", layer, 0), (self.width, hidden), columns),
-            TensorSpec(Key("down", layer, 0), (hidden, self.width), cols=columns),
+            *([TensorSpec(Key("gate", layer, 0), (self.width, rows), columns)] if self.gated else []),
+            TensorSpec(Key("up", layer, 0), (self.width, rows), columns),
+            TensorSpec(Key("down", layer, 0), (rows, self.width), cols=columns),
         ]
         if self.bias:
             tensors += [
                 TensorSpec(Key("gate_bias", layer, 0), (self.width,), columns),
                 TensorSpec(Key("up_bias", layer, 0), (self.width,), columns),
-                TensorSpec(Key("down_bias", layer, 0), (hidden,)),
+                TensorSpec(Key("down_bias", layer, 0), (rows,)),
             ]
-        return _Experts(layer, self.count, tuple(tensors))
+        return ExpertPages(layer, self.count, tuple(tensors))
 
     def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
         """Bytes that a row takes at most: an expert's with the sums of all panels, or the shared MLP's."""
@@ -130,6 +145,8 @@ class ExpertsSpec:
             widest += 4 * self.router.chosen * hidden
         if self.apart:
             widest += 4 * 4 * hidden
+        if self.latent:
+            widest += 4 * 2 * self.latent + int(copied * (hidden + self.latent))
         return max(widest, self.shared.row_nbytes(place, block, hidden, copied) if self.shared else 0)
 
     def mixed_row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
@@ -142,6 +159,8 @@ class ExpertsSpec:
         h = rank.normalise(x, before)
         correction = first.vector("router_correction") if self.router.correction else None
         own, seen, after = h, h, None
+        if self.latent:
+            own = self._through(rank, first, "latent_in", h)
         if self.apart:
             norms = {role: self._own_norm(rank, layer, first, role) for role in APART}
             seen, own = rank.normalise(x, norms["router_norm"]), rank.normalise(x, norms["experts_norm"])
@@ -172,9 +191,12 @@ class ExpertsSpec:
 
     def compute(self, rank: Rank, layer: int, prepared: Prepared, x: Floats) -> tuple[Floats, None]:
         """What all shards make of x [m, hidden]; there is no bias still to be added."""
-        shared = None
+        part, shared = self._mixture(rank, layer, prepared), None
+        rank.group.all_reduce(part)
         if self.shared:
             with rank.page(layer, SHARED) as page:
+                if self.latent:
+                    part = self._through(rank, page, "latent_out", part)
                 if rank.adapts(layer, self.adaptable):
                     shared = self.shared.in_steps(rank, lambda _: nullcontext(page), prepared.h)
                 else:
@@ -187,8 +209,6 @@ class ExpertsSpec:
                 shared += bias
             if prepared.gate is not None:
                 shared *= prepared.gate
-        part = self._mixture(rank, layer, prepared)
-        rank.group.all_reduce(part)
         if prepared.after is not None:
             assert shared is not None
             shared, part = (
@@ -198,17 +218,24 @@ class ExpertsSpec:
             part += shared
         return part, None
 
+    def _through(self, rank: Rank, page: Page, role: str, rows: Floats) -> Floats:
+        """What one of the latent's matrices makes of rows."""
+        out = rank.times(rows, page, role)
+        if self.latent_bias:
+            out += page.vector(f"{role}_bias")
+        return out
+
     def _shared_kernel(self, page: Page) -> kernels.Mlp:
         assert self.shared is not None
         return self.shared.of_pages(dict.fromkeys(self.shared.pages, page))
 
     def _mixture(self, rank: Rank, layer: int, prepared: Prepared) -> Floats:
-        """The weighted sum [m, hidden] of what each row's experts make of it.
+        """The weighted sum [m, hidden or latent] of what each row's experts make of it.
 
         Experts are added up in the order of their numbers within each of the shard's column panels, and only then are
         panels folded: the sums are the same however many shards the panels are spread over.
         """
-        shape = prepared.h.shape
+        shape = prepared.mixed[0][0].shape
         sums = np.zeros((self.columns(rank.block).panels // rank.place.shards, *shape), np.float32)
         for h, routed in prepared.mixed:
             done = 0
@@ -242,55 +269,3 @@ class ExpertsSpec:
             )
 
         return make
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Normed rows h [m, hidden], what goes where, and what the shared MLP's output is multiplied by, f32 [m, 1].
-
-    `mixed`: rows [m, hidden] with the experts that they go to, whose sum is the mixture. `after`: the norms of what the
-    shared MLP and the mixture make.
-    """
-
-    h: Floats
-    mixed: list[tuple[Floats, Routed]]
-    gate: Floats | None
-    after: tuple[kernels.Norm, kernels.Norm] | None = None
-
-
-@dataclass(frozen=True)
-class Routed:
-    """The choices of a step's rows by expert: those of experts[i] are rows[starts[i] : starts[i + 1]], with weights."""
-
-    experts: NDArray[np.integer[Any]]
-    starts: Ints
-    rows: Ints
-    weights: Floats
-
-    @staticmethod
-    def of(weights: Floats, ids: Ints) -> Routed:
-        """From each row's weights and experts, [m, chosen]."""
-        order = ids.argsort(axis=None, kind="stable")  # all choices, by their expert and then by their row
-        experts, starts = np.unique(ids.ravel()[order], return_index=True)
-        bounds = np.append(starts, len(order)).astype(np.int32)
-        rows = (order // ids.shape[1]).astype(np.int32)
-        return Routed(experts, bounds, rows, weights.ravel()[order])
-
-
-class _Experts(Sequence[PageSpec]):
-    """The pages of a layer's experts, made when they are asked for: a model may have ten thousand of them."""
-
-    def __init__(self, layer: int, count: int, tensors: tuple[TensorSpec, ...]) -> None:
-        self._layer, self._count, self._tensors = layer, count, tensors
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, expert: Any) -> Any:
-        if not 0 <= expert < self._count:
-            raise IndexError(expert)
-        tensors = tuple(
-            TensorSpec(tensor.key._replace(expert=expert), tensor.shape, tensor.rows, tensor.cols)
-            for tensor in self._tensors
-        )
-        return PageSpec(EXPERT, tensors, self._layer, expert)
