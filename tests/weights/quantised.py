@@ -90,6 +90,32 @@ def awq(random: Random, n: int, k: int, group: int, sym: bool = False) -> Writte
     return tensors, np.ascontiguousarray(w.T)
 
 
+def quark(
+    random: Random,
+    n: int,
+    k: int,
+    group: int,
+    signed: bool = True,
+    zero: bool = False,
+    order: list[int] = AWQ,
+) -> Written:
+    """Words along the rows of W, of two's complements or not."""
+    low = -8 if signed else 0
+    q = random.integers(low, low + 16, (k, n))
+    zeros = (
+        random.integers(low, low + 16, (k // group, n))
+        if zero or not signed
+        else np.zeros((k // group, n), int)
+    )
+    scales = random.uniform(0.002, 0.02, (k // group, n)).astype(np.float16)
+    w = np.repeat(scales.astype(np.float32), group, 0) * (q - np.repeat(zeros, group, 0)).astype(np.float32)
+    tensors = {
+        "weight": words(q & 15, 4, 1, order), "weight_zero_point": words(zeros & 15, 4, 1, order),
+        "weight_scale": scales,
+    }  # fmt: skip
+    return tensors, np.ascontiguousarray(w.T)
+
+
 def packed(
     random: Random, n: int, k: int, group: int, bits: int = 4, zero: bool = False, act: bool = False
 ) -> Written:
@@ -169,12 +195,12 @@ def nvfp4(random: Random, n: int, k: int, optimum: bool = False) -> Written:
     return {"weight_packed": values, "weight_scale": scales, "weight_global_scale": np.array([whole])}, w
 
 
-def mxfp4(random: Random, n: int, k: int) -> Written:
-    """compressed-tensors' MXFP4."""
+def mxfp4(random: Random, n: int, k: int, name: str = "weight_packed") -> Written:
+    """compressed-tensors' MXFP4, and Quark's."""
     codes = random.integers(0, 16, (n, k)).astype(np.uint8)
     exponents = random.integers(118, 124, (n, k // 32)).astype(np.uint8)
     w = E2M1[codes] * np.repeat(np.exp2(exponents.astype(np.float32) - 127), 32, 1)
-    return {"weight_packed": codes[:, ::2] | codes[:, 1::2] << 4, "weight_scale": exponents}, w
+    return {name: codes[:, ::2] | codes[:, 1::2] << 4, "weight_scale": exponents}, w
 
 
 FP4 = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)

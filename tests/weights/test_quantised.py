@@ -29,6 +29,7 @@ CT, GPTQ = {"quant_method": "compressed-tensors"}, {"quant_method": "gptq", "bit
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
 AWQ, ROUND = {"quant_method": "awq", "bits": 4, "version": "gemm"}, {"quant_method": "auto-round"}
 MODELOPT, BNB = {"quant_method": "modelopt", "quant_algo": "NVFP4"}, {"quant_method": "bitsandbytes"}
+QUARK = {"quant_method": "quark", "export": {"pack_method": "reorder"}}
 WIDE = Tiny(hidden=576, intermediate=704, n_heads=18, n_kv_heads=6, head_dim=32, n_layers=1)
 Write = Callable[[np.random.Generator, int, int], quantised.Written]
 
@@ -147,6 +148,32 @@ CASES: dict[str, tuple[dict[str, Any], Write, BlockType, float]] = {
     ),
     "fp4": (
         BNB | {"load_in_4bit": True}, partial(quantised.nf4, nested=False, table=quantised.FP4), BlockType.F16, HALF,
+    ),
+    **{
+        f"quark {case}": (QUARK | {"global_quant_config": {"weight": weight}}, write, type, bound)
+        for case, weight, write, type, bound in (
+            ("fp8", {"dtype": "fp8_e4m3", "qscheme": "per_channel"}, quantised.fp8, BlockType.FP8, EXACT),
+            ("int8", {"dtype": "int8", "qscheme": "per_channel"}, quantised.int8, BlockType.Q8_0, HALF),
+            (
+                "mxfp4", {"dtype": "fp4", "group_size": 32},
+                partial(quantised.mxfp4, name="weight"), BlockType.MXFP4, EXACT,
+            ),
+            (
+                "nvfp4", [{"dtype": "fp4", "group_size": 16}, {"dtype": "fp8_e4m3"}],
+                partial(quantised.nvfp4, optimum=True), BlockType.NVFP4, FLOAT,
+            ),
+            (
+                "int4", {"dtype": "int4", "symmetric": True}, partial(quantised.quark, group=32), BlockType.Q4_0, EXACT,
+            ),
+            (
+                "uint4", {"dtype": "uint4", "symmetric": False},
+                partial(quantised.quark, group=64, signed=False), BlockType.Q4_1, INTEGER,
+            ),
+        )
+    },
+    "quark in order": (
+        QUARK | {"global_quant_config": {"weight": {"dtype": "int4"}}, "export": {"pack_method": "order"}},
+        partial(quantised.quark, group=32, zero=True, order=list(range(8))), BlockType.Q4_1, INTEGER,
     ),
     "llm.int8": (BNB | {"load_in_8bit": True}, quantised.llm_int8, BlockType.Q8_0, HALF),
 }  # fmt: skip
@@ -322,6 +349,17 @@ def test_every_method_has_a_case() -> None:
         (
             {"quant_method": "modelopt", "quant_algo": "W4A8"},
             "quant_algo 'W4A8' is not supported; supported: NVFP4, FP8",
+        ),
+        (
+            {
+                "quant_method": "quark",
+                "global_quant_config": {"weight": [{"dtype": "fp8_e4m3"}, {"dtype": "int4"}]},
+            },
+            "int4 numbers of FP8 ones are not supported",
+        ),
+        (
+            {"quant_method": "quark", "algo_config": [{"name": "rotation", "online_r1_rotation": True}]},
+            "activations that are rotated (algo_config) are not supported",
         ),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "fp8 numbers in e5m2 are not supported"),
         (

@@ -15,6 +15,7 @@ from mpillm.weights.formats.quantised.float4 import BitsAndBytesMethod, ModelOpt
 from mpillm.weights.formats.quantised.float8 import Float8Method
 from mpillm.weights.formats.quantised.gptq import AwqMethod, GptqMethod
 from mpillm.weights.formats.quantised.mxfp4 import Mxfp4Method
+from mpillm.weights.formats.quantised.quark import QuarkMethod
 from mpillm.weights.formats.recipes import Raw
 
 QUANTIZATION = "quantization_config"
@@ -29,6 +30,7 @@ METHODS: dict[str, type[Method]] = {
     "modelopt": ModelOptMethod,
     "mxfp4": Mxfp4Method,
     "mxfp8": Float8Method,
+    "quark": QuarkMethod,
 }
 
 

@@ -33,18 +33,21 @@ class Grouped:
     """W[o, i] = scales[g, o] * (q[i, o] - zeros[g, o]), where g is the group of column i.
 
     `groups` [columns] is the group of each one, or None if they follow one another. `less_one`: zeros are stored less
-    1. `by_rows`: words hold neighbouring rows of W (AWQ), not columns.
+    1. `by_rows`: words hold neighbouring rows of W (AWQ), not columns, in an order of their own unless `in_order`.
+    `signed`: numbers and zeros are two's complements. Without `zeros` these are in the middle.
     """
 
     name: str
     bits: int
     q: Raw
-    zeros: Raw
+    zeros: Raw | None
     scales: Raw
     less_one: bool
     symmetric: bool
     groups: Ints | None
     by_rows: bool
+    in_order: bool = False
+    signed: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -64,14 +67,15 @@ class Grouped:
         index = indices(rows)
         q = self._rows_of(self.q, index, not self.by_rows).T
         scales = floats_of(self.scales)[:, index].T
-        zeros = self._rows_of(self.zeros, index, False).T
+        own = None if self.zeros is None else self._rows_of(self.zeros, index, False).T
         middle = 2 ** (self.bits - 1)
-        if self.symmetric and (zeros != middle).any():
-            raise ModelError(
-                f"{self.q.file.path}: {self.zeros.name} has other zeros than {middle}, but the configuration says "
-                "that weights are symmetric."
-            )
-        own = None if self.symmetric else zeros
+        if self.symmetric:
+            if self.zeros is not None and (own != middle).any():
+                raise ModelError(
+                    f"{self.q.file.path}: {self.zeros.name} has other zeros than {middle}, but the configuration says "
+                    "that weights are symmetric."
+                )
+            own = None
         return integer_blocks(self.stored.type, self.bits, q, scales, own, self.groups)
 
     def _rows_of(self, raw: Raw, index: NDArray[np.integer[Any]], down: bool) -> NDArray[np.uint8]:
@@ -87,8 +91,10 @@ class Grouped:
         numbers = unpacked(taken, self.bits)
         if raw is self.zeros and self.less_one:
             numbers = self._plus_one(taken, numbers)
-        if self.by_rows:
+        if self.by_rows and not self.in_order:
             numbers = numbers.reshape(len(words), -1, each)[..., AWQ_ORDER].reshape(len(words), -1)
+        if self.signed:
+            numbers = numbers ^ np.uint8(2 ** (self.bits - 1))
         return numbers[:, index - first * each]
 
     def _plus_one(self, words: Ints, numbers: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -100,7 +106,7 @@ class Grouped:
         return unpacked(words.view(np.uint32) + ones, self.bits)
 
     def lies(self) -> Iterator[Lies]:
-        for raw in (self.q, self.zeros, self.scales):
+        for raw in (self.q, self.scales, *([self.zeros] if self.zeros else [])):
             yield from raw.lies()
 
     def release(self, rows: Rows) -> None:
