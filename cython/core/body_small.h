@@ -123,6 +123,7 @@ MK_INLINE vf activated(const int kind, vf g, vf limit, vf alpha) {
     case MK_RELU2:
         g = vf_max(vf_set1(0.0f), g);
         return vf_mul(g, g);
+    case MK_RELU: return vf_max(vf_set1(0.0f), g);
     case MK_SIGMOID: return sigmoid_times(g, vf_set1(1.0f));
     case MK_IDENTITY: return g;
     case MK_SILU_SCALED:

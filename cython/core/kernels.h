@@ -64,7 +64,8 @@ enum {
 
 /* Activations of an MLP (mpillm.kernels.types.Activation): X(name), in the order of their numbers. */
 #define MK_ACTIVATIONS(X) \
-    X(MK_SILU) X(MK_GELU) X(MK_GELU_TANH) X(MK_RELU2) X(MK_SIGMOID) X(MK_SWIGLU_CLAMPED) X(MK_IDENTITY) X(MK_SILU_SCALED)
+    X(MK_SILU) X(MK_GELU) X(MK_GELU_TANH) X(MK_RELU2) X(MK_SIGMOID) X(MK_SWIGLU_CLAMPED) X(MK_IDENTITY) \
+    X(MK_SILU_SCALED) X(MK_RELU)
 #define MK_NUMBER(name) name,
 enum { MK_ACTIVATIONS(MK_NUMBER) MK_ACTIVATION_COUNT };
 

@@ -163,6 +163,7 @@ class Activation(IntEnum):
     SWIGLU_CLAMPED = 5
     IDENTITY = 6  # x
     SILU_SCALED = 7  # SILU of alpha x
+    RELU = 8  # max(x, 0)
 
 
 @dataclass(frozen=True)

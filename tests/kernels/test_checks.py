@@ -143,7 +143,7 @@ WRONG: list[tuple[str, Callable[[], None]]] = [
      lambda: kernels.rope(f4(1, 16), f4(1, 1), f4(1, 1), 2, 8, rotary=3)),
     (r"cos must have shape \[1, 2\], not \[1, 4\]",
      lambda: kernels.rope(f4(1, 16), f4(1, 4), f4(1, 4), 2, 8, rotary=4)),
-    (r"there is no activation 8", lambda: kernels.activate(8, f4(1, 8), None, f4(1, 8))),
+    (r"there is no activation 9", lambda: kernels.activate(9, f4(1, 8), None, f4(1, 8))),
     (r"the clamped SwiGLU needs up and a limit above 0",
      lambda: kernels.activate(Activation.SWIGLU_CLAMPED, f4(1, 8), None, f4(1, 8), limit=7.0)),
     (r"the clamped SwiGLU needs up and a limit above 0",

@@ -307,6 +307,8 @@ def activated(kind: Activation, x: cases.Array) -> cases.Array:
             return np.array([v / 2 * math.erfc(-v / math.sqrt(2)) for v in x.ravel()]).reshape(x.shape)
         case Activation.GELU_TANH:
             return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+        case Activation.RELU:
+            return np.where(x > 0, x, 0)
         case Activation.RELU2:
             return np.where(x > 0, x, 0) ** 2
         case Activation.SIGMOID:

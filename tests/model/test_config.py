@@ -278,6 +278,7 @@ def test_a_dynamic_rope_changes_nothing_up_to_the_longest_sequence() -> None:
         (["gelu", "gelu_python"], Activation.GELU),
         (["gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_accurate"], Activation.GELU_TANH),
         (["relu2"], Activation.RELU2),
+        (["relu"], Activation.RELU),
     ],
 )
 def test_activations_by_their_names(names: list[str], same: Activation) -> None:

@@ -129,6 +129,8 @@ def _activated(kind: Activation, x: F32, limit: np.float32, alpha: np.float32) -
             result = _sigmoid_times((x + cube) * np.float32(1.5957691216057308), x)
         case Activation.RELU2:
             result = np.square(np.maximum(x, np.float32(0)))
+        case Activation.RELU:
+            result = np.maximum(x, np.float32(0))
         case Activation.SIGMOID:
             result = _sigmoid_times(x, np.float32(1))
         case Activation.SWIGLU_CLAMPED:

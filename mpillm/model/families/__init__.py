@@ -22,7 +22,7 @@ from mpillm.model.families.falcon_h1 import FalconH1
 from mpillm.model.families.gemma import FirstGemma, Gemma
 from mpillm.model.families.gemma4 import Gemma4
 from mpillm.model.families.glm import Glm, GlmMixture
-from mpillm.model.families.gpt2 import Gpt2
+from mpillm.model.families.gpt2 import BigCode, Gpt2, Opt
 from mpillm.model.families.gpt_oss import GptOss
 from mpillm.model.families.granite import Granite, GraniteSwa
 from mpillm.model.families.granite_hybrid import GraniteHybrid
@@ -83,6 +83,8 @@ FAMILIES: tuple[Family, ...] = (
     Phi(),
     Hunyuan(),
     Gpt2(),
+    BigCode(),
+    Opt(),
     NeoX(),
     FirstPhi(),
     StableLm(),

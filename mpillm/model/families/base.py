@@ -32,6 +32,7 @@ ACTIVATIONS = {
     "gelu_new": Activation.GELU_TANH,
     "gelu_fast": Activation.GELU_TANH,
     "gelu_accurate": Activation.GELU_TANH,
+    "relu": Activation.RELU,
     "relu2": Activation.RELU2,
     "sigmoid": Activation.SIGMOID,
     "linear": Activation.IDENTITY,

@@ -1,53 +1,76 @@
-"""GPT-2: learned positions instead of RoPE, and matrices that lie transposed."""
+"""GPT-2, GPT-BigCode (StarCoder, SantaCoder) and OPT: learned positions instead of RoPE."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from mpillm.model.config import ModelConfig
-from mpillm.model.families.base import Family, Sizes, attention_of, model, read_activation, read_norm
+from mpillm.model.families.base import (
+    Family,
+    Sizes,
+    attention_of,
+    model,
+    read_activation,
+    read_norm,
+    read_sizes,
+    read_width,
+)
 from mpillm.model.fields import Fields
 from mpillm.model.layers.entry import EntrySpec
 from mpillm.model.layers.mlp import MlpSpec
-from mpillm.model.layers.norm import Norms
+from mpillm.model.layers.norm import Norms, NormSpec
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope_fields import LONGEST
 from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, refuse_experts, usual_config
-from mpillm.weights.names import Names, Roles
+from mpillm.weights.names import Names, Roles, RowGroups
 
-_GPT2 = "GPT2LMHeadModel"
+_GPT2, _BIGCODE, _OPT = "GPT2LMHeadModel", "GPTBigCodeForCausalLM", "OPTForCausalLM"
 _MATRICES: dict[str, Roles] = {
     "attn.c_attn": ("q", "k", "v"),
     "attn.c_proj": ("o",),
     "mlp.c_fc": ("up",),
     "mlp.c_proj": ("down",),
 }
+_OPT_NAMES = {
+    "self_attn.out_proj": "o",
+    "self_attn_layer_norm": "attn_norm",
+    "final_layer_norm": "ffn_norm",
+    "fc1": "up",
+    "fc2": "down",
+}
+
+
+def _names() -> dict[str, Roles]:
+    """Those of GPT-2's tensors."""
+    return {
+        "wte.weight": ("embed",),
+        "ln_f.weight": ("final_norm",),
+        "ln_f.bias": ("final_norm_bias",),
+        "h.{l}.ln_1.weight": ("attn_norm",),
+        "h.{l}.ln_1.bias": ("attn_norm_bias",),
+        "h.{l}.ln_2.weight": ("ffn_norm",),
+        "h.{l}.ln_2.bias": ("ffn_norm_bias",),
+        **{f"h.{{l}}.{name}.weight": roles for name, roles in _MATRICES.items()},
+        **{
+            f"h.{{l}}.{name}.bias": tuple(f"{role}_bias" for role in roles)
+            for name, roles in _MATRICES.items()
+        },
+        "h.{l}.attn.bias": (),  # the causal mask, which old files have
+        "h.{l}.attn.masked_bias": (),
+    }
 
 
 class Gpt2(Family):
-    """Pre-norm layers with LayerNorm, GELU, and biases everywhere."""
+    """Pre-norm layers with LayerNorm, GELU, and biases everywhere; matrices lie transposed."""
 
     architectures = {_GPT2: "gpt2"}
-    gguf = ("gpt2",)
+    gguf: ClassVar[tuple[str, ...]] = ("gpt2",)
+    activation: ClassVar[str] = "gelu_new"
     tied = True
     names = Names(
-        hf={
-            "wte.weight": ("embed",),
-            "ln_f.weight": ("final_norm",),
-            "ln_f.bias": ("final_norm_bias",),
-            "h.{l}.ln_1.weight": ("attn_norm",),
-            "h.{l}.ln_1.bias": ("attn_norm_bias",),
-            "h.{l}.ln_2.weight": ("ffn_norm",),
-            "h.{l}.ln_2.bias": ("ffn_norm_bias",),
-            **{f"h.{{l}}.{name}.weight": roles for name, roles in _MATRICES.items()},
-            **{
-                f"h.{{l}}.{name}.bias": tuple(f"{role}_bias" for role in roles)
-                for name, roles in _MATRICES.items()
-            },
-            "h.{l}.attn.bias": (),  # the causal mask, which old files have
-            "h.{l}.attn.masked_bias": (),
-        },
+        hf=_names(),
         gguf={
             "blk.{l}.attn_qkv.weight": ("q", "k", "v"),
             "blk.{l}.attn_qkv.bias": ("q_bias", "k_bias", "v_bias"),
@@ -60,7 +83,7 @@ class Gpt2(Family):
     }
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
-        activation = read_activation(fields, "gelu_new", "activation_function")
+        activation = read_activation(fields, self.activation, "activation_function")
         hidden, heads = fields.integer("n_embd", 2, 2**20), fields.integer("n_head", 1, 2**16)
         if hidden % heads:
             raise fields.fail("n_embd", f"but must be a multiple of n_head ({heads})")
@@ -69,7 +92,7 @@ class Gpt2(Family):
             fields.integer("n_layer", 1, 4096),
             hidden,
             heads,
-            heads,
+            1 if fields.flag("multi_query") else heads,
             hidden // heads,
             positions,
             fields.integer("vocab_size", 1, 2**24),
@@ -109,3 +132,85 @@ class Gpt2(Family):
                 for key in ("vocab_size", "layer_norm_epsilon", "bos_token_id", "eos_token_id")
             },
         }
+
+
+class BigCode(Gpt2):
+    """One head of keys and values for all queries, or with each head's rows of q, k and v together; not transposed."""
+
+    architectures = {_BIGCODE: "gpt_bigcode"}
+    gguf = ()
+    activation = "gelu_pytorch_tanh"
+    names = Names(hf=_names(), hf_prefixes=("transformer.",))
+    defaults = {
+        _BIGCODE: {
+            "n_positions": 1024,
+            "layer_norm_epsilon": 1e-5,
+            "multi_query": True,
+            "bos_token_id": 50256,
+            "eos_token_id": 50256,
+        }
+    }
+
+    def config(self, fields: Fields, architecture: str) -> ModelConfig:
+        # The same numbers in another precision.
+        fields.read |= {"attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"}
+        return super().config(fields, architecture)
+
+    def row_groups(self, config: Mapping[str, Any]) -> RowGroups:
+        hidden, heads = config.get("n_embd"), config.get("n_head")
+        if type(hidden) is not int or type(heads) is not int or heads < 1:
+            return {}
+        size = hidden // heads
+        rows = (size if config.get("multi_query") is False else hidden, size, size)
+        return {("q", "k", "v"): rows, ("q_bias", "k_bias", "v_bias"): rows}
+
+
+class Opt(Family):
+    """Pre-norm layers with LayerNorm and ReLU; two positions before the first are unused."""
+
+    architectures = {_OPT: "opt"}
+    tied = True
+    names = Names(
+        hf={
+            "embed_positions.weight": ("positions",),
+            "final_layer_norm.weight": ("final_norm",),
+            "final_layer_norm.bias": ("final_norm_bias",),
+            **{
+                f"layers.{{l}}.{name}.{part}": (f"{role}{end}",)
+                for name, role in _OPT_NAMES.items()
+                for part, end in (("weight", ""), ("bias", "_bias"))
+            },
+        },
+        hf_prefixes=("model.decoder.", "decoder."),
+    )
+    defaults = {
+        _OPT: {
+            "max_position_embeddings": 2048,
+            "do_layer_norm_before": True,
+            "enable_bias": True,
+            "layer_norm_elementwise_affine": True,
+            "bos_token_id": 2,
+            "eos_token_id": 2,
+        }
+    }
+
+    def config(self, fields: Fields, architecture: str) -> ModelConfig:
+        activation = read_activation(fields, "relu", "activation_function")
+        sizes, width = read_sizes(fields), read_width(fields, "ffn_dim")
+        for key in ("do_layer_norm_before", "layer_norm_elementwise_affine"):
+            if not fields.flag(key):
+                raise fields.fail(key, "but must be true")
+        if fields.integer("word_embed_proj_dim", 1, 2**20, default=sizes.hidden) != sizes.hidden:
+            raise fields.fail("word_embed_proj_dim", f"but hidden_size is {sizes.hidden}")
+        if fields.flag("_remove_final_layer_norm"):
+            raise fields.fail("_remove_final_layer_norm", "but models have that norm")
+        bias = fields.flag("enable_bias")
+        norm = NormSpec(1e-5, centred=True, bias=True)
+        attention = attention_of(sizes, None, qkv_bias=bias, o_bias=bias)
+        mlp = MlpSpec(width, activation, gated=False, bias=bias)
+        entry = EntrySpec(sizes.max_position + 2, skipped=2)
+
+        def layer(number: int) -> LayerSpec:
+            return LayerSpec(attention, mlp, Norms(norm), Norms(norm), entry=None if number else entry)
+
+        return model(fields, architecture, sizes, layer, norm)

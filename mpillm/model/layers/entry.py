@@ -20,12 +20,14 @@ class EntrySpec:
     """Learned vectors are added, of `positions` positions and of `segments` segments; the `norm` is of the sum.
 
     With a `padding` token, as RoBERTa has it, that token has position `padding`, and the others are counted from there.
+    The first `skipped` positions belong to no token (OPT).
     """
 
     positions: int = 0
     segments: int = 0
     norm: NormSpec | None = None
     padding: int | None = None
+    skipped: int = 0
 
     def tensors(self, hidden: int) -> Iterator[TensorSpec]:
         """Its tensors."""
@@ -49,7 +51,8 @@ class EntrySpec:
     def _places(self, batch: Batch) -> Ints:
         """The numbers of the rows' positions."""
         if self.padding is None:
-            return batch.positions
+            positions: Ints = batch.positions + np.int32(self.skipped)
+            return positions
         counted = batch.tokens != self.padding
         total = np.cumsum(counted, dtype=np.int32)
         before = (total - counted)[batch.first_rows]  # in sequences before
