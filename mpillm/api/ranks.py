@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import closing
 from multiprocessing.connection import Client, Connection
-from pathlib import Path
-from typing import NoReturn
 
 import msgspec
 
@@ -21,19 +18,10 @@ from mpillm.api.messages import (
     receive,
     send,
 )
-from mpillm.comm.program import library
 from mpillm.comm.world import World
 from mpillm.errors import MpillmError
-from mpillm.launching.mpiexec import Settings, command, program
 from mpillm.run.service import Service
 from mpillm.spec import Spec
-
-
-def start(ranks: int, address: str) -> NoReturn:
-    """Become mpiexec with so many ranks; what it writes lies beside the socket at `address`."""
-    folder = Path(address).parent
-    words = [*command(library(), Settings(ranks), ranks, None, folder), *program(["ranks", address])]
-    os.execvp(words[0], words)
 
 
 def serve(world: World, address: str) -> int:

@@ -59,7 +59,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         _log(options.verbose, "mpillm:", quiet=False)
         return run_alone(lambda: alone[options.command](options))
     if options.command == "ranks" and options.n > 1 and launch.launched_by(os.environ) is None:
-        from mpillm.api import ranks
+        from mpillm.launching import ranks
 
         ranks.start(options.n, options.address)
     return guard(lambda world: _command(world, options))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import MutableMapping
+import tempfile
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 TRANSPORTS = "OMPI_MCA_btl"
@@ -12,17 +14,30 @@ PARAMETERS = "openmpi-mca-params.conf"
 DEBIAN = Path("/etc/openmpi")  # where Debian has it
 
 
-def leave_out_one_sided(library: str, environ: MutableMapping[str, str] = os.environ) -> None:
-    """Leave the transport `btl/ofi` of the Open MPI whose file `library` is out of MPI_Init.
+@contextmanager
+def starting(library: str, alone: bool, environ: MutableMapping[str, str] = os.environ) -> Iterator[None]:
+    """Within this, the Open MPI whose file `library` is starts as it should, in a process that may be `alone`.
 
-    It serves one-sided messages over libfabric, which no rank sends, and where there is no such network it sleeps for
-    a second in each start. Whatever the user or the site has said about transports stays.
+    The transport `btl/ofi` is left out: it serves one-sided messages over libfabric, which no rank sends, and where
+    there is no such network it sleeps for a second in each start. Of a process that no mpiexec has started, nobody
+    removes what `btl/sm` and the library itself make: the former is left out too, and the latter lies in a folder that
+    is removed here. Whatever the user or the site has said about transports stays.
     """
+    before = dict(environ)
     files = [Path(library).parent.parent / "etc" / PARAMETERS, DEBIAN / PARAMETERS]
     if home := environ.get("HOME"):
         files.append(Path(home) / ".openmpi" / "mca-params.conf")
     if TRANSPORTS not in environ and not any(_chooses(file) for file in files):
-        environ[TRANSPORTS] = "^ofi"
+        environ[TRANSPORTS] = "^ofi,sm" if alone else "^ofi"
+    with tempfile.TemporaryDirectory(prefix="mpillm-") if alone else nullcontext() as folder:
+        if folder is not None:
+            environ["TMPDIR"] = folder
+        try:
+            yield
+        finally:
+            for name in {TRANSPORTS, "TMPDIR"} & environ.keys():
+                del environ[name]
+            environ.update(before)
 
 
 def _chooses(file: Path) -> bool:

@@ -6,6 +6,7 @@ exit code they share. mpi4py is imported here when a world starts, never before,
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 from mpillm.comm import deadline, ending, faults, launch
 from mpillm.comm.faults import RankLost
 from mpillm.comm.meeting import Meeting, initialise
-from mpillm.comm.openmpi import leave_out_one_sided
+from mpillm.comm.openmpi import starting
 from mpillm.comm.running import run
 from mpillm.comm.world import World, say
 from mpillm.errors import Interrupted, JobError, MpillmError
@@ -59,9 +60,10 @@ def start() -> World:
         meeting = None
         if not mpi.Is_initialized():
             meeting = _begin_meeting(started)
-            if loaded.name == "Open MPI":
-                leave_out_one_sided(loaded.path)
-            initialise(mpi, loaded.path)
+            with contextlib.ExitStack() as stack:
+                if loaded.name == "Open MPI":
+                    stack.enter_context(starting(loaded.path, alone=started is None))
+                initialise(mpi, loaded.path)
             ending.ours()
     if started and started.size > 1 and mpi.COMM_WORLD.Get_size() == 1:
         if meeting is not None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -162,7 +164,8 @@ CALLER = """
 import sys
 from mpillm import LLM
 
-llm = LLM(sys.argv[1], ranks=2, memory={"kv": "64MiB"})
+print("starting", flush=True)
+llm = LLM(sys.argv[1], ranks=int(sys.argv[2]), memory={"kv": "64MiB"})
 print("ready", flush=True)
 try:
     llm.generate([f"the quick {n}" for n in range(500)], max_tokens=400, ignore_eos=True)
@@ -171,26 +174,46 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_nothing_is_left_behind(number: signal.Signals, tmp_path: Path) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", CALLER, CHAT],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=clean_environment(TMPDIR=str(tmp_path) if len(str(tmp_path)) < 60 else "/tmp"),
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
-    ) as caller:
+@pytest.mark.parametrize(
+    ("number", "when", "ranks", "says"),
+    [
+        (signal.SIGINT, "starting", 2, ""),
+        (signal.SIGINT, "ready", 2, "1\n"),
+        (signal.SIGINT, "ready", 1, "1\n"),
+        (signal.SIGKILL, "ready", 2, ""),
+    ],
+)
+def test_nothing_is_left_behind(number: signal.Signals, when: str, ranks: int, says: str) -> None:
+    """Neither a process nor shared memory nor a file, after Ctrl-C during the start, too."""
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp") as folder,
+        subprocess.Popen(
+            [sys.executable, "-c", CALLER, CHAT, str(ranks)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=clean_environment(TMPDIR=folder),
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
+        ) as caller,
+    ):
         assert caller.stdout is not None
-        assert caller.stdout.readline() == "ready\n"
-        ranks = below(caller.pid)
-        assert len(ranks) >= 2
+        while caller.stdout.readline() != f"{when}\n":
+            pass
+        while len(started := below(caller.pid)) < ranks:
+            time.sleep(0.01)
         time.sleep(0.5)
+        shared = set()
+        for rank in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                shared |= {mapped.path for mapped in rank.memory_maps()}
         caller.send_signal(number)
         said = caller.stdout.read()
-    assert said == ("1\n" if number == signal.SIGINT else "")
-    gone, alive = psutil.wait_procs(ranks, timeout=HANGS)
-    assert not alive
-    assert len(gone) == len(ranks)
+        gone, alive = psutil.wait_procs(started, timeout=HANGS)
+        assert not alive
+        assert len(gone) == len(started)
+        caller.wait()
+        assert said == says
+        assert not [path for path in shared if path.startswith("/dev/shm") and Path(path).exists()]
+        assert number == signal.SIGKILL or os.listdir(folder) == []
 
 
 def test_ranks_that_die_are_started_again() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mpillm.comm import openmpi
-from mpillm.comm.openmpi import TRANSPORTS, leave_out_one_sided
+from mpillm.comm.openmpi import TRANSPORTS, starting
 
 
 @pytest.fixture(autouse=True)
@@ -36,11 +36,18 @@ def test_the_transport_for_one_sided_messages_is_left_out_unless_the_user_choose
         file.parent.mkdir(parents=True)
         file.write_text(text)
     environ = {"HOME": str(tmp_path / "home"), **environ}
-    leave_out_one_sided(str(tmp_path / "lib" / "libmpi.so.40"), environ)
-    assert environ.get(TRANSPORTS) == expected
+    before = dict(environ)
+    with starting(str(tmp_path / "lib" / "libmpi.so.40"), False, environ):
+        assert environ.get(TRANSPORTS) == expected
+    assert environ == before  # what is started from here chooses for itself
 
 
-def test_a_user_without_a_home() -> None:
+def test_a_process_that_is_alone() -> None:
+    """Of a user without a home, too."""
     environ: dict[str, str] = {}
-    leave_out_one_sided("/nowhere/lib/libmpi.so.40", environ)
-    assert environ == {TRANSPORTS: "^ofi"}
+    with starting("/nowhere/lib/libmpi.so.40", True, environ):
+        assert environ[TRANSPORTS] == "^ofi,sm"
+        folder = Path(environ["TMPDIR"])
+        assert folder.is_dir()
+    assert not environ
+    assert not folder.exists()
