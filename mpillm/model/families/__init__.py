@@ -18,6 +18,7 @@ from mpillm.model.families.deepseek import DeepSeek, Youtu
 from mpillm.model.families.dots import Dots
 from mpillm.model.families.ernie import Ernie
 from mpillm.model.families.exaone import Exaone, ExaoneMixture
+from mpillm.model.families.falcon import Falcon
 from mpillm.model.families.falcon_h1 import FalconH1
 from mpillm.model.families.gemma import FirstGemma, Gemma
 from mpillm.model.families.gemma4 import Gemma4
@@ -92,6 +93,7 @@ FAMILIES: tuple[Family, ...] = (
     Variants(),
     Afmoe(),
     Lfm2(),
+    Falcon(),
     FalconH1(),
     NemotronH(),
     Mamba2Family(),

@@ -1,0 +1,108 @@
+"""Falcon 7B, 40B, 180B and 2: attention beside the MLP, with few heads of keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from mpillm.model.config import ModelConfig
+from mpillm.model.families.base import (
+    Family,
+    attention_of,
+    model,
+    read_activation,
+    read_norm,
+    read_rotary,
+    read_sizes,
+)
+from mpillm.model.fields import Fields
+from mpillm.model.layers.mlp import MlpSpec
+from mpillm.model.layers.norm import Norms
+from mpillm.model.layers.spec import LayerSpec
+from mpillm.weights.names import Names, Roles, RowGroups
+
+_FALCON = "FalconForCausalLM"
+_NAMES: dict[str, Roles] = {
+    "h.{l}.self_attention.query_key_value": ("q", "k", "v"),
+    "h.{l}.self_attention.dense": ("o",),
+    "h.{l}.mlp.dense_h_to_4h": ("up",),
+    "h.{l}.mlp.dense_4h_to_h": ("down",),
+    "h.{l}.input_layernorm": ("attn_norm",),
+    "h.{l}.ln_attn": ("attn_norm",),
+    "h.{l}.post_attention_layernorm": ("ffn_norm",),
+    "h.{l}.ln_mlp": ("ffn_norm",),
+    "ln_f": ("final_norm",),
+}
+
+
+class Falcon(Family):
+    """q, k and v lie in one matrix, head of keys by head of keys; the MLP may have a norm of its own."""
+
+    architectures = {_FALCON: "falcon"}
+    tied = True
+    names = Names(
+        hf={
+            "word_embeddings.weight": ("embed",),
+            **{
+                f"{name}.{part}": tuple(f"{role}{end}" for role in roles)
+                for name, roles in _NAMES.items()
+                for part, end in (("weight", ""), ("bias", "_bias"))
+            },
+        },
+        hf_prefixes=("transformer.",),
+    )
+    defaults = {
+        _FALCON: {
+            "max_position_embeddings": 2048,
+            "layer_norm_epsilon": 1e-5,
+            "multi_query": True,
+            "parallel_attn": True,
+            "bos_token_id": 11,
+            "eos_token_id": 11,
+        }
+    }
+
+    def config(self, fields: Fields, architecture: str) -> ModelConfig:
+        activation = read_activation(fields, "gelu", "activation")
+        sizes, newer, bias = (
+            read_sizes(fields),
+            fields.flag("new_decoder_architecture"),
+            fields.flag("bias"),
+        )
+        sizes = replace(sizes, n_kv_heads=_kv_heads(fields.values, sizes.n_heads))
+        if sizes.n_heads % sizes.n_kv_heads:
+            raise fields.fail("num_kv_heads", f"but must divide num_attention_heads ({sizes.n_heads})")
+        fields.read |= {"num_kv_heads", "multi_query"}
+        norm = read_norm(fields, "layer_norm_epsilon", 1e-5, centred=True, bias=True)
+        parallel = fields.flag("parallel_attn")
+        if newer and not parallel:
+            raise fields.fail("parallel_attn", "but must be true with new_decoder_architecture")
+        count = fields.integer("num_ln_in_parallel_attn", 1, 2, default=2 if newer else 1)
+        own = not parallel or (newer and count == 2)
+        width = fields.integer("ffn_hidden_size", 1, 2**24, default=4 * sizes.hidden)
+        fields.raw("apply_residual_connection_post_layernorm")  # transformers does not look at it
+        layer = LayerSpec(
+            attention_of(sizes, read_rotary(fields, sizes), qkv_bias=bias, o_bias=bias),
+            MlpSpec(width, activation, gated=False, bias=bias),
+            Norms(norm),
+            Norms(norm) if own else Norms(),
+            parallel=parallel,
+        )
+        return model(fields, architecture, sizes, lambda number: layer, norm)
+
+    def row_groups(self, config: Mapping[str, Any]) -> RowGroups:
+        hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+        if type(hidden) is not int or type(heads) is not int or heads < 1:
+            return {}
+        size = hidden // heads
+        rows = heads // max(_kv_heads(config, heads), 1) * size, size, size
+        return {("q", "k", "v"): rows, ("q_bias", "k_bias", "v_bias"): rows}
+
+
+def _kv_heads(config: Mapping[str, Any], heads: int) -> int:
+    """How many heads of keys and values there are."""
+    if config.get("new_decoder_architecture") is True:
+        count = config.get("num_kv_heads")
+        return count if type(count) is int and count > 0 else heads
+    return heads if config.get("multi_query") is False else 1
