@@ -143,6 +143,8 @@ class Remote:
 
     def _ended(self) -> MpillmError:
         """What the ranks said when they ended."""
+        if not self.open:
+            return Interrupted("The LLM was closed before all answers had been read.")
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(ENDING)
         self._log.seek(0)

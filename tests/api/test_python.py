@@ -144,6 +144,17 @@ def test_a_stream_may_be_left(llm: LLM) -> None:
     assert llm.generate("the quick", max_tokens=5)[0].text == expected
 
 
+def test_a_stream_of_an_llm_that_is_closed() -> None:
+    llm = LLM(str(CHAT), **SETTINGS)
+    stream = llm.stream([f"the quick {n}" for n in range(99)], max_tokens=60)
+    assert next(stream).error is None
+    llm.close()
+    with pytest.raises(Interrupted, match="was closed before all answers had been read"):
+        list(stream)
+    assert llm.generate("the quick", max_tokens=1)[0].error is None  # it is loaded again
+    llm.close()
+
+
 def test_what_cannot_be_made_is_said(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no config\.json"):
         LLM(str(tmp_path))
