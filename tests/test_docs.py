@@ -49,8 +49,8 @@ LAUNCHER_OPTIONS = {
     "--bind-to": 1,
     "-x": 1,
 }
-# Programs that belong to the system; what they do is theirs.
-SYSTEM = {"schemathesis", "export", "split", "apt", "pip", "."}
+# Programs of others; what they do is theirs.
+SYSTEM = {"schemathesis", "inspect", "export", "split", "apt", "pip", "."}
 MADE_UP = {"JOB.toml", "hosts"}
 
 
