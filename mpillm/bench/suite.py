@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mpillm.bench import kernels, machine, packed, paging, runs, speculation, synthetic, tables
 from mpillm.bench.against import LlamaCpp, Peer
+from mpillm.bench.batched_bench import BatchedBench
 from mpillm.bench.result import Bench, Kernel, Machine, Run
 from mpillm.bench.runs import BenchOptions
 from mpillm.catalogue import models
@@ -28,7 +29,7 @@ from mpillm.run.session import Session
 from mpillm.version import __version__
 
 ENGINE = frozenset({"prefill", "decode", "batch"})
-PEERS = ("llama.cpp",)
+LLAMA_CPP = "llama.cpp"
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,14 @@ class BenchCommand:
 
 def bench(world: World, asked: BenchCommand, progress: Progress) -> Bench | None:
     """Measure (collective); rank 0 gets the result. MpillmError says what is wrong."""
-    if asked.against not in (None, *PEERS):
-        raise JobError(f"mpillm bench cannot run against {asked.against}; it knows {', '.join(PEERS)}.")
+    name, _, binary = (asked.against or LLAMA_CPP).partition("=")
+    if not binary and asked.against not in (None, LLAMA_CPP):
+        raise JobError(
+            f"mpillm bench cannot run against {asked.against}; it knows {LLAMA_CPP}, and NAME=PATH of another "
+            "program's llama-batched-bench."
+        )
+    if binary and "startup" in asked.options.what:
+        raise JobError(f"{name} does not say how long a start takes: leave startup out of --what.")
     began = datetime.now(timezone.utc).isoformat(timespec="seconds")
     path = _model(world, asked, progress)
     with world.together():
@@ -85,9 +92,7 @@ def bench(world: World, asked: BenchCommand, progress: Progress) -> Bench | None
         machine=limits,
         kernels=found,
         runs=measured,
-        peer=f"llama.cpp of llama-cpp-python {metadata.version('llama-cpp-python')}"
-        if asked.against
-        else None,
+        peer=_named(asked.against) if asked.against else None,
     )
 
 
@@ -150,7 +155,9 @@ def _engine(
         peer: Peer | None = None
         with world.together():
             if world.rank == 0 and asked.against:
-                peer = stack.enter_context(LlamaCpp(path, threads * world.nodes.ranks_here, cores))
+                peer = stack.enter_context(
+                    closing(_peer(asked.against, path, threads * world.nodes.ranks_here, cores))
+                )
         layout = (1, 1)
         if "paging" in what:
             yield from paging.measure(world, spec, path, options)
@@ -170,6 +177,21 @@ def _engine(
             for sequences in sorted(set(options.sequences)):
                 if ("decode" if sequences == 1 else "batch") in what:
                     yield runs.decode(session, sequences, context, options, peer), layout
+
+
+def _peer(asked: str, path: Path, threads: int, cores: list[int]) -> Peer:
+    name, _, binary = asked.partition("=")
+    if binary:
+        return BatchedBench(name, Path(binary), path, threads, cores)
+    return LlamaCpp(path, threads, cores)
+
+
+def _named(asked: str) -> str:
+    """What the table calls the peer."""
+    name, _, binary = asked.partition("=")
+    if binary:
+        return f"{name}, {binary}"
+    return f"{name} of llama-cpp-python {metadata.version('llama-cpp-python')}"
 
 
 def _cores(world: World) -> list[int]:

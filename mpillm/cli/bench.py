@@ -50,7 +50,10 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--repeats", type=_number, default=5, metavar="N", help="of which the median is shown (5)"
     )
     parser.add_argument(
-        "--against", metavar="PEER", help="llama.cpp: run it in turns with us, on the same file"
+        "--against",
+        metavar="PEER",
+        help="run it in turns with us, on the same file: llama.cpp, or NAME=PATH of another program's "
+        "llama-batched-bench, such as ik_llama.cpp's",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there as well")
 

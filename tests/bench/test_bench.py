@@ -177,7 +177,7 @@ def test_speculation_says_what_drafts_gave(cache: Path) -> None:
     done = bench(
         cache, "--synthetic", "tiny-llama", "--what", "speculation", "--prompt", "40", "--threads", "1"
     )
-    assert done.returncode == 2
+    assert done.returncode == 2, done.stderr
     assert "has no tokenizer, and speculation is measured on texts" in done.stderr
 
 
@@ -211,10 +211,10 @@ def test_the_disk_is_read_on_and_on(tmp_path: Path) -> None:
 
 def test_a_budget_that_is_none_is_refused(cache: Path) -> None:
     done = bench(cache, "--what", "paging", "--budget", "much")
-    assert done.returncode == 2
+    assert done.returncode == 2, done.stderr
     assert "'much' is neither a percentage nor a size such as 4GiB" in done.stderr
     done = bench(cache, "--synthetic", "tiny-llama", "--what", "paging", "--budget", "1%", "--threads", "1")
-    assert done.returncode == 2
+    assert done.returncode == 2, done.stderr
     assert "--budget 1% is" in done.stderr
     assert "the minimum is" in done.stderr
 
@@ -318,6 +318,20 @@ def machine_has_limits() -> bool:
         (["--sequences", "1,x"], "'x' is not a positive number"),
         (["--synthetic", "llama-2b"], "There is no synthetic model llama-2b"),
         (["--synthetic", "tiny-llama", "--against", "vllm"], "cannot run against vllm; it knows llama.cpp"),
+        (["--synthetic", "tiny-llama", "--against", "ik=/x"], "leave startup out of --what"),
+        (
+            [
+                "--synthetic",
+                "tiny-llama",
+                "--what",
+                "prefill",
+                "--threads",
+                "1",
+                "--against",
+                "ik=/nowhere/x",
+            ],
+            "--against ik=/nowhere/x: that is no program",
+        ),
         (
             ["--synthetic", "tiny-llama", "--what", "decode", "--context", "32760"],
             "takes 32768 tokens, but sequences of 32776",
@@ -330,7 +344,7 @@ def machine_has_limits() -> bool:
 )
 def test_a_wrong_command_is_refused(cache: Path, arguments: list[str], reason: str) -> None:
     done = bench(cache, "--repeats", "1", *arguments)
-    assert done.returncode == 2
+    assert done.returncode == 2, done.stderr
     assert reason in done.stderr
 
 

@@ -1,0 +1,67 @@
+"""Another program's own bench as a peer: `llama-batched-bench`, which llama.cpp and ik_llama.cpp both have."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mpillm.bench.against import Prompts
+from mpillm.errors import JobError
+
+# The program on some cores: `python -c PINNED CORES PROGRAM ARGUMENTS...`.
+PINNED = (
+    "import os, sys; "
+    "hasattr(os, 'sched_setaffinity') and os.sched_setaffinity(0, map(int, sys.argv[1].split(','))); "
+    "os.execv(sys.argv[2], sys.argv[2:])"
+)
+TURNS = 2  # of one process, of which the last counts: the first finds weights that were never read
+CONTEXT = 256  # the context's size is a multiple of it
+
+
+class BatchedBench:
+    """A `Peer`: the program at `binary`, called `name`; each run is a process with `threads` threads on `cores`."""
+
+    def __init__(self, name: str, binary: Path, model: Path, threads: int, cores: Sequence[int]) -> None:
+        """JobError if there is no such program."""
+        if not (binary.is_file() and os.access(binary, os.X_OK)):
+            raise JobError(f"--against {name}={binary}: that is no program; name its llama-batched-bench.")
+        self._name, self._binary, self._model = name, binary, model
+        self._threads, self._cores = threads, cores
+
+    def run(self, prompts: Prompts, tokens: int) -> list[float]:
+        """`Peer.run`, of prompts of as many tokens: the program takes its own. Steps last equally long."""
+        count, length, steps = len(prompts), len(prompts[0]), max(tokens - 1, 1)
+        context = -(-count * (length + steps) // CONTEXT) * CONTEXT
+        sizes = {"-t": self._threads, "-c": context, "-b": context, "-npp": length, "-ntg": steps}
+        command = [sys.executable, "-c", PINNED, ",".join(map(str, self._cores)), str(self._binary)]
+        command += ["-m", str(self._model), "-npl", ",".join([str(count)] * TURNS)]
+        command += [word for option, value in sizes.items() for word in (option, str(value))]
+        # Settings of our OpenMP must not slow down the other program.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, errors="replace", env=environment
+        )
+        rows = _rows(done.stdout) or _rows(done.stderr)  # versions differ in where they print it
+        if done.returncode or len(rows) != TURNS:
+            said = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
+            raise JobError(f"{self._name} failed with exit code {done.returncode}: {said}")
+        seconds = rows[-1]
+        return [seconds["T_PP s"]] + [seconds["T_TG s"] / steps] * (tokens - 1)
+
+    def start(self, prompt: Sequence[int]) -> float:
+        raise JobError(f"{self._name} does not say how long a start takes: leave startup out of --what.")
+
+    def close(self) -> None:
+        """Nothing runs in between."""
+
+
+def _rows(text: str) -> list[dict[str, float]]:
+    """The numbers of the program's table, by the heads of its columns."""
+    table = [line.strip().strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    if not table:
+        return []
+    heads = [head.strip() for head in table[0]]
+    return [dict(zip(heads, map(float, row), strict=True)) for row in table[1:] if not row[0].startswith("-")]
