@@ -7,6 +7,7 @@ are tried as well by the model of a step's time, and one that is clearly faster 
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from mpillm.planning.machines import Machines
 from mpillm.planning.planner import Planner
 from mpillm.spec import Spec
 
-CLEARLY = 1.05  # how many times as fast a layout must be to be taken instead of the rule's
+CLEARLY = 1.02  # how many times as fast a layout must be to be taken instead of the rule's
 EXACT = "so that answers do not depend on the layout"
 ALL_COUNTS = 8  # up to so many hosts every number of replicas is tried, and beyond that every halving
 
@@ -55,7 +56,8 @@ class Layouts:
             chosen = Chosen(replicas_of, "by the model of a step's time", *(("f32", EXACT) if exact else ()))
             found = planner.found(chosen)
             several = len(found.plans) > 1
-            if found.fits and not (several and planner.too_much(found.plans)):
+            worth_it = len(found.plans) <= (self.requests or sys.maxsize) or 0 in found.time.idle
+            if worth_it and found.fits and not (several and planner.too_much(found.plans)):
                 others.append(found)
         for found in others:
             if (found.fits, -found.time.seconds) > (best.fits, -best.time.seconds):
@@ -84,7 +86,9 @@ class Layouts:
         """Other layouts: each number of replicas with each number of shards, and replicas of unlike size."""
         given, machines, tried = self.spec.layout, planner.machines, {rule.chosen.replicas}
         hosts = machines.ranks_per_host
-        counts = _counts(len(hosts), self.requests) if self.count == "auto" else [self.count]
+        # One more than requests: rank 0's host cannot be left out, but a replica of slow hosts gets none of them.
+        most = None if self.requests is None else self.requests + 1
+        counts = _counts(len(hosts), most) if self.count == "auto" else [self.count]
         cuts: list[int] = [given.shards] if given.shards != "auto" else []
         if not cuts:
             cuts = [1 << power for power in range(planner.config.max_shards.bit_length())]
@@ -98,7 +102,7 @@ class Layouts:
                     yield found
         for shards in cuts if self.count == "auto" and given.stages == "auto" else ():
             found = _smallest(planner, shards)
-            if found and found not in tried and len(found) <= (self.requests or len(found)):
+            if found and found not in tried and len(found) <= (most or len(found)):
                 tried.add(found)
                 yield found
 
@@ -125,9 +129,9 @@ def _smallest(planner: LayoutPlanner, shards: int) -> Replicas:
     return tuple(found)
 
 
-def _counts(hosts: int, requests: int | None) -> list[int]:
+def _counts(hosts: int, most: int | None) -> list[int]:
     """The numbers of replicas that are tried on so many hosts."""
-    maximum = hosts if requests is None else max(min(hosts, requests), 1)
+    maximum = hosts if most is None else min(hosts, most)
     if maximum <= ALL_COUNTS:
         return list(range(1, maximum + 1))
     return [maximum >> power for power in range(maximum.bit_length())]

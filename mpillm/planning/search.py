@@ -14,8 +14,8 @@ from mpillm.planning.layout import Layouts
 from mpillm.planning.layout_plans import Found
 from mpillm.planning.machines import Machines
 
-LEAVE_OUT = 1.02  # how many times as fast a run must be without some hosts
-CLEARLY = 1.1  # the same for a run, whose speeds were measured in a second or two
+LEAVE_OUT = 1.005  # how many times as fast a run must be without some hosts
+CLEARLY = 1.02  # the same for a run, whose speeds were measured in a second or two
 EVERY_SUBSET = 5  # up to so many hosts all subsets are tried, and up to ...
 ONE_BY_ONE = 8  # ... so many each host alone, again and again
 NAMED = 8  # hosts in a sentence

@@ -52,10 +52,11 @@ class LayoutChoice:
         asked: InputNeeds,
         shards: int | None,
         replicated: bool,
+        leave_out: bool,
     ) -> None:
-        """`shards` is that of `Layouts`; there is one replica on all ranks unless `replicated`."""
+        """`shards` is that of `Layouts`; there is one replica unless `replicated`, on all ranks unless `leave_out`."""
         self._world, self._spec, self._source, self._planner = world, spec, source, planner
-        self._asked, self._shards, self._replicated = asked, shards, replicated
+        self._asked, self._shards, self._replicated, self._leave_out = asked, shards, replicated, leave_out
 
     def first(self, threads: int) -> LaidOut:
         """The layout of a run that begins; the machines are measured with so many threads if that may decide it."""
@@ -132,7 +133,7 @@ class LayoutChoice:
         count = spec.layout.replicas if self._replicated else 1
         layouts = Layouts(spec, self._planner, count, self._asked.lines or None, self._shards, self._asked)
         found, without, said = (
-            for_run(layouts, machines) if self._replicated else (layouts.choose(machines), [], "")
+            for_run(layouts, machines) if self._leave_out else (layouts.choose(machines), [], "")
         )
         ranks = [rank for rank, host in enumerate(machines.host_of_rank) if host not in without]
         return LaidOut(found.chosen, machines, ranks, found.time.seconds, said)
@@ -146,7 +147,7 @@ class LayoutChoice:
             return True
         pipeline = any(replica.stages > 1 for replica in replicas)
         left_open = "auto" in (given.replicas, given.stages, given.shards)
-        return self._replicated and left_open and (pipeline or found.seconds > MEASURED)
+        return self._leave_out and left_open and (pipeline or found.seconds > MEASURED)
 
 
 def _left_open(spec: Spec) -> Spec:

@@ -60,14 +60,16 @@ class Session:
         origin: Origin | None = None,
         shards_before: int | None = None,
         replicated: bool = False,
+        leave_out: bool = False,
     ) -> None:
         """Open the model and lay it out; what any rank finds wrong, all ranks raise.
 
         `origin` is what the run began with, if ranks were lost since. So many shards as `shards_before` are taken where
-        the job leaves it open and they work. There is one replica on all ranks unless `replicated`; then ranks may be
-        left out: they are spare (`World.spare`), and their session has nothing but its `origin`.
+        the job leaves it open and they work. There is one replica unless `replicated`. It is on all ranks unless those
+        of slow hosts may be left out (`leave_out`): they are spare then (`World.spare`), and their session has nothing
+        but its `origin`.
         """
-        self._replicated = replicated
+        self._replicated, self._leave_out = replicated, leave_out
         self.world, self._origin, self._shards_before = world, origin, shards_before
         self.job, self.spec = spec, spec  # with the values of all ranks, and with those of this one
         with ExitStack() as unless_made:
@@ -111,7 +113,14 @@ class Session:
         world.limit_threads(self.threads)
         self.needs = world.on_rank_0(self._ask) if self._replicated else InputNeeds()
         self.choice = LayoutChoice(
-            world, self.job, self.source, self.planner, self.needs, self._shards_before, self._replicated
+            world,
+            self.job,
+            self.source,
+            self.planner,
+            self.needs,
+            self._shards_before,
+            self._replicated,
+            self._leave_out,
         )
         found = self.choice.first(self.threads) if origin is None else self.choice.again(origin)
         self.chosen, self._left_out, machines, ranks = (

@@ -238,7 +238,7 @@ def begin(
                 inputs.prepare(rank.spec, rank.claim)
         path = model_path(world, rank.spec, rank.progress)
         spec, shards = rank.kept(origin)
-        session = Session(world, spec, path, origin, shards, replicated=True)
+        session = Session(world, spec, path, origin, shards, replicated=True, leave_out=True)
         unless_begun.callback(session.close)
         if world.spare:
             return StandingBy(session.origin, losses)

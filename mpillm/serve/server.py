@@ -51,9 +51,12 @@ def run(world: World, spec: Spec, options: ServeOptions, progress: Progress) -> 
             if world.rank == 0:
                 listener = stack.enter_context(_listen(options))
         path = model_path(world, spec, progress)
-        session = stack.enter_context(contextlib.closing(Session(world, spec, path)))
+        session = stack.enter_context(contextlib.closing(Session(world, spec, path, leave_out=True)))
         if listener is None:
             with first_signal_calls(lambda: None):  # rank 0 says when it ends
+                if world.spare:
+                    world.stand_by()
+                    return 0
                 return follow(session.worker, session.channel, session.watch.check)
         return _lead(session, spec, path, options, listener, progress)
 

@@ -6,17 +6,20 @@ import json
 import os
 import random
 import re
+import signal
 import sys
 from pathlib import Path
 from subprocess import CompletedProcess
+from urllib.request import Request, urlopen
 
 import pytest
 
 from mpillm.planning import hosts
 from mpillm.planning.hosts import Host
-from tests.conftest import Mpi, run_bounded
+from tests.conftest import HANGS, Mpi, run_bounded
 from tests.e2e.jobs import assert_one_sentence, command, write_lines
 from tests.model.golden import model_path
+from tests.serve.serving import serving
 
 pytestmark = [
     pytest.mark.mpiexec,
@@ -51,10 +54,13 @@ def job(tmp_path: Path) -> list[str]:
 
 
 def on_three_hosts(mpi: Mpi, words: list[str], *options: str, **env: str) -> CompletedProcess[str]:
-    mpiexec, *command = mpi.command(3, *words)
-    named = ["unshare", "--uts", "sh", "-c", NAMED]
-    start = [mpiexec, *options, *command[:2], *named, *command[2:]]
-    return run_bounded(start, env=mpi.environment(**env))
+    mpiexec, *command = named(mpi.command(3, *words))
+    return run_bounded([mpiexec, *options, *command], env=mpi.environment(**env))
+
+
+def named(command: list[str | Path]) -> list[str | Path]:
+    """A command of mpiexec's whose ranks have host names of their own."""
+    return [*command[:3], "unshare", "--uts", "sh", "-c", NAMED, *command[3:]]
 
 
 def alone(folder: Path, job: list[str]) -> bytes:
@@ -104,3 +110,18 @@ def test_a_spare_rank_outlives_others(
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [rank["host"] for rank in report["ranks"]] == left
     assert (tmp_path / "out" / "results.jsonl").read_bytes() == alone(tmp_path, job)
+
+
+def test_a_server_goes_without_a_slow_host(mpi: Mpi, job: list[str], tmp_path: Path) -> None:
+    settings = [f"--set=layout.hosts={tmp_path / 'hosts.toml'}", "--set=layout.shards=1"]
+    start = named(mpi.command(3))
+    with serving(tmp_path, start, mpi.environment(), *settings, model=model_path("llama3")) as (url, server):
+        body = json.dumps({"prompt": [5, 6, 7], "max_tokens": 4, "ignore_eos": True}).encode()
+        with urlopen(Request(f"{url}/v1/completions", body), timeout=HANGS) as answer:
+            assert json.load(answer)["usage"]["completion_tokens"] == 4
+        server.send_signal(signal.SIGTERM)
+        server.wait(HANGS)
+    said = (tmp_path / "log").read_text()
+    assert re.search(
+        r"host1(, host2| and host2)? (is|are) left out and stands? by: .* times as fast without", said
+    )

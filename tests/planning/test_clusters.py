@@ -1,0 +1,100 @@
+"""The layout of a run on eight clusters with three models, beside every layout on every part of their hosts.
+
+Shards send f32: an exact run may not take Q8_0 because of what was measured.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import closing, suppress
+
+import pytest
+
+from mpillm import spec
+from mpillm.errors import LayoutError
+from mpillm.model.opening import config_of, open_source
+from mpillm.planning.hosts import Host, machines_of
+from mpillm.planning.input_memory import InputNeeds
+from mpillm.planning.layout import Layouts
+from mpillm.planning.machines import Machines
+from mpillm.planning.planner import Planner
+from mpillm.planning.search import for_run
+from tests.sparse import llama
+
+NEAR = 1.05  # times as long as the best of all
+# layers, hidden, heads, KV heads, width, vocabulary
+MODELS = {
+    "0.1B": (12, 768, 12, 4, 2048, 16000),
+    "1B": (16, 2048, 32, 8, 5632, 32000),
+    "8B": (32, 4096, 32, 8, 14336, 128256),
+}
+
+
+def host(speed: float, **more: object) -> Host:
+    """A host that is so many times as fast as a Raspberry Pi 5."""
+    products = {kind: [8.0 * speed, 15.0 * speed, 20.0 * speed] for kind in ("bf16", "f32")}
+    usual = {"memory": "32GiB", "memory_gbs": 10.0 * speed, "mbit": 940.0, "latency_us": 80.0, "core": 0.4}
+    return Host(products=products, **{**usual, **more})  # type: ignore[arg-type]
+
+
+CLUSTERS = {
+    "four alike": [host(1)] * 4,
+    "two on a slow network": [host(1, mbit=94.0, latency_us=400.0)] * 2,
+    "a fast one first": [host(6), host(1), host(1)],
+    "a fast one last": [host(1), host(1), host(6)],
+    "a host at a third of the speed": [host(1), host(1), host(0.33)],
+    "two ranks on each": [host(2, ranks=2)] * 3,
+    "slow disks, fast network": [host(2, disk_gbs=0.05, mbit=10_000.0, latency_us=10.0)] * 3,
+    "one has little memory, one is far away": [
+        host(2),
+        host(2, memory="2GiB"),
+        host(2, mbit=5.0, latency_us=20_000.0),
+    ],
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def planner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Planner]:
+    path = llama(tmp_path_factory.mktemp("clusters") / "model", *MODELS[request.param])
+    with closing(open_source(path)) as source:
+        yield Planner(source, config_of(source))
+
+
+def layouts(planner: Planner, requests: int, *settings: str) -> Layouts:
+    job = spec.load(
+        None, ("memory.kv=1GiB", "wire.activations=f32", *settings), model="model", input="in", output="out"
+    )
+    asked = InputNeeds(
+        requests, requests, prompt_tokens=64 * requests, generated_tokens=64 * requests, blocks=None
+    )
+    return Layouts(job, planner, job.layout.replicas, requests, asked=asked)
+
+
+def parts(machines: Machines) -> Iterator[Machines]:
+    """All of the machines, and every part of them with the first host."""
+    others = range(1, len(machines.ranks_per_host))
+    for count in range(len(others) + 1):
+        for without in itertools.combinations(others, count):
+            yield machines.without(without)
+
+
+def each_alone(planner: Planner, requests: int, machines: Machines) -> Iterator[float]:
+    """Seconds with each number of replicas and shards that a user can ask for."""
+    for replicas, shards in itertools.product(range(1, len(machines.ranks_per_host) + 1), (1, 2, 4)):
+        settings = f"layout.replicas={replicas}", f"layout.shards={shards}"
+        with suppress(LayoutError):
+            found = layouts(planner, requests, *settings).choose(machines)
+            if found.fits:
+                yield found.time.seconds
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_a_run_takes_about_as_long_as_with_the_best_of_all_layouts(planner: Planner, cluster: str) -> None:
+    """All of the time counts: loading weights as well as steps; and no run is slower than on fewer hosts."""
+    machines = machines_of(CLUSTERS[cluster])
+    for requests in (1, 32, 1000):
+        found, _, _ = for_run(layouts(planner, requests), machines)
+        assert found.fits
+        best = min(seconds for part in parts(machines) for seconds in each_alone(planner, requests, part))
+        assert found.time.seconds <= NEAR * best
