@@ -1,0 +1,93 @@
+"""Hosts with files of their own: what is wrong on one of them is said in a sentence with its name."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpillm import version
+from tests.cluster import hosts as tools
+from tests.cluster.hosts import Hosts
+from tests.cluster.jobs import MODEL, write_job
+from tests.conftest import ROOT, Mpi, run_bounded
+
+pytestmark = [pytest.mark.hosts, pytest.mark.mpiexec]
+
+COPY = f"mount -t tmpfs tmpfs {{model}} && cp -r {MODEL}/. {{model}} && chown -R 1234 {{model}}"
+ON = r" \(on rank 1 of 2, host {host}\)"
+# What is done on the second host, and what is said.
+CASES = {
+    "another version": (
+        f"mount --bind {{folder}}/version.py {version.__file__}",
+        r"Rank 1 on {host} runs mpillm 0\.0\.7, and rank 0 on {first} .+; install the same version on every host\.",
+    ),
+    "another model": (
+        f"mount --bind {MODEL.parent}/qwen3 {{model}}",
+        r"Rank 1 on {host} sees another model at {model} .+; put the same files on every node\.",
+    ),
+    "no model": (
+        "mount -t tmpfs tmpfs {model}",
+        r"{model} has no config\.json: it is not a complete Hugging Face model\." + ON,
+    ),
+    "no permission for the model": (
+        f"{COPY} && chmod 700 {{model}}",
+        r"The model {model} cannot be looked at: Permission denied\." + ON,
+    ),
+    "no permission for a file of the model": (
+        f"{COPY} && chmod 600 {{model}}/model.safetensors",
+        r"{model}/model\.safetensors cannot be read: Permission denied\." + ON,
+    ),
+    "no space": (
+        "mount -o loop {folder}/disk {spill} && head -c 1000000 /dev/zero > {spill}/all 2>/dev/null; true",
+        r"memory\.kv_spill: \d+ bytes cannot be had in {spill} \(No space left on device; .+" + ON,
+    ),
+    "no permission to write": (
+        "mount --bind {folder}/locked {spill} && chown 1234 {spill} && chmod 700 {spill}",
+        r"memory\.spill_dir = {spill}: no file can be made there \(Permission denied\).+" + ON,
+    ),
+}
+# With so little memory each rank keeps a part of the KV cache in a file.
+TIGHT = ("memory.weights=60000", "memory.kv=20000", "memory.kv_spill=1MiB")
+
+
+def small_disk(image: Path, where: Path) -> bool:
+    """Make a file system in a file; whether it can be mounted."""
+    if not shutil.which("mkfs.ext2"):
+        return False
+    words = f"mkfs.ext2 -q -N 32 {image} 200k && mount -o loop {image} {where}"
+    return run_bounded(["unshare", "--mount", "sh", "-c", words]).returncode == 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_wrong_on_a_host_is_said_with_its_name(openmpi: Mpi, tmp_path: Path, case: str) -> None:
+    if reason := tools.missing():
+        pytest.skip(reason)
+    before, said = CASES[case]
+    places = {"folder": tmp_path, "model": tmp_path / "model", "spill": tmp_path / "spill"}
+    shutil.copytree(MODEL, places["model"])
+    for name in ("spill", "locked"):
+        (tmp_path / name).mkdir()
+    if case == "no space" and not small_disk(tmp_path / "disk", places["spill"]):
+        pytest.skip("no file system can be mounted out of a file here")
+    other = re.sub(r'"[^"]+"$', '"0.0.7"', Path(version.__file__).read_text(), flags=re.M)
+    (tmp_path / "version.py").write_text(other)
+    job, hostfile = write_job(tmp_path), tmp_path / "hosts"
+    settings = [f"model={places['model']}", f"memory.spill_dir={places['spill']}", "layout.shards=2", *TIGHT]
+    program = [
+        sys.executable, "-B", "-m", "mpillm", "run", job, *(f"--set={setting}" for setting in settings)
+    ]  # fmt: skip
+    env = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "PYTHONPATH": str(ROOT), **openmpi.env}
+    with Hosts(tmp_path, 2).up() as hosts:
+        hosts.before(2, before.format(**places))
+        hostfile.write_text("".join(f"{address} slots=1\n" for address in hosts.addresses))
+        command = [*hosts.launcher(openmpi, hostfile), "-n", "2", *program]
+        done = run_bounded(hosts.on_first(command, env), 60, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    names = {"host": f"{hosts.prefix}2", "first": f"{hosts.prefix}1"}
+    pattern = said.format(**names, **{name: re.escape(str(path)) for name, path in places.items()})
+    assert len(re.findall(f"^mpillm: {pattern}$", done.stderr, re.M)) == 1, done.stderr
