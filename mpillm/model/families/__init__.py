@@ -33,6 +33,7 @@ from mpillm.model.families.lfm2 import Lfm2
 from mpillm.model.families.llama import Llama
 from mpillm.model.families.llama4 import Llama4
 from mpillm.model.families.mamba2 import Mamba2Family
+from mpillm.model.families.minicpm import MiniCpm3
 from mpillm.model.families.minimax import MiniMax
 from mpillm.model.families.mistral import Mistral
 from mpillm.model.families.modernbert import ModernBert
@@ -58,6 +59,7 @@ FAMILIES: tuple[Family, ...] = (
     QwenVlMixture(),
     DeepSeek(),
     Youtu(),
+    MiniCpm3(),
     QwenNext(),
     Llama4(),
     FirstGemma(),

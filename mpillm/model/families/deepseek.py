@@ -92,8 +92,9 @@ class DeepSeek(Family):
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
         activation = read_activation(fields)
-        sizes, width, norm = _sizes(fields), read_width(fields), read_norm(fields)
-        attention = _attention(fields, architecture, sizes)
+        sizes, width, norm = latent_sizes(fields), read_width(fields), read_norm(fields)
+        interleaved = architecture == _V2 or fields.flag("rope_interleave", default=True)
+        attention = latent_attention(fields, sizes, interleaved)
         bias, dense = (
             architecture == _V2 and fields.flag("mlp_bias"),
             _dense(fields, architecture, sizes.n_layers),
@@ -173,7 +174,7 @@ class Youtu(DeepSeek):
     }
 
 
-def _sizes(fields: Fields) -> Sizes:
+def latent_sizes(fields: Fields) -> Sizes:
     """The sizes; `head_dim` is that of the part of a head that turns, as transformers has it."""
     heads = fields.integer("num_attention_heads", 1, 2**16)
     if fields.integer("num_key_value_heads", 1, 2**16, default=heads) != heads:
@@ -193,8 +194,8 @@ def _sizes(fields: Fields) -> Sizes:
     )
 
 
-def _attention(fields: Fields, architecture: str, sizes: Sizes) -> LatentAttentionSpec:
-    interleaved = architecture == _V2 or fields.flag("rope_interleave", default=True)
+def latent_attention(fields: Fields, sizes: Sizes, interleaved: bool) -> LatentAttentionSpec:
+    """Latent attention, with RoPE of neighbouring dimensions or of halves."""
     rotary = read_rotary(fields, sizes, interleaved=interleaved)
     key_dim = fields.integer("qk_nope_head_dim", 1, 2**16)
     q_rank = fields.optional_integer("q_lora_rank", 1, 2**20) or 0
@@ -202,7 +203,7 @@ def _attention(fields: Fields, architecture: str, sizes: Sizes) -> LatentAttenti
     return LatentAttentionSpec(
         sizes.n_heads,
         key_dim,
-        fields.integer("v_head_dim", 1, 2**16),
+        fields.integer("v_head_dim", 1, 2**16, default=sizes.hidden // sizes.n_heads),
         fields.integer("kv_lora_rank", 1, 2**11 - sizes.head_dim),
         (key_dim + sizes.head_dim) ** -0.5 * rotary.config.score_factor,
         rotary,
