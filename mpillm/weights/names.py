@@ -33,7 +33,8 @@ _GGUF_FUSED: dict[str, Roles] = {"blk.{l}.ffn_gate_up_exps.weight": ("gate", "up
 # and what sees images or hears sounds.
 _HF_IGNORED = re.compile(
     r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|(model\.)?mtp\w*\..+|"
-    r"(model\.)?(visual|vision_tower|vision_model|audio_tower|multi_modal_projector|embed_vision|embed_audio)\..+|"
+    r"(model\.)?(visual|vision_tower|vision_model|audio_tower|multi_modal_projector|embed_vision|embed_audio|"
+    r"vision_embedder)\..+|"
     r"(model\.)?image_newline|"
     # Masks, the head of a critic, scales of an FP8 cache.
     r"(.*\.)?(position_ids|masked_bias)|v_head\..+|(.*\.)?self_attn\.(\w+\.)?[kqv]_scale"

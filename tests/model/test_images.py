@@ -36,7 +36,11 @@ def with_images(folder: Path, name: str, outer: dict[str, Any], kind: str, prefi
     if outer["model_type"] == "qwen3_vl_moe":
         tensors = dict(transposed_experts(tensors))
     seen = np.ones((2, 3), np.float32)
-    beside = {"vision_tower.patch.weight": seen, "multi_modal_projector.linear_1.weight": seen}
+    beside = {
+        "vision_tower.patch.weight": seen,
+        "model.vision_embedder.patch_dense.weight": seen,
+        "multi_modal_projector.linear_1.weight": seen,
+    }
     beside = {"model.visual.blocks.0.norm.weight": seen} if not others else beside
     save_file({**tensors, **beside}, folder / "model.safetensors")
     return folder
@@ -132,8 +136,8 @@ def test_sizes_that_a_published_file_leaves_out() -> None:
 
 
 def test_a_text_part_of_another_kind_is_refused() -> None:
-    config = {"architectures": ["LlavaForConditionalGeneration"], "text_config": {"model_type": "opt"}}
+    config = {"architectures": ["LlavaForConditionalGeneration"], "text_config": {"model_type": "bloom"}}
     with pytest.raises(
-        ModelError, match="the text part of LlavaForConditionalGeneration has model_type 'opt'"
+        ModelError, match="the text part of LlavaForConditionalGeneration has model_type 'bloom'"
     ):
         read_config(of_text(config))

@@ -32,8 +32,23 @@ from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, usual_config
 from mpillm.weights.names import AFTER_NORMS, Names
 from mpillm.weights.roles import Key
 
-_TEXT = "Gemma4ForCausalLM"
+_TEXT, _UNIFIED = "Gemma4ForCausalLM", "Gemma4UnifiedForCausalLM"
 _NORM = "layers.{{l}}.{}_feedforward_layernorm{}.weight"
+
+_USUAL = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "global_head_dim": 512,
+    "max_position_embeddings": 131072,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "sliding_window": 512,
+    "rope_parameters": {
+        SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+        FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+    },
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+}
 
 
 class Gemma4(Family):
@@ -42,7 +57,7 @@ class Gemma4(Family):
     Models whose layers have inputs of their own, or use the keys of earlier layers (E2B, E4B), are not supported.
     """
 
-    architectures = {_TEXT: "gemma4_text"}
+    architectures = {_TEXT: "gemma4_text", _UNIFIED: "gemma4_unified_text"}
     gguf = ("gemma4",)
     tied = True
     names = Names(
@@ -60,21 +75,8 @@ class Gemma4(Family):
         },
     )
     defaults = {
-        _TEXT: {
-            "num_key_value_heads": 4,
-            "head_dim": 256,
-            "global_head_dim": 512,
-            "max_position_embeddings": 131072,
-            "hidden_activation": "gelu_pytorch_tanh",
-            "sliding_window": 512,
-            "hidden_size_per_layer_input": 256,
-            "rope_parameters": {
-                SLIDING: {"rope_type": "default", "rope_theta": 1e4},
-                FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
-            },
-            "bos_token_id": 2,
-            "eos_token_id": 1,
-        }
+        _TEXT: {**_USUAL, "hidden_size_per_layer_input": 256},
+        _UNIFIED: {**_USUAL, "max_position_embeddings": 262144, "sliding_window": 1024},
     }
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:

@@ -10,9 +10,9 @@ from typing import Any
 WITH_IMAGES = frozenset(
     f"{name}ForConditionalGeneration"
     for name in (
-        "AyaVision", "Cohere2Vision", "Gemma3", "Gemma4", "Glm4v", "Glm4vMoe", "InternVL", "KimiVL", "Llama4", "Llava",
-        "LlavaNext", "LlavaNextVideo", "LlavaOnevision", "Mistral3", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3_5",
-        "Qwen3_5Moe", "VipLlava",
+        "AyaVision", "Cohere2Vision", "Gemma3", "Gemma4", "Gemma4Unified", "Glm4v", "Glm4vMoe", "InternVL", "KimiVL",
+        "Llama4", "Llava", "LlavaNext", "LlavaNextVideo", "LlavaOnevision", "Mistral3", "Qwen2VL", "Qwen2_5_VL",
+        "Qwen3VL", "Qwen3_5", "Qwen3_5Moe", "VipLlava",
     )
 )  # fmt: skip
 
