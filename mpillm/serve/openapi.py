@@ -40,14 +40,14 @@ _ERROR: Described = {
 }
 
 
-def route() -> Route:
-    """The route of the document."""
-    made = msgspec.json.encode(document())
+def route(key: bool) -> Route:
+    """The route of the document; `key` says whether this server asks for an API key."""
+    made = msgspec.json.encode(document(key))
     return Route(URL, lambda _: Response(made, media_type="application/json"), methods=["GET"])
 
 
-def document() -> Described:
-    """The OpenAPI document of all URLs but the page's."""
+def document(key: bool = False) -> Described:
+    """The OpenAPI document of all URLs but the page's; with `key` those below /v1 ask for the API key."""
     named = "#/components/schemas/{name}"
     references, schemas = msgspec.json.schema_components(_KINDS, ref_template=named)
     of = dict(zip(_KINDS, references, strict=True))
@@ -63,15 +63,16 @@ def document() -> Described:
         for endpoint in ENDPOINTS
         for url in (endpoint.url, *endpoint.aliases)
     }
-    return {
+    made: Described = {
         "openapi": "3.1.0",
         "info": {"title": "mpillm", "version": __version__},
         "paths": {**paths, **_others(of)},
-        "components": {
-            "schemas": schemas,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-        },
+        "components": {"schemas": schemas},
     }
+    if key:
+        made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        made["security"] = [{"key": []}]
+    return made
 
 
 def _streams(endpoint: type[Endpoint]) -> bool:
@@ -137,7 +138,7 @@ def _operation(
     key: bool = True,
     streams: bool = False,
 ) -> Described:
-    """What a URL does by one method. `answers` is the media type, `key` whether the API key is asked for."""
+    """What a URL does by one method. `answers` is the media type, `key` is False where no API key is ever asked for."""
     shown: Described = {"schema": answer or {"type": "object"}} if answers == "application/json" else {}
     error = {
         "description": "what is wrong",
@@ -146,12 +147,13 @@ def _operation(
     made: Described = {
         "summary": summary,
         "parameters": list(parameters),
-        "security": [{"key": []}] if key else [],
         "responses": {
             "200": {"description": "the answer", "content": {answers: shown}},
             "default": error,
         },
     }
+    if not key:
+        made["security"] = []
     if streams:
         made["responses"]["200"]["content"]["text/event-stream"] = {}
     if body is not None:

@@ -81,7 +81,7 @@ def _lead(
             data / "batches", files, arrivals, spec, model, partial(open_journal, session, spec)
         )
     config = uvicorn.Config(
-        make_app(service, [*routes(files, batches), openapi.route()]),
+        make_app(service, [*routes(files, batches), openapi.route(bool(options.api_key))]),
         log_level="warning",
         timeout_graceful_shutdown=GRACE,
         lifespan="off",

@@ -174,6 +174,8 @@ def test_models_health_metrics_and_the_key(client: openai.OpenAI, server: str) -
     assert found.value.status_code == 413
     http = client._client
     assert http.get(f"{server}/health").json()["status"] == "ok"
+    described = http.get(f"{server}/openapi.json").json()
+    assert (described["security"], described["paths"]["/health"]["get"]["security"]) == ([{"key": []}], [])
     text = http.get(f"{server}/metrics").text
     assert 'mpillm_requests_total{endpoint="/v1/chat/completions",status="400"}' in text
     assert http.get(server).headers["content-type"].startswith("text/html")
