@@ -19,8 +19,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, CompileError, ExecError, LinkError, PlatformError
 
 # No -march: each instruction set has its own file with its own target, chosen at run time.  Contraction would let
-# the compiler fuse what must round twice; the kernels' bits are the same on every machine.
-FLAGS = ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-pthread"]
+# the compiler fuse what must round twice; the kernels' bits are the same on every machine.  Python's own flags ask for
+# what a debugger needs (-g): nine tenths of the file, and a fifth of the time to compile it.
+FLAGS = ["-O3", "-g0", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-pthread"]
 KERNELS = "mpillm.kernels._compiled"
 FAILURES = (CCompilerError, CompileError, ExecError, LinkError, PlatformError, OSError)
 

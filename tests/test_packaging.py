@@ -101,6 +101,30 @@ def test_a_source_archive_has_what_a_build_needs(checkout: Path) -> None:
     )
 
 
+def test_a_wheel_of_the_source_archive_is_that_of_the_checkout(checkout: Path, tmp_path: Path) -> None:
+    build("sdist", checkout)
+    (archive,) = (tmp_path / "dist").iterdir()
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path / "unpacked", filter="data")
+    archive.unlink()
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    wheels = []
+    for source in (checkout, unpacked):
+        out = tmp_path / f"from {source.name}"
+        code = f"from setuptools import build_meta; print(build_meta.build_wheel({str(out)!r}))"
+        done = run_bounded([sys.executable, "-c", code], env=clean_environment(CC="false"), cwd=source)
+        assert done.returncode == 0, done.stderr
+        with zipfile.ZipFile(next(out.iterdir())) as wheel:
+            wheels.append({name: wheel.getinfo(name).CRC for name in wheel.namelist()})
+    assert wheels[0] == wheels[1]
+    assert {
+        "mpillm/serve/page/app.js",
+        "mpillm/slurm/run.sh",
+        "mpillm/jobs/quickstart.toml",
+        "mpillm/docs/index.md",
+    } <= set(wheels[0])
+
+
 @pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
 def test_without_a_compiler_it_is_installed_all_the_same(checkout: Path, compiler: str) -> None:
     """No compiler, or one that fails (as it does without Python's headers): NumPy's kernels serve."""

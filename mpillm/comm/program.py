@@ -107,8 +107,12 @@ def library() -> launch.Library:
 
 
 def _import_mpi() -> ModuleType:
-    import mpi4py
-
+    try:
+        import mpi4py
+    except ModuleNotFoundError:
+        raise JobError(
+            "mpi4py is missing, which speaks MPI: pip install mpi4py in this environment."
+        ) from None
     mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
     try:
         from mpi4py import MPI

@@ -30,6 +30,23 @@ def test_without_an_mpi_library(name: str, tmp_path: Path) -> None:
     assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    "command", [["plan", ROOT / "jobs/quickstart.toml"], ["run"], ["doctor"]]
+)
+def test_without_mpi4py(command: list[str | Path], tmp_path: Path) -> None:
+    """What needs no MPI does its work, and the rest says in one sentence what is missing."""
+    (tmp_path / "mpi4py.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'mpi4py'\", name='mpi4py')"
+    )
+    alone = command[0] == "plan"
+    words = [*command, "--model", CHAT] if alone else command
+    env = clean_environment(PYTHONPATH=f"{tmp_path}:{ROOT}")
+    done = run_bounded([sys.executable, "-m", "mpillm", *words], env=env, cwd=tmp_path)
+    assert done.returncode == (0 if alone else 2), done.stderr
+    assert "Traceback" not in done.stderr
+    assert ("mpi4py is missing" in done.stderr) != alone
+
+
 @pytest.mark.mpiexec
 def test_under_mpiexec_it_is_done_once(openmpi: Mpi, tmp_path: Path) -> None:
     done = openmpi.run(3, "-m", "mpillm", "init", "job", "job", cwd=tmp_path)
