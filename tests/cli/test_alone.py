@@ -30,9 +30,7 @@ def test_without_an_mpi_library(name: str, tmp_path: Path) -> None:
     assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    "command", [["plan", ROOT / "jobs/quickstart.toml"], ["run"], ["doctor"]]
-)
+@pytest.mark.parametrize("command", [["plan", ROOT / "jobs/quickstart.toml"], ["run"], ["doctor"]])
 def test_without_mpi4py(command: list[str | Path], tmp_path: Path) -> None:
     """What needs no MPI does its work, and the rest says in one sentence what is missing."""
     (tmp_path / "mpi4py.py").write_text(
