@@ -52,6 +52,7 @@ class Run(msgspec.Struct, kw_only=True):
     weight_bytes: int = 0  # that rank 0 reads in a step
     kv_bytes: int = 0
     read_share: float | None = None  # of the memory's limit
+    joules: float | None = None  # a token, of the processors of rank 0's host, where it tells
     wire_bytes: float = 0.0  # sent by all ranks for each token, prompts' tokens included
     overhead: float | None = None  # the part of a step that is spent outside the kernels
     kernels: dict[str, float] = {}  # parts of a step

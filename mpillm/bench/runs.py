@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import numpy as np
 
 from mpillm.bench.against import Peer, Prompts, ratio
+from mpillm.bench.energy import EnergyMeter
 from mpillm.bench.profile import Profile
 from mpillm.bench.result import Run
 from mpillm.comm.world import World
@@ -56,6 +57,7 @@ class TimedStep:
     prompt: int  # tokens of prompts
     generated: int
     seconds: float
+    joules: float | None = None  # of the host's processors, where it tells
 
 
 def spec_for(model: str, threads: int, options: BenchOptions) -> Spec:
@@ -112,7 +114,7 @@ def _measure(
     session: Session, made: Run, prompts: Prompts, tokens: int, options: BenchOptions, peer: Peer | None
 ) -> Run:
     """Fill in the median rates of runs that alternate with the peer's, and where a step's time goes."""
-    ours, theirs, seconds = [], [], []
+    ours, theirs, seconds, joules = [], [], [], []
     for turn in range(-1, options.repeats):  # the first one warms up
         step = _typical(run_steps(session, prompts, tokens), made)
         other = _peer_rate(peer.run(prompts, tokens), made) if peer else 1.0
@@ -120,6 +122,8 @@ def _measure(
             ours.append((step.prompt + step.generated) / step.seconds)
             seconds.append(step.seconds)
             theirs.append(other)
+            if step.joules is not None:
+                joules.append(step.joules / (step.prompt + step.generated))
     sent = _sent(session)
     with Profile() as profile:
         step = _typical(run_steps(session, prompts, tokens, profile), made)
@@ -127,6 +131,7 @@ def _measure(
     if step is None:
         return made
     made.seconds, made.rate = median(seconds), median(ours)
+    made.joules = median(joules) if joules else None
     made.kernels = {name: share / step.seconds for name, share in profile.typical(made.what == "prefill")}
     made.overhead = 1 - sum(made.kernels.values())
     if peer:
@@ -160,16 +165,21 @@ def run_steps(
 
 
 def _steps(engine: Engine, running: Iterator[object], profile: Profile | None) -> Iterator[TimedStep]:
-    totals = engine.totals
+    totals, meter = engine.totals, EnergyMeter()
     prompt, generated = totals.prompt_tokens, totals.generated_tokens
+    before = meter.read()
     start = time.perf_counter()
     for _ in running:
         now = time.perf_counter()
-        step = TimedStep(totals.prompt_tokens - prompt, totals.generated_tokens - generated, now - start)
+        joules = meter.joules(before, meter.read())
+        step = TimedStep(
+            totals.prompt_tokens - prompt, totals.generated_tokens - generated, now - start, joules
+        )
         prompt, generated = totals.prompt_tokens, totals.generated_tokens
         if profile:
             profile.step(step.prompt > 0)
         yield step
+        before = meter.read()
         start = time.perf_counter()
 
 
@@ -178,10 +188,19 @@ def _typical(steps: list[TimedStep], made: Run) -> TimedStep | None:
     if not steps:
         return None
     if made.what == "prefill":
-        return TimedStep(sum(step.prompt for step in steps), 0, sum(step.seconds for step in steps))
+        joules = _joules(steps)
+        joules = None if joules is None else joules * len(steps)
+        return TimedStep(sum(step.prompt for step in steps), 0, sum(step.seconds for step in steps), joules)
     alone = [step for step in steps if not step.prompt]
     maximum = max(step.generated for step in alone)
-    return TimedStep(0, maximum, median(step.seconds for step in alone if step.generated == maximum))
+    full = [step for step in alone if step.generated == maximum]
+    return TimedStep(0, maximum, median(step.seconds for step in full), _joules(full))
+
+
+def _joules(steps: list[TimedStep]) -> float | None:
+    """The mean of steps: counters move on in jumps of a millisecond."""
+    told = [step.joules for step in steps if step.joules is not None]
+    return fmean(told) if told else None
 
 
 def _peer_rate(seconds: list[float], made: Run) -> float:

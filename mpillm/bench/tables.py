@@ -68,7 +68,9 @@ def _lines(made: Bench) -> Iterator[str]:
     yield from _part(SPECULATION, (_speculation_row(run) for run in made.runs if run.what == "speculation"))
     others = [run for run in made.runs if run.what not in ("paging", "speculation")]
     peer = ["the peer's", "ratio"] if made.peer else []
-    yield from _part([*RUNS, *peer], (_run_row(run, bool(made.peer)) for run in others))
+    told = any(run.joules is not None for run in others)
+    heads = [*RUNS, *(["J a token"] if told else []), *peer]
+    yield from _part(heads, (_run_row(run, told, bool(made.peer)) for run in others))
     if others:
         yield ""
         for run in others:
@@ -93,11 +95,13 @@ def _kernel_row(kernel: Kernel) -> list[str]:
     ]  # fmt: skip
 
 
-def _run_row(run: Run, peer: bool) -> list[str]:
+def _run_row(run: Run, told: bool, peer: bool) -> list[str]:
     rate = f"{run.rate:.1f}" if run.rate else ""
     read = shown_bytes(run.weight_bytes + run.kv_bytes) if run.weight_bytes else ""
     row = [_what(run), str(run.threads), rate, _time(run.seconds), read, _percent(run.read_share)]
     row += [shown_bytes(run.wire_bytes) if run.wire_bytes else "", _percent(run.overhead)]
+    if told:
+        row.append("" if run.joules is None else f"{run.joules:.3g}")
     if peer:
         theirs = _time(run.peer_seconds) if run.peer_seconds else f"{run.peer_rate or 0:.1f}"
         row += [theirs, "" if run.ratio is None else f"{run.ratio:.2f}"]

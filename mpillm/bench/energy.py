@@ -1,0 +1,38 @@
+"""What the processors of this machine take from the wall, where Linux tells it (RAPL, /sys/class/powercap)."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+
+POWERCAP = Path("/sys/class/powercap")
+ZONE = re.compile(r"intel-rapl:\d+")  # of a whole package (AMD's too), in which there are others
+
+Reading = dict[Path, int]  # of each package, in microjoules
+
+
+class EnergyMeter:
+    """The packages' counters that this process may read: none on most virtual machines, and for most users but root."""
+
+    def __init__(self, root: Path = POWERCAP) -> None:
+        self._ranges: Reading = {}
+        for zone in sorted(root.glob("intel-rapl:*")):
+            with contextlib.suppress(OSError, ValueError):
+                if ZONE.fullmatch(zone.name) and (zone / "name").read_text().startswith("package"):
+                    _number(zone / "energy_uj")
+                    self._ranges[zone] = _number(zone / "max_energy_range_uj")
+
+    def read(self) -> Reading:
+        """The counters."""
+        return {zone: _number(zone / "energy_uj") for zone in self._ranges}
+
+    def joules(self, before: Reading, after: Reading) -> float | None:
+        """What was taken between two readings; None where nothing tells. A counter begins anew past its range."""
+        if not self._ranges:
+            return None
+        return sum((after[zone] - before[zone]) % (top + 1) for zone, top in self._ranges.items()) / 1e6
+
+
+def _number(path: Path) -> int:
+    return int(path.read_text())
