@@ -265,10 +265,11 @@ def _zeros(nbytes: int) -> Bytes:
     if nbytes < HUGE:
         return np.frombuffer(mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
     memory = mmap.mmap(-1, nbytes + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # Elsewhere than at the begin of a huge page it would touch one more, and so would a part of one at the end.
+    begin, whole = -np.frombuffer(memory, np.uint8).ctypes.data % HUGE_PAGE, nbytes // HUGE_PAGE * HUGE_PAGE
     with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    # Elsewhere than at the begin of a huge page it would touch one more.
-    begin = -np.frombuffer(memory, np.uint8).ctypes.data % HUGE_PAGE
+        memory.madvise(mmap.MADV_HUGEPAGE, begin, whole)
+        memory.madvise(mmap.MADV_NOHUGEPAGE, begin + whole, HUGE_PAGE - begin + nbytes - whole)
     return np.frombuffer(memory, np.uint8, nbytes, begin)
 
 

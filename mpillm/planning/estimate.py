@@ -12,7 +12,7 @@ from mpillm.model.cache_layout import blocks_needed
 from mpillm.model.config import ModelConfig
 from mpillm.partition import grid
 from mpillm.partition.replicas import Replica
-from mpillm.planning.input_memory import InputNeeds
+from mpillm.planning.input_needs import InputNeeds
 from mpillm.planning.job_time import Demand, JobTime, job_time, shared_time
 from mpillm.planning.machines import Machines
 from mpillm.planning.rank_plan import ReplicaPlan

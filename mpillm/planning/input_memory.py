@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -17,32 +16,24 @@ import msgspec
 from mpillm.batch.bodies import MAX_NAME
 from mpillm.batch.endpoints.embeddings import JSON_BYTES
 from mpillm.batch.endpoints.generate import LOGPROB_BYTES, MAX_LOGPROBS, TOKEN_BYTES
-from mpillm.batch.endpoints.prompts import MAX_ANSWER, MAX_PROMPT_TOKENS, MAX_SEQUENCES
-from mpillm.batch.order import PIECE
+from mpillm.batch.endpoints.prompts import MAX_PROMPT_TOKENS, MAX_SEQUENCES
 from mpillm.batch.rows.forms import needs_arrow
 from mpillm.batch.rows.line import MAX_LINE
 from mpillm.batch.template import asker
 from mpillm.errors import RequestError
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.cache_layout import blocks_for
-from mpillm.planning.grammar_memory import NO_GRAMMARS, Asked, GrammarCounter, GrammarNeeds
+from mpillm.planning.grammar_memory import Asked, GrammarCounter
+from mpillm.planning.input_needs import NO_INPUT, InputNeeds
 from mpillm.planning.token_count import BYTES_PER_TOKEN, NOTHING, Around, TokenCounter, Tokens
 from mpillm.spec import Spec
 from mpillm.store import inputs
 from mpillm.text import Tokenizer
 from mpillm.text.bounds import encoded_at_once
 
-LINE = 64  # bytes of a line and of its answer's place at most; 28 stay (see `batch.lines`)
-ORDERED = 96  # of a line while its piece of the input is ordered (see `batch.order`)
 NAMES = 2  # copies of a line's name
-NAMED = 32 * 2**20  # bytes of all names at most: of lines that run, and of records that wait
-# Of a line, and of all, in what is not sorted yet (two tables of names, 0.6 MiB each) or waits for the journal.
-UNSORTED, UNSORTED_LINES = 1 << 15, 5 * 2**19
-WRITTEN = 3072  # of an answer that is written to results.h5,
-WRITING = 12 * 2**20  # and at most, whatever is written (9 MiB measured)
 PROMPT, TOKEN, LOGPROB = 56, 72, 136  # of a token, and of an alternative to it, until the answer is written
 ARROW = 128 * 2**20  # of the library for Parquet, and of what it reads or writes at once (98 MiB measured)
-COPIES = 5  # of an answer on its way to the journal (4.6 measured)
 
 # While a line is checked. What the values of a line take is bounded by the characters that JSON has between them.
 SHORT = 1 << 14  # bytes of a line that takes no memory worth counting
@@ -82,54 +73,6 @@ class _LineSize(_Body):
     custom_id: Any = None
 
 
-@dataclass(frozen=True)
-class InputNeeds:
-    """What an input asks for; nothing if there is none that can be read."""
-
-    lines: int = 0
-    sequences: int = 0
-    prompt_tokens: int = 0  # an estimate, of all sequences
-    generated_tokens: int = 0  # at most, of all sequences
-    scored_tokens: int = 0  # of the prompts': those of which logits are asked for
-    # Maximum of KV cache blocks that all sequences fill, in one group, without each one's last; None if unknown.
-    blocks: int | None = 0
-    shortest: int = 1  # tokens of a prompt at least
-    longest_answer: int = sys.maxsize  # tokens at most
-    names: int = 0
-    checking: int = 0
-    chat: int = 0
-    answer: int = 0  # of the largest
-    choice: int = 0
-    largest: int = 0  # sequences of a line
-    reading: int = 0
-    grammars: GrammarNeeds = NO_GRAMMARS
-    unread: int = 0  # of the lines: they are errors already
-
-    @property
-    def rows(self) -> int:
-        """Tokens that a step can have at most, however large it may be."""
-        if not self.lines or self.blocks is None:
-            return sys.maxsize
-        return KV_BLOCK * (self.blocks + self.sequences)
-
-    def at_once(self, sequences: int, tokens: int) -> int:
-        """Sequences that have blocks at once, of up to so many that run, where a step has `tokens` rows.
-
-        Each step begins as many as have room in it, but for the one that goes on in the next; they end as soon as they
-        have their tokens. Those that share blocks with others need fewer rows, but at least a block less, too.
-        """
-        started = tokens // self.shortest + 1
-        return min(self.sequences, sequences, started * max(self.longest_answer, 1))
-
-    def kept(self, sequences: int) -> int:
-        """Bytes that rank 0 keeps, if so many sequences run at once."""
-        # Requests that run, and those whose line is not finished.
-        at_once = min(self.sequences, sequences + self.largest)
-        answers = COPIES * min(self.answer, MAX_ANSWER) + at_once * self.choice
-        kept = line_bytes(self.lines) + min(self.names, NAMED) + min(WRITTEN * self.lines, WRITING)
-        return kept + max(self.checking, answers) + self.chat + self.reading + self.grammars.kept(at_once)
-
-
 def input_needs(
     spec: Spec, hidden: int, around: Around = NOTHING, load: Callable[[], Tokenizer | None] = lambda: None
 ) -> InputNeeds:
@@ -140,6 +83,7 @@ def input_needs(
     context = spec.memory.max_context
     lines = names = checking = chat = answer = choice = largest = total = prompt_tokens = 0
     generated = longest = scored = unread = 0
+    scores, prompts = False, 0
     blocks: int | None = 0
     shortest = context
     decoder = msgspec.json.Decoder(_LineSize)
@@ -175,21 +119,18 @@ def input_needs(
                 shortest = min(shortest, _shortest(body, count, tokens))
                 prompt_tokens, generated = prompt_tokens + likely, generated + new
                 scored += likely * _scores(body)
+                scores |= _scores(body) or bool(body.choices)
                 filled = None if maximum is None else _blocks(maximum + max(new - count, 0), count, context)
+                prompts += maximum or 0
                 blocks = None if blocks is None or filled is None else blocks + filled
     except OSError:
-        return InputNeeds()
+        return NO_INPUT
     return InputNeeds(
         lines, total, prompt_tokens, generated, scored, blocks, max(shortest, 1), longest, names,
         checking, chat, answer, choice, largest,
         ARROW if needs_arrow(spec.input_path) or spec.output.format == "parquet" else 0,
-        grammars.needs(), unread,
+        grammars.needs(), unread, prompts, scores,
     )  # fmt: skip
-
-
-def line_bytes(lines: int) -> int:
-    """Bytes that rank 0 keeps of so many lines, besides their names."""
-    return LINE * lines + ORDERED * min(lines, PIECE) + min(UNSORTED * lines, UNSORTED_LINES)
 
 
 def _prompt_tokens(body: _Body, counter: TokenCounter, around: Around) -> Tokens:
@@ -227,7 +168,14 @@ def _of_sequences(body: _Body, count: int, prompts: Tokens) -> tuple[int, int | 
 
 def _shortest(body: _Body, count: int, prompts: Tokens) -> int:
     """Tokens of each prompt of a line at least: half of those counted, as templates leave some out."""
-    return prompts.likely // 2 if count == 1 and not body.choices else 1
+    if body.choices:
+        return 1
+    if count == 1:
+        return prompts.likely // 2
+    given = bytes(body.input or body.prompt)
+    if not _IDS.match(given) or _prompts(given) != count:  # texts, or choices that share a prompt
+        return 1
+    return min(bytes(one).count(b",") + 1 for one in msgspec.json.decode(given, type=list[msgspec.Raw]))
 
 
 def _blocks(tokens: int, count: int, context: int) -> int:

@@ -16,7 +16,7 @@ from mpillm.errors import LayoutError
 from mpillm.partition import replicas
 from mpillm.partition.grid import Auto
 from mpillm.partition.replicas import Replica, Replicas
-from mpillm.planning.input_memory import InputNeeds
+from mpillm.planning.input_needs import NO_INPUT, InputNeeds
 from mpillm.planning.layout_plans import Chosen, Found, LayoutPlanner
 from mpillm.planning.layout_rule import by_rule
 from mpillm.planning.machines import Machines
@@ -41,7 +41,7 @@ class Layouts:
     count: int | Auto
     requests: int | None = None
     shards: int | None = None
-    asked: InputNeeds = InputNeeds()  # noqa: RUF009
+    asked: InputNeeds = NO_INPUT
 
     def choose(self, machines: Machines) -> Found:
         """The fastest layout on all ranks of these machines; LayoutError if there is none."""

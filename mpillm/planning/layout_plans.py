@@ -10,7 +10,7 @@ from mpillm.comm.transfer import Wire
 from mpillm.model.config import ModelConfig
 from mpillm.partition.replicas import Replicas
 from mpillm.planning.estimate import Estimate, demand_of, estimate, stage_layers_by_speed
-from mpillm.planning.input_memory import InputNeeds
+from mpillm.planning.input_needs import InputNeeds
 from mpillm.planning.machines import Machines
 from mpillm.planning.planner import Planner
 from mpillm.planning.rank_plan import ReplicaPlan

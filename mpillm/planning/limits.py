@@ -20,9 +20,10 @@ from mpillm.errors import JobError
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.activations import Activations
 from mpillm.model.cache_layout import CacheLayout, blocks_for, blocks_needed, window_blocks
+from mpillm.model.config import ModelConfig
 from mpillm.model.spill import HUGE, HUGE_PAGE, maximum_blocks, nbytes_in_file
 from mpillm.partition.grid import Place
-from mpillm.planning.input_memory import InputNeeds
+from mpillm.planning.input_needs import NO_INPUT, InputNeeds
 from mpillm.spec import Spec, shown_bytes
 
 SEQUENCES, TOKENS = 256, 512  # what "auto" means in [batch] while all weights are in memory
@@ -65,21 +66,19 @@ def limits(
     max_context: int,
     streamed: Sequence[int],
     kv: Sequence[int] | None = None,
+    asked: InputNeeds = NO_INPUT,
 ) -> Limits:
     """What steps and the cache of ranks at `places` take, whose caches have `layouts`; JobError if that is nothing.
 
-    `streamed` has the bytes of weights that each rank streams, `max_context` is the longest request's tokens, and `kv`
-    has the budget of each rank's cache, where they are not all that of `spec`.
+    `streamed` has the bytes of weights that each rank streams, `max_context` is the longest request's tokens, `kv`
+    has the budget of each rank's cache, where they are not all that of `spec`, and `asked` what the input asks for.
     """
     streams = any(streamed)
     step, stages, windows = step_size(spec, rows, places, streams), places[0].stages, layouts[0].windows
     capacity = cache_capacity(spec, layouts, streamed, step.sequences * stages, kv)
     if problem := capacity.problem(spec, layouts):
         raise JobError(problem)
-    useful = useful_blocks(max_context, windows, step.tokens) * step.sequences
-    if rows.config.whole_prompts:  # what is in steps under way, with one block each that is not full
-        useful = blocks_for(step.tokens) + step.sequences
-    n_blocks = min(capacity.blocks, useful * stages)
+    n_blocks = cache_blocks(capacity, rows.config, step, windows, max_context, stages, asked)
     return Limits(
         n_blocks=n_blocks,
         blocks_in_memory=min(capacity.blocks_in_memory, n_blocks),
@@ -124,8 +123,14 @@ class CacheCapacity:
         """
         if not asked.lines or asked.blocks is None:
             return self.blocks, self.states
-        blocks = asked.blocks + asked.at_once(step.sequences * stages, step.tokens * stages)
-        return min(self.blocks, groups * blocks), min(self.slots, asked.sequences) + self.saved
+        blocks = groups * asked.blocks_at_once(step.sequences * stages, step.tokens * stages)
+        return min(self.blocks, blocks), min(self.slots, asked.sequences) + self.saved
+
+    def holds(self, groups: int, asked: InputNeeds, step: StepSize, stages: int) -> bool:
+        """Whether all blocks that an input needs, if that is known, are there at once."""
+        if not asked.lines or asked.blocks is None:
+            return False
+        return groups * asked.blocks_at_once(step.sequences * stages, step.tokens * stages) <= self.blocks
 
     def problem(self, spec: Spec, layouts: Sequence[CacheLayout]) -> str | None:
         """Why nothing can run; None if something can."""
@@ -171,6 +176,24 @@ def cache_capacity(
     return CacheCapacity(min(blocks, default=0), min(in_memory, default=0), slots, saved)
 
 
+def cache_blocks(
+    capacity: CacheCapacity,
+    config: ModelConfig,
+    step: StepSize,
+    windows: Sequence[int],
+    max_context: int,
+    stages: int,
+    asked: InputNeeds,
+) -> int:
+    """The blocks that a cache has: not more than steps or the input can use, but those of the longest request."""
+    longest = useful_blocks(max_context, windows, step.tokens)
+    useful = longest * step.sequences
+    if config.whole_prompts:  # what is in steps under way, with one block each that is not full
+        useful = blocks_for(step.tokens) + step.sequences
+    needed, _ = capacity.needed(len(windows), asked, step, stages)
+    return min(capacity.blocks, useful * stages, max(needed, longest))
+
+
 def useful_blocks(tokens: int, windows: Sequence[int], step_tokens: int) -> int:
     """Blocks of all groups that a sequence of `tokens` tokens uses at most, `step_tokens` of them at once."""
     return sum(
@@ -191,7 +214,7 @@ def cached_tokens(n_blocks: int, windows: Sequence[int], max_context: int) -> in
 def cache_in_memory(spec: Spec, layout: CacheLayout, n_blocks: int, n_slots: int, capacity: int) -> int:
     """Bytes of memory that the cache of a rank takes at most, where `n_blocks` of `capacity` blocks are used.
 
-    Large pools are used in huge pages, of which a first block takes a whole one.
+    Large pools are used in huge pages, of which a first block takes a whole one, but for what is less at their end.
     """
     held = n_slots * layout.state_nbytes
     for nbytes in chain.from_iterable(layout.pools):

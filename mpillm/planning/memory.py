@@ -18,13 +18,17 @@ from mpillm.engine.speculation import DRAWN_ROWS
 from mpillm.model.activations import Activations
 from mpillm.model.config import ModelConfig
 from mpillm.partition.grid import Place, vocab_axis
+from mpillm.planning.input_needs import InputNeeds
+from mpillm.planning.limits import StepSize
+from mpillm.spec import Spec
 from mpillm.text.confined import template_process_peak
 from mpillm.weights.source import Source
 from mpillm.weights.text_files import text_fields, text_folder
 
 # Measured on x86-64 with Open MPI and MPICH: 45 MiB for Python and MPI, 40 for the libraries, 14 for a heap in use.
 PROCESS = 104 * 2**20
-WORD = 1024  # bytes of a vocabulary's entry in the tokenizer, which rank 0 has (700 measured)
+# Bytes of a vocabulary's entry in the tokenizer, which rank 0 has (560 measured, 670 with a GGUF file's fields),
+WORD = 832
 FIELD = 256  # and among a GGUF file's fields, which all have
 # Loading a small model takes so many times the bytes of its pages, because rows may become float32.
 LOADING = 8
@@ -48,15 +52,25 @@ class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
         return self.weights + self.adapters + self.draft + self.kv + self.activations + self.process
 
 
-def activations(kind: Activations, place: Place, rows: int) -> int:
-    """Bytes of the rows of a step on a rank, including logits and messages under way."""
+def activations(kind: Activations, place: Place, rows: int, outputs: int = TILE) -> int:
+    """Bytes of the rows of a step on a rank, including logits of `outputs` of them and messages under way."""
     config, found = kind.config, kind.nbytes(place, rows)
     if place.stage == place.stages - 1:
-        found += LOGITS * 4 * TILE * len(vocab_axis(config.vocab).entries(place))
+        found += LOGITS * 4 * min(outputs, TILE) * len(vocab_axis(config.vocab).entries(place))
         found += DRAWN_ROWS * 4 * config.hidden * place.stages  # kept until all tokens of a step are drawn
     if place.stages > 1:
         found += 2 * rows * 4 * config.hidden  # one message leaves, or comes, while the next is made
     return found
+
+
+def step_rows(asked: InputNeeds, spec: Spec, step: StepSize, held: bool) -> tuple[int, int]:
+    """Rows of a step, and those of them with logits, at most: no more than the input can ask for.
+
+    `held`: the cache holds all blocks that the input needs.
+    """
+    drafted = 0 if spec.batch.speculation == "off" and spec.draft.model is None else answer_index.LONGEST
+    rows = min(step.tokens, asked.rows(held, drafted))
+    return rows, asked.outputs(step.sequences, step.tokens, drafted)
 
 
 def process(source: Source, config: ModelConfig, place: Place, pages: Sequence[int], kept: int) -> int:

@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 
 from mpillm.model.config import ModelConfig
-from mpillm.planning.input_memory import InputNeeds, input_needs
+from mpillm.planning.input_memory import input_needs
+from mpillm.planning.input_needs import InputNeeds
 from mpillm.planning.token_count import Around
 from mpillm.spec import Spec
 from mpillm.text import Tokenizer, load_tokenizer

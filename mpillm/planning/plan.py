@@ -17,7 +17,7 @@ from mpillm.model.config import ModelConfig
 from mpillm.model.opening import open_described
 from mpillm.partition import grid
 from mpillm.planning.estimate import Estimate
-from mpillm.planning.input_memory import InputNeeds
+from mpillm.planning.input_needs import InputNeeds
 from mpillm.planning.layout import Layouts
 from mpillm.planning.layout_plans import Found
 from mpillm.planning.limits import cached_tokens

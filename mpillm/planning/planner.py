@@ -17,8 +17,9 @@ from mpillm.partition import grid
 from mpillm.partition.grid import Place
 from mpillm.partition.replicas import Replica
 from mpillm.planning import draft, memory
-from mpillm.planning.input_memory import InputNeeds
+from mpillm.planning.input_needs import InputNeeds
 from mpillm.planning.limits import (
+    cache_blocks,
     cache_capacity,
     cache_in_file,
     cache_in_memory,
@@ -85,8 +86,11 @@ class Planner:
         budgets = [one.memory.kv_bytes for one in specs]
         capacity = cache_capacity(spec, caches, read, step.sequences * replica.stages, budgets)
         needed = capacity.needed(len(caches[0].windows), asked, step, replica.stages)
+        max_context = min(spec.memory.max_context, config.max_position)
+        n_blocks = cache_blocks(capacity, config, step, caches[0].windows, max_context, replica.stages, asked)
         kept = 0 if number else asked.kept(step.sequences * replica.stages)
-        rows, drafting = min(step.tokens, asked.rows), draft.nbytes(spec, config)
+        held = capacity.holds(len(caches[0].windows), asked, step, replica.stages)
+        rows, drafting = memory.step_rows(asked, spec, step, held), draft.nbytes(spec, config)
         plans = [
             _rank(
                 one,
@@ -95,15 +99,14 @@ class Planner:
                 place,
                 cache,
                 needed,
-                capacity.blocks,
+                n_blocks,
                 share,
-                self._activations(place, rows),
+                self._activations(place, *rows),
                 memory.process(self.source, config, place, share.pages, kept),
                 0 if place.rank else drafting,
             )
             for one, place, cache, share in zip(specs, places, caches, shares, strict=True)
         ]
-        max_context = min(spec.memory.max_context, config.max_position)
         return ReplicaPlan(caches, step, capacity, max_context, plans, [share.work for share in shares])
 
     def _share(self, spec: Spec, place: Place, cache: CacheLayout) -> WeightsShare:
@@ -142,10 +145,10 @@ class Planner:
             self._known.update(zip(unknown, found, strict=True))
         return [self._known[key] for key in keys]
 
-    def _activations(self, place: Place, rows: int) -> int:
-        key = ("activations", rows, place.stages, *self._like(place))
+    def _activations(self, place: Place, rows: int, outputs: int) -> int:
+        key = ("activations", rows, outputs, place.stages, *self._like(place))
         if key not in self._known:
-            self._known[key] = memory.activations(self._rows, place, rows)
+            self._known[key] = memory.activations(self._rows, place, rows, outputs)
         return int(self._known[key])
 
     def _like(self, place: Place) -> tuple[Any, ...]:

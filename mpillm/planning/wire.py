@@ -14,7 +14,7 @@ from mpillm.comm.transfer import Wire
 from mpillm.model.config import ModelConfig
 from mpillm.partition.replicas import Replicas
 from mpillm.planning.estimate import demand_of, estimate
-from mpillm.planning.input_memory import InputNeeds
+from mpillm.planning.input_needs import InputNeeds
 from mpillm.planning.machines import Machines
 from mpillm.planning.rank_plan import ReplicaPlan
 from mpillm.spec import Spec

@@ -14,7 +14,7 @@ from mpillm.errors import JobError, LayoutError
 from mpillm.partition.replicas import Replicas
 from mpillm.planning import hosts, measure
 from mpillm.planning.estimate import demand_of, estimate, rank_seconds, replica_shares
-from mpillm.planning.input_memory import InputNeeds
+from mpillm.planning.input_needs import InputNeeds
 from mpillm.planning.layout import Layouts
 from mpillm.planning.layout_plans import Chosen
 from mpillm.planning.machines import Machines

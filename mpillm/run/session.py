@@ -28,7 +28,7 @@ from mpillm.model.kv import KVCache
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid
 from mpillm.planning.estimate import Estimate, demand_of, estimate, link
-from mpillm.planning.input_memory import InputNeeds
+from mpillm.planning.input_needs import NO_INPUT, InputNeeds
 from mpillm.planning.job_time import Demand
 from mpillm.planning.limits import limits
 from mpillm.planning.needs import needs_of
@@ -111,7 +111,7 @@ class Session:
         assert isinstance(spec.layout.threads, (str, int))
         self.threads = world.threads(spec.layout.threads)
         world.limit_threads(self.threads)
-        self.needs = world.on_rank_0(self._ask) if self._replicated else InputNeeds()
+        self.needs = world.on_rank_0(self._ask) if self._replicated else NO_INPUT
         self.choice = LayoutChoice(
             world,
             self.job,
@@ -273,7 +273,14 @@ class Session:
         specs = [self.job.on_rank(rank, self.world.hosts[rank]) for rank in self._ranks]
         kv = [spec.memory.kv_bytes for spec in specs]
         return limits(
-            tightest(specs), self.activations, self._places, self.caches, max_context, self.streamed, kv
+            tightest(specs),
+            self.activations,
+            self._places,
+            self.caches,
+            max_context,
+            self.streamed,
+            kv,
+            self.needs,
         )
 
     def _decoder(self) -> Decoder:

@@ -65,13 +65,14 @@ def _planned_memory(session: Session) -> memory.RankMemory:
     capacity = CacheCapacity(limits.n_blocks, limits.blocks_in_memory, limits.n_slots, limits.n_saved)
     step = StepSize(limits.max_sequences, limits.max_tokens)
     needed = capacity.needed(len(limits.windows), session.needs, step, limits.micro_batches)
+    held = capacity.holds(len(limits.windows), session.needs, step, limits.micro_batches)
     return memory.RankMemory(
         weights=min(weights.total, weights.budget),
         adapters=session.adapters.nbytes(place),
         draft=0 if place.rank else draft.nbytes(session.spec, config),
         kv=cache_in_memory(session.spec, session.caches[place.rank], *needed, capacity.blocks),
         activations=memory.activations(
-            session.activations, place, min(limits.max_tokens, session.needs.rows)
+            session.activations, place, *memory.step_rows(session.needs, session.spec, step, held)
         ),
         process=memory.process(session.source, config, place, [page.nbytes for page in weights.pages], kept),
     )

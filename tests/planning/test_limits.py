@@ -11,6 +11,7 @@ from mpillm.model.activations import Activations
 from mpillm.model.cache_layout import CacheLayout, cache_layout, groups_of, rank_layouts
 from mpillm.model.cache_spec import SequenceState, TokenCache
 from mpillm.partition.grid import Place
+from mpillm.planning.input_needs import InputNeeds
 from mpillm.planning.limits import (
     MAX_TOKENS,
     cache_capacity,
@@ -56,6 +57,16 @@ def made(
 def test_resident_weights_take_fixed_steps() -> None:
     assert made(spec(kv=10**15), streams=False) == (256 * 4096 // KV_BLOCK, 256, 512)
     assert made(spec(), streams=False) == (GIB // BLOCK, 256, 512)
+
+
+def test_a_cache_has_the_blocks_that_its_input_needs_and_those_of_the_longest_request() -> None:
+    def blocks(asked: InputNeeds) -> int:
+        return limits(spec(kv=10**15), ROWS, ALONE, layouts(), 4096, [0], asked=asked).n_blocks
+
+    assert blocks(InputNeeds(lines=9, sequences=9, blocks=300)) == 309
+    longest = blocks(InputNeeds(lines=1, sequences=1, blocks=1))
+    assert longest == 4096 // KV_BLOCK, "which lines are refused does not depend on other lines"
+    assert blocks(InputNeeds(lines=9, blocks=None)) == blocks(InputNeeds()) == 256 * 4096 // KV_BLOCK
 
 
 def test_streamed_weights_take_all_that_the_kv_cache_holds() -> None:

@@ -15,7 +15,7 @@ from mpillm.errors import LayoutError
 from mpillm.model.opening import config_of, open_source
 from mpillm.planning.estimate import demand_of, replica_shares
 from mpillm.planning.hosts import Host, machines_of
-from mpillm.planning.input_memory import InputNeeds
+from mpillm.planning.input_needs import InputNeeds
 from mpillm.planning.layout import CLEARLY, Layouts
 from mpillm.planning.layout_plans import Found
 from mpillm.planning.machines import Machines

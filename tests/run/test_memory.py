@@ -22,19 +22,8 @@ from mpillm.bench import packed, synthetic, synthetic_shapes
 from mpillm.partition.grid import Place
 from mpillm.planning import plan
 from mpillm.planning.grammar_memory import DIVISOR, HELD
-from mpillm.planning.input_memory import (
-    ARROW,
-    CHAT,
-    COPIES,
-    LOGPROB,
-    NAMES,
-    PROMPT,
-    TEMPLATE,
-    WRITTEN,
-    InputNeeds,
-    input_needs,
-    line_bytes,
-)
+from mpillm.planning.input_memory import ARROW, CHAT, LOGPROB, NAMES, PROMPT, TEMPLATE, input_needs
+from mpillm.planning.input_needs import COPIES, WRITTEN, InputNeeds, line_bytes
 from mpillm.planning.limits import CacheCapacity, StepSize
 from mpillm.planning.token_count import Around
 from mpillm.store import report, report_page
@@ -132,7 +121,8 @@ def test_a_step_of_many_rows_takes_what_is_planned_for_them(
         taken.append(rank.memory_peak - rank.kv["bytes"])
         planned.append(rank.memory["activations"])
     (few, many), (planned_few, planned_many) = taken, planned
-    assert 0.5 < (many - few) / (planned_many - planned_few) <= 1
+    # Buffers of several huge pages have a part of one at their end.
+    assert 0.5 < (many - few) / (planned_many - planned_few) <= 1.02
 
 
 MAP = """
@@ -330,3 +320,31 @@ def test_the_cache_is_planned_for_what_the_input_can_need() -> None:
     assert capacity.needed(2, InputNeeds(lines=1, sequences=30, blocks=90), step, 2) == (100, 12)
     for nothing in (InputNeeds(), InputNeeds(lines=1, blocks=None)):
         assert capacity.needed(2, nothing, step, 2) == (100, 12)
+        assert not capacity.holds(2, nothing, step, 2)
+    assert capacity.holds(2, short, step, 2)
+    assert not capacity.holds(2, InputNeeds(lines=1, sequences=30, blocks=90), step, 2)
+
+
+def test_rows_and_logits_are_planned_for_what_the_input_can_ask_for() -> None:
+    asked = InputNeeds(lines=3, sequences=3, blocks=6, prompts=50, longest_answer=9)
+    assert asked.rows(held=True, drafted=0) == 53
+    assert asked.rows(held=False, drafted=0) == 32 * 9, "a sequence may be computed again with its answer"
+    assert (asked.outputs(64, 512, 0), asked.outputs(64, 512, 15), asked.outputs(64, 5, 15)) == (3, 48, 5)
+    assert replace(asked, scores=True).outputs(64, 512, 0) == 512
+    assert InputNeeds().outputs(64, 512, 0) == 512
+
+
+@pytest.mark.parametrize(
+    ("text", "shortest"),
+    [
+        ('{"input": [[5, 6, 7], [8, 9]]}', 2),
+        ('{"input": [[5, 6, 7], [8, 9]], "n": 2}\n{"prompt": [[5, 6, 7], [8, 9]], "n": 2}', 1),
+        ('{"input": ["a b c d", "e f g h"]}', 1),
+    ],
+)
+def test_prompts_of_a_line_are_as_short_as_its_shortest_list(
+    text: str, shortest: int, tmp_path: Path
+) -> None:
+    job = spec.load(None, input=str(tmp_path / "in.jsonl"), output=str(tmp_path / "out"))
+    (tmp_path / "in.jsonl").write_text(text)
+    assert input_needs(job, 64).shortest == shortest

@@ -17,7 +17,7 @@ import pytest
 from mpillm.batch.requests import CheckedInput
 from mpillm.batch.work import Work
 from mpillm.errors import Interrupted
-from mpillm.planning.input_memory import WRITING
+from mpillm.planning.input_needs import WRITING
 from mpillm.store import hdf5, results
 from mpillm.store.directory import Directory
 from mpillm.store.journal import Journal
