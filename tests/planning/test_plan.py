@@ -88,7 +88,7 @@ def test_lines_of_the_input_take_memory_on_the_first_rank(tmp_path: Path) -> Non
     with_input, without = plan.make(asked, 2), planned("llama3", 2)
     more = [one.process - other.process for one, other in zip(with_input.ranks, without.ranks, strict=True)]
     prompts = (with_input.stages * with_input.step_sequences + 1) * (3 + SPECIAL) * input_memory.PROMPT
-    assert more == [input_memory.line_bytes(3000) + 3000 * input_memory.WRITTEN + prompts, 0]
+    assert more == [input_needs.line_bytes(3000) + 3000 * input_needs.WRITTEN + prompts, 0]
 
 
 def test_a_budget_smaller_than_the_share_is_streamed() -> None:
