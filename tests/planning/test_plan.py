@@ -14,7 +14,7 @@ from mpillm.errors import JobError, LayoutError, ModelError
 from mpillm.kernels import KV_BLOCK, BlockType
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
-from mpillm.planning import hosts, input_memory, plan, plan_text, suggestion
+from mpillm.planning import hosts, input_memory, input_needs, plan, plan_text, suggestion
 from mpillm.planning.hosts import Host
 from mpillm.planning.plan import Plan
 from mpillm.planning.token_count import SPECIAL
