@@ -31,7 +31,9 @@ from mpillm.planning.step_time import (
 )
 from mpillm.spec import Spec
 
-UNEVEN = 1.1  # how many times as fast an uneven division of layers must be
+UNEVEN = (
+    1.1  # how many times as fast an uneven division of layers must be, or a replica that computes more lines
+)
 IDLE = 1.25  # how many times as long as the whole job a request takes on a replica that gets none
 TYPICAL = Demand(requests=256, prompt=256 * 256.0, generated=256 * 128.0)  # where there is no input
 
@@ -237,7 +239,10 @@ def replica_shares(
     plans: Sequence[ReplicaPlan],
     given: Demand | None,
 ) -> list[float]:
-    """The part of the requests that each replica should compute, by its speed; equal ones if speeds are not known."""
+    """The part of the requests that each replica should compute, by its speed.
+
+    Equal ones if speeds are not known, or differ by no more than what was measured in a second or two may be off.
+    """
     if not machines.speeds or len(replicas) == 1:
         return [1 / len(replicas)] * len(replicas)
     demand, part = given or TYPICAL, 1 / len(replicas)
@@ -246,6 +251,8 @@ def replica_shares(
         1 / estimate(spec, config, machines, [replica], [plan], own).seconds
         for replica, plan in zip(replicas, plans, strict=True)
     ]
+    if max(rates) < UNEVEN * min(rates):
+        return [1 / len(replicas)] * len(replicas)
     return [rate / sum(rates) for rate in rates]
 
 

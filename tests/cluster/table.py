@@ -108,21 +108,28 @@ def alone(cluster: Cluster, model: Path, program: Path | None, rate: str) -> Non
     show(f"{rate} 4 hosts, ours, stages", cluster.timed(model, 4, shards=1, stages=4, replicas=1))
 
 
-def together(cluster: Cluster, model: Path, rate: str) -> None:
-    """Jobs of 1 and 32 answers on every layout of two hosts, and as mpillm chooses; then with a slow host."""
+def compare(cluster: Cluster, model: Path, ranks: int, lines: int, name: str) -> float:
+    """Run a job on one host, on every kind of layout of so many hosts, and as mpillm chooses; the part of the best."""
     ways = {
         "one host": (1, ()),
-        "replicas": (2, ("layout.replicas=2",)),
-        "stages": (2, ("layout.replicas=1", "layout.stages=2")),
-        "shards": (2, ("layout.replicas=1", "layout.shards=2")),
-        "auto": (2, ()),
+        "replicas": (ranks, (f"layout.replicas={ranks}",)),
+        "stages": (ranks, ("layout.replicas=1", f"layout.stages={ranks}")),
+        "auto": (ranks, ()),
     }
+    if ranks.bit_count() == 1:
+        ways["shards"] = ranks, ("layout.replicas=1", f"layout.shards={ranks}")
+    took = {way: cluster.job(model, own, lines, *words) for way, (own, words) in ways.items()}
+    for way, (seconds, layout) in took.items():
+        print(f"{name} {lines} answers, {way:9} {layout:10} {seconds:7.2f} s", flush=True)
+    part = min(seconds for seconds, _ in took.values()) / took["auto"][0]
+    print(f"{name} {lines} answers: auto reaches {part:.2f} of the best", flush=True)
+    return part
+
+
+def together(cluster: Cluster, model: Path, rate: str) -> None:
+    """Jobs of 1 and 32 answers on every layout of two hosts, and as mpillm chooses; then with a slow host."""
     for lines in (1, 32):
-        took = {name: cluster.job(model, ranks, lines, *words) for name, (ranks, words) in ways.items()}
-        for name, (seconds, layout) in took.items():
-            print(f"{rate} {lines} answers, {name:9} {layout:10} {seconds:7.2f} s", flush=True)
-        best = min(seconds for seconds, _ in took.values())
-        print(f"{rate} {lines} answers: auto reaches {best / took['auto'][0]:.2f} of the best", flush=True)
+        compare(cluster, model, 2, lines, rate)
     whole, _ = cluster.job(model, 1, 64)
     with slowed(cluster.hosts, 2):
         seconds, layout = cluster.job(model, 2, 64)

@@ -167,6 +167,8 @@ def test_replicas_share_requests_by_their_speeds() -> None:
     assert sum(made) == pytest.approx(1)
     assert made[0] == made[2]
     assert 2.5 < made[0] / made[1] <= 4  # by their products; what is no product is as fast
+    alike = machines_of([host(FAST), host((3.9, 7.7, 11.6)), host(FAST)])  # as far as can be measured
+    assert shares(alike, *three) == [1 / 3] * 3
     unknown = replace(machines_of([host(FAST)] * 3), speeds=())
     assert shares(unknown, *three) == [1 / 3] * 3
 
