@@ -51,7 +51,7 @@ LAUNCHER_OPTIONS = {
 }
 # Programs of others; what they do is theirs.
 SYSTEM = {"schemathesis", "inspect", "export", "split", "apt", "pip", "."}
-MADE_UP = {"JOB.toml", "hosts"}
+MADE_UP = {"JOB.toml", "hosts", "records.jsonl"}
 
 
 def fenced(page: Path) -> Iterator[str]:
@@ -147,7 +147,7 @@ def check_mpillm(words: list[str]) -> None:
             ROOT / job, options.set, model=options.model, input=options.input, output=options.output
         )
         assert options.input or loaded.input_path.is_file(), loaded.input
-    elif getattr(options, "input", None):
+    elif getattr(options, "input", None) and str(options.input) not in MADE_UP:
         assert (ROOT / options.input).is_file(), options.input
 
 
@@ -342,3 +342,47 @@ def test_the_tutorial_for_python_runs(tmp_path: Path) -> None:
     done = run_bounded([sys.executable, "-c", script], env=clean_environment(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "1 200"
+
+
+def test_the_tutorial_for_slurm_runs(tmp_path: Path) -> None:
+    """Its commands, typed one after the other with its example as the input and a tiny model.
+
+    pip and pull are left out, and sbatch's words are run here; tests/cluster/test_slurm.py has the scripts in a Slurm.
+    """
+    page, env = ROOT / "docs/tutorial-slurm.md", clean_environment()
+    folder, typed = tmp_path, list(fenced(page))
+    for line in typed:
+        words = shlex.split(line)
+        if words[0] == "pip" or words[3:4] == ["pull"]:
+            continue
+        if words[0] == "sbatch":
+            words = ["python", "-m", "mpillm", "run", *words[2:]]
+        if words[3] in ("plan", "run"):
+            words += ["--model", str(CHAT)]
+        done = run_bounded([sys.executable, *words[1:]], env=env, cwd=folder)
+        assert done.returncode == 0, (line, done.stderr)
+        if words[3] == "init":
+            folder = tmp_path / words[-1]
+            (request,) = re.findall(r"^```json\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+            (folder / "records.jsonl").write_text(request)
+    answer = json.loads((folder / "out/records/results.jsonl").read_text())
+    assert answer["custom_id"] == "record-1"
+    assert answer["response"]["body"]["choices"][0]["message"]["content"] in ("positive", "negative")
+    assert (folder / "out/records/report.html").is_file()
+
+
+def test_the_requests_that_pages_show_are_answered(tmp_path: Path) -> None:
+    """All of one line, in one run of a tiny model (which has no classifier) with the adapter that they name."""
+    lines = [line for page in PAGES for line in re.findall(r'^\{"\w+": .*\}$', page.read_text(), flags=re.M)]
+    assert len(lines) > 10
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    words = ["run", "--model", CHAT, "--input", "in.jsonl", "--output", "out"]
+    adapter = ["--set", f"adapters.french={ROOT / 'tests/fixtures/adapters/chat_all'}"]
+    run_bounded([sys.executable, "-m", "mpillm", *words, *adapter], env=clean_environment(), cwd=tmp_path)
+    answers = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
+    failed = {
+        line: answer["error"]["message"]
+        for line, answer in zip(lines, answers, strict=True)
+        if answer["error"]
+    }
+    assert [line for line in failed if "/v1/classify" not in line] == [], failed
