@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class BatchedBench:
         """JobError if there is no such program."""
         if not (binary.is_file() and os.access(binary, os.X_OK)):
             raise JobError(f"--against {name}={binary}: that is no program; name its llama-batched-bench.")
-        self._name, self._binary, self._model = name, binary, model
+        self._name, self._binary, self._model = name, binary.resolve(), model.resolve()
         self._threads, self._cores = threads, cores
 
     def run(self, prompts: Prompts, tokens: int) -> list[float]:
@@ -41,9 +42,16 @@ class BatchedBench:
         command += [word for option, value in sizes.items() for word in (option, str(value))]
         # Settings of our OpenMP must not slow down the other program.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
-        done = subprocess.run(
-            command, check=False, capture_output=True, text=True, errors="replace", env=environment
-        )
+        with tempfile.TemporaryDirectory() as folder:  # it leaves a log where it runs
+            done = subprocess.run(
+                command,
+                check=False,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                env=environment,
+                cwd=folder,
+            )
         rows = _rows(done.stdout) or _rows(done.stderr)  # versions differ in where they print it
         if done.returncode or len(rows) != TURNS:
             said = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]

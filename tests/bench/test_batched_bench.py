@@ -27,20 +27,22 @@ def program(folder: Path, code: str) -> Path:
     """A program that notes its arguments and cores, and runs `code`."""
     made = folder / "llama-batched-bench"
     said = "' '.join([*sys.argv[1:], str(os.sched_getaffinity(0))])"
-    noted = f"import os, sys\nopen(sys.argv[0] + '.said', 'w').write({said})\n"
+    noted = f"import os, sys\nopen('llama.log', 'w')\nopen(sys.argv[0] + '.said', 'w').write({said})\n"
     made.write_text(f"#!{sys.executable}\n{noted}{code}\n")
     made.chmod(0o755)
     return made
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_the_second_time_counts(tmp_path: Path, stream: str) -> None:
+def test_the_second_time_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: str) -> None:
+    monkeypatch.chdir(tmp_path)
     core = min(os.sched_getaffinity(0))
-    binary = program(tmp_path, f"sys.{stream}.write('''{TABLE}''')")
-    peer = BatchedBench("ik", binary, Path("m.gguf"), 3, [core])
+    program(tmp_path, f"sys.{stream}.write('''{TABLE}''')")
+    peer = BatchedBench("ik", Path("llama-batched-bench"), Path("m.gguf"), 3, [core])
     assert peer.run([[1] * 64] * 4, 9) == [0.866, *[0.08] * 8]
     said = (tmp_path / "llama-batched-bench.said").read_text()
-    assert said == f"-m m.gguf -npl 4,4 -t 3 -c 512 -b 512 -npp 64 -ntg 8 {{{core}}}"
+    assert not (tmp_path / "llama.log").exists(), "what it leaves behind is not left with the user"
+    assert said == f"-m {tmp_path}/m.gguf -npl 4,4 -t 3 -c 512 -b 512 -npp 64 -ntg 8 {{{core}}}"
 
 
 @pytest.mark.parametrize(
