@@ -121,6 +121,7 @@ def check_python(words: list[str]) -> None:
         "tests.batch.throughput",
         "tests.arm.machine",
         "tests.chaos",
+        "tests.cluster.layouts",
         "tests.cluster.table",
         "tests.fuzz",
         "tests.planning.times",
