@@ -28,11 +28,14 @@ _LAYER = re.compile(r"blk\.(?P<layer>[0-9]{1,6})\.")
 MAX_SPLITS = 999
 
 
-def open_gguf(path: Path, families: Families, quantize: str = "none") -> TensorSource:
-    """The model in a GGUF file (any part of a split one); ModelError if it is not complete or not sound."""
+def open_gguf(path: Path, families: Families, quantize: str = "none", whole: bool = True) -> TensorSource:
+    """The model in a GGUF file (any part of a split one); ModelError if it is not complete or not sound.
+
+    Without `whole` its header is enough, for what needs no weights.
+    """
     files: list[MappedFile] = []
     try:
-        headers = _read_parts(path, files)
+        headers = _read_parts(path, files, whole)
         metadata = headers[0].metadata
         family = families.of_gguf(metadata.get("general.architecture"), str(path))
         extents: dict[Key, Extent] = {}
@@ -78,12 +81,12 @@ def gguf_parts(name: str) -> list[str]:
     return [f"{match['stem']}-{number:05d}-of-{match['count']}.gguf" for number in range(1, count + 1)]
 
 
-def _read_parts(path: Path, files: list[MappedFile]) -> list[GgufHeader]:
+def _read_parts(path: Path, files: list[MappedFile], whole: bool) -> list[GgufHeader]:
     """The headers of all parts, the one with the metadata first; `files` takes the mapped files."""
     match = SPLIT.fullmatch(path.name)
     first = path if match is None else path.with_name(f"{match['stem']}-00001-of-{match['count']}.gguf")
     files.append(MappedFile(first))
-    headers = [read_header(files[0])]
+    headers = [read_header(files[0], whole)]
     count = headers[0].metadata.get("split.count", 0)
     if type(count) is not int or not 0 <= count <= MAX_SPLITS:
         raise ModelError(f"{first}: split.count is {str(count)[:40]}, but must be at most {MAX_SPLITS}.")
@@ -99,7 +102,7 @@ def _read_parts(path: Path, files: list[MappedFile]) -> list[GgufHeader]:
         if not os.path.exists(part):
             raise ModelError(f"{first} is one of {count} parts, of which {part.name} is missing; fetch it.")
         files.append(MappedFile(part))
-        headers.append(read_header(files[-1]))
+        headers.append(read_header(files[-1], whole))
         if headers[-1].metadata.get("split.no") != number - 1:
             raise ModelError(
                 f"{part} is not part {number} of {count} of the model in {first}; fetch it again."
@@ -131,6 +134,8 @@ def _factors(file: MappedFile, name: str, tensor: GgufTensor) -> list[float]:
     """Divisors of rotary frequencies: what Llama 3's scaling comes to, or LongRoPE's."""
     if tensor.stored.name != "F32" or math.prod(tensor.shape) != tensor.shape[-1]:
         raise ModelError(f"{file.path}: {name} must be a vector of F32.")
+    if tensor.offset + tensor.nbytes > file.size:  # a header alone
+        return [1.0] * tensor.shape[-1]
     return [float(value) for value in file.view(tensor.offset, tensor.nbytes).view(np.float32)]
 
 

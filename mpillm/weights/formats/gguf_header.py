@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+import sys
 from typing import Any, NamedTuple
 
 import gguf
@@ -57,8 +58,11 @@ class GgufHeader(NamedTuple):
     tensors: dict[str, GgufTensor]
 
 
-def read_header(file: MappedFile) -> GgufHeader:
-    """Metadata and tensors of a GGUF file (version 2 or 3, little endian); ModelError if anything is amiss."""
+def read_header(file: MappedFile, whole: bool = True) -> GgufHeader:
+    """Metadata and tensors of a GGUF file (version 2 or 3, little endian); ModelError if anything is amiss.
+
+    Without `whole` the tensors' data may be missing, in part or all of it.
+    """
     cursor = _Cursor(file)
     if file.size < 24 or file.view(0, 4).tobytes() != b"GGUF":
         raise ModelError(f"{file.path} is not a GGUF file.")
@@ -79,7 +83,8 @@ def read_header(file: MappedFile) -> GgufHeader:
         metadata[name] = cursor.value(cursor.integer("<I"), name)
     described = [cursor.tensor() for _ in range(n_tensors)]
     begin = -(-cursor.at // _alignment(file, metadata)) * _alignment(file, metadata)
-    return GgufHeader(metadata, _placed(file, described, begin, _alignment(file, metadata)))
+    size = file.size if whole else sys.maxsize
+    return GgufHeader(metadata, _placed(file, described, begin, _alignment(file, metadata), size))
 
 
 def architecture_in(begin: bytes) -> str | None:
@@ -191,9 +196,13 @@ def _alignment(file: MappedFile, metadata: dict[str, Any]) -> int:
 
 
 def _placed(
-    file: MappedFile, described: list[tuple[str, tuple[int, ...], int, int]], begin: int, alignment: int
+    file: MappedFile,
+    described: list[tuple[str, tuple[int, ...], int, int]],
+    begin: int,
+    alignment: int,
+    size: int,
 ) -> dict[str, GgufTensor]:
-    """The tensors by name, all within the file, none over another."""
+    """The tensors by name, all within a file of `size` bytes, none over another."""
     tensors: dict[str, GgufTensor] = {}
     for name, shape, code, offset in described:
         shown = f"tensor {name[:80]!r}"
@@ -209,8 +218,8 @@ def _placed(
         nbytes = math.prod(shape[:-1]) * stored.row_bytes(shape[-1])
         if offset % alignment:
             raise broken(file, f"the offset of {shown} is not a multiple of {alignment}")
-        if begin + offset + nbytes > file.size:
-            raise broken(file, f"{shown} reaches beyond its end ({file.size} bytes)")
+        if begin + offset + nbytes > size:
+            raise broken(file, f"{shown} reaches beyond its end ({size} bytes)")
         tensors[name] = GgufTensor(shape, stored, begin + offset, nbytes)
     end = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
