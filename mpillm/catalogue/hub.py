@@ -112,9 +112,13 @@ def _note(name: str, notes: Path) -> Path:
 
 def _library(name: str) -> Any:
     try:
-        return importlib.import_module("huggingface_hub")
+        hub = importlib.import_module("huggingface_hub")
     except ImportError as error:
         raise JobError(f"{name} needs the package huggingface_hub: pip install 'mpillm[hub]'.") from error
+    # Else it says twice of each try that the hub did not answer; the error says it once.
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
+    log.warning("asking the hub for %s", name)
+    return hub
 
 
 def _kinds(error: Exception) -> list[str]:

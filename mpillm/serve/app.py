@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mpillm.batch.answers import check_finite
 from mpillm.batch.endpoints import ENDPOINTS
+from mpillm.batch.endpoints.prompts import context
 from mpillm.engine.request import FinishedCompletion
 from mpillm.errors import NOT_FINITE, NotFiniteError, RequestError
 from mpillm.serve import answers
@@ -54,22 +55,33 @@ def make_app(service: ServerState, more_routes: list[Route]) -> ASGIApp:
         routes=routes,
         exception_handlers={HTTPException: _http_error, RequestError: _request_error, Exception: _bug},
     )
-    return _KeyGuard(app, service.api_key)
+    return _Guard(app, service.api_key)
 
 
-class _KeyGuard:
-    """Asks for the API key, if there is one, on every URL below /v1 and on other names of endpoints."""
+class _Guard:
+    """Asks for the API key, if there is one, on every URL below /v1 and on other names of endpoints.
+
+    Without a key it refuses there what the page of another site sends from a browser on this machine.
+    """
 
     def __init__(self, app: ASGIApp, api_key: str | None) -> None:
         self._app, self._key = app, api_key
         self._guarded = ("/v1", *(url for endpoint in ENDPOINTS for url in endpoint.aliases))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._key and scope["path"].startswith(self._guarded):
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
-                wrong = answers.error("The API key is missing or wrong.", 401, "authentication_error")
-                await JSONResponse(wrong, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+        if scope["type"] == "http" and scope["path"].startswith(self._guarded):
+            headers = dict(scope["headers"])
+            given, origin = headers.get(b"authorization", b""), headers.get(b"origin")
+            if self._key:
+                if not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
+                    wrong = answers.error("The API key is missing or wrong.", 401, "authentication_error")
+                    await JSONResponse(wrong, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+                    return
+            elif origin is not None and origin.partition(b"://")[2] != headers.get(b"host"):
+                wrong = answers.error(
+                    "Pages of other sites may not use this server.", 403, "permission_error"
+                )
+                await JSONResponse(wrong, 403)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -214,7 +226,7 @@ def _described(service: ServerState, name: str) -> dict[str, Any]:
         "object": "model",
         "created": int(service.started),
         "owned_by": "mpillm",
-        "max_model_len": model.max_position,
+        "max_model_len": context(service.spec, model),
         **({"parent": model.name} if name != model.name else {}),
     }
 

@@ -91,6 +91,16 @@ def test_chat_and_batches(browser: WebDriver, server: str, tmp_path: Path) -> No
     assert find(".message.error") == "The API key is missing or wrong."
     press("[data-view=settings]")
     write("#key", KEY)
+    # An answer takes half of the context unless one says less.
+    press("[data-view=chat]")
+    press("#reset")
+    write("#text", "the fox")
+    press("#send")
+    wait.until(
+        lambda _: not browser.find_element(By.ID, "stop").is_displayed() and find(".message.assistant")
+    )
+    assert not browser.find_elements(By.CSS_SELECTOR, ".message.error")
+    press("[data-view=settings]")
     write("#temperature", "0")
     write("#tokens", "12")
     look(browser, "settings")

@@ -220,6 +220,11 @@ def test_the_end(tmp_path: Path) -> None:
     with serving(tmp_path, [sys.executable], clean_environment()) as (url, process):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
         body: dict[str, Any] = {"model": "chat", "prompt": "the", "max_tokens": 450}
+        short: dict[str, Any] = body | {"max_tokens": 1}
+        assert client.completions.create(**short, extra_headers={"Origin": url}).choices
+        for origin in ("http://elsewhere.example", "null"):
+            with pytest.raises(openai.PermissionDeniedError, match="Pages of other sites"):
+                client.completions.create(**short, extra_headers={"Origin": origin})
         with (
             client,
             client.completions.create(stream=True, extra_body={"ignore_eos": True}, **body) as stream,

@@ -52,7 +52,7 @@ def cut_of(asked: int | None, generated: int, side: Side, spec: Spec, model: Mod
     if asked == 0:
         raise RequestError("truncate_prompt_tokens must be -1, or 1 or more")
     if asked == -1:
-        asked = max(_context(spec, model) - generated, 1)
+        asked = max(context(spec, model) - generated, 1)
     return None if asked is None else Cut(asked, side == "left")
 
 
@@ -138,8 +138,8 @@ def encoded(
     A tokenizer may have tokens for which the model has no embedding: they were added to one and not to the other.
     """
     try:
-        if cut is None or cut.count > _context(spec, model):
-            ids = tuple(encode(max_tokens=_context(spec, model)))
+        if cut is None or cut.count > context(spec, model):
+            ids = tuple(encode(max_tokens=context(spec, model)))
         else:
             ids = cut(encode(end=End(encoded_at_once(cut.count), cut.last)), *around)
     except TooLongError as error:
@@ -163,7 +163,7 @@ def check_length(ids: TokenIds, which: str, spec: Spec, model: Model) -> int:
     """Return how many tokens may follow a prompt; RequestError if it is empty or too long."""
     if not ids:
         raise RequestError(f"{which} has no tokens")
-    limit = _context(spec, model)
+    limit = context(spec, model)
     if len(ids) > limit:
         raise _too_long(which, f"{len(ids)} tokens", spec, model)
     check_kv(len(ids), spec, model)
@@ -185,7 +185,7 @@ def max_tokens(prompt: int, asked: int | None, available: int, which: str, spec:
     return min(wanted, available)
 
 
-def _context(spec: Spec, model: Model) -> int:
+def context(spec: Spec, model: Model) -> int:
     """The tokens that a prompt and its answer may have together."""
     return min(spec.memory.max_context, model.max_position)
 
@@ -198,7 +198,7 @@ def _or_raise(spec: Spec, model: Model) -> str:
 def _too_long(which: str, length: str, spec: Spec, model: Model) -> RequestError:
     remedy = _or_raise(spec, model)
     why = "memory.max_context is" if remedy else "the model takes"
-    return RequestError(f"{which} has {length} and {why} {_context(spec, model)}; shorten it{remedy}")
+    return RequestError(f"{which} has {length} and {why} {context(spec, model)}; shorten it{remedy}")
 
 
 def check_kv(tokens: int, spec: Spec, model: Model) -> None:

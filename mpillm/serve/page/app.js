@@ -42,6 +42,12 @@ async function* events(response) {
   }
 }
 
+// A short context has room for the prompt as well.
+async function usualTokens() {
+  const { data } = await (await call("v1/models")).json();
+  return Math.min(512, Math.ceil(data[0].max_model_len / 2));
+}
+
 async function answer() {
   const thought = show("thought"), element = show("assistant", "…");
   let text = "";
@@ -57,7 +63,7 @@ async function answer() {
       body: JSON.stringify({
         messages: [...(system ? [{ role: "system", content: system }] : []), ...messages],
         temperature: Number($("temperature").value),
-        max_tokens: Number($("tokens").value),
+        max_tokens: Number($("tokens").value) || await usualTokens(),
         stream: true,
       }),
     });
