@@ -24,6 +24,16 @@ AFTER_NORMS: dict[str, Roles] = {
     "layers.{l}.post_feedforward_layernorm.weight": ("ffn_post_norm",),
 }
 
+
+def with_bias(names: Mapping[str, Roles]) -> dict[str, Roles]:
+    """Names without their last part, each as that of a weight and of a bias."""
+    return {
+        f"{name}.{part}": tuple(f"{role}{end}" for role in roles)
+        for name, roles in names.items()
+        for part, end in (("weight", ""), ("bias", "_bias"))
+    }
+
+
 # Other names of the same tensors (Mixtral's router; gate and up in one tensor, as transformers 5 has them in memory).
 _HF_MORE: dict[str, Roles] = {"layers.{l}.block_sparse_moe.gate.weight": ("router",)}
 _HF_FUSED: dict[str, Roles] = {"layers.{l}.mlp.experts.gate_up_proj": ("gate", "up")}

@@ -8,6 +8,7 @@ from typing import Any
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
     Family,
+    Sizes,
     attention_of,
     model,
     read_activation,
@@ -19,8 +20,9 @@ from mpillm.model.families.base import (
 from mpillm.model.families.layer_types import FULL, SLIDING, every_nth_full, read_layer_types
 from mpillm.model.families.routed import read_routed_experts
 from mpillm.model.fields import Fields
+from mpillm.model.layers.attention import AttentionSpec
 from mpillm.model.layers.mlp import MlpSpec
-from mpillm.model.layers.norm import Norms
+from mpillm.model.layers.norm import Norms, NormSpec
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope_fields import LONGEST
 from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, refuse_experts, usual_config, window_types
@@ -49,19 +51,11 @@ class Exaone(Family):
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
         activation = read_activation(fields)
         sizes, width, norm = read_sizes(fields), read_width(fields), read_norm(fields)
-        window = fields.optional_integer("sliding_window", 1, LONGEST) or 0
-        types = _layer_types(fields, sizes.n_layers, window)
-        rotary = read_rotary(fields, sizes)
+        attention = _attention(fields, sizes, norm)
 
         def layer(number: int) -> LayerSpec:
-            slides = types[number] == SLIDING
-            attention = attention_of(
-                sizes,
-                rotary if slides or not window else None,
-                window if slides else 0,
-                qk_norm=norm,
-            )
-            return LayerSpec(attention, MlpSpec(width, activation), Norms(after=norm), Norms(after=norm))
+            mlp, norms = MlpSpec(width, activation), Norms(after=norm)
+            return LayerSpec(attention[number], mlp, norms, norms)
 
         return model(fields, architecture, sizes, layer, norm)
 
@@ -99,27 +93,29 @@ class ExaoneMixture(Family):
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
         activation = read_activation(fields)
         sizes, width, norm = read_sizes(fields), read_width(fields), read_norm(fields)
-        window = fields.optional_integer("sliding_window", 1, LONGEST) or 0
-        types = _layer_types(fields, sizes.n_layers, window)
+        attention = _attention(fields, sizes, norm)
         dense = MlpSpec(width, activation)
         experts = read_routed_experts(fields, activation, shared_key="num_shared_experts")
         first = fields.integer("first_k_dense_replace", 0, LONGEST, default=1)
         kinds = read_layer_types(fields, sizes.n_layers, "dense", "sparse", key="mlp_layer_types")
         kinds = kinds or ["dense" if number < first else "sparse" for number in range(sizes.n_layers)]
-        rotary = read_rotary(fields, sizes)
 
         def layer(number: int) -> LayerSpec:
-            slides = types[number] == SLIDING
-            attention = attention_of(
-                sizes,
-                rotary if slides or not window else None,
-                window if slides else 0,
-                qk_norm=norm,
-            )
             mlp = dense if kinds[number] == "dense" else experts
-            return LayerSpec(attention, mlp, Norms(norm), Norms(norm))
+            return LayerSpec(attention[number], mlp, Norms(norm), Norms(norm))
 
         return model(fields, architecture, sizes, layer, norm)
+
+
+def _attention(fields: Fields, sizes: Sizes, norm: NormSpec) -> list[AttentionSpec]:
+    """That of each layer. Where some have a window, those without one have no RoPE."""
+    window, rotary = fields.optional_integer("sliding_window", 1, LONGEST) or 0, read_rotary(fields, sizes)
+    return [
+        attention_of(sizes, rotary, window, qk_norm=norm)
+        if kind == SLIDING
+        else attention_of(sizes, None if window else rotary, qk_norm=norm)
+        for kind in _layer_types(fields, sizes.n_layers, window)
+    ]
 
 
 def _layer_types(fields: Fields, n_layers: int, window: int) -> Sequence[str]:

@@ -20,7 +20,7 @@ from mpillm.model.fields import Fields
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
-from mpillm.weights.names import Names, Roles, RowGroups
+from mpillm.weights.names import Names, Roles, RowGroups, with_bias
 
 _FALCON = "FalconForCausalLM"
 _NAMES: dict[str, Roles] = {
@@ -44,11 +44,7 @@ class Falcon(Family):
     names = Names(
         hf={
             "word_embeddings.weight": ("embed",),
-            **{
-                f"{name}.{part}": tuple(f"{role}{end}" for role in roles)
-                for name, roles in _NAMES.items()
-                for part, end in (("weight", ""), ("bias", "_bias"))
-            },
+            **with_bias(_NAMES),
         },
         hf_prefixes=("transformer.",),
     )
@@ -65,11 +61,8 @@ class Falcon(Family):
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
         activation = read_activation(fields, "gelu", "activation")
-        sizes, newer, bias = (
-            read_sizes(fields),
-            fields.flag("new_decoder_architecture"),
-            fields.flag("bias"),
-        )
+        sizes, bias = read_sizes(fields), fields.flag("bias")
+        newer = fields.flag("new_decoder_architecture")
         sizes = replace(sizes, n_kv_heads=_kv_heads(fields.values, sizes.n_heads))
         if sizes.n_heads % sizes.n_kv_heads:
             raise fields.fail("num_kv_heads", f"but must divide num_attention_heads ({sizes.n_heads})")

@@ -24,42 +24,36 @@ from mpillm.model.layers.norm import Norms, NormSpec
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope_fields import LONGEST
 from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, refuse_experts, usual_config
-from mpillm.weights.names import Names, Roles, RowGroups
+from mpillm.weights.names import Names, Roles, RowGroups, with_bias
 
 _GPT2, _BIGCODE, _OPT = "GPT2LMHeadModel", "GPTBigCodeForCausalLM", "OPTForCausalLM"
 _MATRICES: dict[str, Roles] = {
-    "attn.c_attn": ("q", "k", "v"),
-    "attn.c_proj": ("o",),
-    "mlp.c_fc": ("up",),
-    "mlp.c_proj": ("down",),
+    "h.{l}.attn.c_attn": ("q", "k", "v"),
+    "h.{l}.attn.c_proj": ("o",),
+    "h.{l}.mlp.c_fc": ("up",),
+    "h.{l}.mlp.c_proj": ("down",),
 }
-_OPT_NAMES = {
-    "self_attn.out_proj": "o",
-    "self_attn_layer_norm": "attn_norm",
-    "final_layer_norm": "ffn_norm",
-    "fc1": "up",
-    "fc2": "down",
+_NAMES: dict[str, Roles] = {
+    "wte.weight": ("embed",),
+    **with_bias(
+        {
+            "ln_f": ("final_norm",),
+            "h.{l}.ln_1": ("attn_norm",),
+            "h.{l}.ln_2": ("ffn_norm",),
+            **_MATRICES,
+        }
+    ),
+    "h.{l}.attn.bias": (),  # the causal mask, which old files have
+    "h.{l}.attn.masked_bias": (),
 }
-
-
-def _names() -> dict[str, Roles]:
-    """Those of GPT-2's tensors."""
-    return {
-        "wte.weight": ("embed",),
-        "ln_f.weight": ("final_norm",),
-        "ln_f.bias": ("final_norm_bias",),
-        "h.{l}.ln_1.weight": ("attn_norm",),
-        "h.{l}.ln_1.bias": ("attn_norm_bias",),
-        "h.{l}.ln_2.weight": ("ffn_norm",),
-        "h.{l}.ln_2.bias": ("ffn_norm_bias",),
-        **{f"h.{{l}}.{name}.weight": roles for name, roles in _MATRICES.items()},
-        **{
-            f"h.{{l}}.{name}.bias": tuple(f"{role}_bias" for role in roles)
-            for name, roles in _MATRICES.items()
-        },
-        "h.{l}.attn.bias": (),  # the causal mask, which old files have
-        "h.{l}.attn.masked_bias": (),
-    }
+_OPT_NAMES: dict[str, Roles] = {
+    "layers.{l}.self_attn.out_proj": ("o",),
+    "layers.{l}.self_attn_layer_norm": ("attn_norm",),
+    "layers.{l}.final_layer_norm": ("ffn_norm",),
+    "layers.{l}.fc1": ("up",),
+    "layers.{l}.fc2": ("down",),
+    "final_layer_norm": ("final_norm",),
+}
 
 
 class Gpt2(Family):
@@ -70,12 +64,12 @@ class Gpt2(Family):
     activation: ClassVar[str] = "gelu_new"
     tied = True
     names = Names(
-        hf=_names(),
+        hf=_NAMES,
         gguf={
             "blk.{l}.attn_qkv.weight": ("q", "k", "v"),
             "blk.{l}.attn_qkv.bias": ("q_bias", "k_bias", "v_bias"),
         },
-        hf_transposed=frozenset(f"h.{{l}}.{name}.weight" for name in _MATRICES),
+        hf_transposed=frozenset(f"{name}.weight" for name in _MATRICES),
         hf_prefixes=("transformer.",),
     )
     defaults = {
@@ -140,7 +134,7 @@ class BigCode(Gpt2):
     architectures = {_BIGCODE: "gpt_bigcode"}
     gguf = ()
     activation = "gelu_pytorch_tanh"
-    names = Names(hf=_names(), hf_prefixes=("transformer.",))
+    names = Names(hf=_NAMES, hf_prefixes=("transformer.",))
     defaults = {
         _BIGCODE: {
             "n_positions": 1024,
@@ -173,13 +167,7 @@ class Opt(Family):
     names = Names(
         hf={
             "embed_positions.weight": ("positions",),
-            "final_layer_norm.weight": ("final_norm",),
-            "final_layer_norm.bias": ("final_norm_bias",),
-            **{
-                f"layers.{{l}}.{name}.{part}": (f"{role}{end}",)
-                for name, role in _OPT_NAMES.items()
-                for part, end in (("weight", ""), ("bias", "_bias"))
-            },
+            **with_bias(_OPT_NAMES),
         },
         hf_prefixes=("model.decoder.", "decoder."),
     )

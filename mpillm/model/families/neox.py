@@ -21,19 +21,10 @@ from mpillm.model.fields import Fields
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
-from mpillm.weights.names import Names, Roles, RowGroups
+from mpillm.weights.names import Names, Roles, RowGroups, with_bias
 
 _NEOX, _PHI, _STABLE = "GPTNeoXForCausalLM", "PhiForCausalLM", "StableLmForCausalLM"
 _QKV: Roles = ("q", "k", "v")
-
-
-def _with_bias(names: Mapping[str, Roles]) -> dict[str, Roles]:
-    """Names without their last part, each as a weight and as a bias."""
-    return {
-        f"{name}.{part}": tuple(f"{role}{end}" for role in roles)
-        for name, roles in names.items()
-        for part, end in (("weight", ""), ("bias", "_bias"))
-    }
 
 
 class NeoX(Family):
@@ -44,7 +35,7 @@ class NeoX(Family):
         hf={
             "embed_in.weight": ("embed",),
             "embed_out.weight": ("head",),
-            **_with_bias(
+            **with_bias(
                 {
                     "layers.{l}.attention.query_key_value": _QKV,
                     "layers.{l}.attention.dense": ("o",),
@@ -95,7 +86,7 @@ class FirstPhi(Family):
 
     architectures = {_PHI: "phi"}
     names = Names(
-        hf=_with_bias(
+        hf=with_bias(
             {
                 "layers.{l}.self_attn.dense": ("o",),
                 "layers.{l}.mlp.fc1": ("up",),
