@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from mpillm.kernels.types import ACTIVATION_BLOCK_BYTES, MIXED_ROWS, QUANT_BLOCK, BlockType
 from mpillm.model.config import ModelConfig
@@ -12,6 +13,9 @@ from mpillm.weights.source import Source
 
 # Bytes of a value as products with quantised weights take it.
 QUANTISED = ACTIVATION_BLOCK_BYTES / QUANT_BLOCK
+NUMBERS = (
+    160  # bytes of a row's token, position, and places in caches: as they come, and as kernels take them
+)
 
 
 @dataclass(frozen=True)
@@ -21,11 +25,17 @@ class Activations:
     config: ModelConfig
     copied: float = QUANTISED
 
+    @cached_property
+    def angles_nbytes(self) -> int:
+        """Bytes of a position's cosines and sines, of all kinds of RoPE that layers have."""
+        turns = {layer.mixer.turn for layer in self.config.layers if layer.mixer and layer.mixer.turn}
+        return sum(4 * dim for _, dim in turns)
+
     def row_nbytes(self, place: Place) -> int:
         """Bytes for each row of a step, at most.
 
         Float32: the hidden state, what a part of a layer makes of it, and its norm; then what the widest part takes.
-        Shards decode all parts of a sum beside each other.
+        Shards decode all parts of a sum beside each other. Through the whole step go cosines and sines of each RoPE.
         """
         config, d, shards = self.config, self.config.hidden, place.shards
         widest = max(
@@ -36,7 +46,7 @@ class Activations:
         summed = 2 * shards * d if shards > 1 else 0
         if config.adapters is not None:
             widest += config.adapters.row_nbytes(place)
-        return 4 * (4 * d + summed) + widest
+        return 4 * (4 * d + summed) + widest + NUMBERS + self.angles_nbytes
 
     def nbytes(self, place: Place, rows: int) -> int:
         """Bytes for a step of so many rows, at most; a mixture's rows are many, for each goes to several experts."""

@@ -70,6 +70,6 @@ def blocks_of(section: DraftSection, max_context: int, layout: CacheLayout) -> i
 def _nbytes(section: DraftSection, max_context: int, source: Source, config: ModelConfig) -> int:
     layout = layout_of(section, source, config)
     held = [page.nbytes for page in rank_plans(config, WHOLE, source)]
-    rows = memory.activations(activations_of(source, config), WHOLE, ROWS)
+    rows = memory.activations(activations_of(source, config), WHOLE, ROWS, positions=max_context)
     cache = blocks_of(section, max_context, layout) * layout.block_nbytes
     return sum(held) + cache + rows + memory.loaded_model(source, held)

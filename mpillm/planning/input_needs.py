@@ -45,14 +45,15 @@ class InputNeeds:
     prompts: int = 0  # tokens of all prompts at most, if `blocks` is known
     scores: bool = False  # some line asks for logits of more than the last token of a prompt
 
-    def outputs(self, sequences: int, tokens: int, drafted: int) -> int:
+    def outputs(self, sequences: int, tokens: int, drafted: int, micro_batches: int) -> int:
         """Rows with logits that a step can have at most, where a sequence draws one token and up to `drafted` drafts.
 
-        `sequences` run at once, and a step has `tokens` rows.
+        A step has up to `sequences` sequences and `tokens` rows; those that run are divided into so many steps.
         """
         if not self.lines or self.blocks is None or self.scores:
             return tokens
-        return min(tokens, self.at_once(sequences, tokens) * (1 + drafted))
+        running = self.at_once(sequences * micro_batches, tokens * micro_batches)
+        return min(tokens, min(sequences, -(-running // micro_batches)) * (1 + drafted))
 
     def rows(self, held: bool, drafted: int) -> int:
         """Tokens that a step can have at most, however large it may be, with up to `drafted` drafts of a sequence.

@@ -17,6 +17,7 @@ from mpillm.engine.reply import TILE
 from mpillm.engine.speculation import DRAWN_ROWS
 from mpillm.model.activations import Activations
 from mpillm.model.config import ModelConfig
+from mpillm.model.spill import HUGE, HUGE_PAGE
 from mpillm.partition.grid import Place, vocab_axis
 from mpillm.planning.input_needs import InputNeeds
 from mpillm.planning.limits import StepSize
@@ -33,6 +34,9 @@ FIELD = 256  # and among a GGUF file's fields, which all have
 # Loading a small model takes so many times the bytes of its pages, because rows may become float32.
 LOADING = 8
 ITEM = 2048  # of what is known of a part that is paged
+LARGE_BUFFERS = (
+    3  # of a step's rows, that lie in huge pages once they are large, with a part of one at their ends
+)
 LOGITS = 3  # copies of a tile of logits: as they are, penalised, and what picks candidates from them
 
 
@@ -52,9 +56,15 @@ class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
         return self.weights + self.adapters + self.draft + self.kv + self.activations + self.process
 
 
-def activations(kind: Activations, place: Place, rows: int, outputs: int = TILE) -> int:
-    """Bytes of the rows of a step on a rank, including logits of `outputs` of them and messages under way."""
+def activations(kind: Activations, place: Place, rows: int, outputs: int = TILE, positions: int = 0) -> int:
+    """Bytes of the rows of a step on a rank, including logits of `outputs` of them and messages under way.
+
+    Sequences have up to `positions` tokens, whose cosines and sines are kept, with both kinds of factors of LongRoPE.
+    """
     config, found = kind.config, kind.nbytes(place, rows)
+    found += positions * (2 if config.short_length else 1) * kind.angles_nbytes
+    if 4 * rows * config.hidden >= HUGE:
+        found += LARGE_BUFFERS * HUGE_PAGE
     if place.stage == place.stages - 1:
         found += LOGITS * 4 * min(outputs, TILE) * len(vocab_axis(config.vocab).entries(place))
         found += DRAWN_ROWS * 4 * config.hidden * place.stages  # kept until all tokens of a step are drawn
@@ -63,14 +73,17 @@ def activations(kind: Activations, place: Place, rows: int, outputs: int = TILE)
     return found
 
 
-def step_rows(asked: InputNeeds, spec: Spec, step: StepSize, held: bool) -> tuple[int, int]:
-    """Rows of a step, and those of them with logits, at most: no more than the input can ask for.
+def step_rows(
+    asked: InputNeeds, spec: Spec, step: StepSize, held: bool, max_context: int, micro_batches: int
+) -> tuple[int, int, int]:
+    """Rows of a step, those of them with logits, and tokens of a sequence, at most: no more than the input can ask for.
 
-    `held`: the cache holds all blocks that the input needs.
+    `held`: the cache holds all blocks that the input needs. Sequences are divided into `micro_batches` steps.
     """
     drafted = 0 if spec.batch.speculation == "off" and spec.draft.model is None else answer_index.LONGEST
     rows = min(step.tokens, asked.rows(held, drafted))
-    return rows, asked.outputs(step.sequences, step.tokens, drafted)
+    outputs = asked.outputs(step.sequences, step.tokens, drafted, micro_batches)
+    return rows, outputs, min(max_context, asked.rows(False, 0))
 
 
 def process(source: Source, config: ModelConfig, place: Place, pages: Sequence[int], kept: int) -> int:

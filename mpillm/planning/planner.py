@@ -90,7 +90,11 @@ class Planner:
         n_blocks = cache_blocks(capacity, config, step, caches[0].windows, max_context, replica.stages, asked)
         kept = 0 if number else asked.kept(step.sequences * replica.stages)
         held = capacity.holds(len(caches[0].windows), asked, step, replica.stages)
-        rows, drafting = memory.step_rows(asked, spec, step, held), draft.nbytes(spec, config)
+        apart = (
+            1 if any(read) else replica.stages
+        )  # streamed weights may make one micro-batch of all (see `Pace`)
+        rows = memory.step_rows(asked, spec, step, held, max_context, apart)
+        drafting = draft.nbytes(spec, config)
         plans = [
             _rank(
                 one,
@@ -145,10 +149,10 @@ class Planner:
             self._known.update(zip(unknown, found, strict=True))
         return [self._known[key] for key in keys]
 
-    def _activations(self, place: Place, rows: int, outputs: int) -> int:
-        key = ("activations", rows, outputs, place.stages, *self._like(place))
+    def _activations(self, place: Place, rows: int, outputs: int, positions: int) -> int:
+        key = ("activations", rows, outputs, positions, place.stages, *self._like(place))
         if key not in self._known:
-            self._known[key] = memory.activations(self._rows, place, rows, outputs)
+            self._known[key] = memory.activations(self._rows, place, rows, outputs, positions)
         return int(self._known[key])
 
     def _like(self, place: Place) -> tuple[Any, ...]:

@@ -66,14 +66,15 @@ def _planned_memory(session: Session) -> memory.RankMemory:
     step = StepSize(limits.max_sequences, limits.max_tokens)
     needed = capacity.needed(len(limits.windows), session.needs, step, limits.micro_batches)
     held = capacity.holds(len(limits.windows), session.needs, step, limits.micro_batches)
+    max_context = min(session.spec.memory.max_context, config.max_position)
+    apart = 1 if limits.streams else limits.micro_batches
+    rows = memory.step_rows(session.needs, session.spec, step, held, max_context, apart)
     return memory.RankMemory(
         weights=min(weights.total, weights.budget),
         adapters=session.adapters.nbytes(place),
         draft=0 if place.rank else draft.nbytes(session.spec, config),
         kv=cache_in_memory(session.spec, session.caches[place.rank], *needed, capacity.blocks),
-        activations=memory.activations(
-            session.activations, place, *memory.step_rows(session.needs, session.spec, step, held)
-        ),
+        activations=memory.activations(session.activations, place, *rows),
         process=memory.process(session.source, config, place, [page.nbytes for page in weights.pages], kept),
     )
 

@@ -34,6 +34,7 @@ class Recurrent:
     both: bool
 
     fused = False
+    turn = None
 
     def axes(self, block: int) -> tuple[Axis, ...]:
         return self.attention.axes(block)

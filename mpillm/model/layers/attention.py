@@ -143,12 +143,12 @@ class AttentionSpec:
         return (TokenCache(len(self.kv_heads(place, block)), self.head_dim, self.head_dim, window, kept),)
 
     def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
-        """Bytes that a row takes at most: queries, keys, values, gates, attention's output, angles, what is multiplied.
+        """Bytes that a row takes at most: queries, keys, values, gates, attention's output, what is multiplied.
 
         `copied` is the bytes of a value in the forms in which matrices take their input.
         """
         heads, kv_heads = len(self.heads(block).units(place)), len(self.kv_heads(place, block))
-        widest = 4 * ((2 + self.gate) * heads + 2 * kv_heads + 1) * self.head_dim
+        widest = 4 * ((2 + self.gate) * heads + 2 * kv_heads) * self.head_dim
         return widest + int(copied * (hidden + heads * self.head_dim))
 
     def compute(self, given: MixerInput) -> tuple[Floats, Floats | None]:

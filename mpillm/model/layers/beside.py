@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mpillm.model.batch import Turn
 from mpillm.model.cache_spec import LayerCache
 from mpillm.model.layers.mixer import Mixer, MixerInput
 from mpillm.model.layers.rank import Floats
@@ -26,6 +27,11 @@ class BesideSpec:
     def adaptable(self) -> tuple[str, ...]:
         """The roles of all its mixers to which adapters may add."""
         return tuple(role for mixer, _ in self.mixers for role in mixer.adaptable)
+
+    @property
+    def turn(self) -> Turn | None:
+        """The RoPE of the one that keeps tokens."""
+        return next((mixer.turn for mixer, _ in self.mixers if mixer.turn), None)
 
     def axes(self, block: int) -> tuple[Axis, ...]:
         """The axes that limit the number of shards; `block` as in `grid.axis`."""

@@ -44,6 +44,7 @@ class GatedDeltaSpec:
 
     fused = False
     adaptable = ()
+    turn = None
 
     @property
     def share(self) -> int:

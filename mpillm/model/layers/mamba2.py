@@ -70,6 +70,7 @@ class Mamba2Spec:
 
     fused = False
     adaptable = ()
+    turn = None
 
     @property
     def whole(self) -> bool:

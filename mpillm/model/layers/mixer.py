@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
-from mpillm.model.batch import ForwardPass
+from mpillm.model.batch import ForwardPass, Turn
 from mpillm.model.cache_spec import LayerCache
 from mpillm.model.kv import LayerCacheView
 from mpillm.model.layers.norm import NormSpec
@@ -37,6 +37,10 @@ class Mixer(Protocol):
     @property
     def adaptable(self) -> tuple[str, ...]:
         """The roles of its matrices to which adapters may add."""
+
+    @property
+    def turn(self) -> Turn | None:
+        """The RoPE of its heads, if they have one."""
 
     def axes(self, block: int) -> tuple[Axis, ...]:
         """The axes that limit the number of shards."""

@@ -31,6 +31,7 @@ class ShortConvSpec:
 
     fused = False
     adaptable = ()
+    turn = None
 
     def channels(self, block: int) -> Axis:
         """The axis of channels; `block` as in `grid.axis`."""
