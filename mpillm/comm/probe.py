@@ -12,8 +12,9 @@ from mpi4py import MPI
 from mpillm.comm.launch import Library, loaded_library_path
 from mpillm.comm.world import World
 
-SMALL, LARGE = 4, 2**20  # bytes of a message that shows latency, and of one that shows bandwidth
+SMALL, LARGE = 4, 2**19  # bytes of a message that shows latency, and of one that shows bandwidth
 SMALL_ROUNDS, LARGE_ROUNDS = 100, 5
+PATIENCE = 0.1  # seconds after which a slow link is measured no more
 PARTNERS = 8  # with which each host is measured, at most
 _TAG = 99
 
@@ -63,16 +64,19 @@ def tournament(players: int) -> list[list[tuple[int, int]]]:
 
 
 def _round_trip(world: World, ranks: tuple[int, int], nbytes: int, rounds: int) -> float:
-    """Median seconds of a message there and back; both ranks call it."""
-    data, back, times = np.zeros(nbytes, np.uint8), np.empty(nbytes, np.uint8), []
-    other = ranks[1] if world.rank == ranks[0] else ranks[0]
-    for _ in range(rounds + 1):
+    """Median seconds of a message there and back, without the first; both ranks call it."""
+    data, back, times = np.zeros(nbytes, np.uint8), np.empty(nbytes, np.uint8), list[float]()
+    first, began = world.rank == ranks[0], time.perf_counter()
+    other = ranks[1] if first else ranks[0]
+    while not data[0]:  # the first rank says which round is the last
         start = time.perf_counter()
-        if world.rank == ranks[0]:
+        if first:
+            data[0] = len(times) == rounds or start - began > PATIENCE
             _wait(world, world.comm.Isend([data, MPI.BYTE], other, _TAG))
             _wait(world, world.comm.Irecv([back, MPI.BYTE], other, _TAG))
         else:
             _wait(world, world.comm.Irecv([back, MPI.BYTE], other, _TAG))
+            data[0] = back[0]
             _wait(world, world.comm.Isend([data, MPI.BYTE], other, _TAG))
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])

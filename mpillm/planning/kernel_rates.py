@@ -26,8 +26,8 @@ Bytes = NDArray[np.uint8]
 WIDTH, NUMPY_WIDTH = 2048, 256  # of the matrix that is multiplied: a layer's of a model of about 10^9 weights
 MEMORY = 128 * 2**20  # bytes that are read, of matrices too: few caches hold as many
 PIECE = 4 * 2**20  # of them at a time
-# Of each timing: so many seconds, and so many calls unless they take longer than PATIENCE.
-SECONDS, CALLS, PATIENCE = 0.06, 8, 0.25
+# Of each timing: so many seconds, and so many calls unless they take PATIENCE times as long.
+SECONDS, CALLS, PATIENCE = 0.06, 8, 4
 HEADS, KV_HEADS, HEAD_DIM = 16, 8, 128
 SEQUENCES, CONTEXT = 8, 512  # that attend with a row each to so many tokens; or as many rows of a prompt
 VALUE_ROWS = 64
@@ -45,34 +45,38 @@ class KernelRates:
     core: float
 
 
-def kernel_rates(kinds: Sequence[str], threads: int, nbytes: int = MEMORY) -> KernelRates:
-    """Measure, in about a second, with so many bytes of memory; `kinds` of products, by name."""
+def kernel_rates(
+    kinds: Sequence[str], threads: int, nbytes: int = MEMORY, effort: float = 1.0
+) -> KernelRates:
+    """Measure, in about a second times `effort`, with so many bytes of memory; `kinds` of products, by name."""
+    seconds = SECONDS * effort
     compiled = kernels.path() != "numpy"
     # One after the other, so that a run that measures holds no more than `nbytes` for it.
-    attention, values = _attention(CONTEXT if compiled else KV_BLOCK, threads), _values(threads)
-    core = TURN / typical(_turns, [TURNS]) * TURNS
+    attention = _attention(CONTEXT if compiled else KV_BLOCK, threads, seconds)
+    values = _values(threads, seconds)
+    core = TURN / typical(_turns, [TURNS], seconds) * TURNS
     memory = new_buffer(nbytes if compiled else PIECE, ALIGNMENT)
     memory[:] = 0
-    products = {name: _products(BlockType[name.upper()], memory, threads) for name in kinds}
-    return KernelRates(products, _memory(memory, threads), attention, values, core)
+    products = {name: _products(BlockType[name.upper()], memory, threads, seconds) for name in kinds}
+    return KernelRates(products, _memory(memory, threads, seconds), attention, values, core)
 
 
-def typical(call: Callable[[T], object], data: Sequence[T]) -> float:
+def typical(call: Callable[[T], object], data: Sequence[T], for_seconds: float = SECONDS) -> float:
     """Seconds of a call: the median, with each of `data` in turn.
 
     The fastest one is that whose data happened to be in a cache, and other programs disturb the slowest ones.
     """
     call(data[0])
     seconds, first = list[float](), time.perf_counter()
-    while (start := time.perf_counter()) - first < SECONDS or (
-        len(seconds) < CALLS and start - first < PATIENCE
+    while (start := time.perf_counter()) - first < for_seconds or (
+        len(seconds) < CALLS and start - first < PATIENCE * for_seconds
     ):
         call(data[len(seconds) % len(data)])
         seconds.append(time.perf_counter() - start)
     return median(seconds)
 
 
-def _products(kind: BlockType, memory: Bytes, threads: int) -> list[float]:
+def _products(kind: BlockType, memory: Bytes, threads: int, seconds: float) -> list[float]:
     """Operations/s with each of ROWS, of matrices that lie one after the other in `memory`."""
     width = NUMPY_WIDTH if kernels.path() == "numpy" else WIDTH
     bounds = np.array([0, width], np.int32)
@@ -93,20 +97,20 @@ def _products(kind: BlockType, memory: Bytes, threads: int) -> list[float]:
         def call(matrix: Bytes, x: NDArray[np.generic] = x, out: Floats = out) -> None:
             kernels.matmul(kind, matrix, width, width, bounds, x, out, threads)
 
-        rates.append(2 * width * width * rows / typical(call, matrices))
+        rates.append(2 * width * width * rows / typical(call, matrices, seconds))
     return rates
 
 
-def _memory(memory: Bytes, threads: int) -> float:
+def _memory(memory: Bytes, threads: int, seconds: float) -> float:
     """Bytes/s that so many threads read; 0.0 without the compiled kernels."""
     with suppress(ImportError):
         limits: Any = importlib.import_module("mpillm.kernels._limits")
         pieces = [memory[at : at + PIECE] for at in range(0, memory.nbytes, PIECE)]
-        return PIECE / typical(lambda piece: limits.read(piece, threads), pieces)
+        return PIECE / typical(lambda piece: limits.read(piece, threads), pieces, seconds)
     return 0.0
 
 
-def _attention(context: int, threads: int) -> tuple[float, float]:
+def _attention(context: int, threads: int, seconds: float) -> tuple[float, float]:
     """Operations/s of rows of as many sequences, which attend to `context` tokens each, and of a prompt's rows."""
     per_sequence = context // KV_BLOCK
     blocks = SEQUENCES * per_sequence
@@ -127,14 +131,14 @@ def _attention(context: int, threads: int) -> tuple[float, float]:
                 HEAD_DIM**-0.5, 0, threads,
             )  # fmt: skip
 
-        return 4 * q.shape[1] * float((positions + 1).sum(dtype=np.int64)) / typical(call, [0])
+        return 4 * q.shape[1] * float((positions + 1).sum(dtype=np.int64)) / typical(call, [0], seconds)
 
     ends = np.full(SEQUENCES, context - 1, np.int32)
     starts = np.arange(SEQUENCES, dtype=np.int32) * per_sequence
     return rate(ends, starts), rate(np.arange(context, dtype=np.int32), np.zeros(context, np.int32))
 
 
-def _values(threads: int) -> float:
+def _values(threads: int, seconds: float) -> float:
     """Values/s that go through a norm, an activation function and quantisation, on average."""
     width = NUMPY_WIDTH if kernels.path() == "numpy" else WIDTH
     x, weight = np.ones((VALUE_ROWS, width), np.float32), np.ones(width, np.float32)
@@ -146,7 +150,7 @@ def _values(threads: int) -> float:
         kernels.activate(Activation.SILU, x, out, out, threads)
         kernels.quantize_rows(x, bounds, blocks, threads)
 
-    return 3 * x.size / typical(call, [0])
+    return 3 * x.size / typical(call, [0], seconds)
 
 
 def _turns(count: int) -> None:

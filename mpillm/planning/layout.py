@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -22,9 +23,10 @@ from mpillm.planning.layout_rule import by_rule
 from mpillm.planning.machines import Machines
 from mpillm.planning.planner import Planner
 from mpillm.spec import Spec
+from mpillm.store.readable import count_of
 
 CLEARLY = 1.02  # how many times as fast a layout must be to be taken instead of the rule's
-EXACT = "so that answers do not depend on the layout"
+NAMED = 4  # kinds of replicas in a sentence
 ALL_COUNTS = 8  # up to so many hosts every number of replicas is tried, and beyond that every halving
 
 
@@ -51,18 +53,15 @@ class Layouts:
             return rule
         best, others = rule, list[Found]()
         for replicas_of in self._others(planner, rule):
-            # Exact, so that no answer depends on the speeds that were measured.
-            exact = self.spec.wire.activations == "auto" and rule.chosen.wire == "f32"
-            chosen = Chosen(replicas_of, "by the model of a step's time", *(("f32", EXACT) if exact else ()))
-            found = planner.found(chosen)
+            found = planner.found(Chosen(replicas_of, "by the model of a step's time"))
             several = len(found.plans) > 1
             worth_it = len(found.plans) <= (self.requests or sys.maxsize) or 0 in found.time.idle
             if worth_it and found.fits and not (several and planner.too_much(found.plans)):
                 others.append(found)
         for found in others:
-            if (found.fits, -found.time.seconds) > (best.fits, -best.time.seconds):
+            if (found.fits, -found.cost) > (best.fits, -best.cost):
                 best = found
-        if rule.fits == best.fits and rule.time.seconds <= CLEARLY * best.time.seconds:
+        if rule.fits == best.fits and rule.cost <= CLEARLY * best.cost:
             best = rule
         return replace(best, chosen=replace(best.chosen, compared=_compared(best, [rule, *others])))
 
@@ -151,11 +150,22 @@ def _compared(best: Found, found: list[Found]) -> str:
 
 
 def replicas_in_words(found: Replicas) -> str:
-    """Replicas in words, by the first of them."""
-    first = found[0]
-    count = f"{len(found)} replicas of " if len(found) > 1 else ""
-    stages, shards = (
-        f"{number} {kind}{'' if number == 1 else 's'}"
-        for number, kind in ((first.stages, "stage"), (first.shards, "shard"))
-    )
-    return f"{count}{stages} x {shards}"
+    """Replicas in words."""
+    return shapes_in_words([(replica.stages, replica.shards) for replica in found])
+
+
+def shapes_in_words(shapes: Sequence[tuple[int, int]]) -> str:
+    """Replicas in words; each has so many stages and shards."""
+    kinds = {
+        f"{count_of(stages, 'stage')} x {count_of(shards, 'shard')}": count
+        for (stages, shards), count in Counter(shapes).items()
+    }
+    if len(shapes) == 1:
+        return next(iter(kinds))
+    if len(kinds) == 1:
+        return f"{len(shapes)} replicas of {next(iter(kinds))}"
+    if len(kinds) <= NAMED:
+        named = ", ".join(f"{count} of {kind}" for kind, count in kinds.items())
+        return f"{len(shapes)} replicas ({named})"
+    ranks = [stages * shards for stages, shards in shapes]
+    return f"{len(shapes)} replicas of {min(ranks)} to {max(ranks)} ranks"

@@ -14,7 +14,7 @@ from mpillm.planning.input_needs import InputNeeds
 from mpillm.planning.machines import Machines
 from mpillm.planning.planner import Planner
 from mpillm.planning.rank_plan import ReplicaPlan
-from mpillm.planning.wire import decided, shards_cross_hosts, with_wire
+from mpillm.planning.wire import DEAR, decided, shards_cross_hosts, with_wire
 from mpillm.spec import Spec, shown_bytes
 
 
@@ -29,6 +29,7 @@ class Chosen:
     reason: str
     wire: Wire = "f32"  # between the shards of a stage
     wire_reason: str = ""
+    inexact: bool = False  # Q8_0 though the job does not say so
     compared: str = ""
 
 
@@ -40,6 +41,11 @@ class Found:
     chosen: Chosen
     plans: list[ReplicaPlan]
     time: Estimate
+
+    @property
+    def cost(self) -> float:
+        """By which layouts are compared: the seconds, and more of them if answers depend on it without need."""
+        return self.time.seconds * (DEAR if self.chosen.inexact else 1.0)
 
     @property
     def fits(self) -> bool:
@@ -111,6 +117,8 @@ class LayoutPlanner:
             return replace(chosen, wire=given, wire_reason="wire.activations says so")
         if not shards_cross_hosts(self.machines, chosen.replicas):
             return replace(chosen, wire="f32", wire_reason="those of a stage share a host")
+        if not self.machines.speeds:
+            return replace(chosen, wire="f32", wire_reason="the job is too short to measure the network")
         plans = list(self.plans(chosen.replicas))
         wire, reason = decided(self.spec, self.config, self.machines, chosen.replicas, plans, self._asked)
-        return replace(chosen, wire=wire, wire_reason=reason)
+        return replace(chosen, wire=wire, wire_reason=reason, inexact=wire != "f32")

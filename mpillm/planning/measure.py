@@ -1,4 +1,4 @@
-"""Measure in about two seconds what ranks can do: products, memory, and the disk of the model's file."""
+"""Measure in about a second, or less, what ranks can do: products, memory, and the disk of the model's file."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from mpillm.weights.io.reading import SECTOR, new_buffer, open_direct, read_dire
 from mpillm.weights.source import Source
 
 WITHIN_RUN = 48 * 2**20  # bytes of memory that are read where a run decides its layout
+QUICKLY = 0.08  # the effort of a run that may be over in seconds
 # A measurement of the disk: bytes of a request, how many are under way, and seconds.
 WHOLE, PAGES = (LARGE, 4, 0.3), (SMALL, 1, 0.1)
 
@@ -45,26 +46,31 @@ class Measured:
 
 
 def everyone(
-    world: World, kinds: Sequence[str], threads: int, file: Path | None, memory: int = MEMORY
+    world: World,
+    kinds: Sequence[str],
+    threads: int,
+    file: Path | None,
+    memory: int = MEMORY,
+    effort: float = 1.0,
 ) -> list[Measured]:
     """Measure on all ranks at the same time (collective); return the results in rank order.
 
-    `file` is the model's; `memory` bytes are taken meanwhile.
+    `file` is the model's; `memory` bytes are taken meanwhile. Each timing takes `effort` times the usual seconds.
     """
     numbers = world.nodes.numbers
     here = [rank for rank, number in enumerate(numbers) if number == numbers[world.rank]]
     world.barrier()
-    rates = kernel_rates(kinds, threads, memory)
+    rates = kernel_rates(kinds, threads, memory, effort)
     world.barrier()
-    disk = DiskRate() if file is None else _disk_rate(file, here.index(world.rank), len(here))
+    disk = DiskRate() if file is None else _disk_rate(file, here.index(world.rank), len(here), effort)
     return world.gather(Measured(rates, disk))
 
 
-def machines(world: World, source: Source, threads: int) -> Machines:
-    """Measure the ranks' machines for this model (collective); it takes a second or two."""
+def machines(world: World, source: Source, threads: int, effort: float = 1.0) -> Machines:
+    """Measure the ranks' machines for this model (collective), in about a second times `effort`."""
     kinds = {stand_in(info.type, KINDS) for info in source.tensors.values() if len(info.shape) == 2}
     file = max(source.files, key=lambda file: file.stat().st_size)
-    ranks = everyone(world, sorted(kinds), threads, file, WITHIN_RUN)
+    ranks = everyone(world, sorted(kinds), threads, file, WITHIN_RUN, effort)
     numbers, found = world.nodes.numbers, hosts(world, ranks, probe.links(world))
     speeds = [
         replace(
@@ -121,7 +127,7 @@ def _or_none(rate: float) -> float | None:
     return round(rate, 3) or None
 
 
-def _disk_rate(path: Path, part: int = 0, parts: int = 1) -> DiskRate:
+def _disk_rate(path: Path, part: int = 0, parts: int = 1, effort: float = 1.0) -> DiskRate:
     """Measure how fast a file is read in order: past the page cache, or after its pages were dropped.
 
     Each rank of a host reads another part of the file: number `part` of `parts`.
@@ -134,7 +140,7 @@ def _disk_rate(path: Path, part: int = 0, parts: int = 1) -> DiskRate:
     try:
         if direct >= 0 and read_direct(direct, begin, new_buffer(SECTOR, SECTOR)):
             whole, pages = (
-                _rate(begin, end, kind, lambda at, out: read_direct(direct, at, out))
+                _rate(begin, end, kind, effort, lambda at, out: read_direct(direct, at, out))
                 for kind in (WHOLE, PAGES)
             )
             return DiskRate(whole, "O_DIRECT", pages)
@@ -143,12 +149,18 @@ def _disk_rate(path: Path, part: int = 0, parts: int = 1) -> DiskRate:
             os.close(direct)
     with path.open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
-        rate = _rate(begin, end, WHOLE, lambda at, out: os.preadv(file.fileno(), [out.data], at) == len(out))
+        rate = _rate(
+            begin, end, WHOLE, effort, lambda at, out: os.preadv(file.fileno(), [out.data], at) == len(out)
+        )
         return DiskRate(rate, "pages dropped first")
 
 
 def _rate(
-    begin: int, end: int, kind: tuple[int, int, float], read: Callable[[int, NDArray[np.uint8]], bool]
+    begin: int,
+    end: int,
+    kind: tuple[int, int, float],
+    effort: float,
+    read: Callable[[int, NDArray[np.uint8]], bool],
 ) -> float:
     """Bytes/s of reads between two places, as many as there is time for."""
     request, readers, seconds = kind
@@ -159,7 +171,7 @@ def _rate(
 
     def reader(buffer: NDArray[np.uint8]) -> int:
         done = 0
-        while (at := next(remaining, None)) is not None and time.perf_counter() < start + seconds:
+        while (at := next(remaining, None)) is not None and time.perf_counter() < start + effort * seconds:
             done += request if read(at, buffer) else 0
         return done
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from collections import Counter
 from collections.abc import Iterator
 
+from mpillm.planning.layout import shapes_in_words
 from mpillm.planning.limits import step_description
 from mpillm.planning.plan import Plan
 from mpillm.spec import shown_bytes
@@ -148,18 +148,12 @@ def _duration(seconds: float) -> str:
 
 
 def _layouts(plan: Plan) -> str:
-    """The replicas, with their number of ranks where they have not all the same."""
-    own = _layout(plan.stages, plan.shards)
-    if plan.replicas == 1:
-        return own
-    sizes = Counter(rank.replica for rank in plan.ranks)
-    if len(set(sizes.values())) == 1:
-        return f"{plan.replicas} replicas of {own}"
-    several = ", ".join(map(str, sizes.values()))
-    if len(sizes) > 8:
-        several = f"{min(sizes.values())} to {max(sizes.values())}"
-    return f"{plan.replicas} replicas of {several} ranks, the first of {own}"
+    """The replicas, by how many stages and shards they have."""
+    shapes = dict[int, tuple[int, int]]()  # of each replica: those of its last rank
+    for rank in plan.ranks:
+        shapes[rank.replica] = rank.stage + 1, rank.shard + 1
+    return shapes_in_words(list(shapes.values()))
 
 
 def _layout(stages: int, shards: int) -> str:
-    return f"{count_of(stages, 'stage')} x {count_of(shards, 'shard')}"
+    return shapes_in_words([(stages, shards)])

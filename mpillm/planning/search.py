@@ -58,7 +58,7 @@ def for_run(layouts: Layouts, machines: Machines) -> tuple[Found, list[int], str
     on_all = layouts.choose(machines)
     if machines.speeds and len(machines.ranks_per_host) > 1:
         best, without = search(layouts, machines, needed=1)
-        times = on_all.time.seconds / best.time.seconds
+        times = on_all.cost / best.cost
         if without and (times >= CLEARLY or best.fits > on_all.fits):
             return best, without, _said(machines, without, times)
     return on_all, [], ""
@@ -107,13 +107,13 @@ class _Tried:
         """The hosts to leave out."""
 
         def cost(found: Found) -> tuple[bool, float]:
-            return not found.fits, found.time.seconds
+            return not found.fits, found.cost
 
         unfit, minimum = min(map(cost, self.found.values()))
         near = [
             without
             for without, found in self.found.items()
-            if cost(found)[0] == unfit and found.time.seconds <= LEAVE_OUT * minimum
+            if cost(found)[0] == unfit and found.cost <= LEAVE_OUT * minimum
         ]
         return min(
             near, key=lambda without: (bool(self.found[without].time.idle), len(without), sorted(without))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -26,7 +27,9 @@ from mpillm.run.origin import Origin
 from mpillm.spec import Spec
 from mpillm.weights.source import Source
 
-MEASURED = 10.0  # seconds from which on a job on several hosts is worth the two that measuring them takes
+# Seconds of a job on several hosts from which on measuring them is worth it: in a quarter of a second, for shares of
+# replicas alone, and in more than a second.
+SHORT, MEASURED, LONG = 1.0, 10.0, 30.0
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,15 @@ class LayoutChoice:
             )
         found = world.on_rank_0(lambda: self._search(spec, self._known_machines()))
         if self._worth_measuring(found):
-            machines = measure.machines(world, self._source, threads)
-            found = world.on_rank_0(lambda: self._search(spec, machines))
+            for effort, least in ((measure.QUICKLY, SHORT), (1.0, LONG)):
+                if found.seconds > least:
+                    machines = measure.machines(world, self._source, threads, effort)
+                    found = world.on_rank_0(partial(self._search, spec, machines))
         return found
 
     def again(self, origin: Origin) -> LaidOut:
         """The layout of a run that goes on with other ranks or speeds: by the speeds of all ranks if they are known."""
-        world, spec = self._world, self._spec
+        world, spec = self._world, with_wire(self._spec, origin.wire)
         speeds, machines = world.gather(origin.speed), self._machines()
         known = [speed for speed in speeds if speed is not None]
         if len(known) == world.size:

@@ -93,7 +93,8 @@ class Hosts:
                     _ip("-n", host, "link", "set", device, "up")
                 if self.rate:
                     for space, device in ((self.switch, port), (host, "eth0")):
-                        words = f"qdisc add dev {device} root tbf rate {self.rate} burst 128kb latency 100ms"
+                        queue = f"tbf rate {self.rate} burst {_burst(self.rate)} latency 100ms"
+                        words = f"qdisc add dev {device} root {queue}"
                         done = run_bounded(["tc", "-n", space, *words.split()])
                         assert done.returncode == 0, f"tc {words}: {done.stderr}"
             yield self
@@ -160,6 +161,15 @@ class Hosts:
         ]
         # Ranks on all hosts run the sources that the first one does.
         return [mpi.mpiexec, *words, "--mca", "btl_tcp_if_include", lan, "-x", "PYTHONPATH"]
+
+
+def _burst(rate: str) -> int:
+    """Bytes that a cable takes at once: a packet, or what it carries in an eighth of a millisecond.
+
+    With many more of them a slow cable would carry a small message in no time.
+    """
+    bits = int(rate[:-4]) * {"mbit": 10**6, "gbit": 10**9}[rate[-4:]]
+    return max(1600, bits // 8 // 8000)
 
 
 def _ip(*words: str) -> str:

@@ -1,6 +1,6 @@
 """The layout of a run on eight clusters with three models, beside every layout on every part of their hosts.
 
-Shards send f32: an exact run may not take Q8_0 because of what was measured.
+Where the network is slow, shards may send Q8_0, if that is 5 % faster than every exact layout.
 """
 
 from __future__ import annotations
@@ -62,9 +62,7 @@ def planner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def layouts(planner: Planner, requests: int, *settings: str) -> Layouts:
-    job = spec.load(
-        None, ("memory.kv=1GiB", "wire.activations=f32", *settings), model="model", input="in", output="out"
-    )
+    job = spec.load(None, ("memory.kv=1GiB", *settings), model="model", input="in", output="out")
     asked = InputNeeds(
         requests, requests, prompt_tokens=64 * requests, generated_tokens=64 * requests, blocks=None
     )
@@ -80,13 +78,13 @@ def parts(machines: Machines) -> Iterator[Machines]:
 
 
 def each_alone(planner: Planner, requests: int, machines: Machines) -> Iterator[float]:
-    """Seconds with each number of replicas and shards that a user can ask for."""
+    """The cost of each number of replicas and shards that a user can ask for."""
     for replicas, shards in itertools.product(range(1, len(machines.ranks_per_host) + 1), (1, 2, 4)):
         settings = f"layout.replicas={replicas}", f"layout.shards={shards}"
         with suppress(LayoutError):
             found = layouts(planner, requests, *settings).choose(machines)
             if found.fits:
-                yield found.time.seconds
+                yield found.cost
 
 
 @pytest.mark.parametrize("cluster", CLUSTERS)
@@ -96,5 +94,5 @@ def test_a_run_takes_about_as_long_as_with_the_best_of_all_layouts(planner: Plan
     for requests in (1, 32, 1000):
         found, _, _ = for_run(layouts(planner, requests), machines)
         assert found.fits
-        best = min(seconds for part in parts(machines) for seconds in each_alone(planner, requests, part))
-        assert found.time.seconds <= NEAR * best
+        best = min(cost for part in parts(machines) for cost in each_alone(planner, requests, part))
+        assert found.cost <= NEAR * best

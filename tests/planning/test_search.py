@@ -21,6 +21,7 @@ from mpillm.planning.layout_plans import Found
 from mpillm.planning.machines import Machines
 from mpillm.planning.planner import Planner
 from mpillm.planning.search import LEAVE_OUT, for_run, search
+from mpillm.planning.wire import DEAR
 from tests.sparse import llama
 
 LAYERS = 8
@@ -201,3 +202,15 @@ def test_hundreds_of_ranks_are_laid_out_on_paper(hosts_of: int, ranks: int) -> N
     assert not without
     assert sum(stages * shards for stages, shards in shapes(found)) == hosts_of * ranks
     assert len(found.chosen.replicas) >= hosts_of
+
+
+def test_q8_0_must_be_clearly_faster_than_every_exact_layout() -> None:
+    """However the job could be laid out, and with fewer hosts; and a run that keeps to f32 does not take it."""
+    fast, slow = (machines_of([host(FAST, mbit=mbit)] * 2) for mbit in (1000.0, 100.0))
+    assert for_run(layouts(requests=1), fast)[0].chosen.wire == "f32"
+    found, _, _ = for_run(layouts(requests=1), slow)
+    assert (shapes(found), found.chosen.wire, found.chosen.inexact) == ([(1, 2)], "q8_0", True)
+    exact, _, _ = for_run(layouts("wire.activations=f32", requests=1), slow)
+    assert exact.time.seconds > DEAR * found.time.seconds
+    many, _, _ = for_run(layouts(requests=64), slow)
+    assert (shapes(many), many.chosen.wire) == ([(1, 1)] * 2, "f32")

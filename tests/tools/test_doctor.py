@@ -115,6 +115,9 @@ def test_a_timing_ends_however_short_its_call_is(monkeypatch: pytest.MonkeyPatch
     assert kernel_rates.typical(calls.append, [0, 1, 2]) == pytest.approx(0.001)
     assert calls[:5] == [0, 0, 1, 2, 0]
     assert kernel_rates.CALLS < len(calls) <= kernel_rates.SECONDS * 1000
+    calls.clear()
+    kernel_rates.typical(calls.append, [0], 0.006)
+    assert len(calls) <= 1 + kernel_rates.CALLS
 
 
 def test_what_a_kernel_gives_is_measured() -> None:

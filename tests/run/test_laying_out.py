@@ -1,0 +1,57 @@
+"""How a run that begins is laid out: how long it measures its hosts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mpillm import spec
+from mpillm.partition.replicas import Replica
+from mpillm.planning import measure
+from mpillm.planning.input_needs import NO_INPUT
+from mpillm.planning.layout_plans import Chosen
+from mpillm.planning.machines import Machines
+from mpillm.run.laying_out import LaidOut, LayoutChoice
+
+TWO_HOSTS = Machines([1, 1], [2**30, 2**30])
+
+
+class World:
+    """Rank 0's."""
+
+    def on_rank_0(self, work: Any) -> Any:
+        return work()
+
+
+@pytest.mark.parametrize(
+    ("assumed", "measured", "efforts"),
+    [
+        (0.5, 0.5, []),
+        (5.0, 4.0, [measure.QUICKLY]),
+        (5.0, 50.0, [measure.QUICKLY, 1.0]),  # the hosts are slower than assumed
+        (50.0, 4.0, [measure.QUICKLY]),
+    ],
+)
+def test_short_jobs_are_measured_briefly(
+    monkeypatch: pytest.MonkeyPatch, assumed: float, measured: float, efforts: list[float]
+) -> None:
+    """By the assumed speeds a job takes some seconds, and by those that were measured others."""
+    made: list[float] = []
+    pipeline = Chosen((Replica(0, 2, 1),), "")
+
+    def searched(self: LayoutChoice, job: spec.Spec, machines: Machines) -> LaidOut:
+        return LaidOut(pipeline, TWO_HOSTS, range(2), measured if made else assumed)
+
+    def machines(world: World, source: None, threads: int, effort: float) -> Machines:
+        made.append(effort)
+        return TWO_HOSTS
+
+    monkeypatch.setattr(LayoutChoice, "_search", searched)
+    monkeypatch.setattr(LayoutChoice, "_known_machines", lambda self: TWO_HOSTS)
+    monkeypatch.setattr(measure, "machines", machines)
+    job: Any = spec.load(None, (), model="model", input="in", output="out")
+    nothing: Any = None
+    world: Any = World()
+    LayoutChoice(world, job, nothing, nothing, NO_INPUT, None, True, True).first(1)
+    assert made == efforts
