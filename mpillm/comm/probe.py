@@ -12,11 +12,14 @@ from mpi4py import MPI
 from mpillm.comm.launch import Library, loaded_library_path
 from mpillm.comm.world import World
 
-SMALL, LARGE = 4, 2**19  # bytes of a message that shows latency, and of one that shows bandwidth
+# Bytes of a message that shows latency, and of those that show bandwidth: MIDDLE ones where one takes more than SLOW
+# seconds there and back.
+SMALL, MIDDLE, LARGE, SLOW = 4, 2**16, 2**20, 0.01
 SMALL_ROUNDS, LARGE_ROUNDS = 100, 5
 PATIENCE = 0.1  # seconds after which a slow link is measured no more
 PARTNERS = 8  # with which each host is measured, at most
 _TAG = 99
+_END = np.ones(1, np.uint8)  # what is timed is zeros
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,10 @@ def links(world: World) -> list[LinkTiming]:
         world.barrier()
         for first, second in pairs:
             ranks = firsts[first], firsts[second]
-            if world.rank in ranks:
-                small = _round_trip(world, ranks, SMALL, SMALL_ROUNDS)
-                large = _round_trip(world, ranks, LARGE, LARGE_ROUNDS)
-                if world.rank == ranks[0]:
-                    found.append(LinkTiming(ranks, small / 2, 2 * LARGE / large))
+            if world.rank == ranks[0]:
+                found.append(LinkTiming(ranks, *_time_link(world, ranks[1])))
+            elif world.rank == ranks[1]:
+                _echo(world, ranks[0])
     return [link for own in world.gather(found) for link in own]
 
 
@@ -63,24 +65,36 @@ def tournament(players: int) -> list[list[tuple[int, int]]]:
     return rounds
 
 
-def _round_trip(world: World, ranks: tuple[int, int], nbytes: int, rounds: int) -> float:
-    """Median seconds of a message there and back, without the first; both ranks call it."""
+def _time_link(world: World, other: int) -> tuple[float, float]:
+    """Latency in seconds and bandwidth in bytes/s to a rank that calls `_echo`."""
+    small = _round_trip(world, other, SMALL, SMALL_ROUNDS)
+    nbytes = MIDDLE if _round_trip(world, other, MIDDLE, 1) > SLOW else LARGE
+    large = _round_trip(world, other, nbytes, LARGE_ROUNDS)
+    _wait(world, world.comm.Isend([_END, MPI.BYTE], other, _TAG))
+    return small / 2, 2 * nbytes / large
+
+
+def _round_trip(world: World, other: int, nbytes: int, rounds: int) -> float:
+    """Median seconds of a message to a rank that echoes it, and back, without the first."""
     data, back, times = np.zeros(nbytes, np.uint8), np.empty(nbytes, np.uint8), list[float]()
-    first, began = world.rank == ranks[0], time.perf_counter()
-    other = ranks[1] if first else ranks[0]
-    while not data[0]:  # the first rank says which round is the last
+    began = time.perf_counter()
+    while len(times) < 2 or (len(times) <= rounds and time.perf_counter() - began < PATIENCE):
         start = time.perf_counter()
-        if first:
-            data[0] = len(times) == rounds or start - began > PATIENCE
-            _wait(world, world.comm.Isend([data, MPI.BYTE], other, _TAG))
-            _wait(world, world.comm.Irecv([back, MPI.BYTE], other, _TAG))
-        else:
-            _wait(world, world.comm.Irecv([back, MPI.BYTE], other, _TAG))
-            data[0] = back[0]
-            _wait(world, world.comm.Isend([data, MPI.BYTE], other, _TAG))
+        _wait(world, world.comm.Isend([data, MPI.BYTE], other, _TAG))
+        _wait(world, world.comm.Irecv([back, MPI.BYTE], other, _TAG))
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
 
 
-def _wait(world: World, request: MPI.Request) -> None:
-    world.wait(request.Test)
+def _echo(world: World, other: int) -> None:
+    """Send back what `_time_link` sends, until it says that this was all."""
+    data, status = np.zeros(LARGE, np.uint8), MPI.Status()
+    while True:
+        _wait(world, world.comm.Irecv([data, MPI.BYTE], other, _TAG), status)
+        if data[0] == _END[0]:
+            return
+        _wait(world, world.comm.Isend([data[: status.Get_count(MPI.BYTE)], MPI.BYTE], other, _TAG))
+
+
+def _wait(world: World, request: MPI.Request, status: MPI.Status | None = None) -> None:
+    world.wait(lambda: request.Test(status))

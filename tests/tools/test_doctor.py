@@ -7,9 +7,12 @@ import sys
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from mpillm.comm import probe
 from mpillm.comm.probe import tournament
 from mpillm.kernels import BlockType
 from mpillm.planning import hosts, kernel_rates, measure
@@ -123,3 +126,21 @@ def test_a_timing_ends_however_short_its_call_is(monkeypatch: pytest.MonkeyPatch
 def test_what_a_kernel_gives_is_measured() -> None:
     rates = kernel_rates.kernel_rates(["q4_0"], 1, 2**23)
     assert min(*rates.products["q4_0"], *rates.attention, rates.values, rates.core) > 0
+
+
+@pytest.mark.parametrize(("mbit", "nbytes"), [(10, probe.MIDDLE), (1000, probe.LARGE)])
+def test_slow_links_are_measured_with_smaller_messages(
+    monkeypatch: pytest.MonkeyPatch, mbit: int, nbytes: int
+) -> None:
+    """One of a MiB takes two seconds there and back at 10 Mbit/s, more than the rest of measuring."""
+    sizes: list[int] = []
+
+    def round_trip(world: Any, other: int, nbytes: int, rounds: int) -> float:
+        sizes.append(nbytes)
+        return 2 * nbytes / (mbit * 125_000)
+
+    monkeypatch.setattr(probe, "_round_trip", round_trip)
+    monkeypatch.setattr(probe, "_wait", lambda world, request: None)
+    world: Any = SimpleNamespace(comm=SimpleNamespace(Isend=lambda *_: None))
+    assert probe._time_link(world, 1)[1] == pytest.approx(mbit * 125_000)
+    assert sizes == [probe.SMALL, probe.MIDDLE, nbytes]
