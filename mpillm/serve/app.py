@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
@@ -26,13 +26,13 @@ from mpillm.engine.request import FinishedCompletion
 from mpillm.errors import NOT_FINITE, NotFiniteError, RequestError
 from mpillm.serve import answers
 from mpillm.serve.arrivals import Closed, Full, Ticket
+from mpillm.serve.connections import ENDED, Quiet, gone
 from mpillm.serve.state import ServerState
 from mpillm.version import __version__
 
 PAGE = Path(__file__).parent / "page"
 MAX_BODY = 32 << 20  # bytes of a request
 IN_MEMORY = 1 << 16  # of these that are in memory while it comes and waits; more are in a file without a name
-ENDED = "The server ends before the answer is complete."
 
 
 def make_app(service: ServerState, more_routes: list[Route]) -> ASGIApp:
@@ -53,9 +53,14 @@ def make_app(service: ServerState, more_routes: list[Route]) -> ASGIApp:
     ]
     app = Starlette(
         routes=routes,
-        exception_handlers={HTTPException: _http_error, RequestError: _request_error, Exception: _bug},
+        exception_handlers={
+            HTTPException: _http_error,
+            RequestError: _request_error,
+            ClientDisconnect: gone,
+            Exception: _bug,
+        },
     )
-    return _Guard(app, service.api_key)
+    return Quiet(_Guard(app, service.api_key))
 
 
 class _Guard:
@@ -100,6 +105,9 @@ class _Ask:
             status = response.status_code
         except RequestError:
             status = 400
+            raise
+        except ClientDisconnect:
+            status = 499
             raise
         except HTTPException as error:
             status = error.status_code

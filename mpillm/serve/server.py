@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import threading
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from mpillm.serve import openapi
 from mpillm.serve.app import make_app
 from mpillm.serve.arrivals import Arrivals
 from mpillm.serve.batches import Batches
+from mpillm.serve.connections import Connection
 from mpillm.serve.files import FileStore
 from mpillm.serve.metrics import Metrics
 from mpillm.serve.signals import first_signal_calls
@@ -80,9 +82,11 @@ def _lead(
         batches = Batches(
             data / "batches", files, arrivals, spec, model, partial(open_journal, session, spec)
         )
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns when a client goes amid its answer
     config = uvicorn.Config(
         make_app(service, [*routes(files, batches), openapi.route(bool(options.api_key))]),
-        log_level="warning",
+        http=Connection,
+        log_level="error",  # a client's mistakes are not the server's
         timeout_graceful_shutdown=GRACE,
         lifespan="off",
     )
