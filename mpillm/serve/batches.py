@@ -124,7 +124,8 @@ class Batches:
 
     def _set(self, batch: BatchObject, status: str, **changes: Any) -> None:
         batch.status = status
-        setattr(batch, f"{status}_at", int(time.time()))
+        if getattr(batch, f"{status}_at") is None:  # a restart does not begin it anew
+            setattr(batch, f"{status}_at", int(time.time()))
         for key, value in changes.items():
             setattr(batch, key, value)
         self._descriptions.write(batch)
@@ -157,8 +158,9 @@ class Batches:
         with self._changed:
             for key, path in (("output_file_id", answered), ("error_file_id", failed)):
                 if path.stat().st_size:
-                    with open(path, "rb") as file:
-                        made = self._files.add(f"{name}_{path.name}", "batch_output", file)
+                    with open(path, "rb") as file:  # a server that was killed here may have added it before
+                        title = f"{name}_{path.name}"
+                        made = self._files.add(title, "batch_output", file, own=title)
                     setattr(batch, key, made.id)
                 path.unlink()
             self._set(batch, "cancelled" if run.cancelled else "completed")

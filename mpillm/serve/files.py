@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import time
 import uuid
@@ -10,7 +11,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from mpillm.store.directory import replacing
+from mpillm.store.directory import Directory, replacing
 
 _ID = re.compile(r"(file|batch)-[0-9a-f]{24}")
 _COPY = 1 << 20  # bytes at a time
@@ -34,6 +35,8 @@ class Descriptions:
     def __init__(self, folder: Path, kind: type[msgspec.Struct]) -> None:
         self.folder, self._kind = folder, kind
         folder.mkdir(parents=True, exist_ok=True)
+        with Directory(folder) as directory:
+            directory.remove_temporary_files()
 
     def path(self, name: str) -> Path:
         """Where the content of `name` is; KeyError if that is no id."""
@@ -65,11 +68,14 @@ class FileStore:
     def __init__(self, folder: Path) -> None:
         self._descriptions = Descriptions(folder, File)
         self.read, self.all = self._descriptions.read, self._descriptions.all
+        for path in folder.glob("file-*"):  # contents that a killed server has not described, or not removed
+            if _ID.fullmatch(path.name) and not path.with_suffix(".json").exists():
+                path.unlink()
 
-    def add(self, name: str, purpose: str, source: BinaryIO) -> File:
-        """Keep the content of a file."""
+    def add(self, name: str, purpose: str, source: BinaryIO, own: str | None = None) -> File:
+        """Keep the content of a file; in place of an earlier one of the same `own` name, if it has one."""
         made = File(
-            id=f"file-{uuid.uuid4().hex[:24]}",
+            id=f"file-{(hashlib.sha256(own.encode()).hexdigest() if own else uuid.uuid4().hex)[:24]}",
             bytes=0,
             created_at=int(time.time()),
             filename=name[:255] or "file",

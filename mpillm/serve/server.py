@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
+import os
 import socket
 import threading
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ from mpillm.serve.signals import first_signal_calls
 from mpillm.serve.state import ServerState
 from mpillm.serve.uploads import routes
 from mpillm.spec import Spec
+from mpillm.store import directory
 from mpillm.store.directory import explained
 
 GRACE = 5  # seconds in which open connections may end
@@ -51,6 +54,7 @@ def run(world: World, spec: Spec, options: ServeOptions, progress: Progress) -> 
         listener = None
         with world.together():
             if world.rank == 0:
+                stack.callback(os.close, _claim(spec.output_path))
                 listener = stack.enter_context(_listen(options))
         path = model_path(world, spec, progress)
         session = stack.enter_context(contextlib.closing(Session(world, spec, path, leave_out=True)))
@@ -114,6 +118,21 @@ def _lead(
             engine.stop(0)
     progress.say("The server has ended.")
     return 0
+
+
+def _claim(data: Path) -> int:
+    """The descriptor that keeps other servers out of a directory of batches; JobError if there is one."""
+    directory.make(data)
+    with explained(data):
+        file = os.open(data, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        raise JobError(f"Another server uses {data}; end it, or give another --data.") from None
+    except OSError:  # a file system without locks
+        pass
+    return file
 
 
 def _listen(options: ServeOptions) -> socket.socket:

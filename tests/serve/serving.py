@@ -16,13 +16,18 @@ from tests.job_helpers import CHAT
 
 @contextmanager
 def serving(
-    folder: Path, command: list[str | Path], env: dict[str, str], *more: str, model: str | Path = CHAT
+    folder: Path,
+    command: list[str | Path],
+    env: dict[str, str],
+    *more: str,
+    model: str | Path = CHAT,
+    program: str = "mpillm",
 ) -> Iterator[tuple[str, Any]]:
     """A server that has begun to listen: its URL and its process."""
     words = [
         *command,
         "-m",
-        "mpillm",
+        program,
         "serve",
         "--model",
         model,

@@ -1,0 +1,118 @@
+"""A batch of the server that is killed again and again near its end: the results of a run, nothing computed twice."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.conftest import HANGS, Mpi, clean_environment
+from tests.job_helpers import CHAT
+from tests.serve.serving import serving
+from tests.serve.test_batches import BODIES, LINES, WRONG, ended, lines_of
+from tests.serve.test_server import batch as answers_of_a_run
+
+# Of the lines, of their journal, of the status, of the files of results and of their descriptions.
+KILLS = (
+    "append after 34",
+    "append before 2",
+    "flush after 2",
+    "status before 2",
+    "status after 2",
+    "wrong line before 1",
+    "write after 1",
+    "description before 3",
+    "file after 1",
+    "file after 2",
+    "status before 3",
+    "status after 3",
+)
+
+
+def killed_again_and_again(
+    folder: Path, command: list[str | Path], env: dict[str, str], kills: tuple[str, ...]
+) -> None:
+    expected = answers_of_a_run(folder, BODIES)
+    source = "".join(f"{json.dumps(line)}\n" for line in [*LINES, WRONG]).encode()
+    notes = folder / "notes"
+    env = {**env, "NOTES": str(notes)}
+    program = "tests.serve.program"
+    with (
+        serving(folder, command, {**env, "KILLED": kills[0]}, program=program) as (url, process),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client,
+    ):
+        file = client.files.create(file=("in.jsonl", source), purpose="batch")
+        made = client.batches.create(
+            input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
+        )
+        assert process.wait(HANGS) != 0
+    words = ["serve", "--model", CHAT, "--port", "0", "--data", folder / "data"]
+    for kill in kills[1:]:
+        with open(folder / "log", "wb") as log:
+            again = subprocess.run(
+                [str(word) for word in (*command, "-m", program, *words)],
+                env={**env, "KILLED": kill},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                timeout=HANGS,
+                check=False,
+            )
+        assert again.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL, signal.SIGKILL), kill
+    with (
+        serving(folder, command, env, program=program) as (url, _),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client,
+    ):
+        state = ended(client, made.id)
+        assert state.status == "completed"
+        assert state.request_counts.model_dump() == {"completed": 40, "failed": 1, "total": 41}
+        assert state.created_at <= state.in_progress_at <= state.finalizing_at <= state.completed_at
+        answers = lines_of(client, state.output_file_id)
+        assert [answer["custom_id"] for answer in answers] == [line["custom_id"] for line in LINES]
+        texts = [answer["response"]["body"]["choices"] for answer in answers]
+        assert texts == [body["choices"] for body in expected]
+        assert [error["custom_id"] for error in lines_of(client, state.error_file_id)] == ["wrong"]
+        # No results are there twice, and nothing else is left.
+        there = {file.id, state.output_file_id, state.error_file_id}
+        assert {found.id for found in client.files.list()} == there
+        names = {path.name for path in (folder / "data/files").iterdir()}
+        assert names == {*there, *(f"{name}.json" for name in there)}
+    journaled: set[str] = set()
+    for line in notes.read_text().splitlines():
+        what, _, name = line.partition(" ")
+        if what == "journaled":
+            journaled.add(name)
+        else:
+            assert name not in journaled, "computed again"
+    assert journaled == {line["custom_id"] for line in LINES}
+
+
+def test_killed_near_the_end(tmp_path: Path) -> None:
+    killed_again_and_again(tmp_path, [sys.executable], clean_environment(), KILLS)
+
+
+@pytest.mark.mpiexec
+def test_killed_near_the_end_on_two_ranks(openmpi: Mpi, tmp_path: Path) -> None:
+    kills = (KILLS[0], *KILLS[5:10:2])
+    killed_again_and_again(tmp_path, openmpi.command(2), openmpi.environment(), kills)
+
+
+def test_another_server_with_the_same_directory(tmp_path: Path) -> None:
+    """It would say that the batches of the first have failed."""
+    words = ["serve", "--model", CHAT, "--port", "0", "--data", tmp_path / "data"]
+    with serving(tmp_path, [sys.executable], clean_environment()):
+        other = subprocess.run(
+            [str(word) for word in (sys.executable, "-m", "mpillm", *words)],
+            env=clean_environment(),
+            capture_output=True,
+            text=True,
+            timeout=HANGS,
+            check=False,
+        )
+    assert other.returncode == 2
+    assert f"Another server uses {tmp_path / 'data'}; end it, or give another --data." in other.stderr
