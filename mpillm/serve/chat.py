@@ -115,6 +115,7 @@ class Conversation:
         self._read, self._write = read, sys.stdout.write
         self._messages: list[dict[str, Any]] = []
         self._ticket: Ticket | None = None
+        self._answers = self._stopped = False  # a message is being answered; that is to end
         self._thinks = False  # what was written last is reasoning
 
     def talk(self) -> None:
@@ -129,10 +130,11 @@ class Conversation:
 
     def interrupt(self) -> None:
         """Stop the answer that is being given; the conversation, if there is none."""
+        if not self._answers:
+            self._arrivals.close()
+        self._stopped = True  # also before there is a ticket
         if self._ticket is not None:
             self._ticket.cancel()
-        else:
-            self._arrivals.close()
 
     def _turn(self, line: str) -> bool:
         """Do what a line says; False at the end."""
@@ -155,11 +157,13 @@ class Conversation:
 
     def _ask(self, message: dict[str, Any]) -> None:
         self._messages.append(message)
-        text = ""
+        text, self._stopped, self._answers = "", False, True
         try:
             text = self._answer()
         except RequestError as error:
             self._write(f"{error}\n")
+        finally:
+            self._answers = False
         if text:
             self._messages.append({"role": "assistant", "content": text})
         else:
@@ -173,6 +177,8 @@ class Conversation:
         stream = ChatStream(work.endpoint, work.requests[0], self._spec, self._model)
         ticket = Ticket(work, events.put, lambda _, token: events.put(token))
         self._ticket = ticket
+        if self._stopped:
+            ticket.cancel()
         text = ""
         try:
             self._arrivals.submit(ticket)

@@ -83,3 +83,30 @@ def test_ctrl_c_stops_an_answer_and_then_the_conversation(tmp_path: Path) -> Non
         process.send_signal(signal.SIGINT)
         assert process.wait() == 0
     os.close(terminal)
+
+
+def test_ctrl_c_before_the_first_token_stops_the_answer_alone(tmp_path: Path) -> None:
+    """Not the conversation, though the template is still being filled in."""
+    (answer,) = answers(tmp_path, ["over the dog"])
+    program = """
+import os, signal, sys, threading
+from mpillm.cli import main
+from mpillm.serve import chat
+prepare, interrupt, seen = chat.prepare, chat.Conversation.interrupt, threading.Event()
+def prepared(*words):
+    if not seen.is_set():
+        os.kill(os.getpid(), signal.SIGINT)
+        seen.wait()
+    return prepare(*words)
+def interrupted(conversation):
+    interrupt(conversation)
+    seen.set()
+chat.prepare, chat.Conversation.interrupt = prepared, interrupted
+sys.exit(main(sys.argv[1:]))
+"""
+    words = [sys.executable, "-c", program, "chat", "--model", str(CHAT), *SETTINGS]
+    typed = "the fox\nover the dog\n"
+    done = subprocess.run(
+        words, input=typed, env=clean_environment(), capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, visible(f"\n{answer}\n\n", "\n")), done.stderr
