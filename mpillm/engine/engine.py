@@ -76,13 +76,19 @@ class Engine:
         pace = Pace(self._limits)
         in_flight: deque[tuple[Step, list[tuple[Sequence, int]]]] = deque()
         try:
-            while scheduler.has_work() or (more is not None and more()):
+            while True:
+                if not scheduler.has_work():
+                    # Those that needed no step are not kept until another request comes.
+                    if ended := sequences.take_finished():
+                        yield [sequence.completion() for sequence in ended]
+                        continue
+                    if more is None or not more():
+                        return
                 while len(in_flight) < pace.micro_batches and (chosen := scheduler.next(pace.micro_batches)):
                     self.totals.peak_blocks = max(self.totals.peak_blocks, scheduler.blocks_in_use)
                     with pace.measured(self._worker):
                         in_flight.append((self._start(chosen), chosen))
-                if not in_flight:  # what had come was withdrawn
-                    assert more is not None
+                if not in_flight:  # what had come was withdrawn, or needs no step
                     continue
                 step, chosen = in_flight.popleft()
                 done = self._finish(step, chosen)
@@ -96,8 +102,6 @@ class Engine:
             for step, _ in in_flight:
                 self._collect(step.number)
             raise
-        if ended := sequences.take_finished():
-            yield [sequence.completion() for sequence in ended]
 
     def unsaved(self, at_least: int = 1) -> Iterator[tuple[Request, int, PartialCompletion]]:
         """What unfinished sequences have generated since the last call, if that is `at_least` tokens.

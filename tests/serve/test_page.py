@@ -20,10 +20,14 @@ from selenium.webdriver.support.ui import WebDriverWait
 from mpillm.store import report, report_page
 from mpillm.store.directory import Directory
 from tests.conftest import clean_environment
+from tests.job_helpers import CHAT
 from tests.serve.serving import serving
 from tests.store.test_report import made
 
 KEY = "a key"
+# What a page would do something with if it took texts for HTML.
+HTML = "<img src=x onerror=hacked=1>"
+ANSWER = f"{HTML}<script>hacked=1</script><a href='javascript:hacked=1'>a</a> [b](javascript:hacked=1) **c**"
 DRIVER = shutil.which("chromedriver")
 
 pytestmark = pytest.mark.skipif(
@@ -34,7 +38,9 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("page")
-    with serving(folder, [sys.executable], clean_environment(MPILLM_API_KEY=KEY)) as (url, _):
+    shutil.copytree(CHAT, folder / HTML)
+    env = clean_environment(MPILLM_API_KEY=KEY)
+    with serving(folder, [sys.executable], env, model=folder / HTML) as (url, _):
         yield url
 
 
@@ -66,6 +72,44 @@ def look(browser: WebDriver, name: str) -> None:
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
 
 
+def too_faint(browser: WebDriver) -> list[str]:
+    """What has a contrast below 4.5:1 (WCAG 2 AA) of what is written on the page and can be seen."""
+    return list(
+        browser.execute_script(
+            """
+            const paint = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+            function over(color, below, opacity) {  // the RGB of a colour over another one
+                paint.globalAlpha = 1; paint.fillStyle = `rgb(${below})`; paint.fillRect(0, 0, 1, 1);
+                paint.globalAlpha = opacity; paint.fillStyle = color; paint.fillRect(0, 0, 1, 1);
+                return [...paint.getImageData(0, 0, 1, 1).data.slice(0, 3)];
+            }
+            function behind(element) {
+                const dark = matchMedia("(prefers-color-scheme: dark)").matches;
+                const parent = element.parentElement, canvas = dark ? [18, 18, 18] : [255, 255, 255];
+                return over(getComputedStyle(element).backgroundColor, parent ? behind(parent) : canvas, 1);
+            }
+            function opacity(element) {
+                return element ? getComputedStyle(element).opacity * opacity(element.parentElement) : 1;
+            }
+            const linear = (part) => part <= 10.31475 ? part / 3294.6 : ((part / 255 + .055) / 1.055) ** 2.4;
+            const light = ([r, g, b]) => .2126 * linear(r) + .7152 * linear(g) + .0722 * linear(b);
+            const found = [];
+            for (const element of document.querySelectorAll("body *")) {
+                const own = [...element.childNodes].map((one) => one.data ?? "").join("").trim();
+                const text = element.value || own;
+                if (!text || element.disabled || !element.checkVisibility()) continue;
+                const below = behind(element);
+                const above = over(getComputedStyle(element).color, below, opacity(element));
+                const [low, high] = [light(below), light(above)].sort((one, other) => one - other);
+                const ratio = (high + .05) / (low + .05);
+                if (ratio < 4.5) found.push(`${text}: ${ratio.toFixed(2)}`);
+            }
+            return found;
+            """
+        )
+    )
+
+
 def test_chat_and_batches(browser: WebDriver, server: str, tmp_path: Path) -> None:
     # The page may replace an element between the moment that it is found and the one that it is used.
     wait = WebDriverWait(browser, 60, ignored_exceptions=[StaleElementReferenceException])
@@ -83,7 +127,7 @@ def test_chat_and_batches(browser: WebDriver, server: str, tmp_path: Path) -> No
         element.clear()
         element.send_keys(text)
 
-    wait.until(lambda _: find("#model") == "chat")
+    wait.until(lambda _: find("#model") == HTML)
     # Without the key a sentence says so.
     write("#text", "the fox")
     press("#send")
@@ -104,6 +148,7 @@ def test_chat_and_batches(browser: WebDriver, server: str, tmp_path: Path) -> No
     write("#temperature", "0")
     write("#tokens", "12")
     look(browser, "settings")
+    assert too_faint(browser) == []
     press("[data-view=chat]")
     press("#reset")
 
@@ -111,9 +156,7 @@ def test_chat_and_batches(browser: WebDriver, server: str, tmp_path: Path) -> No
         history: list[dict[str, str]] = []
         for turn, text in enumerate(("the fox", "over the dog")):
             history.append({"role": "user", "content": text})
-            made = client.chat.completions.create(
-                model="chat", messages=history, max_tokens=12, temperature=0
-            )  # type: ignore[call-overload]
+            made = client.chat.completions.create(model=HTML, messages=history, max_tokens=12, temperature=0)  # type: ignore[call-overload]
             write("#text", text)
             press("#send")
             wait.until(
@@ -127,7 +170,31 @@ def test_chat_and_batches(browser: WebDriver, server: str, tmp_path: Path) -> No
             history.append({"role": "assistant", "content": made.choices[0].message.content})
     look(browser, "chat")
 
-    name = f"three requests of {browser.execute_script('return innerWidth')}.jsonl"
+    # Texts are shown as they are, whoever wrote them.
+    press("#reset")
+    browser.execute_script(
+        """
+        const [fetched, choice] = [window.fetch, arguments[0]];
+        window.fetch = (url, how) => fetched(url, url.endsWith("completions")
+            ? { ...how, body: JSON.stringify({ ...JSON.parse(how.body), guided_choice: [choice], max_tokens: 300 }) }
+            : how);
+        """,
+        ANSWER,
+    )
+    write("#text", ANSWER)
+    press("#send")
+    wait.until(
+        lambda _: (
+            [
+                shown.get_property("textContent")
+                for shown in browser.find_elements(By.CSS_SELECTOR, ".message")[-2:]
+            ]
+            == [ANSWER, ANSWER]
+        )
+    )
+    assert too_faint(browser) == []
+
+    name = f"{HTML} of {browser.execute_script('return innerWidth')}.jsonl"
     source = tmp_path / name
     lines = [{"prompt": "the fox"}, {"prompt": "a"}, {"prompt": 3.5}]
     source.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
@@ -138,6 +205,9 @@ def test_chat_and_batches(browser: WebDriver, server: str, tmp_path: Path) -> No
     wait.until(lambda _: name in find("#list") and "completed" in find("#list tr"))
     assert "3 of 3, 1 failed" in find("#list tr")
     look(browser, "batches")
+    assert too_faint(browser) == []
+    assert browser.execute_script("return document.querySelectorAll('img, main script, main a').length") == 0
+    assert browser.execute_script("return window.hacked === undefined")
     press("#list td:last-child button")
     wait.until(lambda _: list(tmp_path.glob("file-*.jsonl")))
     (download,) = tmp_path.glob("file-*.jsonl")

@@ -181,6 +181,16 @@ def test_models_health_metrics_and_the_key(client: openai.OpenAI, server: str) -
     assert http.get(server).headers["content-type"].startswith("text/html")
 
 
+def test_an_answer_whose_every_token_is_forced_waits_for_no_other_request(
+    client: openai.OpenAI, tmp_path: Path
+) -> None:
+    (alone,) = batch(tmp_path, [{"prompt": "a", "max_tokens": 40, "guided_choice": ["the fox"]}])
+    assert alone["choices"][0]["text"] == "the fox"
+    for more in ({"guided_choice": ["the fox"]}, {"structured_outputs": {"regex": "the fox"}}):
+        made = client.completions.create(model="chat", prompt="a", max_tokens=40, extra_body=more)
+        assert made.choices[0].text == "the fox"
+
+
 def test_an_adapter_is_asked_by_its_name(client: openai.OpenAI) -> None:
     body: dict[str, Any] = {"prompt": "the quick brown fox", "max_tokens": 9}
     base, adapted = (client.completions.create(model=name, **body) for name in ("chat", "adapted"))
