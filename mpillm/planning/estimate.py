@@ -18,6 +18,7 @@ from mpillm.planning.machines import Machines
 from mpillm.planning.rank_plan import ReplicaPlan
 from mpillm.planning.speed import ASSUMED, Speed
 from mpillm.planning.step_time import (
+    FIRST,
     INSIDE,
     LOAD,
     LinkRate,
@@ -125,6 +126,8 @@ class _Kind:
             rank.weights_share / speed.disk + LOAD * rank.weights_share / work.page / speed.core
             for (rank, speed), work in zip(ranks, plan.works, strict=True)
         )
+        # One stage makes its kernels after the other.
+        self._loading += sum(FIRST * stage.works[0].layers / stage.speeds[0].core for stage in stages)
 
     def time(self, requests: int) -> JobTime:
         """The time of one of them for so many of the requests."""

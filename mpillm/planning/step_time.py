@@ -24,7 +24,10 @@ DRAWN = 60e-6  # of a token that is drawn or scored: its candidates, its text, w
 LAYER = 20e-6  # of a layer: the start of its kernels
 WAIT = 10e-6  # of a layer, times the root of the rows: threads meet after each kernel, and the last tile is one's alone
 APART = 120e-6  # of a layer whose kernels are called one by one, more than that
-LOAD = 150e-6  # of a page of streamed weights, which the cores that compute make ready
+# Of a page of streamed weights: the cores that compute read it and make it ready, and what they wait for meanwhile
+# (4000 loads of 560 KB took so much longer than none, of 2.06 s all together, on both cores of a machine).
+LOAD = 250e-6
+FIRST = 3e-3  # of a layer in the first step, in which its kernels are made: 85 to 130 ms of 30 layers
 
 WeightCounts = Mapping[BlockType, float]  # numbers of weights of matrices, by block type
 

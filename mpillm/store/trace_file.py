@@ -53,13 +53,27 @@ def _events(ranks: list[RankTrace], later: list[float]) -> Iterator[dict[str, An
     for rank, more in zip(ranks, later, strict=True):
         numbers: dict[tuple[int, str], int] = {}
         named = f"rank {rank.rank} on {rank.host}"
-        yield {"ph": "M", "name": "process_name", "pid": rank.rank, "args": {"name": named}}
-        for span in rank.spans:
+        yield {
+            "ph": "M",
+            "name": "process_name",
+            "pid": rank.rank,
+            "tid": 0,
+            "ts": 0,
+            "args": {"name": named},
+        }
+        for span in sorted(rank.spans, key=lambda span: span.start):
             thread = numbers.get(span.thread)
             if thread is None:
                 thread = numbers[span.thread] = len(numbers)
                 names = {"name": span.thread[1]}
-                yield {"ph": "M", "name": "thread_name", "pid": rank.rank, "tid": thread, "args": names}
+                yield {
+                    "ph": "M",
+                    "name": "thread_name",
+                    "pid": rank.rank,
+                    "tid": thread,
+                    "ts": 0,
+                    "args": names,
+                }
             # Both ends are rounded alike, so that what lies in another span still does.
             begin, end = (round(1e9 * (at + more)) for at in (span.start, span.start + span.seconds))
             event = {

@@ -14,9 +14,11 @@ from mpillm.errors import JobError, LayoutError, ModelError
 from mpillm.kernels import KV_BLOCK, BlockType
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
-from mpillm.planning import hosts, input_memory, input_needs, plan, plan_text, suggestion
+from mpillm.planning import estimate, hosts, input_memory, input_needs, plan, plan_text, suggestion
 from mpillm.planning.hosts import Host
 from mpillm.planning.plan import Plan
+from mpillm.planning.speed import ASSUMED
+from mpillm.planning.step_time import FIRST
 from mpillm.planning.token_count import SPECIAL
 from mpillm.spec import shown_bytes
 from mpillm.spec.reading import toml
@@ -190,6 +192,17 @@ def test_time_follows_the_speeds_of_hosts() -> None:
     )
     assert pipeline.gains["twice the network's rate"] >= 1
     assert on([slow]).gains["one more host, like the last one"] > 1.5
+
+
+def test_the_first_step_of_each_layer_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All layers' kernels are made, a stage's after another's."""
+    for stages in (1, 2):
+        with_it = planned("llama3", stages, f"layout.stages={stages}").time.seconds
+        with monkeypatch.context() as patch:
+            patch.setattr(estimate, "FIRST", 0.0)
+            without = planned("llama3", stages, f"layout.stages={stages}").time.seconds
+        layers = planned("llama3", 1).ranks[0].layers[1]
+        assert with_it - without == pytest.approx(FIRST * layers / ASSUMED.core)
 
 
 def test_hosts_that_slow_a_run_down_are_left_out() -> None:

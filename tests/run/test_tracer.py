@@ -49,6 +49,11 @@ def test_spans_nest_and_sum_to_the_report(openmpi: Mpi, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     spans, said = events(trace)
     assert_nested(spans)
+    every = json.loads(trace.read_text())["traceEvents"]
+    assert all({"ph", "name", "ts", "pid", "tid"} <= event.keys() for event in every)
+    for rank in (0, 1):
+        starts = [span["ts"] for span in spans if span["pid"] == rank]
+        assert starts == sorted(starts)
     report = json.loads((tmp_path / "out/report.json").read_text())
     steps = ("decode", "prefill", "prefill and decode")
     assert sum(span["name"] in steps for span in spans if span["pid"] == 0) == report["batch"]["steps"]
