@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from contextlib import closing
 from socket import gethostname
+from typing import Any
 
 import msgspec
 
@@ -17,7 +19,7 @@ from mpillm.planning.needs import needs_of
 from mpillm.planning.plan import laid_out
 from mpillm.planning.planner import Planner
 from mpillm.planning.rank_plan import RankPlan
-from mpillm.spec import UNREAD, Spec, shown_bytes
+from mpillm.spec import UNREAD, OutputSection, Spec, shown_bytes
 from mpillm.store.readable import count_of
 
 MIB = 2**20
@@ -54,28 +56,35 @@ def job_file(spec: Spec, machines: Machines, rate: float) -> str:
             low, high = (low, middle) if made(middle * MIB)[0] >= rate else (middle + 1, high)
         found, ranks = made(high * MIB)
     held = shown_bytes(max(rank.held for rank in ranks))
-    asked_of = "requests.jsonl" if spec.input == UNREAD else spec.input
-    keys: dict[str, str | dict[str, str]] = {
-        "model": spec.model,
-        "input": asked_of,
-        "output": spec.output.path,
-    }
-    return "\n".join(
-        [
-            f"# {found:.1f} tokens/s on {count_of(machines.ranks, 'rank')}; a rank takes up to {held} in all.",
-            *(f"{key} = {_toml(value)}" for key, value in keys.items()),
-            *([f"quantize = {json.dumps(spec.quantize)}"] if spec.quantize != "none" else []),
-            "",
-            "[memory]",
-            f'weights = "{high}MiB"',
-            f"kv = {json.dumps(spec.memory.kv)}",
-            *(["", "[adapters]"] if spec.adapters else []),
-            *(f"{json.dumps(name)} = {json.dumps(path)}" for name, path in spec.adapters.items()),
-        ]
-    )
+    values = msgspec.to_builtins(spec)
+    if spec.input == UNREAD:
+        values["input"] = "requests.jsonl"
+    values["memory"]["weights"] = f"{high}MiB"
+    said = f"# {found:.1f} tokens/s on {count_of(machines.ranks, 'rank')}; a rank takes up to {held} in all."
+    usual = msgspec.to_builtins(Spec(model="", input="", output=OutputSection(path="")))
+    return "\n".join([said, *_toml_lines(values, usual)])
 
 
-def _toml(value: str | dict[str, str]) -> str:
-    if isinstance(value, str):
-        return json.dumps(value)
-    return f"{{{', '.join(f'{json.dumps(key)} = {json.dumps(own)}' for key, own in value.items())}}}"
+def _toml_lines(values: dict[str, Any], usual: dict[str, Any]) -> Iterator[str]:
+    """A job file with what is not as usual; tables come after all else."""
+    changed = {key: value for key, value in values.items() if value != usual[key]}
+    tables = [key for key in changed if isinstance(usual[key], dict)]
+    for key, value in changed.items():
+        if key not in tables:
+            yield f"{key} = {_toml(value)}"
+    for table in tables:
+        yield f"\n[{table}]"
+        known = usual[table]
+        for key, value in changed[table].items():
+            if key not in known or value != known[key]:
+                yield f"{json.dumps(key) if table == 'adapters' else key} = {_toml(value)}"
+
+
+def _toml(value: Any) -> str:
+    """A value; null is said nowhere in TOML, and means the same as no entry."""
+    if isinstance(value, dict):
+        entries = (f"{json.dumps(key)} = {_toml(own)}" for key, own in value.items() if own is not None)
+        return f"{{{', '.join(entries)}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value)

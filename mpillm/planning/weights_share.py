@@ -14,7 +14,7 @@ from mpillm.partition.grid import Place
 from mpillm.planning.step_time import AttentionWork, RankWork
 from mpillm.spec import Spec
 from mpillm.weights.inventory import HEAD
-from mpillm.weights.paging.weights import minimum_budget, streamed, streamed_experts
+from mpillm.weights.paging.weights import minimum_budget, streamed, streamed_experts, streamed_page
 from mpillm.weights.plan import PagePlan
 
 
@@ -37,16 +37,20 @@ def _work(
     cache: CacheLayout,
     streamed: int,
     streamed_experts: int,
+    page: float,
 ) -> RankWork:
-    """What a step is for the rank at `place`, which has `pages` and `cache`; it streams so many bytes of weights."""
+    """What a step is for the rank at `place`, which has `pages` and `cache`; it streams so many bytes of weights.
+
+    `page` is the bytes of a page of them.
+    """
     counts: dict[str, Counter[BlockType]] = {"head": Counter(), "expert": Counter(), "layer": Counter()}
     values, attended = Counter[str](), 0
-    for page in pages:
-        kind = "head" if page.kind == HEAD else "expert" if page.expert >= 0 else "layer"
-        for type, weights in page.values.items():
+    for own in pages:
+        kind = "head" if own.kind == HEAD else "expert" if own.expert >= 0 else "layer"
+        for type, weights in own.values.items():
             counts[kind][type] += weights
-        values[kind] += sum(entry.n + entry.k for entry in page.entries if entry.bounds)
-        attended += sum(entry.k for entry in page.index.get("o", ()))
+        values[kind] += sum(entry.n + entry.k for entry in own.entries if entry.bounds)
+        attended += sum(entry.k for entry in own.index.get("o", ()))
     attention = Counter[int]()
     for layer in filter(None, cache.tokens):
         attention[cache.windows[layer.group]] += 1
@@ -65,7 +69,7 @@ def _work(
         values=values["layer"],
         experts_values=values["expert"],
         head_values=values["head"],
-        page=sum(page.nbytes for page in pages) / max(len(pages), 1),
+        page=page,
         apart=bool(streamed or counts["expert"] or place.shards > 1),
     )
 
@@ -82,5 +86,13 @@ def weights_share(
         minimum=minimum_budget(pages),
         streamed=read,
         pages=[page.nbytes for page in pages],
-        work=_work(config, place, pages, cache, read, streamed_experts(pages, budget)),
+        work=_work(
+            config,
+            place,
+            pages,
+            cache,
+            read,
+            streamed_experts(pages, budget),
+            streamed_page(pages, budget, spec.memory.policy),
+        ),
     )

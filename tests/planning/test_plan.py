@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -22,6 +23,7 @@ from mpillm.planning.step_time import FIRST
 from mpillm.planning.token_count import SPECIAL
 from mpillm.spec import shown_bytes
 from mpillm.spec.reading import toml
+from mpillm.weights.paging.weights import streamed_page
 from mpillm.weights.roles import Key
 from mpillm.weights.source import rank_plans
 from tests.model.golden import gguf_path
@@ -194,6 +196,16 @@ def test_time_follows_the_speeds_of_hosts() -> None:
     assert on([slow]).gains["one more host, like the last one"] > 1.5
 
 
+def test_a_page_that_is_streamed_is_no_larger_than_one_of_them() -> None:
+    """The head, which is the largest page and stays, says nothing of what is read."""
+    with closing(open_source(MODELS / "llama3", "none")) as source:
+        pages = rank_plans(config_of(source), Place(0, 1, 1), source)
+    sizes = sorted(page.nbytes for page in pages)
+    budget = sum(sizes) - sizes[0]
+    small, every = (streamed_page(pages, own, "cycle") for own in (budget, None))
+    assert sizes[0] <= small < every == pytest.approx(sum(sizes) / len(sizes))
+
+
 def test_the_first_step_of_each_layer_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     """All layers' kernels are made, a stage's after another's."""
     for stages in (1, 2):
@@ -293,6 +305,12 @@ def test_the_least_memory_for_a_rate_is_a_job() -> None:
     job = spec.load(None, [], model=str(MODELS / "llama3"), input="in", output="out")
     machines = hosts.machines_of([Host(memory="1GiB", disk_gbs=0.001)])
     slow, fast = (suggestion.job_file(job, machines, rate) for rate in (1, 1000))
+    given = ["batch.speculation=off", "layout.shards=1", "sampling.temperature=0.5", "memory.kv=2GiB"]
+    given += ['sampling.stop=["a\\n"]', 'request={"prompt": "a \\"quoted\\" {word}"}']
+    asked = spec.load(None, given, model=str(MODELS / "llama3"), input="in.csv", output="out")
+    kept = spec.checked(toml(suggestion.job_file(asked, machines, 1)), "the suggestion")
+    memory = msgspec.structs.replace(kept.memory, weights="all")
+    assert msgspec.structs.replace(kept, memory=memory) == asked, "all else is as it was asked for"
     sizes = [int(toml(text)["memory"]["weights"].removesuffix("MiB")) for text in (slow, fast)]
     assert sizes == sorted(sizes)
     with pytest.raises(JobError, match="No memory makes it 1e\\+15 tokens/s on 1 rank"):

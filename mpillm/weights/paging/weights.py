@@ -131,6 +131,18 @@ def streamed(plans: Sequence[PagePlan], budget: int | None, policy: Policy) -> i
     return total - sum(common[index].nbytes for index in fixed) - min(for_experts, _nbytes(mixture))
 
 
+def streamed_page(plans: Sequence[PagePlan], budget: int | None, policy: Policy) -> float:
+    """Bytes of a page that steps load again, on average; of any page if none is."""
+    again = list(plans)
+    if streamed(plans, budget, policy) and budget is not None:
+        common, mixture = split(plans)
+        for_common, for_experts = budgets(plans, budget)
+        fixed = fixed_part(common, for_common) if policy == "cycle" or for_common == _nbytes(common) else ()
+        again = [page for index, page in enumerate(common) if index not in fixed]
+        again += mixture if for_experts < _nbytes(mixture) else []
+    return _nbytes(again) / max(len(again), 1)
+
+
 def streamed_experts(plans: Sequence[PagePlan], budget: int | None) -> int:
     """The experts' part of `streamed`."""
     if budget is None or budget < minimum_budget(plans):
