@@ -62,13 +62,17 @@ def job_file(spec: Spec, machines: Machines, rate: float) -> str:
     values["memory"]["weights"] = f"{high}MiB"
     said = f"# {found:.1f} tokens/s on {count_of(machines.ranks, 'rank')}; a rank takes up to {held} in all."
     usual = msgspec.to_builtins(Spec(model="", input="", output=OutputSection(path="")))
+    if spec.output == OutputSection(path=spec.output.path):
+        values["output"] = spec.output.path
     return "\n".join([said, *_toml_lines(values, usual)])
 
 
 def _toml_lines(values: dict[str, Any], usual: dict[str, Any]) -> Iterator[str]:
     """A job file with what is not as usual; tables come after all else."""
     changed = {key: value for key, value in values.items() if value != usual[key]}
-    tables = [key for key in changed if isinstance(usual[key], dict)]
+    tables = [
+        key for key, value in changed.items() if isinstance(usual[key], dict) and isinstance(value, dict)
+    ]
     for key, value in changed.items():
         if key not in tables:
             yield f"{key} = {_toml(value)}"
