@@ -15,14 +15,13 @@ from mpillm.errors import JobError, LayoutError, ModelError
 from mpillm.kernels import KV_BLOCK, BlockType
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
-from mpillm.planning import estimate, hosts, input_memory, input_needs, plan, plan_text, suggestion
+from mpillm.planning import estimate, hosts, input_memory, input_needs, plan, plan_text
 from mpillm.planning.hosts import Host
 from mpillm.planning.plan import Plan
 from mpillm.planning.speed import ASSUMED
 from mpillm.planning.step_time import FIRST
 from mpillm.planning.token_count import SPECIAL
 from mpillm.spec import shown_bytes
-from mpillm.spec.reading import toml
 from mpillm.weights.paging.weights import streamed_page
 from mpillm.weights.roles import Key
 from mpillm.weights.source import rank_plans
@@ -299,19 +298,3 @@ def test_the_table_fits_a_terminal(tmp_path: Path) -> None:
     table = [line for line in plan_text.as_text(made).splitlines() if re.match(r" *(rank|\d+)  ", line)]
     assert len(table) == 5
     assert max(map(len, table)) <= 80
-
-
-def test_the_least_memory_for_a_rate_is_a_job() -> None:
-    job = spec.load(None, [], model=str(MODELS / "llama3"), input="in", output="out")
-    machines = hosts.machines_of([Host(memory="1GiB", disk_gbs=0.001)])
-    slow, fast = (suggestion.job_file(job, machines, rate) for rate in (1, 1000))
-    given = ["batch.speculation=off", "layout.shards=1", "sampling.temperature=0.5", "memory.kv=2GiB"]
-    given += ['sampling.stop=["a\\n"]', 'request={"prompt": "a \\"quoted\\" {word}"}']
-    asked = spec.load(None, given, model=str(MODELS / "llama3"), input="in.csv", output="out")
-    kept = spec.checked(toml(suggestion.job_file(asked, machines, 1)), "the suggestion")
-    memory = msgspec.structs.replace(kept.memory, weights="all")
-    assert msgspec.structs.replace(kept, memory=memory) == asked, "all else is as it was asked for"
-    sizes = [int(toml(text)["memory"]["weights"].removesuffix("MiB")) for text in (slow, fast)]
-    assert sizes == sorted(sizes)
-    with pytest.raises(JobError, match="No memory makes it 1e\\+15 tokens/s on 1 rank"):
-        suggestion.job_file(job, machines, 1e15)
