@@ -32,9 +32,8 @@ from mpillm.planning.step_time import (
 )
 from mpillm.spec import Spec
 
-UNEVEN = (
-    1.1  # how many times as fast an uneven division of layers must be, or a replica that computes more lines
-)
+# How many times as fast an uneven division of layers must be, or a replica that computes more lines.
+UNEVEN = 1.1
 IDLE = 1.25  # how many times as long as the whole job a request takes on a replica that gets none
 TYPICAL = Demand(requests=256, prompt=256 * 256.0, generated=256 * 128.0)  # where there is no input
 

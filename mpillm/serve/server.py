@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import socket
@@ -34,6 +33,7 @@ from mpillm.serve.uploads import routes
 from mpillm.spec import Spec
 from mpillm.store import directory
 from mpillm.store.directory import explained
+from mpillm.store.output import try_lock
 
 GRACE = 5  # seconds in which open connections may end
 
@@ -125,14 +125,10 @@ def _claim(data: Path) -> int:
     directory.make(data)
     with explained(data):
         file = os.open(data, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(file)
-        raise JobError(f"Another server uses {data}; end it, or give another --data.") from None
-    except OSError:  # a file system without locks
-        pass
-    return file
+        if try_lock(file, data):
+            return file
+    os.close(file)
+    raise JobError(f"Another server uses {data}; end it, or give another --data.")
 
 
 def _listen(options: ServeOptions) -> socket.socket:

@@ -27,6 +27,19 @@ LOOK = 0.05  # seconds between two looks at a lock
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of file systems that have none
 
 
+def try_lock(descriptor: int, path: Path) -> bool:
+    """Lock an open file or directory at `path` until it is closed; False if another process has locked it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        log.warning("%s has no file locks: a second run on it would not be noticed.", path)
+    return True
+
+
 class Claim:
     """The right to write to an output directory, until closed or until the process ends, however it ends.
 
@@ -72,7 +85,7 @@ class Claim:
 
     def _wait_for_lock(self, patience: float) -> None:
         until = time.monotonic() + patience
-        while not self._try_lock():
+        while not try_lock(self._lock, self.path):
             if time.monotonic() >= until:
                 owner = owner_of(self._lock) or "unknown"
                 raise OutputError(
@@ -86,17 +99,6 @@ class Claim:
         with contextlib.suppress(OSError):  # who holds the lock is good to know, and no more than that
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-
-    def _try_lock(self) -> bool:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            log.warning("%s has no file locks: a second run on it would not be noticed.", self.path)
-        return True
 
     def close(self) -> None:
         """Give up the directory."""
