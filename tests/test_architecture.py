@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,3 +64,13 @@ def test_no_module_imports_itself_by_way_of_others_not_even_for_typing() -> None
         for name in leaves:
             del imported[name]
     assert not imported
+
+
+def test_no_run_begins_with_libraries_that_it_may_never_need() -> None:
+    """What is loaded before the first token is waited for on every host."""
+    program = (
+        "import mpi4py, sys; mpi4py.rc.initialize = False; from mpillm.run import runner; print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert {"numpy", "msgspec"} <= set(done.stdout.split())
+    assert {"gguf", "h5py", "jinja2", "yaml", "torch", "pyarrow"} & set(done.stdout.split()) == set()

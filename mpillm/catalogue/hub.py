@@ -16,8 +16,6 @@ from mpillm.errors import JobError, MpillmError
 from mpillm.model.families import gguf_family
 from mpillm.model.opening import judge
 from mpillm.store.directory import replacing
-from mpillm.weights.formats.gguf_file import gguf_parts
-from mpillm.weights.formats.gguf_header import architecture_in
 from mpillm.weights.formats.hf import of_text, read_json
 from mpillm.weights.opening import CONFIG, is_beside
 from mpillm.weights.text_files import MODULES, modules_in
@@ -63,6 +61,8 @@ def pull_hf(name: str, notes: Path) -> Path:
     repo, file, revision = match["repo"], match["file"], match["revision"]
     try:
         if file:
+            from mpillm.weights.formats.gguf_file import gguf_parts
+
             _judge_gguf(hub, name, repo, file, revision)
             paths = [hub.hf_hub_download(repo, part, revision=revision) for part in gguf_parts(file)]
             path = Path(paths[0])
@@ -176,6 +176,8 @@ def _belongs(file: str) -> bool:
 
 def _judge_gguf(hub: Any, name: str, repo: str, file: str, revision: str | None) -> None:
     """ModelError if the file's architecture is none that can be run."""
+    from mpillm.weights.formats.gguf_header import architecture_in
+
     path = f"{repo}@{revision}/{file}" if revision else f"{repo}/{file}"
     with hub.HfFileSystem().open(path, "rb", block_size=HEAD) as remote:
         if architecture := architecture_in(remote.read(HEAD)):

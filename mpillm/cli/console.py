@@ -17,7 +17,7 @@ from mpillm.cli import terminal
 from mpillm.cli.progress import LINES, LIVE, Live, ProgressLines
 from mpillm.cli.streams import visible
 from mpillm.run.progress import Bar
-from mpillm.store import report, report_page
+from mpillm.store import report
 
 FEW, SOME = 8, 3  # answers shown: all of a few, some of many
 LONGEST = 400  # characters of an answer shown
@@ -99,6 +99,8 @@ class Console:
         # Two streams may arrive in any order, and the summary is the last thing to be read.
         stream = sys.stdout if terminal.both_streams_meet() else sys.stderr
         sys.stdout.flush()
+        from mpillm.store import report_page  # loaded at the end, as others look at the answers
+
         for line in report_page.summary(made):
             print(terminal.fitted(f"mpillm: {line}", stream), file=stream)
         print(f"mpillm: The results are in {path}.", file=stream)  # whole, for it is copied

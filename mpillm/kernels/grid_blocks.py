@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-import gguf.quants
 import numpy as np
 import numpy.typing as npt
 
@@ -100,6 +99,8 @@ def _even(seven: npt.NDArray[Any]) -> U8:
 @functools.cache
 def _grid(type: BlockType) -> npt.NDArray[np.int8]:
     """The magnitudes of each index, [indices, 8 or 4], as the gguf library has them."""
+    import gguf.quants  # whose tables few models need; here and elsewhere a library that takes long to load
+
     kind = getattr(gguf.quants, type.name)
     kind.init_grid()
     sizes: npt.NDArray[np.int8] = kind.grid.reshape(-1, kind.grid.shape[-1]).astype(np.int8)

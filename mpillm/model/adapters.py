@@ -22,8 +22,6 @@ from mpillm.model.opening import config_of
 from mpillm.partition.grid import Place, stage_layers
 from mpillm.weights.formats.adapter import AdapterFiles, Factors
 from mpillm.weights.formats.extent import Extent, place
-from mpillm.weights.formats.gguf_adapter import open_gguf_adapter
-from mpillm.weights.formats.peft import open_peft
 from mpillm.weights.inventory import TensorSpec, tensor_name
 from mpillm.weights.page import Matrix
 from mpillm.weights.roles import ROLES, Key
@@ -140,7 +138,13 @@ def _open(name: str, folder: str, source: Source) -> AdapterFiles:
     if not path.exists():
         raise JobError(f"The adapter {name!r} is {folder}, which does not exist.")
     family = family_of(source.config, str(source.path))[0]
-    return (open_peft if path.is_dir() else open_gguf_adapter)(path, family, source.config)
+    if path.is_dir():
+        from mpillm.weights.formats.peft import open_peft
+
+        return open_peft(path, family, source.config)
+    from mpillm.weights.formats.gguf_adapter import open_gguf_adapter
+
+    return open_gguf_adapter(path, family, source.config)
 
 
 def _adaptable(config: ModelConfig) -> dict[Key, TensorSpec]:

@@ -10,7 +10,6 @@ from mpillm.model.config import ModelConfig
 from mpillm.model.families import family_of, gguf_family, read_config
 from mpillm.model.families.base import Family
 from mpillm.weights import opening
-from mpillm.weights.formats.gguf_file import open_gguf
 from mpillm.weights.formats.hf import read_config as read_files
 from mpillm.weights.formats.paper import PaperSource
 from mpillm.weights.formats.quantised import QUANTIZATION, method_of
@@ -46,6 +45,8 @@ def open_unpacked(path: str | Path, quantize: str = "none") -> TensorSource:
 def open_described(path: Path, quantize: str = "none") -> Source:
     """Open a model for a plan: a directory with nothing but a config.json will do, or the header of a GGUF file."""
     if path.suffix.lower() == ".gguf" and path.is_file():
+        from mpillm.weights.formats.gguf_file import open_gguf
+
         return open_gguf(path, _Families(), quantize, whole=False)
     if not path.is_dir() or _has_weights(path):
         return open_source(path, quantize)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mpillm.store.directory import SYNC_BYTES, Directory
+
+if TYPE_CHECKING:
+    import h5py
 
 HELD = 1 << 13  # maximum number of values that a column buffers
 HELD_CHARS = 1 << 18  # maximum number of characters that a text column buffers
@@ -26,6 +28,8 @@ def new_file(directory: Directory, name: str) -> Iterator[tuple[h5py.File, Calla
     The file format does not depend on the version of the library.
     """
     with directory.replacing(name) as file:
+        import h5py  # here and elsewhere: no run needs it before its end
+
         guarded = _GuardedFile(file.fileno())
         with h5py.File(guarded, "w", libver=("earliest", "v110"), rdcc_nbytes=CHUNKS) as h5:
             _bound_metadata(h5)
@@ -75,6 +79,8 @@ class TextColumn:
     """A growing one-dimensional dataset of strings, which must not contain zero characters."""
 
     def __init__(self, group: h5py.Group, name: str) -> None:
+        import h5py
+
         self._dataset = _growing(group, name, h5py.string_dtype(), 1024)
         self._held: list[str] = []
         self._chars = 0

@@ -10,9 +10,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import h5py
 import msgspec
 import numpy as np
 from numpy.typing import ArrayLike
@@ -27,6 +26,9 @@ from mpillm.store.hdf5 import GrowingDataset, RaggedColumn, TextColumn, new_file
 from mpillm.store.journal import Journal
 from mpillm.store.records import Choice, Result, line_key
 from mpillm.version import __version__
+
+if TYPE_CHECKING:
+    import h5py
 
 JSONL, HDF5, TIMINGS = "results.jsonl", "results.h5", "timings.h5"
 
@@ -108,6 +110,8 @@ def write_hdf5(
     with offsets. An answer without them has none; prompt_logprobs begin at the prompt's second token; embeddings
     are those of the answers.
     """
+    import h5py
+
     with (
         new_file(directory, HDF5) as (h5, check),
         new_file(directory, TIMINGS) as (timings_h5, check_timings),

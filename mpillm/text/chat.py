@@ -30,15 +30,11 @@ import jinja2.sandbox
 from mpillm.errors import RequestError
 from mpillm.text.arguments import Arguments
 from mpillm.text.bounds import MAX_CHARS, TooLongError
-from mpillm.text.content import Contents, Message
+from mpillm.text.content import REFUSES, Contents, Message, Pieces
 from mpillm.text.marks import Marker, unused_mark
 
-REFUSES = "The model's chat template refuses these messages"
 OPEN_END = "\U0001fffe "  # stands at the end of a message that is to be continued: a noncharacter, and what trims take
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which reasoning is passed
-
-# A rendered chat: (text, whether it is a control token of the template's own).
-Pieces = list[tuple[str, bool]]
 
 
 class _Generation(jinja2.ext.Extension):

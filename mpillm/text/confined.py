@@ -32,8 +32,7 @@ from typing import Any
 
 from mpillm.errors import Interrupted, RequestError
 from mpillm.text.bounds import MAX_CHARS, TooLongError
-from mpillm.text.chat import REFUSES, Pieces
-from mpillm.text.content import Message
+from mpillm.text.content import REFUSES, Message, Pieces
 from mpillm.text.framing import receive, send
 
 MAX_SECONDS = 5.0  # of processor time, for a chat

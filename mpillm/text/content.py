@@ -15,6 +15,11 @@ from mpillm.errors import RequestError
 
 Message = dict[str, Any]
 
+# A rendered chat: (text, whether it is a control token of the template's own).
+Pieces = list[tuple[str, bool]]
+
+REFUSES = "The model's chat template refuses these messages"
+
 # Words that filters such as upper, trim and tojson leave as they are. The third one shows that a template printed the
 # list of parts as a whole instead of reading it.
 FIRST, SECOND, OTHER = "4096830517", "7315520984", "2864071953"

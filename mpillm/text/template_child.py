@@ -14,7 +14,8 @@ from typing import Any
 
 from mpillm.errors import RequestError
 from mpillm.text.bounds import TooLongError
-from mpillm.text.chat import REFUSES, ChatTemplate
+from mpillm.text.chat import ChatTemplate
+from mpillm.text.content import REFUSES
 from mpillm.text.framing import receive, send
 
 MAX_MEMORY = 1 << 30  # bytes that this process may have beyond what it starts with

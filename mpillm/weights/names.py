@@ -91,17 +91,24 @@ def _pattern(
     return _Pattern(re.compile(regex), roles, stacked, in_turn, transposed)
 
 
-_HF = (
-    *(_pattern(name, (role.name,)) for role in ROLES.values() for name in (role.hf, *role.hf_expert)),
-    *(_pattern(name, roles) for name, roles in _HF_MORE.items()),
-    *(_pattern(name, (role.name,), True) for role in ROLES.values() for name in role.hf_stacked),
-    *(_pattern(name, roles, True) for name, roles in _HF_FUSED.items()),
-)
-_GGUF = (
-    *(_pattern(name, (role.name,)) for role in ROLES.values() for name in (role.gguf, *role.gguf_expert)),
-    *(_pattern(name, (role.name,), True) for role in ROLES.values() for name in role.gguf_stacked),
-    *(_pattern(name, roles, True) for name, roles in _GGUF_FUSED.items()),
-)
+# The usual names. Compiling them takes as long as loading a large library, and some models need none of them.
+@functools.cache
+def _usual_hf() -> tuple[_Pattern, ...]:
+    return (
+        *(_pattern(name, (role.name,)) for role in ROLES.values() for name in (role.hf, *role.hf_expert)),
+        *(_pattern(name, roles) for name, roles in _HF_MORE.items()),
+        *(_pattern(name, (role.name,), True) for role in ROLES.values() for name in role.hf_stacked),
+        *(_pattern(name, roles, True) for name, roles in _HF_FUSED.items()),
+    )
+
+
+@functools.cache
+def _usual_gguf() -> tuple[_Pattern, ...]:
+    return (
+        *(_pattern(name, (role.name,)) for role in ROLES.values() for name in (role.gguf, *role.gguf_expert)),
+        *(_pattern(name, (role.name,), True) for role in ROLES.values() for name in role.gguf_stacked),
+        *(_pattern(name, roles, True) for name, roles in _GGUF_FUSED.items()),
+    )
 
 
 @dataclass(frozen=True)
@@ -133,11 +140,11 @@ class Names:
     def parse_hf(self, name: str) -> Parsed | None:
         """What a tensor of a safetensors file is; None if the name is unknown."""
         prefix = next((prefix for prefix in self.hf_prefixes if name.startswith(prefix)), "")
-        return _parse(name.removeprefix(prefix), (*self._own[0], *_HF))
+        return _parse(name.removeprefix(prefix), (*self._own[0], *_usual_hf()))
 
     def parse_gguf(self, name: str) -> Parsed | None:
         """What a tensor of a GGUF file is; None if the name is unknown."""
-        return _parse(name, (*self._own[1], *_GGUF))
+        return _parse(name, (*self._own[1], *_usual_gguf()))
 
     @functools.cached_property
     def _own(self) -> tuple[tuple[_Pattern, ...], tuple[_Pattern, ...]]:

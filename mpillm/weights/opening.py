@@ -6,9 +6,7 @@ import os
 from pathlib import Path
 
 from mpillm.errors import JobError, ModelError
-from mpillm.weights.formats.dllama_file import is_dllama, open_dllama
 from mpillm.weights.formats.families import Families
-from mpillm.weights.formats.gguf_file import SPLIT, open_gguf
 from mpillm.weights.formats.hf import INDEX as SAFETENSORS_INDEX
 from mpillm.weights.formats.hf import SINGLE, open_hf
 from mpillm.weights.formats.tensors import TensorSource
@@ -57,7 +55,13 @@ def _is_packed(path: Path) -> bool:
 
 
 def _open_file(path: Path, families: Families, quantize: str) -> TensorSource:
-    return (open_dllama if is_dllama(path) else open_gguf)(path, families, quantize)
+    from mpillm.weights.formats.dllama_file import is_dllama, open_dllama
+
+    if is_dllama(path):
+        return open_dllama(path, families, quantize)
+    from mpillm.weights.formats.gguf_file import open_gguf
+
+    return open_gguf(path, families, quantize)
 
 
 def file_in(path: Path) -> Path | None:
@@ -68,6 +72,8 @@ def file_in(path: Path) -> Path | None:
     if any((path / name).exists() for name in (SINGLE, SAFETENSORS_INDEX)):
         return None
     found = _gguf_files(path, "*")
+    if found:
+        from mpillm.weights.formats.gguf_file import SPLIT
     models = [file for file in found if not (part := SPLIT.fullmatch(file.name)) or int(part["number"]) == 1]
     if not found:
         models = sorted(path.glob("*.m"))

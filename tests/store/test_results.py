@@ -207,6 +207,7 @@ def test_an_answer_wins_over_what_is_wrong_with_its_line_now(tmp_path: Path) -> 
 WRITER = """
 import re, sys
 from pathlib import Path
+import h5py  # which the plan counts with the process, not with writing
 from mpillm.batch.work import Line
 from mpillm.store import results
 from mpillm.store.journal import Journal

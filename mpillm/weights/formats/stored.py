@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-import gguf
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,7 +20,7 @@ class Stored:
     """A block type of some file format: `block` values lie in `block_bytes` bytes.
 
     `type` is what `read` delivers. `own` says whether the stored blocks are already of that type; if not, they are
-    decoded by the gguf library (`code` is its number) and quantised to Q8_0.
+    decoded by the gguf library (`code` is its number, else -1) and quantised to Q8_0.
     """
 
     name: str
@@ -29,7 +28,7 @@ class Stored:
     block_bytes: int
     type: BlockType
     own: bool
-    code: int
+    code: int = -1
 
     @property
     def quantised(self) -> bool:
@@ -50,6 +49,8 @@ class Stored:
         if self.own:
             kernels.dequantize(self.type, np.ascontiguousarray(raw), k, out, threads)
         else:
+            import gguf.quants
+
             with np.errstate(
                 all="ignore"
             ):  # a damaged block's scale may be anything: its values are then infinite
@@ -59,24 +60,25 @@ class Stored:
         return out
 
 
-def _own(type: BlockType) -> Stored:
-    code = -1 if type.scaled else int(gguf.GGMLQuantizationType[type.name])
-    return Stored(type.name, type.block, type.block_bytes, type, True, code)
-
-
-OWN: dict[str, Stored] = {type.name: _own(type) for type in BlockType if not type.coded}
+OWN: dict[str, Stored] = {
+    type.name: Stored(type.name, type.block, type.block_bytes, type, True)
+    for type in BlockType
+    if not type.coded
+}
 
 
 @lru_cache(maxsize=128)
 def stored_in_gguf(code: int) -> Stored | None:
     """The ggml type of that number; None if the gguf library does not know it or cannot decode it."""
+    import gguf.quants
+
     try:
         kind = gguf.GGMLQuantizationType(code)
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     except (ValueError, KeyError):
         return None
-    if kind.name in OWN and OWN[kind.name].code == code:
-        return OWN[kind.name]
+    if (own := OWN.get(kind.name)) is not None and not own.type.scaled:
+        return own
     try:
         gguf.quants.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
     except NotImplementedError:

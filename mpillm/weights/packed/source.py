@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import gguf
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
@@ -279,6 +278,8 @@ def open_packed(path: Path, quantize: str = "none") -> PackedSource:
 def _stored(name: str) -> Stored | None:
     if name in OWN:
         return OWN[name]
+    import gguf
+
     try:
         return stored_in_gguf(gguf.GGMLQuantizationType[name])
     except KeyError:
