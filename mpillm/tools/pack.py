@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from mpillm.model.config import ModelConfig
 from mpillm.model.opening import config_of, open_unpacked
 from mpillm.spec import shown_bytes
 from mpillm.store.directory import Directory, explained, make, replacing
+from mpillm.store.output import try_lock
 from mpillm.store.readable import printable
 from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.identity import fingerprint
@@ -155,11 +155,9 @@ def _claim(source: Path, target: Path, about: dict[str, str]) -> Iterator[None]:
             _write_json(target / UNFINISHED, {"format": FORMAT, "version": VERSION, **about})
         descriptor = os.open(target / (mark or UNFINISHED), os.O_RDONLY | os.O_CLOEXEC)
         try:
-            with contextlib.suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                yield
-                return
-            raise OutputError(f"Another process is packing to {target}; wait for its end.")
+            if not try_lock(descriptor, target):
+                raise OutputError(f"Another process is packing to {target}; wait for its end.")
+            yield
         finally:
             os.close(descriptor)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -47,6 +48,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
         packed("llama_mixed.gguf", tmp_path / "q", "q8_0")
     with pytest.raises(JobError, match="is packed already; leave quantize"):
         open_source(tmp_path / "p", "q8_0")
+    with (tmp_path / "p" / INDEX).open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match=r"Another process is packing to .*; wait for its end"):
+            packed("llama3", tmp_path / "p")
     assert content(model_path("llama3")) == source
 
 

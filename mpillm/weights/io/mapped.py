@@ -77,10 +77,9 @@ class MappedFile:
     def release(self, offset: int, nbytes: int) -> None:
         """Give back the pages that hold these bytes; looking at them again maps them again.
 
-        Those around them go as well. Nothing is lost with a page: the mapping is read-only.
+        Those around them go as well. Nothing is lost with a page: the mapping is read-only. Where `read` goes past the
+        page cache, vectors still come through the map.
         """
-        if self._direct:
-            return
         first = max(offset - _AROUND, 0)
         self._advise(mmap.MADV_DONTNEED, first, min(offset + nbytes + _AROUND, self.size) - first)
 
