@@ -47,6 +47,11 @@ class Unfailing(io.TextIOBase):
     def encoding(self) -> str:  # type: ignore[override]
         return self._encoding
 
+    @property
+    def errors(self) -> str:  # type: ignore[override]
+        """What `input` must know to read a line with readline."""
+        return "replace"
+
     def writable(self) -> bool:
         return True
 

@@ -7,9 +7,7 @@ conversation's beginning stays in the KV cache from turn to turn.
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
-import select
 import sys
 import threading
 from collections.abc import Callable
@@ -27,9 +25,10 @@ from mpillm.errors import JobError, RequestError
 from mpillm.run.opened import model_of, model_path
 from mpillm.run.progress import Progress
 from mpillm.run.session import Session
-from mpillm.serve.arrivals import LOOK, Arrivals, Closed, Ticket
+from mpillm.serve.arrivals import Arrivals, Closed, Ticket
 from mpillm.serve.prepare import prepare
 from mpillm.serve.signals import first_signal_calls
+from mpillm.serve.typed import typed
 from mpillm.spec import Spec
 
 HELP = """\
@@ -50,8 +49,8 @@ def run(world: World, spec: Spec, progress: Progress) -> int:
         model = model_of(session, path)
         engine = session.engine()
         arrivals = Arrivals(capacity=1, background=0)
-        typed = _Typed()
-        chat = Conversation(spec, model, arrivals, typed)
+        lines = typed()
+        chat = Conversation(spec, model, arrivals, lines, progress.say)
         reader = threading.Thread(target=chat.talk, name="chat")
         with first_signal_calls(chat.interrupt, again=True):
             try:
@@ -65,39 +64,11 @@ def run(world: World, spec: Spec, progress: Progress) -> int:
                     session.watch.check()
             finally:
                 arrivals.close()
-                typed.ended = True
+                lines.end()
                 if reader.ident is not None:
                     reader.join()
                 engine.stop(0)
         return 0
-
-
-class _Typed:
-    """The lines of the standard input. Unlike `input`, it can be ended while it waits for one."""
-
-    def __init__(self) -> None:
-        self.ended = False
-        self._held = b""
-
-    def __call__(self, prompt: str) -> str:
-        """The next line; EOFError at the end."""
-        if prompt:
-            sys.stdout.write(prompt)
-            sys.stdout.flush()
-        while b"\n" not in self._held:
-            try:
-                while not self.ended and not select.select([0], [], [], LOOK)[0]:
-                    pass
-                more = b"" if self.ended else os.read(0, 4096)
-            except OSError:  # there is no standard input
-                more = b""
-            if not more:
-                break
-            self._held += more
-        line, end, self._held = self._held.partition(b"\n")
-        if not (line or end):
-            raise EOFError
-        return line.decode(errors="replace")
 
 
 class Conversation:
@@ -109,19 +80,21 @@ class Conversation:
         model: Model,
         arrivals: Arrivals,
         read: Callable[[str], str],
+        say: Callable[[str], None],
     ) -> None:
-        """`read` returns a line that is typed after a prompt, and raises EOFError at the end."""
+        """`read` returns a line that is typed after a prompt, and raises EOFError at the end; `say` is for remarks."""
         self._spec, self._model, self._arrivals = spec, model, arrivals
-        self._read, self._write = read, sys.stdout.write
+        self._read, self._say, self._write = read, say, sys.stdout.write
         self._messages: list[dict[str, Any]] = []
         self._ticket: Ticket | None = None
         self._answers = self._stopped = False  # a message is being answered; that is to end
         self._thinks = False  # what was written last is reasoning
+        self._cut = False  # it was said how an answer may be longer
 
     def talk(self) -> None:
         """Read, answer, and end the engine's work at last."""
         try:
-            while self._turn(self._read("> " if os.isatty(0) else "").strip()):
+            while self._turn(self._read("> ").strip()):
                 pass
         except (EOFError, Closed):
             self._write("\n")
@@ -193,6 +166,12 @@ class Conversation:
             choice = msgspec.json.decode(body["choices"][0])
             text += self._show(stream.rest(choice["message"]))
         self._show({"content": "\n"})
+        if event is not None and event[0].finish_reason == "length" and not self._cut:
+            self._cut = True
+            limit = self._spec.sampling.max_tokens
+            self._say(
+                f"The answer was cut after {limit} tokens; --set sampling.max_tokens={4 * limit} allows more."
+            )
         return text
 
     def _show(self, delta: dict[str, Any]) -> str:

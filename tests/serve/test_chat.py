@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -17,6 +19,12 @@ from mpillm.cli.streams import visible
 from tests.conftest import Mpi, clean_environment, run_bounded
 from tests.job_helpers import CHAT
 
+PROMPT = b"\x1b[?2004h> "  # as readline writes it: from here on, mark what is pasted
+XTERM = clean_environment(TERM="xterm")
+GNU = importlib.util.find_spec("readline") and "libedit" not in str(
+    importlib.import_module("readline").__doc__
+)
+with_readline = pytest.mark.skipif(not GNU, reason="this Python is without GNU readline")
 SETTINGS = ["--set", "sampling.max_tokens=7"]
 
 
@@ -59,11 +67,42 @@ def test_turns_from_a_pipe(openmpi: Mpi, tmp_path: Path) -> None:
         assert "Talking to chat" in done.stderr
 
 
+@with_readline
+def test_keys_history_and_pasted_lines_on_a_terminal(tmp_path: Path) -> None:
+    """Home, an arrow and a text of two lines are what they are elsewhere, and the end leaves the terminal as it was."""
+    (first,) = answers(tmp_path, ["the fox"])
+    (second,) = answers(tmp_path, ["the fox", first, "the fox"])
+    (third,) = answers(tmp_path, ["the fox", first, "the fox", second, "over\nthe dog"])
+    terminal, inside = pty.openpty()
+    before = termios.tcgetattr(inside)
+    words = [sys.executable, "-m", "mpillm", "chat", "--model", str(CHAT), *SETTINGS]
+    keys = [b"fox\x01the \r", b"\x1b[A\r", b"\x1b[200~over\nthe dog\x1b[201~\r"]
+    with subprocess.Popen(words, stdin=inside, stdout=inside, stderr=subprocess.PIPE, env=XTERM) as process:
+        seen = b""
+        for answer, typed in zip(("", first, second), keys, strict=True):
+            shown = visible(answer).encode() + b"\r\n"
+            while not (seen.endswith(PROMPT) and (not answer or shown in seen)):
+                seen += os.read(terminal, 4096)
+            seen = b""
+            os.write(terminal, typed)
+        while not (seen.endswith(PROMPT) and visible(third).encode() + b"\r\n" in seen):
+            seen += os.read(terminal, 4096)
+        process.send_signal(signal.SIGINT)  # while readline waits for a line
+        assert process.wait() == 0
+        assert process.stderr is not None
+        said = process.stderr.read().decode()
+    assert said.count("cut after 7 tokens; --set sampling.max_tokens=28") == 1
+    assert termios.tcgetattr(inside) == before
+    os.close(inside)
+    os.close(terminal)
+
+
+@with_readline
 def test_ctrl_c_stops_an_answer_and_then_the_conversation(tmp_path: Path) -> None:
     terminal, inside = pty.openpty()
     words = ["-m", "mpillm", "chat", "--model", str(CHAT), "--set", "sampling.max_tokens=480"]
     with subprocess.Popen(
-        [sys.executable, *words], stdin=inside, stdout=inside, stderr=subprocess.PIPE, env=clean_environment()
+        [sys.executable, *words], stdin=inside, stdout=inside, stderr=subprocess.PIPE, env=XTERM
     ) as process:
         os.close(inside)
         seen = b""
@@ -73,12 +112,12 @@ def test_ctrl_c_stops_an_answer_and_then_the_conversation(tmp_path: Path) -> Non
             while seen.count(text) < count:
                 seen += os.read(terminal, 4096)
 
-        wait_for(b"> ")
+        wait_for(PROMPT)
         os.write(terminal, b"the fox\n")
         while len(seen) < 60:
             seen += os.read(terminal, 4096)
         process.send_signal(signal.SIGINT)
-        wait_for(b"\n> ")  # an answer that is stopped is followed by the next prompt
+        wait_for(PROMPT, 2)  # an answer that is stopped is followed by the next prompt
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         assert process.wait() == 0

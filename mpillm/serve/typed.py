@@ -1,0 +1,96 @@
+"""What is typed in a conversation, line by line. Unlike those of `input`, a wait for a line can be ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import select
+import sys
+import termios
+import threading
+from typing import Protocol
+
+from mpillm.serve.arrivals import LOOK
+
+PASTED = "\x1b[?2004l"  # what a terminal is told when a line has been read: to mark pasted texts no longer
+
+
+class Typed(Protocol):
+    """Called with a prompt it returns the next line; EOFError at the end, and once it was told to end."""
+
+    def __call__(self, prompt: str) -> str: ...
+
+    def end(self) -> None:
+        """Wait for no line any more, from another thread."""
+
+
+def typed() -> Typed:
+    """The lines of the standard input."""
+    return Edited() if os.isatty(0) and os.isatty(1) else Plain()
+
+
+class Plain:
+    """Lines of a pipe or a file, or of a terminal behind a launcher."""
+
+    def __init__(self) -> None:
+        self._ended = False
+        self._held = b""
+
+    def end(self) -> None:
+        self._ended = True
+
+    def __call__(self, prompt: str) -> str:
+        if os.isatty(0):
+            sys.stdout.write(prompt)
+            sys.stdout.flush()
+        while b"\n" not in self._held:
+            try:
+                while not self._ended and not select.select([0], [], [], LOOK)[0]:
+                    pass
+                more = b"" if self._ended else os.read(0, 4096)
+            except OSError:  # there is no standard input
+                more = b""
+            if not more:
+                break
+            self._held += more
+        line, end, self._held = self._held.partition(b"\n")
+        if not (line or end):
+            raise EOFError
+        return line.decode(errors="replace")
+
+
+class Edited:
+    """Lines of a terminal, with readline's keys and history; a pasted text is one line, with its newlines."""
+
+    def __init__(self) -> None:
+        self._settings = termios.tcgetattr(0)
+        self._ended = False
+        with contextlib.suppress(ImportError):  # a Python without readline: plain lines
+            import readline
+
+            readline.parse_and_bind("set enable-bracketed-paste on")
+
+    def end(self) -> None:
+        self._ended = True
+
+    def __call__(self, prompt: str) -> str:
+        lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        # A thread of its own waits for each, because nothing can end readline's wait.
+        threading.Thread(target=self._read, args=(prompt, lines), daemon=True).start()
+        while not self._ended:
+            with contextlib.suppress(queue.Empty):
+                line = lines.get(timeout=LOOK)
+                if line is None:
+                    raise EOFError
+                return line
+        termios.tcsetattr(0, termios.TCSADRAIN, self._settings)  # readline, still waiting, has its own
+        os.write(1, PASTED.encode())
+        raise EOFError
+
+    @staticmethod
+    def _read(prompt: str, lines: queue.SimpleQueue[str | None]) -> None:
+        try:
+            lines.put(input(prompt))
+        except (EOFError, OSError, ValueError):
+            lines.put(None)
