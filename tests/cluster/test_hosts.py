@@ -129,7 +129,7 @@ def test_shards_on_two_hosts_measure_the_network_and_say_what_they_choose(
     )
     wire = json.loads((tmp_path / "out" / "report.json").read_text())["wire"]["activations"]
     assert wire == ("q8_0" if rounded in done.stderr else "f32")
-    assert re.search(rf"Wire bytes per token: all_reduce \d+ \({wire}\)", done.stderr)
+    assert re.search(rf"Sent for each token: sums over shards \S+ \S+ \({wire}\)", done.stderr)
     assert wire == "q8_0" or results(tmp_path) == reference(tmp_path, openmpi, job)
 
 

@@ -41,7 +41,18 @@ def test_the_last_lines_of_a_run() -> None:
     assert list(report_page.summary(made())) == [
         "9 requests (4 of them by earlier runs): 8 answered, 1 ended in an error.",
         "100 prompt and 50 generated tokens in 4.0 s: 75.0 tokens/s while computing, 25.0 of them generated.",
-        "Wire bytes per token: all_reduce 6 (f32).",
+        "Sent for each token: sums over shards 6 B (f32).",
+    ]
+
+
+def test_a_start_that_finds_all_finished_says_so() -> None:
+    """No rates of nothing, and no rank that the others waited for."""
+    run = made(earlier=[report.Start(seconds=2.0, tokens=report.Tokens(prompt=100, generated=50))])
+    run.requests.resumed, run.tokens = 9, report.Tokens(prompt=0, generated=0)
+    assert [line.partition(":")[0] for line in report_page.summary(run)] == [
+        "9 requests (9 of them by earlier runs)",
+        "Nothing was left to compute.",
+        "All 2 starts of this command together",
     ]
 
 
@@ -120,7 +131,7 @@ def test_shared_tokens_are_said_and_are_no_work() -> None:
     assert list(report_page.summary(shared))[1:] == [
         "100 prompt (90 of them shared) and 50 generated tokens in 4.0 s: 30.0 tokens/s while computing, "
         "25.0 of them generated.",
-        "Wire bytes per token: all_reduce 15 (f32).",
+        "Sent for each token: sums over shards 15 B (f32).",
     ]
 
 
