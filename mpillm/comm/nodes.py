@@ -92,6 +92,14 @@ class Nodes:
         return any(len(own) > node_cores(own) for own in cores.values())
 
     @property
+    def places(self) -> list[str]:
+        """Each rank's host, with the cores that it may use there, in words."""
+        return [
+            f"{rank.host}: {len(rank.cores.affinity)} cores, quota {rank.cores.quota:g}"
+            for rank in self._ranks
+        ]
+
+    @property
     def numbers(self) -> list[int]:
         """The number of each rank's machine, in the order of their first ranks."""
         order = list(dict.fromkeys(rank.node for rank in self._ranks))

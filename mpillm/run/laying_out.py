@@ -22,8 +22,10 @@ from mpillm.planning.machines import Machines
 from mpillm.planning.planner import Planner
 from mpillm.planning.rank_plan import ReplicaPlan
 from mpillm.planning.search import for_run
+from mpillm.planning.speed import Speed
 from mpillm.planning.wire import shards_cross_hosts, with_wire
 from mpillm.run.origin import Origin
+from mpillm.run.speed_notes import SpeedNotes
 from mpillm.spec import Spec
 from mpillm.weights.source import Source
 
@@ -56,10 +58,15 @@ class LayoutChoice:
         shards: int | None,
         replicated: bool,
         leave_out: bool,
+        notes: SpeedNotes | None = None,
     ) -> None:
-        """`shards` is that of `Layouts`; there is one replica unless `replicated`, on all ranks unless `leave_out`."""
+        """`shards` is that of `Layouts`; there is one replica unless `replicated`, on all ranks unless `leave_out`.
+
+        `notes`, on rank 0, keep what is measured for whoever goes on with the job.
+        """
         self._world, self._spec, self._source, self._planner = world, spec, source, planner
         self._asked, self._shards, self._replicated, self._leave_out = asked, shards, replicated, leave_out
+        self._notes = notes
 
     def first(self, threads: int) -> LaidOut:
         """The layout of a run that begins; the machines are measured with so many threads if that may decide it."""
@@ -74,7 +81,7 @@ class LayoutChoice:
             for effort, least in ((measure.QUICKLY, SHORT), (1.0, LONG)):
                 # Answers of another wire are worth more than a glance.
                 if found.seconds > least or (effort == 1.0 and found.chosen.inexact):
-                    machines = measure.machines(world, self._source, threads, effort)
+                    machines = self._measured(threads, effort)
                     found = world.on_rank_0(partial(self._search, spec, machines))
         return found
 
@@ -96,6 +103,22 @@ class LayoutChoice:
 
         found = world.on_rank_0(search)
         return replace(found, chosen=replace(found.chosen, wire=origin.wire, wire_reason="as the run began"))
+
+    def _measured(self, threads: int, effort: float) -> Machines:
+        """The machines with their speeds: noted when the job was measured before on the same hosts, or measured now."""
+        world, notes = self._world, self._notes
+        places = [f"{place}, {threads} threads" for place in world.nodes.places]
+
+        def noted() -> Sequence[Speed] | None:
+            return notes.find(places, effort) if notes is not None else None
+
+        if (speeds := world.on_rank_0(noted)) is not None:
+            return replace(self._machines(), speeds=speeds, measured=True)
+        machines = measure.machines(world, self._source, threads, effort)
+        with world.together():
+            if notes is not None:
+                notes.keep(places, effort, machines.speeds)
+        return machines
 
     def _machines(self) -> Machines:
         """The machines of all ranks, without their speeds."""

@@ -37,6 +37,7 @@ from mpillm.planning.wire import wire_in_words, with_wire
 from mpillm.run import draft
 from mpillm.run.laying_out import LayoutChoice
 from mpillm.run.origin import Origin
+from mpillm.run.speed_notes import SpeedNotes
 from mpillm.spec import Spec, tightest
 from mpillm.store.records import UsedLayout
 from mpillm.text import Tokenizer, load_tokenizer
@@ -61,15 +62,16 @@ class Session:
         shards_before: int | None = None,
         replicated: bool = False,
         leave_out: bool = False,
+        notes: SpeedNotes | None = None,
     ) -> None:
         """Open the model and lay it out; what any rank finds wrong, all ranks raise.
 
         `origin` is what the run began with, if ranks were lost since. So many shards as `shards_before` are taken where
         the job leaves it open and they work. There is one replica unless `replicated`. It is on all ranks unless those
         of slow hosts may be left out (`leave_out`): they are spare then (`World.spare`), and their session has nothing
-        but its `origin`.
+        but its `origin`. Speeds that are measured are kept in the `notes` of rank 0.
         """
-        self._replicated, self._leave_out = replicated, leave_out
+        self._replicated, self._leave_out, self._notes = replicated, leave_out, notes
         self.world, self._origin, self._shards_before = world, origin, shards_before
         self.job, self.spec = spec, spec  # with the values of all ranks, and with those of this one
         with ExitStack() as unless_made:
@@ -121,21 +123,17 @@ class Session:
             self._shards_before,
             self._replicated,
             self._leave_out,
+            self._notes,
         )
         found = self.choice.first(self.threads) if origin is None else self.choice.again(origin)
-        self.chosen, self._left_out, machines, ranks = (
-            found.chosen,
-            found.left_out,
-            found.machines,
-            found.ranks,
-        )
-        chosen = self.chosen
+        chosen, machines = found.chosen, found.machines
+        self.chosen, self._left_out = chosen, found.left_out
         self._speed = machines.speeds[world.rank] if machines.speeds else None
-        self.machines, self.replicas, self.wire = machines.of_ranks(ranks), chosen.replicas, chosen.wire
+        self.machines, self.replicas, self.wire = machines.of_ranks(found.ranks), chosen.replicas, chosen.wire
         #: why it is laid out like this
         self.reason = "; ".join(filter(None, (chosen.reason, chosen.compared)))
         self._kv_tokens = 0
-        world.go_on_with(ranks)
+        world.go_on_with(found.ranks)
 
     def _take_place(self) -> None:
         """Find this rank's place in the layout, and what to tell the user of it."""

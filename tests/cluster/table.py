@@ -69,7 +69,7 @@ class Cluster:
 def slowed(hosts: Hosts, number: int) -> Iterator[None]:
     """A host whose processes get a part of a core (a control group of version 1)."""
     own = next(
-        line.split(":")[2] for line in Path("/proc/self/cgroup").read_text().splitlines() if ":cpu" in line
+        line.split(":")[2] for line in Path("/proc/self/cgroup").read_text().splitlines() if ":cpu:" in line
     )
     group = Path(f"/sys/fs/cgroup/cpu{own}") / "mpillm-slow"
     agent = hosts.agent.read_text()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,13 +16,20 @@ from mpillm.planning import measure
 from mpillm.planning.input_needs import NO_INPUT
 from mpillm.planning.layout_plans import Chosen
 from mpillm.planning.machines import Machines
+from mpillm.planning.speed import ASSUMED, Speed
 from mpillm.run.laying_out import LaidOut, LayoutChoice
+from mpillm.run.speed_notes import SpeedNotes
+from mpillm.store.directory import Directory
+from mpillm.store.output import SPEEDS
 
 TWO_HOSTS = Machines([1, 1], [2**30, 2**30])
 
 
 class World:
     """Rank 0's."""
+
+    def __init__(self, *places: str) -> None:
+        self.nodes, self.together = SimpleNamespace(places=places), nullcontext
 
     def on_rank_0(self, work: Any) -> Any:
         return work()
@@ -58,3 +68,45 @@ def test_short_jobs_are_measured_briefly(
     world: Any = World()
     LayoutChoice(world, job, nothing, nothing, NO_INPUT, None, True, True).first(1)
     assert made == efforts
+
+
+def test_whoever_goes_on_with_a_job_on_the_same_hosts_does_not_measure_them_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[float] = []
+    used: list[list[Speed]] = []
+    speeds = [ASSUMED.shared_by(1), ASSUMED.shared_by(3)]
+
+    def searched(self: LayoutChoice, job: spec.Spec, machines: Machines) -> LaidOut:
+        used.append(list(machines.speeds))
+        return LaidOut(Chosen((Replica(0, 2, 1),), ""), TWO_HOSTS, range(2), seconds)
+
+    def machines(world: World, source: None, threads: int, effort: float) -> Machines:
+        made.append(effort)
+        return replace(TWO_HOSTS, speeds=speeds, measured=True)
+
+    monkeypatch.setattr(LayoutChoice, "_search", searched)
+    for name in ("_known_machines", "_machines"):
+        monkeypatch.setattr(LayoutChoice, name, lambda self: TWO_HOSTS)
+    monkeypatch.setattr(measure, "machines", machines)
+    job: Any = spec.load(None, (), model="model", input="in", output="out")
+    nothing: Any = None
+
+    def begin(*places: str, threads: int = 1) -> list[float]:
+        made.clear()
+        world: Any = World(*places)
+        with Directory(tmp_path) as directory:
+            notes = SpeedNotes(directory)
+            LayoutChoice(world, job, nothing, nothing, NO_INPUT, None, True, True, notes).first(threads)
+        return list(made)
+
+    seconds = 5.0
+    assert begin("a", "b") == [measure.QUICKLY]
+    assert begin("a", "b") == []
+    assert [speed.memory for speed in used[-1]] == [speed.memory for speed in speeds]
+    assert begin("a", "c") == begin("a", "b") == begin("a", "b", threads=2) == [measure.QUICKLY]
+    seconds = 50.0
+    assert begin("a", "b", threads=2) == [1.0]  # what was measured in a glance is not enough
+    assert begin("a", "b", threads=2) == []
+    (tmp_path / SPEEDS).write_bytes(b"{")
+    assert begin("a", "b") == [measure.QUICKLY, 1.0]
