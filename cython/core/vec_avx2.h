@@ -120,13 +120,15 @@ MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, co
 #else
 MK_INLINE vb vb_signed(vb a) { return a; }
 typedef vi vp;
+/* Sums one after the other: a compiler that adds them as a tree has all products in memory before. */
+MK_INLINE __m256i ymm_keep(__m256i a) { __asm__("" : "+x"(a)); return a; }
 MK_INLINE void ymm_multiply(const int bits, const int g, const int last, __m256i w, __m256i x, __m256i *dot,
                             __m256i *pairs) {
     if (bits == 8) x = _mm256_sign_epi8(x, w), w = _mm256_abs_epi8(w);
     const __m256i products = _mm256_maddubs_epi16(w, x);
-    *pairs = MK_FIRST_PAIRS(bits, g) ? products : _mm256_add_epi16(*pairs, products);
+    *pairs = MK_FIRST_PAIRS(bits, g) ? products : ymm_keep(_mm256_add_epi16(*pairs, products));
     if (MK_LAST_PAIRS(bits, g, last))
-        *dot = _mm256_add_epi32(*dot, _mm256_madd_epi16(*pairs, _mm256_set1_epi16(1)));
+        *dot = ymm_keep(_mm256_add_epi32(*dot, _mm256_madd_epi16(*pairs, _mm256_set1_epi16(1))));
 }
 MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, const int8_t *x, vi *dot, vp *pairs) {
     __m256i xg = ymm_x4(x);
