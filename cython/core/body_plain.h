@@ -68,7 +68,8 @@ MK_INLINE int32_t start_of(int type, const mk_activation *a) {
 MK_INLINE vi dot_of_groups(const int bits, const int count, vi start, const vb *groups, const int8_t *q) {
     vp pairs;
     UNROLL
-    for (int g = 0; g < count; g++) vb_multiply(bits, g, count - 1, groups[g], q + 4 * g, &start, &pairs);
+    for (int g = 0; g < count; g++)
+        vb_multiply(bits, g, count - 1, groups[g], bits == 8 ? vb_size(groups[g]) : groups[g], q + 4 * g, &start, &pairs);
     return start;
 }
 

@@ -5,10 +5,11 @@
 enum { UNPACKED_ROWS = 32, UNPACKED_PARTS = MK_PARTS /* of 32 columns, at a time */ };
 enum { UNPACKED_TILES = VEC_ROWS > 4 ? 2 : 1, UNPACKED_SUMS = UNPACKED_TILES * MK_GROUP };
 enum { UNPACKED_FROM = 2 * MK_GROUP /* rows of x */ };
+enum { UNPACKED_SIZES = VEC_ALIKE ? 0 : 8 /* where in `groups` the sizes of 8 bits are, as vb_multiply takes them */ };
 
 /* 32 columns of 16 rows of W. */
 typedef struct {
-    uint8_t groups[8][64];
+    uint8_t groups[8 + UNPACKED_SIZES][64];
     vf d, m;
     part_scales of;
 } unpacked;
@@ -41,6 +42,7 @@ MK_INLINE void unpack_groups(const int type, const uint8_t *w, unpacked *to) {
     for (int g = 0; g < 8; g++) {
         if (is_raised(type)) groups[g] = vb_raise(groups[g], wanted - raised_by(type));
         vb_store(to->groups[g], groups[g]);
+        if (UNPACKED_SIZES && bits == 8) vb_store(to->groups[UNPACKED_SIZES + g], vb_size(groups[g]));
     }
 }
 
@@ -89,9 +91,11 @@ HOT void unpacked_tile(const int form, const int bits, const int R, const int T,
             UNROLL
             for (int g = 0; g <= last; g++)
                 UNROLL
-                for (int i = 0; i < R * T; i++)
-                    vb_multiply(bits, g, last, vb_load(w[i / T * UNPACKED_PARTS].groups[h * 4 + g]),
+                for (int i = 0; i < R * T; i++) {
+                    const uint8_t(*values)[64] = w[i / T * UNPACKED_PARTS].groups + h * 4 + g;
+                    vb_multiply(bits, g, last, vb_load(*values), vb_load(values[bits == 8 ? UNPACKED_SIZES : 0]),
                                 a[i % T].q + h * 16 + g * 4, &dots[h][i], &parts[i]);
+                }
         }
         UNROLL
         for (int i = 0; i < R * T; i++) {

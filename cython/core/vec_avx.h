@@ -123,16 +123,18 @@ MK_INLINE void vb_zip(vb low, vb high, uint8_t *a, uint8_t *b) {
     }
 }
 MK_INLINE vb vb_signed(vb a) { return a; }
+XMM(vb_size, (vb a), _mm_abs_epi8(a.q[j]))
 MK_INLINE __m128i avx_x4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return _mm_set1_epi32(v); }
 
 MK_INLINE void vb_store(uint8_t *p, vb a) { QUARTERS _mm_storeu_si128((void *)(p + 16 * j), a.q[j]); }
 XMM(vb_raise, (vb a, const int by), _mm_add_epi8(a.q[j], _mm_set1_epi8((char)by)))
 
 typedef vi vp;
-MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, const int8_t *x, vi *dot, vp *pairs) {
+MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, vb size, const int8_t *x, vi *dot,
+                           vp *pairs) {
     const __m128i xg = avx_x4(x), one = _mm_set1_epi16(1);
     QUARTERS {
-        const __m128i products = bits == 8 ? _mm_maddubs_epi16(_mm_abs_epi8(w.q[j]), _mm_sign_epi8(xg, w.q[j]))
+        const __m128i products = bits == 8 ? _mm_maddubs_epi16(size.q[j], _mm_sign_epi8(xg, w.q[j]))
                                            : _mm_maddubs_epi16(w.q[j], xg);
         pairs->q[j] = MK_FIRST_PAIRS(bits, g) ? products : _mm_add_epi16(pairs->q[j], products);
         if (MK_LAST_PAIRS(bits, g, last)) dot->q[j] = _mm_add_epi32(dot->q[j], _mm_madd_epi16(pairs->q[j], one));

@@ -111,29 +111,32 @@ MK_INLINE vb vb_signed(vb a) {
     return (vb){_mm256_xor_si256(a.lo, flip), _mm256_xor_si256(a.hi, flip)};
 }
 typedef struct { char none; } vp;
-MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, const int8_t *x, vi *dot, vp *pairs) {
-    (void)bits, (void)g, (void)last, (void)pairs;
+MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, vb size, const int8_t *x, vi *dot,
+                           vp *pairs) {
+    (void)bits, (void)g, (void)last, (void)size, (void)pairs;
     __m256i xg = ymm_x4(x);
     dot->lo = _mm256_dpbusd_avx_epi32(dot->lo, w.lo, xg);
     dot->hi = _mm256_dpbusd_avx_epi32(dot->hi, w.hi, xg);
 }
 #else
 MK_INLINE vb vb_signed(vb a) { return a; }
+MK_INLINE vb vb_size(vb a) { return (vb){_mm256_abs_epi8(a.lo), _mm256_abs_epi8(a.hi)}; }
 typedef vi vp;
 /* Sums one after the other: a compiler that adds them as a tree has all products in memory before. */
 MK_INLINE __m256i ymm_keep(__m256i a) { __asm__("" : "+x"(a)); return a; }
-MK_INLINE void ymm_multiply(const int bits, const int g, const int last, __m256i w, __m256i x, __m256i *dot,
-                            __m256i *pairs) {
-    if (bits == 8) x = _mm256_sign_epi8(x, w), w = _mm256_abs_epi8(w);
+MK_INLINE void ymm_multiply(const int bits, const int g, const int last, __m256i w, __m256i size, __m256i x,
+                            __m256i *dot, __m256i *pairs) {
+    if (bits == 8) x = _mm256_sign_epi8(x, w), w = size;
     const __m256i products = _mm256_maddubs_epi16(w, x);
     *pairs = MK_FIRST_PAIRS(bits, g) ? products : ymm_keep(_mm256_add_epi16(*pairs, products));
     if (MK_LAST_PAIRS(bits, g, last))
         *dot = ymm_keep(_mm256_add_epi32(*dot, _mm256_madd_epi16(*pairs, _mm256_set1_epi16(1))));
 }
-MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, const int8_t *x, vi *dot, vp *pairs) {
+MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, vb size, const int8_t *x, vi *dot,
+                           vp *pairs) {
     __m256i xg = ymm_x4(x);
-    ymm_multiply(bits, g, last, w.lo, xg, &dot->lo, &pairs->lo);
-    ymm_multiply(bits, g, last, w.hi, xg, &dot->hi, &pairs->hi);
+    ymm_multiply(bits, g, last, w.lo, size.lo, xg, &dot->lo, &pairs->lo);
+    ymm_multiply(bits, g, last, w.hi, size.hi, xg, &dot->hi, &pairs->hi);
 }
 #endif
 

@@ -127,22 +127,26 @@ MK_INLINE vb vb_raise(vb a, const int by) { return _mm512_add_epi8(a, _mm512_set
 #ifdef VEC_VNNI
 MK_INLINE vb vb_signed(vb a) { return _mm512_xor_si512(a, _mm512_set1_epi8(-128)); }
 typedef struct { char none; } vp;
-MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, const int8_t *x, vi *dot, vp *pairs) {
-    (void)bits, (void)g, (void)last, (void)pairs;
+MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, vb size, const int8_t *x, vi *dot,
+                           vp *pairs) {
+    (void)bits, (void)g, (void)last, (void)size, (void)pairs;
     *dot = _mm512_dpbusd_epi32(*dot, w, zmm_x4(x));
 }
 #else
 MK_INLINE vb vb_signed(vb a) { return a; }
+MK_INLINE vb vb_size(vb a) { return _mm512_abs_epi8(a); }
 typedef __m512i vp;
-MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, const int8_t *x, vi *dot, vp *pairs) {
+MK_INLINE __m512i zmm_keep(__m512i a) { __asm__("" : "+v"(a)); return a; }
+MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, vb size, const int8_t *x, vi *dot,
+                           vp *pairs) {
     __m512i xg = zmm_x4(x);
     if (bits == 8) { /* |w| times x with w's sign */
         xg = _mm512_mask_sub_epi8(xg, _mm512_movepi8_mask(w), _mm512_setzero_si512(), xg);
-        w = _mm512_abs_epi8(w);
+        w = size;
     }
     const __m512i products = _mm512_maddubs_epi16(w, xg);
-    *pairs = MK_FIRST_PAIRS(bits, g) ? products : _mm512_add_epi16(*pairs, products);
-    if (MK_LAST_PAIRS(bits, g, last)) *dot = vi_add(*dot, _mm512_madd_epi16(*pairs, _mm512_set1_epi16(1)));
+    *pairs = MK_FIRST_PAIRS(bits, g) ? products : zmm_keep(_mm512_add_epi16(*pairs, products));
+    if (MK_LAST_PAIRS(bits, g, last)) *dot = zmm_keep(vi_add(*dot, _mm512_madd_epi16(*pairs, _mm512_set1_epi16(1))));
 }
 #endif
 

@@ -19,6 +19,10 @@ static inline void vf_store_part(float *p, vf a, long count) {
     memcpy(p, lanes, (size_t)count * sizeof *lanes);
 }
 
+#if VEC_ALIKE /* others multiply sizes of signed bytes by x with their signs */
+MK_INLINE vb vb_size(vb a) { return a; }
+#endif
+
 #ifndef VEC_LOOKUP /* of 16 bytes the halves from bit `shift` on (0, 4) as places in a table of 16 */
 MK_INLINE vf vf_lookup(const float *table, const uint8_t *p, const int shift) {
     float found[MK_TILE];

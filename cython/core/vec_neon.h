@@ -146,15 +146,17 @@ VB(vb_raise, (vb a, const int by), vaddq_s8(a.q[j], vdupq_n_s8((int8_t)by)))
 
 #ifdef VEC_DOT
 typedef struct { char none; } vp;
-MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, const int8_t *x, vi *dot, vp *pairs) {
-    (void)bits, (void)g, (void)last, (void)pairs;
+MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, vb size, const int8_t *x, vi *dot,
+                           vp *pairs) {
+    (void)bits, (void)g, (void)last, (void)size, (void)pairs;
     int8x16_t xg = neon_x4(x);
     QUARTERS neon_dot(&dot->q[j], w.q[j], xg);
 }
 #else
 typedef struct { int32x4_t lo[4], hi[4]; } vp; /* of the rows 0, 1 and 2, 3 of each quarter */
-MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, const int8_t *x, vi *dot, vp *pairs) {
-    (void)bits;
+MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, vb size, const int8_t *x, vi *dot,
+                           vp *pairs) {
+    (void)bits, (void)size;
     int8x16_t xg = neon_x4(x);
     QUARTERS {
         if (!g) pairs->lo[j] = pairs->hi[j] = vdupq_n_s32(0);
