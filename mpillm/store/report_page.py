@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def summary(report: Report) -> Iterator[str]:
             f"{report.total_rate():.1f} tokens/s while computing{generated}."
         )
     else:
-        yield "Nothing was left to compute."
+        yield "Nothing was computed."
     if report.earlier:
         everything = report.all_starts()
         yield (
@@ -139,7 +139,7 @@ body{font:15px/1.45 system-ui,sans-serif;max-width:76rem;margin:2rem auto;paddin
 background:var(--page)}table{border-collapse:collapse;margin:.5rem 0 1.5rem;display:block;overflow-x:auto}
 td,th{border:1px solid var(--line);padding:.2rem .6rem;text-align:right;max-width:30rem}
 .long{overflow-wrap:anywhere}th{background:var(--shade)}
-p{max-width:62rem}td:first-child,th:first-child{text-align:left}figure{margin:1rem 0}svg{max-width:100%;height:auto}
+p{max-width:62rem}.text{text-align:left}figure{margin:1rem 0}svg{max-width:100%;height:auto}
 svg text{fill:currentColor}
 pre{background:var(--shade);padding:.7rem;white-space:pre-wrap;overflow-wrap:anywhere}
 @media print{body{margin:0;max-width:none}figure,tr{break-inside:avoid}table{display:table;font-size:9px}
@@ -207,15 +207,17 @@ def _rank_table(report: Report) -> str:
     return _table(head, rows)
 
 
-def _table(head: Sequence[str], rows: Any) -> str:
-    """A table in which only words of more than LONG letters are broken."""
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table, numbers on the right and texts on the left; only words of more than LONG letters are broken."""
+    shown = [[str(value) for value in row] for row in rows]
+    texts = [any(not value[:1].isdigit() for value in column) for column in zip(*shown, strict=True)]
 
-    def cell(value: Any, tag: str) -> str:
-        text = str(value)
-        long = ' class="long"' if max(map(len, text.split()), default=0) > LONG else ""
-        return f"<{tag}{long}>{html.escape(text)}</{tag}>"
+    def row(cells: Sequence[str], tag: str) -> str:
+        out = []
+        for text, is_text in zip(cells, texts, strict=True):
+            kinds = {"text": is_text, "long": max(map(len, text.split()), default=0) > LONG}
+            named = " ".join(kind for kind, holds in kinds.items() if holds)
+            out.append(f'<{tag} class="{named}">{html.escape(text)}</{tag}>')
+        return f"<tr>{''.join(out)}</tr>"
 
-    def row(cells: Any, tag: str) -> str:
-        return "<tr>" + "".join(cell(value, tag) for value in cells) + "</tr>"
-
-    return "<table>" + row(head, "th") + "".join(row(cells, "td") for cells in rows) + "</table>"
+    return f"<table>{row(head, 'th')}{''.join(row(cells, 'td') for cells in shown)}</table>"

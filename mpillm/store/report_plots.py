@@ -31,6 +31,7 @@ MESSAGES = {
     "requests": "requests and answers of replicas",
 }  # fmt: skip
 USES = {"hits": "found in memory", "misses": "loaded"}
+UNITS = ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)
 BINS = 30  # of a histogram
 VISIBLE = 2e-3  # of the longest bar: a part that is narrower is not seen
 
@@ -74,13 +75,15 @@ def available() -> bool:
 
 def plots(report: Report, directory: Path) -> Iterator[Plot]:
     """The plots of a run, whose files are in `directory`; those that would be empty are left out."""
-    if len(report.timeline) > 1:
-        rows = [*_rates(report.timeline)]
-        yield Plot("throughput", "Generated tokens per second", ("seconds", "tokens/s"), rows, _draw_line)
+    if len(report.timeline) > 1 and len((throughput := _throughput(report.timeline)).rows) > 1:
+        yield throughput
+    seconds = dict(SECONDS)
+    if report.replicas == 1:
+        del seconds["requests"]
     yield from _by_rank(
-        "seconds", "Where each rank's seconds went", SECONDS, report, _seconds_of, unit="seconds"
+        "seconds", "Where each rank's seconds went", seconds, report, _seconds_of, unit="seconds"
     )
-    yield from _by_rank("bytes", "Sent by each rank", MESSAGES, report, _mebibytes_of, unit="MiB")
+    yield from _by_rank("bytes", "Sent by each rank", MESSAGES, report, _sent, unit="bytes")
     yield from _by_rank(
         "weights",
         "Uses of paged weights",
@@ -130,22 +133,33 @@ def write_figures(drawn: Sequence[Plot], folder: Path) -> list[Path]:
     return written
 
 
-def _rates(timeline: Sequence[tuple[float, int, int]]) -> Iterator[Row]:
-    """The middle of each stretch of time, and tokens per second in it; short stretches are taken together."""
-    shortest = (timeline[-1][0] - timeline[0][0]) / 100
-    since, had = timeline[0][:2]
-    for now, tokens, _ in timeline[1:]:
-        if now > since + shortest or (now == timeline[-1][0] and now > since):
-            yield round((since + now) / 2, 3), round((tokens - had) / (now - since), 3)
-            since, had = now, tokens
+def _throughput(timeline: Sequence[tuple[float, int, int]]) -> Plot:
+    """Generated tokens per second or, where nothing is generated (scores, embeddings), requests per second."""
+    if timeline[-1][1]:
+        rows = [*_rates([(now, tokens) for now, tokens, _ in timeline])]
+        return Plot("throughput", "Generated tokens per second", ("seconds", "tokens/s"), rows, _draw_line)
+    rows = [*_rates([(now, finished) for now, _, finished in timeline])]
+    return Plot("throughput", "Finished requests per second", ("seconds", "requests/s"), rows, _draw_line)
+
+
+def _rates(counted: Sequence[tuple[float, int]]) -> Iterator[Row]:
+    """The middle of each stretch of time, and the rate in it; short stretches are taken together."""
+    end = counted[-1][0]
+    since, had = counted[0]
+    shortest = (end - since) / 100
+    for now, has in counted[1:]:
+        if now > since + shortest or (now == end and now > since):
+            yield round((since + now) / 2, 3), round((has - had) / (now - since), 3)
+            since, had = now, has
 
 
 def _seconds_of(rank: RankStatistics, kind: str) -> float:
     return rank.seconds.get(kind, 0.0)
 
 
-def _mebibytes_of(rank: RankStatistics, kind: str) -> float:
-    return rank.messages.get(kind, {}).get("bytes_sent", 0) / 2**20
+def _sent(rank: RankStatistics, kind: str) -> float:
+    """Bytes."""
+    return rank.messages.get(kind, {}).get("bytes_sent", 0)
 
 
 def _by_rank(
@@ -214,10 +228,14 @@ def _draw_stacked(axes: Axes, plot: Plot) -> None:
     names, *values = zip(*plot.rows, strict=True)
     left = [0.0] * len(names)
     longest = max(map(sum, zip(*values, strict=True)))
+    unit, size = plot.unit, 1
+    if unit == "bytes":
+        unit, size = next((larger for larger in UNITS if longest >= larger[1]), (unit, size))
     for label, widths in zip(plot.columns[1:], values, strict=True):
-        axes.barh(names, widths, left=left, label=label if max(widths) > VISIBLE * longest else None)
-        left = [start + width for start, width in zip(left, widths, strict=True)]
-    _finish_bars(axes, plot)
+        scaled = [width / size for width in widths]
+        axes.barh(names, scaled, left=left, label=label if max(widths) > VISIBLE * longest else None)
+        left = [start + width for start, width in zip(left, scaled, strict=True)]
+    _finish_bars(axes, plot, unit)
 
 
 def _draw_beside(axes: Axes, plot: Plot) -> None:
@@ -232,12 +250,12 @@ def _draw_beside(axes: Axes, plot: Plot) -> None:
             label=label,
         )
     axes.set_yticks(range(len(names)), names)
-    _finish_bars(axes, plot)
+    _finish_bars(axes, plot, plot.unit)
 
 
-def _finish_bars(axes: Axes, plot: Plot) -> None:
+def _finish_bars(axes: Axes, plot: Plot, unit: str) -> None:
     axes.set_ylim(len(plot.rows) - 0.5, -0.5)  # the first at the top, and no room beyond the bars
-    axes.set_xlabel(plot.unit)
+    axes.set_xlabel(unit)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize="small")
 
 
@@ -247,5 +265,8 @@ def _draw_histogram(axes: Axes, plot: Plot) -> None:
     for label, of in zip(plot.columns[2:], counts, strict=True):
         axes.stairs(of, edges, label=label, fill=True, alpha=0.7)
     axes.set_xlabel(plot.unit)
-    axes.set_ylabel("answers" if len(counts) == 1 else "how many")
+    axes.set_ylabel("how many")
+    axes.locator_params(axis="y", integer=True)
+    if plot.unit == "tokens":
+        axes.locator_params(axis="x", integer=True)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize="small")

@@ -51,7 +51,7 @@ def test_a_start_that_finds_all_finished_says_so() -> None:
     run.requests.resumed, run.tokens = 9, report.Tokens(prompt=0, generated=0)
     assert [line.partition(":")[0] for line in report_page.summary(run)] == [
         "9 requests (9 of them by earlier runs)",
-        "Nothing was left to compute.",
+        "Nothing was computed.",
         "All 2 starts of this command together",
     ]
 
@@ -84,6 +84,25 @@ def test_a_legend_names_what_can_be_seen(tmp_path: Path) -> None:
     assert {"computing", "waiting for a step"} <= shown
     assert "waiting for replies" in plot.columns
     assert "waiting for replies" not in shown
+
+
+def test_a_plot_says_what_there_is_to_see(tmp_path: Path) -> None:
+    """Requests where nothing is generated, sizes in their own unit, and no other replicas where there are none."""
+    pytest.importorskip("matplotlib", reason="the plots are matplotlib's, an extra")
+    run = made()
+    run.timeline = [(now, 0, finished) for now, _, finished in run.timeline]
+    for rank in run.ranks:
+        rank.messages["all_reduce"]["bytes_sent"] = 3 * 2**10
+        rank.seconds["requests"] = 1.0
+    found = {plot.name: plot for plot in report_plots.plots(run, tmp_path)}
+    assert found["throughput"].caption == "Finished requests per second"
+    assert [rate for _, rate in found["throughput"].rows] == [2.0, 3.0]
+    assert "waiting for other replicas" not in found["seconds"].columns
+    (axes,) = found["bytes"].figure().axes
+    assert (axes.get_xlabel(), axes.patches[0].get_width()) == ("KiB", 3.0)
+    run.replicas = 2
+    found = {plot.name: plot for plot in report_plots.plots(run, tmp_path)}
+    assert "waiting for other replicas" in found["seconds"].columns
 
 
 def test_what_drafts_gave() -> None:
@@ -200,8 +219,8 @@ def test_each_plot_is_a_table(tmp_path: Path) -> None:
         rows = list(csv.reader(file))
     assert rows == [
         ["rank", "sums over shards"],
-        ["rank 0", str(300 / 2**20)],
-        ["rank 1", str(600 / 2**20)],
+        ["rank 0", "300.0"],
+        ["rank 1", "600.0"],
     ]
     with (tmp_path / "figures/throughput.csv").open() as file:
         assert list(csv.reader(file)) == [["seconds", "tokens/s"], ["0.5", "20.0"], ["1.5", "30.0"]]
