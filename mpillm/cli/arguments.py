@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from mpillm import version
-from mpillm.cli import bench, serve, supervise
+from mpillm.cli import bench, instead, serve, supervise
 
 if TYPE_CHECKING:
     from mpillm.spec import TableFormat
@@ -22,25 +22,14 @@ examples:
   mpiexec -n 4 python -m mpillm run jobs/summaries.toml --set sampling.seed=3
   mpiexec -n 4 python -m mpillm run --input requests.jsonl --output out/mine
   python -m mpillm plan jobs/large-model.toml --ranks 4
+
 exit codes: 0 all done, 1 done but some requests ended in an error,
 2 the job or the command is wrong, 75 interrupted (the same command goes on
 where it stopped), 70 a bug of mpillm"""
 
 
 HIDDEN = {"ranks"}  # commands that people do not type
-RANKS_OF_LAUNCHERS = ("-n", "-np", "--np", "--ranks")
-# A run goes on by itself, and never overwrites another one's answers.
-GOING_ON = ("--resume", "--continue", "--restart", "--force", "--overwrite")
 LEAST_MEMORY = 2**20  # bytes that a machine has: less was meant in another unit
-# What other programs call a key of the job.
-CALLED_ELSEWHERE = {
-    **dict.fromkeys(("batch_size", "max_batch_size", "parallel"), "batch.max_num_seqs"),
-    **dict.fromkeys(("num_threads", "n_threads", "nthreads"), "layout.threads"),
-    **dict.fromkeys(("ctx_size", "n_ctx", "max_model_len", "context_length"), "memory.max_context"),
-    **dict.fromkeys(("max_new_tokens", "n_predict"), "sampling.max_tokens"),
-    "temp": "sampling.temperature", "tensor_parallel_size": "layout.shards",
-    "pipeline_parallel_size": "layout.stages",
-}  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,29 +46,8 @@ class _Parser(argparse.ArgumentParser):
         parser = self._commands().get(command or "", self)
         known = [name for action in parser._actions for name in action.option_strings]
         before = [name for action in self._actions for name in action.option_strings]
-        for word in unknown:
-            name, equals, value = word.partition("=")
-            following = words[words.index(word) + 1 :]
-            value = value if equals or not following else following[0]
-            if command == "run" and name in RANKS_OF_LAUNCHERS:
-                return f"the number of ranks is the launcher's; type mpillm launch -n {value or 'N'} run ..."
-            if command == "run" and name in GOING_ON:
-                return (
-                    f"there is no option {name}: the same command goes on where it stopped, "
-                    "and another --output begins anew"
-                )
-            if command and word in before:
-                return f"{word} stands before the command; type mpillm {word} {command} ..."
-            if not word.startswith("-"):
-                if "--model" in known and command != "run":
-                    return f"{word!r} is no option; to name a model, type --model {word}"
-                continue
-            if name.startswith("--") and (key := _key_called(name[2:])):
-                return f"there is no option {name}; type --set {key}={value or 'VALUE'}"
-            if close := difflib.get_close_matches(name, known, n=1):
-                return f"there is no option {name}; did you mean {close[0]}?"
-            if name.startswith("--") and (key := _key_like(name[2:])):
-                return f"there is no option {name}; did you mean --set {key}={value or 'VALUE'}?"
+        if found := instead.sentence(command or "", unknown, words, known, before):
+            return found
         if not unknown[0].startswith("-"):
             return f"{unknown[0]!r} is one word too many; {parser.format_usage().rstrip().replace('usage:', 'type')}"
         return f"there is no option {unknown[0]}; {parser.prog} --help lists all"
@@ -95,10 +63,12 @@ class _Parser(argparse.ArgumentParser):
             job = [f"run {given[1]}"] if given[1].endswith(".toml") else []
             option = [f"mpillm --{given[1]}"] if given[1] in ("help", "version") else []
             close = job or option or difflib.get_close_matches(given[1], commands, n=1)
-            instead = f"did you mean {close[0]}?" if close else f"there are {', '.join(commands)}"
-            message = f"there is no command {given[1]!r}; {instead}"
+            other = f"did you mean {close[0]}?" if close else f"there are {', '.join(commands)}"
+            message = f"there is no command {given[1]!r}; {other}"
         elif given := re.match(r"(argument .*): invalid \w+ value: (.*)", message):
             message = f"{given[1]}: {given[2]} is not a number"
+            if given[0].startswith("argument -n: ") and given[2] == "'p'":  # -np, as mpiexec has it
+                message = "there is no option -np; type -n N, or mpiexec -np N python -m mpillm"
         elif message.startswith("the following arguments are required"):
             wanted = [action for action in self._actions if action.required]
             shown = [
@@ -107,21 +77,6 @@ class _Parser(argparse.ArgumentParser):
             ]
             message = f"{message}; type {self.prog} {' '.join(shown)}"
         super().error(message)
-
-
-def _key_called(option: str) -> str | None:
-    from mpillm import spec
-
-    name = option.replace("-", "_")
-    return CALLED_ELSEWHERE.get(name) or spec.key_called(name)
-
-
-def _key_like(option: str) -> str | None:
-    from mpillm import spec
-
-    names = {key.rpartition(".")[2]: key for key in spec.known_keys()}
-    close = difflib.get_close_matches(option.replace("-", "_"), names, n=1, cutoff=0.8)
-    return names[close[0]] if close else None
 
 
 def command_parser() -> argparse.ArgumentParser:

@@ -21,6 +21,7 @@ else:
 from mpillm.spec.job import Spec, known_keys
 from mpillm.spec.messages import explain, instead_of, nearest
 
+ADDRESS = "://"  # what no path has
 UNREAD = "-"  # standard input, which no plan reads
 
 
@@ -71,6 +72,12 @@ def checked(values: dict[str, Any], where: str) -> Spec:
         spec = msgspec.convert(values, Spec)
     except msgspec.ValidationError as error:
         raise JobError(f"{where}: {explain(error, values)}.") from None
+    if ADDRESS in spec.input:
+        raise JobError(f"The input {spec.input} is an address; fetch it first, and name the file.")
+    if ADDRESS in spec.output.path:
+        raise JobError(
+            f"The output {spec.output.path} is an address; name a directory, and copy what it has later."
+        )
     paths = {
         "model": "".join(spec.model_names),
         "draft.model": spec.draft.model or "",
@@ -131,7 +138,7 @@ def _take_shorthands(values: dict[str, Any], where: str) -> None:
 def _find_beside(values: dict[str, Any], folder: Path) -> None:
     """Make a job file's `input`, its `adapters`, and models that are paths, start from the job file's directory."""
     source = values.get("input")
-    if isinstance(source, str) and source not in ("", "-"):
+    if isinstance(source, str) and source not in ("", "-") and ADDRESS not in source:
         values["input"] = str(folder / os.path.expanduser(source))
     for table in (values, values.get("draft")):
         if isinstance(table, dict) and "model" in table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,20 @@ MISTAKES = {
     "a model's file": ("plan --model ./nosuch.gguf", "There is no model nosuch.gguf; see where it is,"),
     "a word too many": ("pull smollm2-135m qwen", "'qwen' is one word too many; type mpillm pull [-h] name"),
     "no such option": ("models --json", "there is no option --json; mpillm models --help lists all"),
+    "a GPU": ("run --device cuda", "there is no option --device: mpillm computes on CPUs alone"),
+    "layers on a GPU": ("chat -ngl 99", "mpillm computes on CPUs alone"),
+    "a prompt": ("run --prompt Hello", "run answers a file of requests: --input requests.jsonl"),
+    "streaming": ("run --stream", "a run writes finished answers to results.jsonl"),
+    "a system message": ("chat --system kind", "type /system TEXT in the conversation"),
+    "a message": ("chat 'Why is it so?'", "type mpillm chat, and this at its prompt"),
+    "workers": ("serve --workers 4", "for more speed type mpiexec -n N python -m mpillm serve"),
+    "ranks of a check": ("doctor --ranks 2", "type mpiexec -n 2 python -m mpillm doctor"),
+    "mpiexec's way": ("launch -np 2 run", "there is no option -np; type -n N"),
+    "an input from the web": (
+        "run --input https://a.b/c.jsonl --output out", "https://a.b/c.jsonl is an address; fetch it first"
+    ),
+    "an output in a store": ("run --input taken --output s3://a/b", "s3://a/b is an address; name a directory"),
+    "a job with an address": ("run web.toml --output out", "The input s3://a/b is an address"),
     "a run that is not there": ("report nothing", "There is no finished run in nothing"),
 }  # fmt: skip
 
@@ -75,10 +90,11 @@ def test_a_mistake(
     (tmp_path / "bare.toml").write_text("model = smollm2-135m\n")
     (tmp_path / "yaml.toml").write_text("model: smollm2-135m\n")
     (tmp_path / "twice.toml").write_text('model = "a"\nmodel = "b"\n')
+    (tmp_path / "web.toml").write_text('input = "s3://a/b"\n')
     (tmp_path / "hosts").write_text("node1 slots=4\n")
     words, said = MISTAKES[name]
     try:
-        code = main(words.split())
+        code = main(shlex.split(words))
     except SystemExit as end:  # argparse's
         code = int(end.code or 0)
     shown = capsys.readouterr().err

@@ -1,0 +1,91 @@
+"""What to type instead of words that a command does not know."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Sequence
+
+RANKS_OF_LAUNCHERS = ("-n", "-np", "--np", "--ranks")
+UNDER_MPIEXEC = ("bench", "chat", "doctor", "pack", "serve")
+# A run goes on by itself, and never overwrites another one's answers.
+GOING_ON = ("--resume", "--continue", "--restart", "--force", "--overwrite")
+# What other programs call a key of the job.
+CALLED_ELSEWHERE = {
+    **dict.fromkeys(("batch_size", "max_batch_size", "parallel"), "batch.max_num_seqs"),
+    **dict.fromkeys(("num_threads", "n_threads", "nthreads"), "layout.threads"),
+    **dict.fromkeys(("ctx_size", "n_ctx", "max_model_len", "context_length"), "memory.max_context"),
+    **dict.fromkeys(("max_new_tokens", "n_predict"), "sampling.max_tokens"),
+    "temp": "sampling.temperature", "tensor_parallel_size": "layout.shards",
+    "pipeline_parallel_size": "layout.stages",
+}  # fmt: skip
+# Options of other programs that ask for what there is in another way, or not at all.
+ELSEWHERE = {
+    **dict.fromkeys(
+        ("--device", "--gpu", "--gpus", "--cuda", "--n-gpu-layers", "-ngl"), "mpillm computes on CPUs alone"
+    ),
+    **dict.fromkeys(
+        ("--prompt", "-p"), "mpillm chat asks a model; run answers a file of requests: --input requests.jsonl"
+    ),
+    **dict.fromkeys(("--system", "--system-prompt"), "type /system TEXT in the conversation of mpillm chat"),
+    "--stream": "chat and serve stream; a run writes finished answers to results.jsonl",
+    "--workers": "one process serves all clients; for more speed type mpiexec -n N python -m mpillm serve",
+}  # fmt: skip
+
+
+def sentence(
+    command: str,
+    unknown: Sequence[str],
+    words: Sequence[str],
+    known: Collection[str],
+    before: Collection[str],
+) -> str | None:
+    """On `unknown`, some of the `words` after `command`; the first one that can be explained decides.
+
+    `known` are the options of the command, `before` those that stand before it.
+    """
+    for word in unknown:
+        name, equals, value = word.partition("=")
+        following = words[words.index(word) + 1 :]
+        value = value if equals or not following else following[0]
+        if name in RANKS_OF_LAUNCHERS and command == "run":
+            return f"the number of ranks is the launcher's; type mpillm launch -n {value or 'N'} run ..."
+        if name in RANKS_OF_LAUNCHERS and command in UNDER_MPIEXEC:
+            started = f"mpiexec -n {value or 'N'} python -m mpillm {command}"
+            return f"the number of ranks is the launcher's; type {started} ..."
+        if command == "run" and name in GOING_ON:
+            return (
+                f"there is no option {name}: the same command goes on where it stopped, "
+                "and another --output begins anew"
+            )
+        if command and word in before:
+            return f"{word} stands before the command; type mpillm {word} {command} ..."
+        if name in ELSEWHERE:
+            return f"there is no option {name}: {ELSEWHERE[name]}"
+        if not word.startswith("-"):
+            if " " in word and command == "chat":
+                return f"{word!r} is no option; type mpillm chat, and this at its prompt"
+            if "--model" in known and command != "run":
+                return f"{word!r} is no option; to name a model, type --model {word}"
+            continue
+        if name.startswith("--") and (key := _key_called(name[2:])):
+            return f"there is no option {name}; type --set {key}={value or 'VALUE'}"
+        if close := difflib.get_close_matches(name, known, n=1):
+            return f"there is no option {name}; did you mean {close[0]}?"
+        if name.startswith("--") and (key := _key_like(name[2:])):
+            return f"there is no option {name}; did you mean --set {key}={value or 'VALUE'}?"
+    return None
+
+
+def _key_called(option: str) -> str | None:
+    from mpillm import spec
+
+    name = option.replace("-", "_")
+    return CALLED_ELSEWHERE.get(name) or spec.key_called(name)
+
+
+def _key_like(option: str) -> str | None:
+    from mpillm import spec
+
+    names = {key.rpartition(".")[2]: key for key in spec.known_keys()}
+    close = difflib.get_close_matches(option.replace("-", "_"), names, n=1, cutoff=0.8)
+    return names[close[0]] if close else None
