@@ -23,6 +23,7 @@ from mpillm.batch.template import asker
 from mpillm.errors import RequestError
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.cache_layout import blocks_for
+from mpillm.planning.answer_length import AnswerLengths
 from mpillm.planning.grammar_memory import Asked, GrammarCounter
 from mpillm.planning.input_needs import NO_INPUT, InputNeeds
 from mpillm.planning.token_count import BYTES_PER_TOKEN, NOTHING, Around, TokenCounter, Tokens
@@ -83,12 +84,13 @@ def input_needs(
     context = spec.memory.max_context
     lines = names = checking = chat = answer = choice = largest = total = prompt_tokens = 0
     generated = longest = scored = unread = 0
-    scores, prompts = False, 0
+    scores, prompts, most = False, 0, 0
     blocks: int | None = 0
     shortest = context
     decoder = msgspec.json.Decoder(_LineSize)
     asked = asker(spec)
     grammars, counter = GrammarCounter(spec), TokenCounter(load)
+    held = AnswerLengths(spec, counter)
     try:
         with inputs.opened(spec) as file:
             while raw := file.readline(MAX_LINE):
@@ -114,14 +116,16 @@ def input_needs(
                 answer, choice = max(answer, nbytes), max(choice, kept)
                 largest, total = max(largest, count), total + count
                 likely, maximum = _of_sequences(body, count, tokens)
-                each = 0 if body.input else _new_tokens(body, spec)
-                new, longest = count * each, max(longest, each)
+                allowed = 0 if body.input or body.choices else _new_tokens(body, spec)
+                bound = held.most(body)
+                each, drawn = min(allowed, bound.tokens), min(allowed, bound.drawn)
+                new, longest = count * each, max(longest, drawn)
                 shortest = min(shortest, _shortest(body, count, tokens))
                 prompt_tokens, generated = prompt_tokens + likely, generated + new
                 scored += likely * _scores(body)
                 scores |= _scores(body) or bool(body.choices)
-                filled = None if maximum is None else _blocks(maximum + max(new - count, 0), count, context)
-                prompts += maximum or 0
+                prompts, most = prompts + (maximum or 0), most + (maximum or 0) + count * allowed
+                filled = None if maximum is None else _blocks(body, count, tokens, each, spec)
                 blocks = None if blocks is None or filled is None else blocks + filled
     except OSError:
         return NO_INPUT
@@ -129,27 +133,31 @@ def input_needs(
         lines, total, prompt_tokens, generated, scored, blocks, max(shortest, 1), longest, names,
         checking, chat, answer, choice, largest,
         ARROW if needs_arrow(spec.input_path) or spec.output.format == "parquet" else 0,
-        grammars.needs(), unread, prompts, scores,
+        grammars.needs(), unread, prompts, most, scores,
     )  # fmt: skip
 
 
 def _prompt_tokens(body: _Body, counter: TokenCounter, around: Around) -> Tokens:
     """Of all prompts of a line, each once, with what the model puts around them."""
     if body.messages:
-        texts, messages = counter.count(bytes(body.messages)), max(bytes(body.messages).count(b'"role"'), 1)
+        texts, messages = (
+            counter.count(bytes(body.messages), chat=True),
+            max(bytes(body.messages).count(b'"role"'), 1),
+        )
         # Little of a template becomes text, but it may hold a system prompt.
         likely = min(around.template // (3 * TEMPLATE_TEXT), FRAMING) + MESSAGE // 2 * messages
         maximum = min(around.template // TEMPLATE_TEXT, FRAMING) + MESSAGE * messages
         maximum += 2 * len(body.tools)  # which may get more spaces
         maximum += len(body.documents) + len(body.chat_template_kwargs)
-        return Tokens(texts.likely + likely, texts.maximum + maximum)
+        return Tokens(texts.likely + likely, texts.maximum + maximum, texts.texts, texts.shared)
     given = bytes(body.input or body.prompt)
     if _IDS.match(given):
         ids = given.count(b",") + 1
         return Tokens(ids, ids)
     texts, prompts = counter.count(given), _prompts(given)
     before = around.prompt if body.input else 0
-    return Tokens(texts.likely + prompts * before // BYTES_PER_TOKEN, texts.maximum + prompts * before)
+    likely = texts.likely + prompts * before // BYTES_PER_TOKEN
+    return Tokens(likely, texts.maximum + prompts * before, texts.texts, texts.shared)
 
 
 def _of_sequences(body: _Body, count: int, prompts: Tokens) -> tuple[int, int | None]:
@@ -167,9 +175,11 @@ def _of_sequences(body: _Body, count: int, prompts: Tokens) -> tuple[int, int | 
 
 
 def _shortest(body: _Body, count: int, prompts: Tokens) -> int:
-    """Tokens of each prompt of a line at least: half of those counted, as templates leave some out."""
-    if body.choices:
-        return 1
+    """Tokens of each prompt of a line at least: half of those of a chat, as templates leave some out."""
+    if body.choices:  # which are computed one after the other behind their prompt
+        return prompts.likely // count
+    if len(prompts.texts) == count and not body.messages:
+        return min(prompts.texts)
     if count == 1:
         return prompts.likely // 2
     given = bytes(body.input or body.prompt)
@@ -178,12 +188,25 @@ def _shortest(body: _Body, count: int, prompts: Tokens) -> int:
     return min(bytes(one).count(b",") + 1 for one in msgspec.json.decode(given, type=list[msgspec.Raw]))
 
 
-def _blocks(tokens: int, count: int, context: int) -> int:
-    """Full blocks of so many sequences of so many tokens together, each of them of `context` tokens at most.
+def _blocks(body: _Body, count: int, prompts: Tokens, new: int, spec: Spec) -> int:
+    """Full blocks of a line's sequences, with `new` tokens of each answer, by an estimate: the run makes do with them.
 
-    The last token of an answer is in no block.
+    The last token of an answer is in no block. Prompts that begin alike share blocks, and so do the answers to one.
     """
-    return min(tokens // KV_BLOCK, count * blocks_for(context))
+    given = bytes(body.input or body.prompt)
+    texts = prompts.texts if prompts.texts and not body.messages else ()
+    lines = len(texts) or (1 if body.messages else min(_prompts(given), count))
+    each = texts or (-(-prompts.likely // lines),) * lines
+    copies, context = -(-count // lines), blocks_for(spec.memory.max_context)
+    behind = len(body.choices) // copies if body.choices else max(new - 1, 0)
+    found = 0
+    for tokens in each:
+        prompt, whole = min(tokens // KV_BLOCK, context), min((tokens + behind) // KV_BLOCK, context)
+        if body.choices:
+            found += whole
+        else:
+            found += prompt + copies * (whole - prompt) if spec.batch.prefix_sharing else copies * whole
+    return max(found - prompts.shared // KV_BLOCK, 0) if spec.batch.prefix_sharing else found
 
 
 def _new_tokens(body: _Body, spec: Spec) -> int:

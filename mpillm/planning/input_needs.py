@@ -29,10 +29,10 @@ class InputNeeds:
     prompt_tokens: int = 0  # an estimate, of all sequences
     generated_tokens: int = 0  # at most, of all sequences
     scored_tokens: int = 0  # of the prompts': those of which logits are asked for
-    # Maximum of KV cache blocks that all sequences fill, in one group, without each one's last; None if unknown.
+    # KV cache blocks that all sequences fill, in one group, without each one's last: an estimate; None if unknown.
     blocks: int | None = 0
     shortest: int = 1  # tokens of a prompt at least
-    longest_answer: int = sys.maxsize  # tokens at most
+    longest_answer: int = sys.maxsize  # steps in which tokens of it are drawn, at most
     names: int = 0
     checking: int = 0
     chat: int = 0
@@ -42,7 +42,8 @@ class InputNeeds:
     reading: int = 0
     grammars: GrammarNeeds = NO_GRAMMARS
     unread: int = 0  # of the lines: they are errors already
-    prompts: int = 0  # tokens of all prompts at most, if `blocks` is known
+    prompts: int = 0  # tokens of all prompts at most, if `blocks` is known,
+    tokens: int = 0  # and of all sequences
     scores: bool = False  # some line asks for logits of more than the last token of a prompt
 
     def outputs(self, sequences: int, tokens: int, drafted: int, micro_batches: int) -> int:
@@ -62,8 +63,7 @@ class InputNeeds:
         """
         if not self.lines or self.blocks is None:
             return sys.maxsize
-        everything = KV_BLOCK * (self.blocks + self.sequences)
-        return min(everything, self.prompts + (1 + drafted) * self.sequences) if held else everything
+        return min(self.tokens, self.prompts + (1 + drafted) * self.sequences) if held else self.tokens
 
     def blocks_at_once(self, sequences: int, tokens: int) -> int:
         """Blocks in use at most, in one group, where so many sequences run at once and a step has `tokens` rows."""
@@ -73,19 +73,28 @@ class InputNeeds:
     def at_once(self, sequences: int, tokens: int) -> int:
         """Sequences that have blocks at once, of up to so many that run, where a step has `tokens` rows.
 
-        Each step begins as many as have room in it, but for the one that goes on in the next; they end as soon as they
-        have their tokens. Those that share blocks with others need fewer rows, but at least a block less, too.
+        Each step has a row of each that runs, and begins as many as have room in it besides, but for the one that goes
+        on in the next; they end as soon as they have their tokens. Those that share blocks with others need fewer
+        rows, but at least a block less, too.
         """
-        started = tokens // self.shortest + 1
-        return min(self.sequences, sequences, started * max(self.longest_answer, 1))
+        most, running, steps = min(self.sequences, sequences), 0, 0
+        while running < most and steps < max(self.longest_answer, 1):
+            running += max(tokens - running, 0) // self.shortest + 1
+            steps += 1
+        return min(running, most)
 
-    def kept(self, sequences: int) -> int:
-        """Bytes that rank 0 keeps, if so many sequences run at once."""
+    def fill(self, blocks: int, groups: int, sequences: int, tokens: int) -> bool:
+        """Whether so many blocks are enough even if no sequence has anything in common with another one."""
+        return groups * (self.tokens // KV_BLOCK + self.at_once(sequences, tokens)) <= blocks
+
+    def kept(self, sequences: int, vocab: int) -> int:
+        """Bytes that rank 0 keeps, if so many sequences run at once, of a model with `vocab` tokens."""
         # Requests that run, and those whose line is not finished.
         at_once = min(self.sequences, sequences + self.largest)
         answers = COPIES * min(self.answer, MAX_ANSWER) + at_once * self.choice
         kept = line_bytes(self.lines) + min(self.names, NAMED) + min(WRITTEN * self.lines, WRITING)
-        return kept + max(self.checking, answers) + self.chat + self.reading + self.grammars.kept(at_once)
+        kept += self.chat + self.reading + self.grammars.kept(at_once, vocab)
+        return kept + max(self.checking, answers)
 
 
 NO_INPUT = InputNeeds()

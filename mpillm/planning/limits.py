@@ -126,12 +126,6 @@ class CacheCapacity:
         blocks = groups * asked.blocks_at_once(step.sequences * stages, step.tokens * stages)
         return min(self.blocks, blocks), min(self.slots, asked.sequences) + self.saved
 
-    def holds(self, groups: int, asked: InputNeeds, step: StepSize, stages: int) -> bool:
-        """Whether all blocks that an input needs, if that is known, are there at once."""
-        if not asked.lines or asked.blocks is None:
-            return False
-        return groups * asked.blocks_at_once(step.sequences * stages, step.tokens * stages) <= self.blocks
-
     def problem(self, spec: Spec, layouts: Sequence[CacheLayout]) -> str | None:
         """Why nothing can run; None if something can."""
         windows = layouts[0].windows

@@ -29,7 +29,7 @@ from mpillm.weights.text_files import text_fields, text_folder
 # Measured on x86-64 with Open MPI and MPICH: 45 MiB for Python and MPI, 40 for the libraries, 14 for a heap in use.
 PROCESS = 104 * 2**20
 # Bytes of a vocabulary's entry in the tokenizer, which rank 0 has (560 measured, 670 with a GGUF file's fields),
-WORD = 832
+WORD = 704
 FIELD = 256  # and among a GGUF file's fields, which all have
 # Loading a small model takes so many times the bytes of its pages, because rows may become float32.
 LOADING = 8
@@ -37,7 +37,7 @@ PAGE, TENSOR = 2048, 768  # of what is known of a page and of a tensor (1650 and
 LARGE_BUFFERS = (
     3  # of a step's rows, that lie in huge pages once they are large, with a part of one at their ends
 )
-LOGITS = 3  # copies of a tile of logits: as they are, penalised, and what picks candidates from them
+LOGITS = 2  # copies of a tile of logits: as they are, and as masks and penalties make them
 
 
 class RankMemory(msgspec.Struct, frozen=True, kw_only=True):

@@ -88,8 +88,9 @@ class Planner:
         needed = capacity.needed(len(caches[0].windows), asked, step, replica.stages)
         max_context = min(spec.memory.max_context, config.max_position)
         n_blocks = cache_blocks(capacity, config, step, caches[0].windows, max_context, replica.stages, asked)
-        kept = 0 if number else asked.kept(step.sequences * replica.stages)
-        held = capacity.holds(len(caches[0].windows), asked, step, replica.stages)
+        kept = 0 if number else asked.kept(step.sequences * replica.stages, config.vocab)
+        groups, stages = len(caches[0].windows), replica.stages
+        held = asked.fill(n_blocks, groups, step.sequences * stages, step.tokens * stages)
         apart = (
             1 if any(read) else replica.stages
         )  # streamed weights may make one micro-batch of all (see `Pace`)

@@ -61,11 +61,12 @@ def _kv_statistics(session: Session) -> dict[str, float]:
 def _planned_memory(session: Session) -> memory.RankMemory:
     """What this rank was to hold at most."""
     weights, config, place, limits = session.weights, session.config, session.place, session.limits
-    kept = session.needs.kept(limits.max_sequences * limits.micro_batches) if session.world.rank == 0 else 0
+    sequences, tokens = limits.max_sequences * limits.micro_batches, limits.max_tokens * limits.micro_batches
+    kept = session.needs.kept(sequences, config.vocab) if session.world.rank == 0 else 0
     capacity = CacheCapacity(limits.n_blocks, limits.blocks_in_memory, limits.n_slots, limits.n_saved)
     step = StepSize(limits.max_sequences, limits.max_tokens)
     needed = capacity.needed(len(limits.windows), session.needs, step, limits.micro_batches)
-    held = capacity.holds(len(limits.windows), session.needs, step, limits.micro_batches)
+    held = session.needs.fill(limits.n_blocks, len(limits.windows), sequences, tokens)
     max_context = min(session.spec.memory.max_context, config.max_position)
     apart = 1 if limits.streams else limits.micro_batches
     rows = memory.step_rows(session.needs, session.spec, step, held, max_context, apart)

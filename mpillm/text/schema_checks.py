@@ -79,7 +79,7 @@ def check_schema(schema: Any) -> None:
             characters += sum(map(len, texts))
             if characters <= MAX_PATTERN:
                 copies += sum(map(repeated, texts))
-            multiple = min(math.lcm(multiple, _remainders(value.get("multipleOf"))), MAX_MULTIPLE + 1)
+            multiple = min(math.lcm(multiple, remainders(value.get("multipleOf"))), MAX_MULTIPLE + 1)
             left.extend(value.values())
         elif isinstance(value, list):
             left.extend(value)
@@ -96,7 +96,7 @@ def check_schema(schema: Any) -> None:
         _Ends(schema).check(references)
 
 
-def _remainders(divisor: Any) -> int:
+def remainders(divisor: Any) -> int:
     """How many remainders the library tells apart to see whether a decimal number is a multiple of `divisor`."""
     if isinstance(divisor, bool) or not isinstance(divisor, (int, float)) or not math.isfinite(divisor):
         return 1

@@ -66,7 +66,7 @@ def body_target(folder: Path) -> Target:
             assert all(0 < len(one.prompt) + one.max_tokens <= CONTEXT for one in work.requests)
             assert all(0 <= token < model.vocab for one in work.requests for token in one.prompt)
         taken = memory.peak() - before
-        assert taken <= SPARE + input_needs(job, model.hidden).kept(1), f"{taken} bytes"
+        assert taken <= SPARE + input_needs(job, model.hidden).kept(1, model.vocab), f"{taken} bytes"
         for work in works:
             _answer(work, draw, model)
 

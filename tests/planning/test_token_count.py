@@ -19,8 +19,11 @@ def test_texts_of_a_small_input_are_tokenized(tmp_path: Path) -> None:
     each = len(tokenizer.encode(text))
     assert each < len(text) // 2
     counter = TokenCounter(lambda: tokenizer)
-    assert counter.count(json.dumps([text, {"content": text, "role": 5}]).encode()) == (2 * each, 2 * each)
-    assert counter.count(b'["\\ud800"]') == (0, 10), "an error of its line"
+    assert counter.count(json.dumps([text, {"content": text, "role": 5}]).encode())[:2] == (
+        2 * each,
+        2 * each,
+    )
+    assert counter.count(b'["\\ud800"]')[:2] == (0, 10), "an error of its line"
     for _ in range(COUNTED // len(text)):
         found = counter.count(json.dumps(text).encode())
     assert each * 0.9 < found.likely <= each < len(text) < found.maximum

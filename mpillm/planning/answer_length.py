@@ -1,0 +1,128 @@
+"""How long answers are that are held to one of some texts, or to a regular expression: known before a run."""
+
+from __future__ import annotations
+
+import re
+import sys
+from functools import lru_cache
+from itertools import pairwise, takewhile
+from typing import NamedTuple
+
+import msgspec
+
+from mpillm.planning.grammar_memory import Asked
+from mpillm.planning.token_count import TokenCounter
+from mpillm.spec import Spec
+
+UNKNOWN = sys.maxsize
+
+
+class AnswerLength(NamedTuple):
+    """The most tokens of an answer, and how many of them are drawn: what must follow is computed at once."""
+
+    tokens: int
+    drawn: int
+
+
+UNBOUNDED = AnswerLength(UNKNOWN, UNKNOWN)
+KNOWN = 4096  # bounds that are kept for other lines
+_PARTS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(?P<count>\d+)\}|\{\d+,(?P<most>\d+)\}|.", re.DOTALL)
+
+
+class _Outputs(msgspec.Struct):
+    choice: msgspec.Raw = msgspec.Raw()
+    regex: msgspec.Raw = msgspec.Raw()
+
+
+class AnswerLengths:
+    """The most tokens of answers, as the tokenizer divides their texts."""
+
+    def __init__(self, spec: Spec, counter: TokenCounter) -> None:
+        self._counter = counter
+        job = spec.sampling.structured_outputs
+        self._of_job = UNBOUNDED if job is None else self._held(msgspec.json.encode(job))
+        self._kept = lru_cache(KNOWN)(self._held)
+
+    def most(self, body: Asked) -> AnswerLength:
+        """The length of an answer at most; UNBOUNDED if its grammar does not say, or there is none."""
+        asked = {
+            key: value
+            for key in Asked.__struct_fields__
+            if (value := bytes(getattr(body, key))) not in (b"", b"null")
+        }
+        if "guided_choice" in asked:
+            return self._kept(b'{"choice":' + asked["guided_choice"] + b"}")
+        if "guided_regex" in asked:
+            return self._kept(b'{"regex":' + asked["guided_regex"] + b"}")
+        if "structured_outputs" in asked:
+            return self._kept(asked["structured_outputs"])
+        return UNBOUNDED if asked else self._of_job
+
+    def _held(self, outputs: bytes) -> AnswerLength:
+        """The length of an answer that is held to this value of structured_outputs."""
+        try:
+            asked = msgspec.json.decode(outputs, type=_Outputs)
+            if (choices := bytes(asked.choice)) not in (b"", b"null"):
+                tokens = self._counter.longest(choices)
+                return AnswerLength(
+                    tokens, min(tokens, decisions(msgspec.json.decode(choices, type=list[str])))
+                )
+            if bytes(asked.regex) not in (b"", b"null"):
+                length = longest_match(msgspec.json.decode(bytes(asked.regex), type=str))
+                return AnswerLength(length, length)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            pass  # an error of that line
+        return UNBOUNDED
+
+
+def decisions(texts: list[str]) -> int:
+    """How often some of these texts go apart, at most, on the way to one of them; 1 at least."""
+    ordered = sorted(set(texts))
+    common = [_common(*two) for two in pairwise(ordered)]
+    before, behind = _lower(common), _lower(common[::-1])[::-1]
+    return max((len(one | other) for one, other in zip(before, behind, strict=True)), default=0) or 1
+
+
+def _common(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    return sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(one, other, strict=False)))
+
+
+def _lower(common: list[int]) -> list[frozenset[int]]:
+    """For each text, where those before it go another way; `common` has what neighbours have in common."""
+    found, stack = [frozenset[int]()], list[int]()
+    for length in common:
+        while stack and stack[-1] >= length:
+            stack.pop()
+        stack.append(length)
+        found.append(frozenset(stack))
+    return found
+
+
+def longest_match(pattern: str) -> int:
+    """Characters of the longest text that a regular expression matches, or more; UNKNOWN if there is no longest one."""
+    if "{," in pattern:  # which not all read alike
+        return UNKNOWN
+    last, open_groups = (
+        0,
+        [[0, 0]],
+    )  # of each: characters of its longest finished branch, and of the one at hand
+    for part in _PARTS.finditer(pattern):
+        group = open_groups[-1]
+        if times := part["count"] or part["most"]:
+            more = last * int(times[:9])
+            group[1] += max(more - last, 0)
+            last = max(more, last)
+        elif part[0] in ("*", "+") or part[0] == "{":
+            return UNKNOWN
+        elif part[0] == "(":
+            open_groups.append([0, 0])
+        elif part[0] == ")" and len(open_groups) > 1:
+            last = max(open_groups.pop())
+            open_groups[-1][1] += last
+        elif part[0] == "|":
+            open_groups[-1] = [max(group), 0]
+        elif part[0] not in "?^$":
+            last = 1
+            group[1] += 1
+    return min(max(open_groups[-1]), UNKNOWN)
