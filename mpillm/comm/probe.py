@@ -68,8 +68,9 @@ def tournament(players: int) -> list[list[tuple[int, int]]]:
 def _time_link(world: World, other: int) -> tuple[float, float]:
     """Latency in seconds and bandwidth in bytes/s to a rank that calls `_echo`."""
     small = _round_trip(world, other, SMALL, SMALL_ROUNDS)
-    nbytes = MIDDLE if _round_trip(world, other, MIDDLE, 1) > SLOW else LARGE
-    large = _round_trip(world, other, nbytes, LARGE_ROUNDS)
+    nbytes, large = MIDDLE, _round_trip(world, other, MIDDLE, 1)
+    if large <= SLOW:  # else once is enough, and all ranks wait for it
+        nbytes, large = LARGE, _round_trip(world, other, LARGE, LARGE_ROUNDS)
     _wait(world, world.comm.Isend([_END, MPI.BYTE], other, _TAG))
     return small / 2, 2 * nbytes / large
 
