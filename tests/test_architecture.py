@@ -74,3 +74,12 @@ def test_no_run_begins_with_libraries_that_it_may_never_need() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert {"numpy", "msgspec"} <= set(done.stdout.split())
     assert {"gguf", "h5py", "jinja2", "yaml", "torch", "pyarrow"} & set(done.stdout.split()) == set()
+
+
+def test_what_the_kernels_ask_the_preprocessor_for_is_defined_somewhere() -> None:
+    """A shape of the layer that no path defines is no error of C: its code would be left out in silence."""
+    text = "\n".join(path.read_text() for path in (ROOT / "cython/core").glob("*.[ch]"))
+    asked = re.findall(r"^ *# *(?:el)?if.*", text, re.MULTILINE)
+    names = {name for line in asked for name in re.findall(r"\b(?:VEC|MK)_\w+", line)}
+    assert "VEC_WIDE" in names
+    assert {name for name in names if not re.search(rf"# *define {name}\b", text)} == set()

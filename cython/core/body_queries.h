@@ -1,7 +1,7 @@
 /* Tiles of queries against one block of the KV cache: scores of its keys, and sums of its values.  A tile's queries stay in
  * registers; how many fit depends on the path. */
 
-#if VEC_WIDE
+#ifdef VEC_WIDE
 enum { MANY_QUERIES = 12, KEY_VECTORS = 2, MAX_COLUMNS = 4, QUERY_SHAPES = 5 };
 static const int QUERIES[QUERY_SHAPES] = {1, 2, 4, 8, 12};
 #define COLUMNS(Q) ((Q) > 4 ? 2 : 4)
@@ -103,7 +103,7 @@ typedef struct {
         mix(type, Q, p, values, next, hd, from, to, sums, lanes);                                                  \
     }
 #define QUERY_PAIR(type, Q) {scores_##type##_##Q, mix_##type##_##Q}
-#if VEC_WIDE
+#ifdef VEC_WIDE
 #define QUERY_TILES(type) \
     QUERY_TILE(type, 1) QUERY_TILE(type, 2) QUERY_TILE(type, 4) QUERY_TILE(type, 8) QUERY_TILE(type, 12)
 #define QUERY_PAIRS(type) \

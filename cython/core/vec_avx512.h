@@ -22,6 +22,7 @@ enum { VEC_Q8_BIAS = 0 };
 #endif
 
 enum { VEC_SUMS = 24 };
+#define VEC_WIDE /* 32 registers of 16 floats */
 
 #ifdef VEC_BF16 /* y + x's odd * w's odd + x's even * w's even, of pairs */
 MK_INLINE vf vf_pairs(vf w, vf x, vf y) {
