@@ -143,7 +143,8 @@ static void attend(const mk_attention_job *job, const mk_query_group *item) {
     const int32_t *table = job->table + job->table_start[item->row];
     for (long block = low / MK_KV_BLOCK, last = high / MK_KV_BLOCK; block <= last; block++) {
         long at = (long)table[block] * job->kvh + item->kv_head;
-        long ahead = (long)table[block < last ? block + 1 : block] * job->kvh + item->kv_head;
+        /* With few queries a block is done before memory has given the next: the one after that is fetched. */
+        long ahead = (long)table[block + 2 < last ? block + 2 : last] * job->kvh + item->kv_head;
         const uint8_t *keys = (const uint8_t *)job->kpool + at * key_bytes;
         const uint8_t *next_keys = (const uint8_t *)job->kpool + ahead * key_bytes;
         const uint8_t *values = NULL, *next_values = NULL;

@@ -47,7 +47,7 @@ HOT void scores(const int type, const int Q, const float *q, const uint8_t *keys
 /* Columns i .. of C vectors: sums [Q][lanes] += p [Q][32] times values, token by token. */
 HOT void mix_columns(const int type, const int Q, const int C, const int rest, const float *p, const uint8_t *values,
                      const uint8_t *next, int hd, long from, long to, float *sums, long lanes, long i) {
-    const int bytes = type == MK_F32 ? 4 : type == MK_F16 ? 2 : 1;
+    const int bytes = type == MK_F32 ? 4 : type == MK_F16 ? 2 : 1, scale_bytes = type == MK_Q8_0 ? 2 * hd : 0;
     float scales[MAX_COLUMNS][MK_KV_BLOCK];
     vf acc[MANY_QUERIES][MAX_COLUMNS];
     if (type == MK_Q8_0)
@@ -59,10 +59,12 @@ HOT void mix_columns(const int type, const int Q, const int C, const int rest, c
     for (int j = 0; j < Q; j++)
         UNROLL
         for (int c = 0; c < C; c++) acc[j][c] = vf_load(sums + j * lanes + i + c * MK_TILE);
+    if (!i)
+        for (int line = 0; line < scale_bytes; line += 64) FETCH(next + line);
     for (long token = from; token <= to; token++) {
         vf value[MAX_COLUMNS];
         for (int line = 0; line < C * MK_TILE * bytes; line += 64)
-            FETCH(next + (token * hd + i) * bytes + line);
+            FETCH(next + scale_bytes + (token * hd + i) * bytes + line);
         UNROLL
         for (int c = 0; c < C; c++) value[c] = load_values(type, rest, values, hd, token, i + c * MK_TILE, scales[c]);
         UNROLL
