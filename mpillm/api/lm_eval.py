@@ -67,7 +67,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
 
     def __init__(
         self,
-        model: str,
+        model: str = "",
         ranks: int = 1,
         max_length: int | None = None,
         max_gen_toks: int = 256,
@@ -87,6 +87,8 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         sizes and devices are taken for the harness's sake: steps are filled, whatever they say.
         """
         super().__init__()
+        if not model:
+            raise JobError("No model is named; type --model_args model=smollm2-135m.")
         source = open_source(models.resolve(model))
         config = config_of(source)
         tokenizer = load_tokenizer(source.tokenizer, config.vocab)

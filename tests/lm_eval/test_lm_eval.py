@@ -119,10 +119,21 @@ def test_lm_eval_is_not_started_by_mpiexec() -> None:
     assert "lm-eval starts its ranks by itself" in done.stderr
 
 
-def test_what_the_harness_refuses_is_said() -> None:
-    done = run_bounded(
-        [sys.executable, "-m", "mpillm", "lm-eval", "--model_args", f"model={MODEL}", "--tasks", "none"]
-    )
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--model_args", f"model={MODEL}", "--tasks", "none"],
+            "lm-evaluation-harness has stopped: ValueError: Tasks not found: none",
+        ),
+        (
+            ["--include_path", str(HERE), "--tasks", "tiny_choice"],
+            "No model is named; type --model_args model=smollm2-135m.",
+        ),
+    ],
+)
+def test_what_is_refused_is_said(words: list[str], said: str) -> None:
+    done = run_bounded([sys.executable, "-m", "mpillm", "lm-eval", *words], cwd=HERE)
     assert done.returncode == 2, done.stderr
-    assert "mpillm: lm-evaluation-harness has stopped: ValueError: Tasks not found: none" in done.stderr
+    assert f"mpillm: {said}" in done.stderr
     assert "Traceback" not in done.stderr
