@@ -34,6 +34,12 @@ def with_bias(names: Mapping[str, Roles]) -> dict[str, Roles]:
     }
 
 
+# q, k and v in one tensor of a GGUF file, each as a whole.
+GGUF_QKV: dict[str, Roles] = {
+    "blk.{l}.attn_qkv.weight": ("q", "k", "v"),
+    "blk.{l}.attn_qkv.bias": ("q_bias", "k_bias", "v_bias"),
+}
+
 # Other names of the same tensors (Mixtral's router; gate and up in one tensor, as transformers 5 has them in memory).
 _HF_MORE: dict[str, Roles] = {"layers.{l}.block_sparse_moe.gate.weight": ("router",)}
 _HF_FUSED: dict[str, Roles] = {"layers.{l}.mlp.experts.gate_up_proj": ("gate", "up")}

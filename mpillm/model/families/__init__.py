@@ -48,7 +48,7 @@ from mpillm.model.families.seed import Seed
 from mpillm.model.families.smollm import SmolLM3
 from mpillm.model.families.starcoder import StarCoder
 from mpillm.model.families.tasks import Task, split_task
-from mpillm.model.families.ungated import Ungated
+from mpillm.model.families.ungated import Arcee, Ungated
 from mpillm.model.families.variants import Variants
 from mpillm.model.fields import Fields
 
@@ -91,6 +91,7 @@ FAMILIES: tuple[Family, ...] = (
     NeoX(),
     FirstPhi(),
     StableLm(),
+    Arcee(),
     Ungated(),
     Variants(),
     Afmoe(),

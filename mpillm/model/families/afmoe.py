@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
     Family,
@@ -20,6 +22,14 @@ from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope_fields import LONGEST
+from mpillm.weights.formats.gguf_config import (
+    GgufFields,
+    ShapeOf,
+    refuse_gating,
+    routed_config,
+    usual_config,
+    window_types,
+)
 from mpillm.weights.names import Names
 
 _AFMOE = "AfmoeForCausalLM"
@@ -29,6 +39,7 @@ class Afmoe(Family):
     """Norms before and after attention and MLP; RoPE is of layers with a window alone."""
 
     architectures = {_AFMOE: "afmoe"}
+    gguf = ("afmoe",)
     names = Names(
         hf={
             "layers.{l}.self_attn.gate_proj.weight": ("q_gate",),
@@ -36,7 +47,8 @@ class Afmoe(Family):
             "layers.{l}.pre_mlp_layernorm.weight": ("ffn_norm",),
             "layers.{l}.mlp.router.gate.weight": ("router",),
             "layers.{l}.mlp.expert_bias": ("router_correction",),
-        }
+        },
+        gguf={"blk.{l}.attn_gate.weight": ("q_gate",)},
     )
     defaults = {
         _AFMOE: {
@@ -89,3 +101,21 @@ class Afmoe(Family):
 
         scale = sizes.hidden**0.5 if fields.flag("mup_enabled") else 1.0
         return model(fields, architecture, sizes, layer, norm, embedding_scale=scale)
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        """llama.cpp multiplies embeddings by the root of their length in all of them."""
+        refuse_gating(fields)
+        config, routed = usual_config(fields, shape_of), routed_config(fields)
+        window = fields.integer("attention.sliding_window", 0)
+        return config | {
+            "architectures": [_AFMOE],
+            "sliding_window": window or None,
+            "layer_types": window_types(fields, config["num_hidden_layers"], 4),
+            "num_dense_layers": routed.pop("first_k_dense_replace"),
+            "num_shared_experts": routed.pop("n_shared_experts"),
+            "num_experts": routed.pop("n_routed_experts"),
+            "route_scale": routed.pop("routed_scaling_factor"),
+            "route_norm": routed.pop("norm_topk_prob"),
+            "mup_enabled": True,
+            **routed,
+        }

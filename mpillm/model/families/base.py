@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -73,6 +73,10 @@ class Family:
         `config` has Hugging Face's keys, and may not have been judged yet.
         """
         return {}
+
+    def gguf_names(self, tensors: Collection[str]) -> Names:
+        """What tensors of a GGUF file are called that has these `tensors`."""
+        return self.names
 
     def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
         """The configuration of a GGUF file with Hugging Face's keys, without its RoPE.

@@ -32,6 +32,7 @@ from mpillm.weights.formats.gguf_config import (
     usual_config,
 )
 from mpillm.weights.names import Names
+from mpillm.weights.roles import Key
 
 _HY3 = "HYV3ForCausalLM"
 
@@ -40,7 +41,7 @@ class Dots(Family):
     """Qwen 3's attention and DeepSeek V3's experts; Hunyuan 3 has other names and keys for them."""
 
     architectures = {"Dots1ForCausalLM": "dots1", _HY3: "hy_v3"}
-    gguf = ("dots1",)
+    gguf = ("dots1", "hy_v3")
     names = Names(
         hf={
             "layers.{l}.mlp.router.gate.weight": ("router",),
@@ -95,6 +96,8 @@ class Dots(Family):
         refuse_window(fields)
         refuse_gating(fields)
         config = usual_config(fields, shape_of) | routed_config(fields)
+        if fields.kind == "hy_v3":
+            return _hunyuan3_gguf(fields, shape_of, config)
         return config | {"architectures": ["Dots1ForCausalLM"], "sliding_window": None}
 
 
@@ -123,3 +126,19 @@ def _hunyuan3(fields: Fields) -> ModelConfig:
         return LayerSpec(attention, mlp, Norms(norm), Norms(norm))
 
     return model(fields, _HY3, sizes, layer, norm)
+
+
+def _hunyuan3_gguf(fields: GgufFields, shape_of: ShapeOf, config: dict[str, Any]) -> dict[str, Any]:
+    """Which layers have experts is told by the tensors alone, the number of shared ones by their width."""
+    shared, width = fields.integer("expert_shared_feed_forward_length", 0), config["moe_intermediate_size"]
+    layers = range(config["num_hidden_layers"])
+    kinds = ["dense" if shape_of(Key("router", layer)) is None else "sparse" for layer in layers]
+    for key in ("first_k_dense_replace", "norm_topk_prob", "n_shared_experts"):
+        del config[key]
+    return config | {
+        "architectures": [_HY3],
+        "num_experts": config.pop("n_routed_experts"),
+        "num_shared_experts": shared // width if shared else 1,
+        "router_scaling_factor": config.pop("routed_scaling_factor"),
+        "mlp_layer_types": kinds,
+    }

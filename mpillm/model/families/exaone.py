@@ -25,7 +25,15 @@ from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms, NormSpec
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope_fields import LONGEST
-from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, refuse_experts, usual_config, window_types
+from mpillm.weights.formats.gguf_config import (
+    GgufFields,
+    ShapeOf,
+    refuse_experts,
+    refuse_gating,
+    routed_config,
+    usual_config,
+    window_types,
+)
 from mpillm.weights.names import AFTER_NORMS, Names
 
 _MIXTURE = "ExaoneMoeForCausalLM"
@@ -73,6 +81,7 @@ class ExaoneMixture(Family):
     """K-EXAONE: EXAONE 4's attention with norms before it and before DeepSeek V3's experts."""
 
     architectures = {_MIXTURE: "exaone_moe"}
+    gguf = ("exaone-moe",)
     names = Names(hf={"layers.{l}.mlp.e_score_correction_bias": ("router_correction",)})
     defaults = {
         _MIXTURE: {
@@ -105,6 +114,19 @@ class ExaoneMixture(Family):
             return LayerSpec(attention[number], mlp, Norms(norm), Norms(norm))
 
         return model(fields, architecture, sizes, layer, norm)
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        refuse_gating(fields)
+        config, routed = usual_config(fields, shape_of), routed_config(fields)
+        fields.raw("expert_shared_feed_forward_length")  # their number times the width
+        return config | {
+            "architectures": [_MIXTURE],
+            "sliding_window": fields.integer("attention.sliding_window", 0) or None,
+            "layer_types": window_types(fields, config["num_hidden_layers"], 4),
+            "num_experts": routed.pop("n_routed_experts"),
+            "num_shared_experts": routed.pop("n_shared_experts"),
+            **routed,
+        }
 
 
 def _attention(fields: Fields, sizes: Sizes, norm: NormSpec) -> list[AttentionSpec]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,15 @@ from mpillm.model.fields import Fields
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
-from mpillm.weights.names import Names, Roles, RowGroups, with_bias
+from mpillm.weights.formats.gguf_config import (
+    GgufFields,
+    ShapeOf,
+    refuse_experts,
+    refuse_window,
+    usual_config,
+)
+from mpillm.weights.names import GGUF_QKV, Names, Roles, RowGroups, with_bias
+from mpillm.weights.roles import Key
 
 _FALCON = "FalconForCausalLM"
 _NAMES: dict[str, Roles] = {
@@ -37,15 +45,20 @@ _NAMES: dict[str, Roles] = {
 
 
 class Falcon(Family):
-    """q, k and v lie in one matrix, head of keys by head of keys; the MLP may have a norm of its own."""
+    """q, k and v lie in one matrix, head of keys by head of keys; the MLP may have a norm of its own.
+
+    In GGUF files those of all heads lie together. The key "gguf_rows" says so.
+    """
 
     architectures = {_FALCON: "falcon"}
+    gguf = ("falcon",)
     tied = True
     names = Names(
         hf={
             "word_embeddings.weight": ("embed",),
             **with_bias(_NAMES),
         },
+        gguf=GGUF_QKV,
         hf_prefixes=("transformer.",),
     )
     defaults = {
@@ -66,7 +79,7 @@ class Falcon(Family):
         sizes = replace(sizes, n_kv_heads=_kv_heads(fields.values, sizes.n_heads))
         if sizes.n_heads % sizes.n_kv_heads:
             raise fields.fail("num_kv_heads", f"but must divide num_attention_heads ({sizes.n_heads})")
-        fields.read |= {"num_kv_heads", "multi_query"}
+        fields.read |= {"num_kv_heads", "multi_query", "gguf_rows"}
         norm = read_norm(fields, "layer_norm_epsilon", 1e-5, centred=True, bias=True)
         parallel = fields.flag("parallel_attn")
         if newer and not parallel:
@@ -84,9 +97,31 @@ class Falcon(Family):
         )
         return model(fields, architecture, sizes, lambda number: layer, norm)
 
+    def gguf_names(self, tensors: Collection[str]) -> Names:
+        """Where attention has a norm of its own, that is the second one, and the first is the MLP's."""
+        if "blk.0.attn_norm_2.weight" not in tensors:
+            return self.names
+        norms = {"blk.{l}.attn_norm": ("ffn_norm",), "blk.{l}.attn_norm_2": ("attn_norm",)}
+        return replace(self.names, gguf={**self.names.gguf, **with_bias(norms)})
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        refuse_experts(fields)
+        refuse_window(fields)
+        config = usual_config(fields, shape_of, ("layer_norm_epsilon", "layer_norm_epsilon"))
+        width, kv_heads = config.pop("intermediate_size"), config["num_key_value_heads"]
+        del config["hidden_act"]
+        return config | {
+            "architectures": [_FALCON],
+            "ffn_hidden_size": width,
+            "num_kv_heads": kv_heads,
+            "new_decoder_architecture": kv_heads > 1,
+            "num_ln_in_parallel_attn": 1 if shape_of(Key("ffn_norm", 0)) is None else 2,
+            "gguf_rows": True,
+        }
+
     def row_groups(self, config: Mapping[str, Any]) -> RowGroups:
         hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
-        if type(hidden) is not int or type(heads) is not int or heads < 1:
+        if config.get("gguf_rows") or type(hidden) is not int or type(heads) is not int or heads < 1:
             return {}
         size = hidden // heads
         rows = heads // max(_kv_heads(config, heads), 1) * size, size, size

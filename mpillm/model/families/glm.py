@@ -31,7 +31,7 @@ from mpillm.weights.formats.gguf_config import (
     routed_config,
     usual_config,
 )
-from mpillm.weights.names import Names
+from mpillm.weights.names import GGUF_QKV, Names
 from mpillm.weights.roles import Key
 
 _FIRST, _DENSE, _MIXTURE = "GlmForCausalLM", "Glm4ForCausalLM", "Glm4MoeForCausalLM"
@@ -51,10 +51,10 @@ class Glm(Family):
 
     architectures = {_FIRST: "glm", _DENSE: "glm4"}
     model_types = {"glm4v_text": _DENSE}
-    gguf = ("glm4",)
+    gguf = ("glm4", "chatglm")
     names = Names(
         hf={"layers.{l}.mlp.gate_up_proj.weight": ("gate", "up")},
-        gguf={"blk.{l}.ffn_up.weight": ("gate", "up")},
+        gguf={"blk.{l}.ffn_up.weight": ("gate", "up"), **GGUF_QKV},
     )
     defaults = {_FIRST: _USUAL, _DENSE: _USUAL}
 
@@ -74,7 +74,7 @@ class Glm(Family):
         refuse_experts(fields)
         refuse_window(fields)
         return usual_config(fields, shape_of, partial=True) | {
-            "architectures": [_DENSE],
+            "architectures": [_DENSE if fields.kind == "glm4" else _FIRST],
             "attention_bias": shape_of(Key("q_bias", 0)) is not None,
         }
 

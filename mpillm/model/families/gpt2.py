@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
+from mpillm.errors import ModelError
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
     Family,
@@ -24,7 +25,7 @@ from mpillm.model.layers.norm import Norms, NormSpec
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope_fields import LONGEST
 from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, refuse_experts, usual_config
-from mpillm.weights.names import Names, Roles, RowGroups, with_bias
+from mpillm.weights.names import GGUF_QKV, Names, Roles, RowGroups, with_bias
 
 _GPT2, _BIGCODE, _OPT = "GPT2LMHeadModel", "GPTBigCodeForCausalLM", "OPTForCausalLM"
 _MATRICES: dict[str, Roles] = {
@@ -65,10 +66,7 @@ class Gpt2(Family):
     tied = True
     names = Names(
         hf=_NAMES,
-        gguf={
-            "blk.{l}.attn_qkv.weight": ("q", "k", "v"),
-            "blk.{l}.attn_qkv.bias": ("q_bias", "k_bias", "v_bias"),
-        },
+        gguf=GGUF_QKV,
         hf_transposed=frozenset(f"{name}.weight" for name in _MATRICES),
         hf_prefixes=("transformer.",),
     )
@@ -114,13 +112,13 @@ class Gpt2(Family):
         refuse_experts(fields)
         usual = usual_config(fields, shape_of, ("layer_norm_epsilon", "layer_norm_epsilon"))
         return {
-            "architectures": [_GPT2],
+            "architectures": list(self.architectures),
             "n_embd": usual["hidden_size"],
             "n_head": usual["num_attention_heads"],
             "n_layer": usual["num_hidden_layers"],
             "n_inner": usual["intermediate_size"],
             "n_positions": usual["max_position_embeddings"],
-            "activation_function": "gelu_new",
+            "activation_function": self.activation,
             **{
                 key: usual[key]
                 for key in ("vocab_size", "layer_norm_epsilon", "bos_token_id", "eos_token_id")
@@ -132,9 +130,9 @@ class BigCode(Gpt2):
     """One head of keys and values for all queries, or with each head's rows of q, k and v together; not transposed."""
 
     architectures = {_BIGCODE: "gpt_bigcode"}
-    gguf = ()
+    gguf = ("starcoder",)
     activation = "gelu_pytorch_tanh"
-    names = Names(hf=_NAMES, hf_prefixes=("transformer.",))
+    names = Names(hf=_NAMES, gguf=GGUF_QKV, hf_prefixes=("transformer.",))
     defaults = {
         _BIGCODE: {
             "n_positions": 1024,
@@ -149,6 +147,13 @@ class BigCode(Gpt2):
         # The same numbers in another precision.
         fields.read |= {"attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"}
         return super().config(fields, architecture)
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        if fields.integer("attention.head_count_kv", 1) != 1:
+            raise ModelError(
+                f"{fields.path}: {fields.kind} files with more than one head of keys and values are not supported."
+            )
+        return super().gguf_config(fields, shape_of)
 
     def row_groups(self, config: Mapping[str, Any]) -> RowGroups:
         hidden, heads = config.get("n_embd"), config.get("n_head")

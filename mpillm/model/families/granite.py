@@ -37,6 +37,7 @@ from mpillm.weights.formats.gguf_config import (
     refuse_experts,
     refuse_window,
     usual_config,
+    window_types,
 )
 from mpillm.weights.names import Names
 
@@ -146,16 +147,14 @@ class Granite(Family):
             }
         else:
             refuse_experts(fields)
-        scales = [fields.number(name, 0.0) for name in _SCALES]
-        scales[0] = scales[0] or config["head_dim"] ** -0.5  # as llama.cpp, not as transformers
-        return config | {key: scale for key, scale in zip(MULTIPLIERS, scales, strict=True) if scale}
+        return config | _scales(fields, config["head_dim"])
 
 
 class GraniteSwa(Granite):
     """Windows, sinks, and RoPE with a base of each layer's own (0: none)."""
 
     architectures = {_SWA: "granite_swa"}
-    gguf = ()
+    gguf = ("granite_swa",)
     tied = True
     defaults = {
         _SWA: {
@@ -168,6 +167,30 @@ class GraniteSwa(Granite):
             "eos_token_id": 100257,
         }
     }
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        """Layers have one base, or none where rope_pattern says false."""
+        refuse_experts(fields)
+        config = usual_config(fields, shape_of)
+        config |= _scales(fields, config["head_dim"])
+        layers, turns = config["num_hidden_layers"], fields.raw("attention.rope_pattern")
+        if isinstance(turns, list):
+            base = fields.number("rope.freq_base", 1e4)
+            config["layer_rope_theta"] = [base if turn else 0 for turn in turns]
+        elif turns is False:
+            config["layer_rope_theta"] = [0] * layers
+        return config | {
+            "architectures": [_SWA],
+            "sliding_window": fields.integer("attention.sliding_window", 0) or None,
+            "layer_types": window_types(fields, layers, 0),
+        }
+
+
+def _scales(fields: GgufFields, head_dim: int) -> dict[str, float]:
+    """The factors of a GGUF file; without one of scores it is what llama.cpp takes, not transformers."""
+    scales = [fields.number(name, 0.0) for name in _SCALES]
+    scales[0] = scales[0] or head_dim**-0.5
+    return {key: scale for key, scale in zip(MULTIPLIERS, scales, strict=True) if scale}
 
 
 def _windows(fields: Fields, n_layers: int) -> tuple[int, ...]:

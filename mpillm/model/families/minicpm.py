@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import SMALL_BOS, Family, model, read_activation, read_norm, read_width
 from mpillm.model.families.deepseek import latent_attention, latent_sizes
@@ -9,6 +11,13 @@ from mpillm.model.fields import Fields
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
+from mpillm.weights.formats.gguf_config import (
+    GgufFields,
+    ShapeOf,
+    refuse_experts,
+    refuse_window,
+    usual_config,
+)
 
 _MINICPM3 = "MiniCPM3ForCausalLM"
 
@@ -17,6 +26,7 @@ class MiniCpm3(Family):
     """Residuals are divided by the square root of the number of layers, times `scale_depth`."""
 
     architectures = {_MINICPM3: "minicpm3"}
+    gguf = ("minicpm3",)
     tied = True
     defaults = {
         _MINICPM3: {
@@ -52,3 +62,19 @@ class MiniCpm3(Family):
             embedding_scale=fields.number("scale_emb", 1e-9, 1e9),
             logit_scale=base / sizes.hidden,
         )
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        """llama.cpp knows no factors but those of the model that was published."""
+        refuse_experts(fields)
+        refuse_window(fields)
+        whole, turning = fields.integer("attention.key_length"), fields.integer("rope.dimension_count")
+        config = usual_config(fields, shape_of, head_dim=turning)
+        heads = config["num_attention_heads"]
+        return config | {
+            "architectures": [_MINICPM3],
+            "q_lora_rank": fields.integer("attention.q_lora_rank", 0) or None,
+            "kv_lora_rank": fields.integer("attention.kv_lora_rank"),
+            "qk_nope_head_dim": whole - turning,
+            "qk_rope_head_dim": turning,
+            "v_head_dim": fields.integer("attention.value_length", config["hidden_size"] // heads),
+        }

@@ -21,16 +21,28 @@ from mpillm.model.fields import Fields
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
-from mpillm.weights.names import Names, Roles, RowGroups, with_bias
+from mpillm.weights.formats.gguf_config import (
+    GgufFields,
+    ShapeOf,
+    refuse_experts,
+    refuse_window,
+    usual_config,
+)
+from mpillm.weights.names import GGUF_QKV, Names, Roles, RowGroups, with_bias
+from mpillm.weights.roles import Key
 
 _NEOX, _PHI, _STABLE = "GPTNeoXForCausalLM", "PhiForCausalLM", "StableLmForCausalLM"
 _QKV: Roles = ("q", "k", "v")
 
 
 class NeoX(Family):
-    """Attention and the MLP have a norm each, beside each other too. Each head's rows of q, k and v lie together."""
+    """Attention and the MLP have a norm each, beside each other too. Each head's rows of q, k and v lie together.
+
+    In GGUF files those of all heads do. The key "gguf_rows" says so.
+    """
 
     architectures = {_NEOX: "gpt_neox"}
+    gguf = ("gptneox",)
     names = Names(
         hf={
             "embed_in.weight": ("embed",),
@@ -46,6 +58,7 @@ class NeoX(Family):
             ),
             "layers.{l}.attention.bias": (),  # the causal mask, which old files have
         },
+        gguf=GGUF_QKV,
         hf_prefixes=("gpt_neox.",),
     )
     defaults = {
@@ -70,12 +83,22 @@ class NeoX(Family):
         attention = attention_of(sizes, read_partial_rotary(fields, sizes, part), qkv_bias=bias, o_bias=bias)
         mlp = MlpSpec(width, activation, gated=False, bias=True)
         parallel = fields.flag("use_parallel_residual")
+        fields.read |= {"num_key_value_heads", "gguf_rows"}
         layer = LayerSpec(attention, mlp, Norms(norm), Norms(norm), parallel=parallel)
         return model(fields, architecture, sizes, lambda number: layer, norm)
 
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        return _usual(fields, shape_of) | {
+            "architectures": [_NEOX],
+            "hidden_act": "gelu",
+            "attention_bias": shape_of(Key("o_bias", 0)) is not None,
+            "use_parallel_residual": fields.raw("use_parallel_residual") is not False,
+            "gguf_rows": True,
+        }
+
     def row_groups(self, config: Mapping[str, Any]) -> RowGroups:
         hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
-        if type(hidden) is not int or type(heads) is not int or heads < 1:
+        if config.get("gguf_rows") or type(hidden) is not int or type(heads) is not int or heads < 1:
             return {}
         rows = (hidden // heads,) * 3
         return {_QKV: rows, ("q_bias", "k_bias", "v_bias"): rows}
@@ -85,6 +108,7 @@ class FirstPhi(Family):
     """One norm for attention and the MLP, which are side by side, and biases everywhere, in the LM head too."""
 
     architectures = {_PHI: "phi"}
+    gguf = ("phi2",)
     names = Names(
         hf=with_bias(
             {
@@ -93,7 +117,8 @@ class FirstPhi(Family):
                 "layers.{l}.mlp.fc2": ("down",),
                 "final_layernorm": ("final_norm",),
             }
-        )
+        ),
+        gguf=GGUF_QKV,
     )
     defaults = {
         _PHI: {"max_position_embeddings": 2048, "layer_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2}
@@ -110,11 +135,15 @@ class FirstPhi(Family):
         layer = LayerSpec(attention, mlp, Norms(norm), Norms(), parallel=True)
         return model(fields, architecture, sizes, lambda number: layer, norm, head_bias=True)
 
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        return _usual(fields, shape_of) | {"architectures": [_PHI], "hidden_act": "gelu_new"}
+
 
 class StableLm(Family):
     """A gated MLP, and biases of q, k and v or none."""
 
     architectures = {_STABLE: "stablelm"}
+    gguf = ("stablelm",)
     defaults = {
         _STABLE: {
             "max_position_embeddings": 4096,
@@ -134,3 +163,17 @@ class StableLm(Family):
         mlp_norms = Norms() if parallel else Norms(norm)
         layer = LayerSpec(attention, MlpSpec(width, activation), Norms(norm), mlp_norms, parallel=parallel)
         return model(fields, architecture, sizes, lambda number: layer, norm)
+
+    def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        fields.raw("use_parallel_residual")  # true in files of models without it too
+        return _usual(fields, shape_of) | {
+            "architectures": [_STABLE],
+            "use_qkv_bias": shape_of(Key("q_bias", 0)) is not None,
+            "use_parallel_residual": shape_of(Key("ffn_norm", 0)) is None,
+        }
+
+
+def _usual(fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+    refuse_experts(fields)
+    refuse_window(fields)
+    return usual_config(fields, shape_of, ("layer_norm_epsilon", "layer_norm_eps"), partial=True)

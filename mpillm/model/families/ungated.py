@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from mpillm.model.config import ModelConfig
 from mpillm.model.families.base import (
@@ -33,18 +34,14 @@ _ARCEE, _NEMOTRON, _JAIS = "ArceeForCausalLM", "NemotronForCausalLM", "Jais2ForC
 
 
 class Ungated(Family):
-    """Nemotron and Jais have LayerNorm with a bias; Nemotron's weights of norms are stored minus one."""
+    """Nemotron and Jais have LayerNorm with a bias; Nemotron's weights of norms are stored minus one.
 
-    architectures = {_ARCEE: "arcee", _NEMOTRON: "nemotron", _JAIS: "jais2"}
-    gguf = ("arcee",)
-    names = Names(rope_pairs=True)
-    defaults = {
-        _ARCEE: {
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-5,
-            "bos_token_id": 128000,
-            "eos_token_id": 128001,
-        },
+    In GGUF files they are stored as they are. The key "gguf_norms" says so.
+    """
+
+    architectures: ClassVar[Mapping[str, str]] = {_NEMOTRON: "nemotron", _JAIS: "jais2"}
+    gguf: ClassVar[tuple[str, ...]] = ("nemotron", "jais2")
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         _NEMOTRON: {"max_position_embeddings": 4096, "norm_eps": 1e-5, "bos_token_id": 2, "eos_token_id": 3},
         _JAIS: {
             "max_position_embeddings": 8192,
@@ -65,7 +62,8 @@ class Ungated(Family):
         elif architecture == _JAIS:
             norm = read_norm(fields, "layer_norm_eps", centred=True, bias=True)
         else:
-            norm = read_norm(fields, "norm_eps", centred=True, bias=True, offset=1.0)
+            offset = 0.0 if fields.flag("gguf_norms") else 1.0
+            norm = read_norm(fields, "norm_eps", centred=True, bias=True, offset=offset)
         part = 0.5 if architecture == _NEMOTRON else 1.0
         attention = attention_of(
             sizes,
@@ -78,11 +76,35 @@ class Ungated(Family):
         return model(fields, architecture, sizes, lambda number: layer, norm)
 
     def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
+        named, eps = {
+            "arcee": (_ARCEE, ("layer_norm_rms_epsilon", "rms_norm_eps")),
+            "nemotron": (_NEMOTRON, ("layer_norm_epsilon", "norm_eps")),
+            "jais2": (_JAIS, ("layer_norm_epsilon", "layer_norm_eps")),
+        }[fields.kind]
         refuse_experts(fields)
         refuse_window(fields)
-        return usual_config(fields, shape_of) | {
-            "architectures": [_ARCEE],
+        config = usual_config(fields, shape_of, eps, partial=named == _NEMOTRON)
+        if named == _NEMOTRON:
+            config["gguf_norms"] = True
+        return config | {
+            "architectures": [named],
             "hidden_act": "relu2",
             "attention_bias": shape_of(Key("q_bias", 0)) is not None,
             "mlp_bias": shape_of(Key("up_bias", 0)) is not None,
         }
+
+
+class Arcee(Ungated):
+    """RMS norms; its GGUF files have the rows of q and k in llama.cpp's order."""
+
+    architectures = {_ARCEE: "arcee"}
+    gguf = ("arcee",)
+    names = Names(rope_pairs=True)
+    defaults = {
+        _ARCEE: {
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": 128000,
+            "eos_token_id": 128001,
+        }
+    }

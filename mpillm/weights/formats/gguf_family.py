@@ -6,7 +6,7 @@ What a field means is taken from llama.cpp (src/llama-model.cpp) and its convert
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +29,9 @@ class GgufFamily(Protocol):
     def tied(self) -> bool: ...
     @property
     def yarn_multiplies_scores(self) -> bool: ...
+    def gguf_names(self, tensors: Collection[str]) -> Names:
+        """What tensors of a file are called that has these `tensors`."""
+
     def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
         """The configuration with Hugging Face's keys, without RoPE's."""
 

@@ -42,6 +42,7 @@ def open_gguf(path: Path, families: Families, quantize: str = "none", whole: boo
         composed: list[
             tuple[Parsed, Extent]
         ] = []  # tensors that only the configuration tells how to take apart
+        own = family.gguf_names({name for header in headers for name in header.tensors})
         scales = scales_of(zip(files, headers, strict=True))
         factors: dict[str, list[float]] = {}  # divisors of rotary frequencies by tensor
         for file, header in zip(files, headers, strict=True):
@@ -50,7 +51,7 @@ def open_gguf(path: Path, families: Families, quantize: str = "none", whole: boo
                     factors[name] = _factors(file, name, tensor)
                 ignored = name in scales or names.ignored_gguf(name)
                 if not ignored and not _predicts_further(name, metadata):
-                    parsed = _parse(file, name, family.names)
+                    parsed = _parse(file, name, own)
                     extent = extent_of(file, name, tensor, scales)
                     if len(parsed.roles) == 1:
                         add(extents, parsed, extent, {})

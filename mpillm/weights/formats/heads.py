@@ -112,4 +112,5 @@ def _attention_rows(config: dict[str, Any]) -> RowGroups:
     if type(heads) is not int or type(hidden) is not int or heads < 1:
         return {}
     kv_heads, head_dim = config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // heads
-    return {("q", "k", "v"): (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)}
+    rows = heads * head_dim, kv_heads * head_dim, kv_heads * head_dim
+    return {("q", "k", "v"): rows, ("q_bias", "k_bias", "v_bias"): rows}
