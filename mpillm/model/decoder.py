@@ -7,6 +7,7 @@ step, of any sequences), d = hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from mpillm.model.batch import Batch, ForwardPass, Rows
 from mpillm.model.config import ModelConfig
 from mpillm.model.kv import KVCache
 from mpillm.model.layers.attention import AttentionSpec
+from mpillm.model.layers.experts import ExpertsSpec
 from mpillm.model.layers.mixer import MixerInput
 from mpillm.model.layers.norm import NormSpec
 from mpillm.model.layers.rank import Floats, Rank
@@ -58,6 +60,9 @@ class Decoder:
         self._layers = [
             _RankLayer(config.layers[number], number, i, self._rank, kv) for i, number in enumerate(layers)
         ]
+        if self._rank.foresees:
+            for layer, following in pairwise(self._layers):
+                layer.following = following if isinstance(following.spec.mlp, ExpertsSpec) else None
         # Where nothing but a sum comes between the parts of layers, all are one call once their operations are made.
         self._stackable = (
             self._rank.all_resident and kv.spill is None and all(layer.stackable for layer in self._layers)
@@ -145,6 +150,7 @@ class _RankLayer:
     def __init__(self, spec: LayerSpec, number: int, i: int, rank: Rank, kv: KVCache) -> None:
         """`i` is its number among the rank's layers."""
         self.spec, self._number, self._rank, self.cache = spec, number, rank, kv.of_layer(i)
+        self.following: _RankLayer | None = None  # the next layer, if its experts are read ahead
 
     def __call__(self, x: Floats, step: ForwardPass) -> None:
         rank, spec, number = self._rank, self.spec, self._number
@@ -167,11 +173,20 @@ class _RankLayer:
             after = self._after(page, spec.mlp_norms.after, "ffn_post_norm")
             of_sum = self._after(page, spec.mlp_norms.of_sum, "ffn_sum_norm")
             scale = page.vector("layer_scale")[0] if spec.scaled else None
+        if self.following:
+            self.following.foresee(x)
         part, bias = spec.mlp.compute(rank, number, prepared, own)
         self._residual("mlp residual", bias, after, spec.residual_scale * spec.mlp_scale, x, part)
         self._normalise_sum(of_sum, x)
         if scale is not None:
             x *= scale
+
+    def foresee(self, x: Floats) -> None:
+        """Have the experts read that rows x [m, d] of the layer before seem to need here."""
+        spec, number, rank = self.spec, self._number, self._rank
+        assert isinstance(spec.mlp, ExpertsSpec), spec
+        with rank.page(number, ATTENTION) as page:
+            rank.expect(number, spec.mlp.foresee(rank, number, page, spec.mlp_norms.before, x))
 
     @property
     def stackable(self) -> bool:

@@ -16,7 +16,7 @@ from mpillm.engine.request import Request
 from mpillm.model.config import ModelConfig
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
-from mpillm.weights.paging.experts import ExpertCache
+from mpillm.weights.paging.experts import ExpertCache, minimum_budget
 from mpillm.weights.source import rank_plans
 from tests.model.engine_harness import run_engine
 from tests.model.golden import model_path
@@ -130,3 +130,32 @@ def test_of_experts_a_step_reads_those_that_were_chosen(tmp_path: Path) -> None:
     assert chosen[0] == MORE * shape.layers * shape.experts_used
     assert chosen[0] < chosen[1] <= MORE * shape.layers * shape.experts
     assert chosen[1] == int(chosen[1])
+
+
+def test_experts_of_the_next_layer_are_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where experts are streamed, guesses at those of each layer but the first are made once a step; the bytes stay."""
+    model = model_path("qwen3_moe")
+    with closing(open_source(model)) as source:
+        config = config_of(source)
+        plans = rank_plans(config, Place(0, 1, 1), source)
+    guessed: list[list[int]] = []
+    expect = ExpertCache.expect
+
+    def noting(cache: ExpertCache[Any], pages: Sequence[int]) -> None:
+        guessed.append([cache.pages[page].layer for page in pages])
+        expect(cache, pages)
+
+    monkeypatch.setattr(ExpertCache, "expect", noting)
+    requests = [Request(id="0", prompt=(3, 5), max_tokens=MORE)]
+    whole = run_engine(model, requests)
+    assert not guessed
+    budget = sum(plan.nbytes for plan in plans if plan.expert < 0) + minimum_budget(
+        [plan for plan in plans if plan.expert >= 0]
+    )
+    streamed = run_engine(model, requests, weights=budget)
+    assert [done.tokens for done in streamed] == [done.tokens for done in whole]
+    layers = [number for number, layer in enumerate(config.layers) if layer.mlp and layer.mlp.count]
+    foreseen = [layer for layer in layers if layer]
+    assert [set(made) for made in guessed] == [{layer} for layer in foreseen] * MORE
+    chosen = {len(made) for made in guessed[len(foreseen) :]}  # one row each
+    assert chosen == {2}

@@ -126,13 +126,66 @@ def test_any_choice_gives_the_same_bytes_within_the_budget(data: st.DataObject) 
     ]
     cache = ExpertCache(pages, Loader(parallel=data.draw(st.integers(1, 4))), budget, 0.5)
     try:
-        run(cache, steps)
+        for step in steps:
+            for chosen in step:
+                cache.expect(data.draw(st.lists(st.integers(0, len(pages) - 1), unique=True, max_size=3)))
+                run(cache, [[chosen]])
         uses = sum(len(chosen) for step in steps for chosen in step)
         assert cache.counters.hits + cache.counters.misses == uses
         assert cache.counters.peak <= budget
     finally:
         cache.close()
     assert cache.counters.held == 0
+
+
+def settle(cache: ExpertCache[Item]) -> None:
+    """Wait until nothing more is to be loaded."""
+    with cache._changed:
+        loaded = all(slot.page is not None for slot in cache._slots.values())
+        while not (loaded and cache._choose() is None):
+            cache._changed.wait(0.01)
+            loaded = all(slot.page is not None for slot in cache._slots.values())
+
+
+def test_right_guesses_are_there_before_they_are_asked_for(loader: Loader) -> None:
+    layers, each = 4, 8
+    cache = ExpertCache(experts(layers, each), loader, 1200, 2 / each)
+    for step in range(6):
+        for layer in range(layers):
+            chosen = [layer * each + (step + layer) % each, layer * each + (step + layer + 3) % each]
+            cache.expect(chosen)
+            settle(cache)
+            run(cache, [[sorted(chosen)]])
+    cache.close()
+    assert cache.counters.stalls == 0
+    assert cache.counters.loads == cache.counters.misses  # each was read once for its use
+    assert cache.counters.peak <= 1200
+
+
+def test_wrong_guesses_are_given_up_by_their_place(loader: Loader) -> None:
+    """The first guess is always right and the second never: soon only the first one is read ahead."""
+    layers, each = 4, 8
+    cache = ExpertCache(experts(layers, each), loader, 1200, 1 / each)
+    for step in range(12):
+        if step == 6:
+            early = cache.counters.loads, cache.counters.misses
+        for layer in range(layers):
+            right = layer * each + step % each
+            cache.expect([right, layer * each + (step + 3) % each])
+            settle(cache)
+            run(cache, [[[right]]])
+    cache.close()
+    assert early[0] > early[1]
+    assert cache.counters.loads - early[0] == cache.counters.misses - early[1]
+    assert cache.counters.stalls == 0
+
+
+def test_nothing_is_guessed_where_most_are_needed(loader: Loader) -> None:
+    cache = ExpertCache(experts(2, 4), loader, 400, 1.0)
+    cache.expect([4, 5, 6])
+    settle(cache)
+    cache.close()
+    assert not loader.loads
 
 
 def test_what_the_loader_raises_is_raised_in_use(loader: Loader) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from mpillm.errors import ModelError
 from mpillm.weights.io.mapped import MappedFile
-from mpillm.weights.io.reading import HUGE, DirectFile, new_buffer, used_again
+from mpillm.weights.io.reading import HUGE, SLAB, DirectFile, EqualBuffers, new_buffer, used_again
 
 SIZE = 3 * 4096 + 517
 
@@ -93,3 +93,20 @@ def test_a_buffer_of_the_same_size_is_taken_as_it_is(nbytes: int) -> None:
     dropped = [new_buffer(nbytes + 1, 64), old := new_buffer(nbytes, 64)]
     assert used_again(dropped, nbytes, 64) is old
     assert not dropped
+
+
+@pytest.mark.parametrize(("nbytes", "count"), [(100, 7), (HUGE + 5000, 1000), (2 * SLAB, 2)])
+def test_equal_buffers_lie_side_by_side_and_are_used_again(nbytes: int, count: int) -> None:
+    """Then their ends are in huge pages too."""
+    equal = EqualBuffers(nbytes, count, 4096)
+    taken = [equal.take([]) for _ in range(3)]
+    starts = sorted(buffer.ctypes.data for buffer in taken)
+    assert all(buffer.nbytes == nbytes and buffer.ctypes.data % 4096 == 0 for buffer in taken)
+    if nbytes < SLAB:
+        assert np.diff(starts).tolist() == [-(-nbytes // 4096) * 4096] * 2
+    dropped = [taken.pop(1)]
+    again = dropped[0].ctypes.data
+    assert equal.take(dropped).ctypes.data == again
+    assert not dropped
+    more = [equal.take([]) for _ in range(min(count, 40) - 2)]
+    assert not any(np.shares_memory(old, new) for old in taken for new in more)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mpillm import kernels
 from mpillm.kernels.router import Router, route
 from mpillm.kernels.types import Activation
-from mpillm.model.layers.mixture import ExpertPages, Prepared, Routed
+from mpillm.model.layers.mixture import ExpertPages, Ints, Prepared, Routed
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import NormSpec
 from mpillm.model.layers.rank import Floats, Rank
@@ -155,23 +157,15 @@ class ExpertsSpec:
 
     def prepare(self, rank: Rank, layer: int, first: Page, norm: NormSpec | None, x: Floats) -> Prepared:
         """The normed rows of x [m, hidden], and the experts that the router chooses for them."""
-        before = rank.kept(lambda: norm.kernel(first, "ffn_norm") if norm else None, "ffn_norm", layer)
-        h = rank.normalise(x, before)
-        correction = first.vector("router_correction") if self.router.correction else None
-        own, seen, after = h, h, None
+        h = self._normed(rank, layer, first, norm, x)
+        own, after = h, None
         if self.latent:
             own = self._through(rank, first, "latent_in", h)
         if self.apart:
-            norms = {role: self._own_norm(rank, layer, first, role) for role in APART}
-            seen, own = rank.normalise(x, norms["router_norm"]), rank.normalise(x, norms["experts_norm"])
-            seen *= np.float32(x.shape[1] ** -0.5)
+            norms = {role: self._own_norm(rank, layer, first, role) for role in APART[1:]}
+            own = rank.normalise(x, norms["experts_norm"])
             after = norms["shared_post_norm"], norms["experts_post_norm"]
-        logits = rank.times(seen, first, "router")
-        if self.router.bias:
-            logits += first.vector("router_bias")
-        weights, ids = route(logits, self.router, correction, rank.threads)
-        if self.router.expert_scales:
-            weights *= first.vector("expert_scales")[ids]
+        weights, ids = self._route(rank, layer, first, h, x)
         mixed = [(own, Routed.of(weights, ids))]
         if self.scaled_input:
             ones = np.ones((len(h), 1), np.float32)
@@ -182,6 +176,39 @@ class ExpertsSpec:
             gate = rank.times(h, first, "shared_router")
             kernels.activate(Activation.SIGMOID, gate, None, gate, rank.threads)
         return Prepared(h, mixed, gate, after)
+
+    def foresee(
+        self, rank: Rank, layer: int, first: Page, norm: NormSpec | None, x: Floats
+    ) -> NDArray[np.integer[Any]]:
+        """The experts that the router would choose for x [m, hidden], those that weigh most first.
+
+        Rows change little from one layer to the next, so for those that enter the MLP of the layer before this is a
+        guess at what this layer needs (arXiv 2312.17238).
+        """
+        weights, ids = self._route(rank, layer, first, self._normed(rank, layer, first, norm, x), x)
+        weight = np.bincount(ids.ravel(), weights.ravel(), self.count)
+        likely = (-weight).argsort(kind="stable")
+        return likely[: np.count_nonzero(weight)]
+
+    def _normed(self, rank: Rank, layer: int, first: Page, norm: NormSpec | None, x: Floats) -> Floats:
+        """The rows that the MLP sees."""
+        before = rank.kept(lambda: norm.kernel(first, "ffn_norm") if norm else None, "ffn_norm", layer)
+        return rank.normalise(x, before)
+
+    def _route(self, rank: Rank, layer: int, first: Page, h: Floats, x: Floats) -> tuple[Floats, Ints]:
+        """The weights and numbers [m, chosen] of the experts of rows x, whose norm is h."""
+        seen = h
+        if self.apart:
+            seen = rank.normalise(x, self._own_norm(rank, layer, first, "router_norm"))
+            seen *= np.float32(x.shape[1] ** -0.5)
+        logits = rank.times(seen, first, "router")
+        if self.router.bias:
+            logits += first.vector("router_bias")
+        correction = first.vector("router_correction") if self.router.correction else None
+        weights, ids = route(logits, self.router, correction, rank.threads)
+        if self.router.expert_scales:
+            weights *= first.vector("expert_scales")[ids]
+        return weights, ids
 
     def _own_norm(self, rank: Rank, layer: int, first: Page, role: str) -> kernels.Norm:
         """One of the norms of what is `apart`, which outlives the page."""

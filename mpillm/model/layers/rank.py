@@ -59,6 +59,17 @@ class Rank:
         assert self.weights.experts is not None
         return self.weights.experts.ready_groups((self._first_expert[layer] + experts).tolist())
 
+    @property
+    def foresees(self) -> bool:
+        """Whether experts are read ahead: some are streamed, and what decides on them stays in memory."""
+        experts = self.weights.experts
+        return experts is not None and not experts.all_resident and self.all_resident
+
+    def expect(self, layer: int, experts: NDArray[np.integer[Any]]) -> None:
+        """Read experts [n] of the next layer ahead, in this order; they are guesses."""
+        assert self.weights.experts is not None
+        self.weights.experts.expect((self._first_expert[layer] + experts).tolist())
+
     def kept(self, make: Callable[[], T], *key: object) -> T:
         """What `make` makes of loaded pages: made once if all stay in memory, else each time, for they may move."""
         if not self.all_resident:

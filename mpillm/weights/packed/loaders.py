@@ -9,7 +9,15 @@ from pathlib import Path
 
 from mpillm.errors import JobError
 from mpillm.weights.io.filesystem import can_populate, madvise, network_kind
-from mpillm.weights.io.reading import REQUESTS, Bytes, open_direct, read_at, read_direct, used_again
+from mpillm.weights.io.reading import (
+    REQUESTS,
+    Bytes,
+    EqualBuffers,
+    open_direct,
+    read_at,
+    read_direct,
+    used_again,
+)
 from mpillm.weights.packed.layout import PAGE
 from mpillm.weights.page import Page
 from mpillm.weights.paging.loaders import Kind, MappingLoader, ParallelLoader, StoredFile
@@ -33,7 +41,7 @@ def open_packed_loader(
         )
     # The second of two fills the queue while the first waits for its last pieces.
     parallel = REQUESTS if pages[0].expert >= 0 else 2
-    return MappedLoader(files, parallel) if kind == "mmap" else ReadLoader(files, parallel)
+    return MappedLoader(files, parallel) if kind == "mmap" else ReadLoader(files, pages, parallel)
 
 
 class MappedLoader(MappingLoader):
@@ -56,11 +64,18 @@ class MappedLoader(MappingLoader):
 class ReadLoader(ParallelLoader):
     """Pages are read into buffers of their own, past the page cache where the file system allows it."""
 
-    def __init__(self, files: Sequence[StoredFile], parallel: int = 2) -> None:
+    def __init__(
+        self, files: Sequence[StoredFile], pages: Sequence[PagePlan] = (), parallel: int = 2
+    ) -> None:
+        """`pages`: those that are loaded."""
         super().__init__(files, parallel)
+        sizes = {page.nbytes for page in pages}
+        self._equal = EqualBuffers(sizes.pop(), len(pages), PAGE) if len(sizes) == 1 else None
         self._direct = [open_direct(file.path) for file in files]
 
     def allocate(self, plan: PagePlan, dropped: list[Bytes]) -> Bytes:
+        if self._equal:
+            return self._equal.take(dropped)
         return used_again(dropped, plan.nbytes, PAGE)
 
     def load(self, plan: PagePlan, buffer: Bytes) -> Page:

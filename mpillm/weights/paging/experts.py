@@ -1,7 +1,8 @@
 """The cache of experts: those that a step's tokens chose are loaded once each, and those used most often stay.
 
-The experts that a layer needs are known only after its router has run, so nothing is read ahead of that. Then all that
-are missing are read at once, while the ones before them are computed.
+The experts that a layer needs are known only after its router has run. Then all that are missing are read at once,
+while the ones before them are computed. Before that, while nothing else is to be read, those are read that the model
+guesses from the rows of the layer before. A wrong guess costs time alone; the cache counts how many are right.
 
 The expert that is likely to be needed last is evicted. A layer comes round once in a step, and each of its experts is
 chosen with a probability p that is estimated from past steps. The expected distance of an expert's next use is
@@ -21,6 +22,7 @@ from mpillm.weights.paging.pager import Loader, Pager, Slot, T
 from mpillm.weights.plan import PagePlan
 
 SMOOTHING = 1 / 32  # the weight of the last step in the estimate of an expert's probability
+WORTH = 0.7  # the probability from which on a guess is read ahead: a wrong one delays what is needed
 RAREST = 1e-4  # the lowest probability: experts that were never used are evicted in the order of their layers
 
 
@@ -48,6 +50,11 @@ class ExpertCache(Pager[T]):
         self._layer = np.array([position[page.layer] for page in self.pages])
         self._current = -1  # the layer whose experts are in use
         self._queue: list[int] = []  # its experts that are still to be used, in order
+        self._expected: list[int] = []  # guesses that are worth reading, the likeliest first
+        # Guesses by their layer, without those that were in memory: their places among all guesses, and pages.
+        self._guesses: dict[int, tuple[list[int], list[int]]] = {}
+        # How often the guess at each place was right.
+        self._right = np.ones(1 + max(page.expert for page in self.pages))
         self._probability = np.full(count, chosen)
         self._used = np.zeros(count, bool)  # in this step
         self._idle = np.zeros(count, bool)  # in memory and not in use
@@ -91,6 +98,26 @@ class ExpertCache(Pager[T]):
             with self._changed:
                 self._queue = []
 
+    def expect(self, pages: Sequence[int]) -> None:
+        """Guess what the layer after the next use needs, the likeliest first, to be read while the disk is idle.
+
+        Only guesses are followed whose place among them was right often enough so far. Those that are in memory do not
+        count, for what is used often is easily guessed. Where most experts are needed, the disk is never idle.
+        """
+        with self._changed:
+            missing = [place for place, page in enumerate(pages) if page not in self._slots]
+            self._expected = []
+            if missing and len(pages) <= len(self._right) / 2:
+                self._guesses[int(self._layer[pages[0]])] = missing, [pages[place] for place in missing]
+                self._expected = [pages[place] for place in missing if self._right[place] >= WORTH]
+                self._changed.notify_all()
+
+    def _check_guesses(self, pages: Sequence[int]) -> None:
+        """Note which guesses were right, now that it is known what their layer needs."""
+        if self._current in self._guesses:
+            places, guessed = self._guesses.pop(self._current)
+            self._right[places] += SMOOTHING * (np.isin(guessed, pages) - self._right[places])
+
     def _begin(self, pages: Sequence[int]) -> None:
         """Note which experts the current layer needs, whether a step has ended, and which pages may be evicted."""
         if not pages:
@@ -101,6 +128,9 @@ class ExpertCache(Pager[T]):
             np.maximum(self._probability, RAREST, out=self._probability)
             self._used[:] = False
         self._current = layer
+        self._check_guesses(pages)
+        if self._expected and self._layer[self._expected[0]] == layer:
+            self._expected = []
         self._used[pages] = True
         turns = (np.arange(self._layers) - layer - 1) % self._layers / self._layers
         np.add(turns[self._layer], 1 / self._probability, out=self._distance)
@@ -158,31 +188,43 @@ class ExpertCache(Pager[T]):
             if page not in self._slots:
                 victims = self._victims(page, place)
                 return None if victims is None else (page, victims)
+        for page in self._expected:
+            if page not in self._slots:
+                found, enough = self._least_needed(page, self._expected)
+                return (page, found) if enough else None
         while self._ahead < len(self.pages) and self._ahead in self._slots:
             self._ahead += 1
         return (self._ahead, []) if self._ahead < len(self.pages) else None
 
-    def _victims(self, page: int, place: int) -> list[int] | None:
-        """The pages to evict for the page at this place of the queue; None if others must be used before."""
+    def _least_needed(self, page: int, needed: Sequence[int] = ()) -> tuple[list[int], bool]:
+        """The pages to evict for a page, none of those `needed`; whether they are enough."""
         free, size = self.budget - self.counters.held, self.pages[page].nbytes
+        victims = list[int]()
         if free >= size:
-            return []
-        victims, evictable = list[int](), self._evictable.copy()
+            return victims, True
+        evictable = self._evictable.copy()
+        evictable[list(needed)] = 0.0
         while free < size and evictable[other := int(evictable.argmax())]:
             victims.append(other)
             free += self.pages[other].nbytes
             evictable[other] = 0.0
-        if free >= size:
+        return victims, free >= size
+
+    def _victims(self, page: int, place: int) -> list[int] | None:
+        """The pages to evict for the page at this place of the queue; None if others must be used before."""
+        victims, enough = self._least_needed(page)
+        if enough:
             return victims
         if place:
             return None
         # The first page of the queue is waited for: evict later pages of the queue, the last one first, and load them
         # again when their turn comes.
+        free = self.budget - self.counters.held + sum(self.pages[other].nbytes for other in victims)
         for other in reversed(self._queue[1:]):
             if self._idle[other]:
                 victims.append(other)
                 free += self.pages[other].nbytes
-                if free >= size:
+                if free >= self.pages[page].nbytes:
                     return victims
         return None
 
