@@ -35,6 +35,10 @@ class Status(msgspec.Struct, kw_only=True, frozen=True):
     partial: int  # unfinished ones of which some tokens are on disk
     damaged: int  # bytes that are no records
     idle: float  # seconds since the journal was last written to
+    starts: int  # of the command that have computed something
+    seconds: float  # of computing, of all starts
+    prompt_tokens: int  # of all starts, without those that were shared
+    generated_tokens: int
     owner: str = ""  # the process that runs it
 
     @property
@@ -53,6 +57,10 @@ class Status(msgspec.Struct, kw_only=True, frozen=True):
         part = f" ({100 * self.answered / self.total:.0f} %)" if self.total else ""
         errors = f", {self.errors} of them ended in an error" if self.errors else ""
         yield f"  requests  {self.answered} of {self.total}{part}{errors}"
+        if self.starts:
+            starts = f", in {self.starts} starts" if self.starts > 1 else ""
+            tokens = f"{self.prompt_tokens} prompt and {self.generated_tokens} generated tokens"
+            yield f"  computed  {tokens} in {_ago(self.seconds)}{starts}"
         if self.partial:
             yield f"  partial   {self.partial} requests are saved in part"
         if self.damaged:
@@ -114,7 +122,7 @@ class Reader:
             raise JobError(
                 f"The journal {self._path / JOURNAL} is damaged: nothing in it says which job it is of."
             )
-        total = len(found.keys or b"") // KEY_BYTES
+        total, counts = len(found.keys or b"") // KEY_BYTES, found.counts.values()
         state: Literal["running", "stopped", "complete"] = "complete" if found.finished else "stopped"
         return Status(
             directory=str(self._path),
@@ -129,6 +137,10 @@ class Reader:
             errors=found.finished.errors if found.finished else found.done.failed,
             partial=len(found.partial),
             damaged=sum(end - start for start, end in found.damage),
+            starts=len(counts),
+            seconds=sum(count.seconds for count in counts),
+            prompt_tokens=sum(count.prompt - count.shared for count in counts),
+            generated_tokens=sum(count.generated for count in counts),
             idle=max(0.0, time.time() - facts.st_mtime),
             owner=owner or "",
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mpillm.errors import Interrupted, JobError
+from mpillm.store import report
 from mpillm.store.output import Claim
 from mpillm.store.status import Reader
 from tests.conftest import Mpi, clean_environment, run_bounded
@@ -69,10 +70,18 @@ def test_a_run_is_seen_from_outside(openmpi: Mpi, tmp_path: Path) -> None:
     code, now = status(output)
     assert (code, now["state"]) == (75, "stopped")
     assert before <= int(str(now["answered"])) < 300
+    assert now["starts"] == 1
+    first = int(str(now["generated_tokens"]))
+    assert first > 0
 
     assert run(openmpi, 1, source, output).returncode == 1  # for the bad line
     code, now = status(output)
     assert (code, now["state"], now["answered"], now["errors"]) == (1, "complete", 301, 1)
+    whole = report.read(output).all_starts().tokens
+    assert now["starts"] == 2
+    assert first < int(str(now["generated_tokens"])) == whole.generated
+    assert now["prompt_tokens"] == whole.prompt - whole.shared
+    assert "generated tokens in 0:00:" in mpillm("status", output).stdout
 
 
 def test_new_records_alone_are_read_again(openmpi: Mpi, tmp_path: Path) -> None:
