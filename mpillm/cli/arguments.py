@@ -65,9 +65,10 @@ class _Parser(argparse.ArgumentParser):
             close = job or option or difflib.get_close_matches(given[1], commands, n=1)
             other = f"did you mean {close[0]}?" if close else f"there are {', '.join(commands)}"
             message = f"there is no command {given[1]!r}; {other}"
-        elif given := re.match(r"(argument .*): invalid \w+ value: (.*)", message):
-            message = f"{given[1]}: {given[2]} is not a number"
-            if given[0].startswith("argument -n: ") and given[2] == "'p'":  # -np, as mpiexec has it
+        elif given := re.match(r"(argument .*): invalid (\w+) value: (.*)", message):
+            kind = "number" if given[2] == "float" else "whole number"
+            message = f"{given[1]}: {given[3]} is not a {kind}"
+            if given[0].startswith("argument -n: ") and given[3] == "'p'":  # -np, as mpiexec has it
                 message = "there is no option -np; type -n N, or mpiexec -np N python -m mpillm"
         elif message.startswith("the following arguments are required"):
             wanted = [action for action in self._actions if action.required]

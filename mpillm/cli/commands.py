@@ -24,7 +24,7 @@ from mpillm.comm import launch
 from mpillm.comm.program import guard
 from mpillm.comm.running import run_alone
 from mpillm.comm.world import World
-from mpillm.errors import JobError
+from mpillm.errors import Interrupted, JobError
 
 PLANNED_RANKS = 1024  # whose layouts take some ten seconds
 NEXT_STEPS = """\
@@ -235,7 +235,9 @@ def _watch(options: argparse.Namespace) -> int:
     from mpillm.store.status import Reader, watch
 
     with contextlib.closing(Reader(options.directory)) as reader:
-        now = watch(reader, options.every, lambda line: print(line, flush=True))
+        with contextlib.suppress(Interrupted):  # Ctrl-C ends the watching, and not the run
+            watch(reader, options.every, lambda line: print(line, flush=True))
+        now = reader.look()
     print("\n".join(now.lines()))
     return now.exit_code
 

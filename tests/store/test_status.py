@@ -32,6 +32,20 @@ def status(output: Path) -> tuple[int, dict[str, object]]:
     return done.returncode, json.loads(done.stdout)
 
 
+def watcher(output: Path) -> subprocess.Popen[str]:
+    """`watch`, which has said a line."""
+    watching = subprocess.Popen(
+        [sys.executable, "-m", "mpillm", "watch", "--every", "1", str(output)],
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert watching.stdout is not None
+    assert " of 301 requests (" in watching.stdout.readline()
+    return watching
+
+
 def test_a_run_is_seen_from_outside(openmpi: Mpi, tmp_path: Path) -> None:
     """Running, killed, and complete after a resume; looking at it changes nothing."""
     lines = [*mixed_lines(300, seed=9, tokens=60), {"custom_id": "bad", "prompt": 5}]
@@ -52,14 +66,11 @@ def test_a_run_is_seen_from_outside(openmpi: Mpi, tmp_path: Path) -> None:
         assert now["model"] == "model.safetensors"
         before = int(str(now["answered"]))
         assert 0 < before < 300
-        watching = subprocess.Popen(
-            [sys.executable, "-m", "mpillm", "watch", "--every", "1", str(output)],
-            env=clean_environment(),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert watching.stdout is not None
-        assert " of 301 requests (" in watching.stdout.readline()
+        left, watching = watcher(output), watcher(output)
+        left.send_signal(signal.SIGINT)
+        said, errors = left.communicate()
+        assert (left.returncode, errors) == (75, "")
+        assert ": running by process" in said, "Ctrl-C ends the watching, and not the run"
     finally:
         os.killpg(launcher.pid, signal.SIGKILL)
         launcher.wait()
