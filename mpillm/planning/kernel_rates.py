@@ -31,6 +31,7 @@ SECONDS, CALLS, PATIENCE = 0.06, 8, 4
 HEADS, KV_HEADS, HEAD_DIM = 16, 8, 128
 SEQUENCES, CONTEXT = 8, 512  # that attend with a row each to so many tokens; or as many rows of a prompt
 VALUE_ROWS = 64
+WHOLE = 0.85  # the part of a core that counts as a whole one
 TURNS, TURN = 20_000, 70e-9  # of a loop of Python, and its seconds where `Speed.core` is 1
 
 
@@ -50,6 +51,7 @@ def kernel_rates(
 ) -> KernelRates:
     """Measure, in about a second times `effort`, with so many bytes of memory; `kinds` of products, by name."""
     seconds = SECONDS * effort
+    began, used = time.perf_counter(), time.thread_time()
     compiled = kernels.path() != "numpy"
     # One after the other, so that a run that measures holds no more than `nbytes` for it.
     attention = _attention(CONTEXT if compiled else KV_BLOCK, threads, seconds)
@@ -58,7 +60,25 @@ def kernel_rates(
     memory = new_buffer(nbytes if compiled else PIECE, ALIGNMENT)
     memory[:] = 0
     products = {name: _products(BlockType[name.upper()], memory, threads, seconds) for name in kinds}
-    return KernelRates(products, _memory(memory, threads, seconds), attention, values, core)
+    read = _memory(memory, threads, seconds)
+    part = part_of_core(time.thread_time() - used, time.perf_counter() - began)
+    return KernelRates(
+        {name: [part * rate for rate in rates] for name, rates in products.items()},
+        part * read,
+        (part * attention[0], part * attention[1]),
+        part * values,
+        part * core,
+    )
+
+
+def part_of_core(used: float, passed: float) -> float:
+    """The part of a core that a thread has had, which has computed for `used` of so many seconds.
+
+    A control group's quota stops it again and again: most calls take as long as on a whole core, and few very long, so
+    that `typical` does not see it. A little less than a whole core is other programs' noise.
+    """
+    part = used / passed
+    return part if part < WHOLE else 1.0
 
 
 def typical(call: Callable[[T], object], data: Sequence[T], for_seconds: float = SECONDS) -> float:

@@ -31,7 +31,7 @@ from mpillm.weights.source import Source
 
 # Seconds of a job on several hosts from which on measuring them is worth it: in a quarter of a second, for shares of
 # replicas alone, and in more than a second.
-SHORT, MEASURED, LONG = 1.0, 10.0, 30.0
+SHORT, MEASURED, LONG = 1.0, 3.0, 30.0
 
 
 @dataclass(frozen=True)

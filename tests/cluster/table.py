@@ -77,7 +77,9 @@ def slowed(hosts: Hosts, number: int) -> Iterator[None]:
     try:
         (group / "cpu.cfs_period_us").write_text("10000")
         (group / "cpu.cfs_quota_us").write_text(str(int(QUOTA * 10_000)))
-        enter = f"[ $space = {hosts.prefix}{number} ] && echo $$ > {group}/cgroup.procs\nexec ip"
+        # A program in a namespace has another /sys, and would quietly stay as fast as it was.
+        procs = f"/proc/{os.getpid()}/root{group}/cgroup.procs"
+        enter = f"if [ $space = {hosts.prefix}{number} ]; then echo $$ > {procs} || exit 1; fi\nexec ip"
         hosts.agent.write_text(agent.replace("exec ip", enter))
         yield
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -144,3 +145,16 @@ def test_slow_links_are_measured_with_smaller_messages(
     world: Any = SimpleNamespace(comm=SimpleNamespace(Isend=lambda *_: None))
     assert probe._time_link(world, 1)[1] == pytest.approx(mbit * 125_000)
     assert sizes == [probe.SMALL, probe.MIDDLE, *larger]
+
+
+def test_a_host_with_a_quota_measures_as_slow_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its calls take as long as elsewhere, for between the pauses it has a whole core."""
+    assert kernel_rates.part_of_core(0.33, 1.0) == pytest.approx(0.33)
+    assert kernel_rates.part_of_core(0.95, 1.0) == 1.0
+    monkeypatch.setattr(kernel_rates.time, "thread_time", lambda: 0.25 * time.perf_counter())
+    monkeypatch.setattr(kernel_rates, "typical", lambda *_: 1.0)
+    slow = kernel_rates.kernel_rates(["q4_0"], 1, 2**23)
+    monkeypatch.setattr(kernel_rates.time, "thread_time", time.perf_counter)
+    whole = kernel_rates.kernel_rates(["q4_0"], 1, 2**23)
+    assert slow.core / whole.core == pytest.approx(0.25, rel=0.2)
+    assert slow.products["q4_0"][0] / whole.products["q4_0"][0] == pytest.approx(0.25, rel=0.2)
