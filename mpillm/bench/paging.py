@@ -91,8 +91,8 @@ def _measure(
     made.waited = max(waited) / sum(step.seconds for step in steps)
     made.ready, made.first_step, made.memory = ready, first, max(peaks)
     made.disk = rate
-    if made.disk is not None and not mixture:  # a mixture's reads depend on the chosen experts
-        must = sum(max(total - budget, 0) for total, budget in weights)
+    if made.disk is not None:  # a mixture must read what its tokens choose
+        must = made.streamed if mixture else sum(max(total - budget, 0) for total, budget in weights)
         made.disk_share = must / made.disk / made.seconds
     return made, layout
 

@@ -25,6 +25,7 @@ from mpillm.engine.request import Request
 from mpillm.engine.worker import follow
 from mpillm.run.session import Session
 from mpillm.spec import BatchSection, LayoutSection, MemorySection, OutputSection, Spec
+from mpillm.weights.inventory import HEAD
 
 KV = "4TiB"  # the KV cache is as large as `max_context` makes it; the system gives only what is written
 START = 16  # tokens of the prompt that a start-up is timed with
@@ -97,6 +98,7 @@ def start_up(world: World, spec: Spec, model: Path, options: BenchOptions, peer:
 def prefill(session: Session, length: int, options: BenchOptions, peer: Peer | None) -> Run:
     """One prompt, to its first token; rate in prompt tokens."""
     made = Run(what="prefill", threads=session.threads, sequences=1, tokens=length)
+    made.int8_operations = int8_operations(session, length, 1)
     return _measure(session, made, prompts_of(1, length, session.config.vocab), 1, options, peer)
 
 
@@ -105,6 +107,7 @@ def decode(session: Session, sequences: int, context: int, options: BenchOptions
     what = "decode" if sequences == 1 else "batch"
     made = Run(what=what, threads=session.threads, sequences=sequences, tokens=context)
     made.weight_bytes = weight_bytes(session, sequences)
+    made.int8_operations = int8_operations(session, sequences, sequences)
     made.kv_bytes = sequences * (context + TOKENS // 2) * session.kv_token_nbytes
     prompts = prompts_of(sequences, context, session.config.vocab)
     return _measure(session, made, prompts, TOKENS, options, peer)
@@ -221,6 +224,23 @@ def weight_bytes(session: Session, rows: int) -> int:
     picked = 1 - (1 - session.config.expert_share) ** rows
     entries = [entry for item in session.weights.pages for entry in item.entries]
     return round(sum(entry.nbytes * (picked if entry.key.expert >= 0 else 1) for entry in entries))
+
+
+def int8_operations(session: Session, rows: int, drawn: int) -> int:
+    """Multiplications and additions of 8-bit integers on this rank, of so many rows, of which `drawn` have logits."""
+    share = session.config.expert_share
+    return round(
+        sum(
+            2
+            * entry.n
+            * entry.k
+            * (drawn if page.kind == HEAD else rows)
+            * (share if page.expert >= 0 else 1)
+            for page in session.weights.pages
+            for entry in page.entries
+            if entry.bounds and entry.type.quantised
+        )
+    )
 
 
 def prompts_of(count: int, length: int, vocab: int) -> list[list[int]]:

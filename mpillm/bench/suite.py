@@ -202,7 +202,11 @@ def _cores(world: World) -> list[int]:
 
 
 def _compare(run: Run, limits: Machine, ranks: int, stages: int) -> None:
-    """The share of the memory's limit that a run reaches; None with stages, whose steps overlap."""
-    read = limits.read.get(run.threads * ranks)
-    if read and run.weight_bytes and run.seconds and stages == 1:
+    """The shares of the machine's limits that a run reaches; None with stages, whose steps overlap."""
+    if not run.seconds or stages > 1:
+        return
+    read, int8 = limits.read.get(run.threads * ranks), limits.int8.get(run.threads * ranks)
+    if read and run.weight_bytes:
         run.read_share = (run.weight_bytes + run.kv_bytes) * ranks / run.seconds / read
+    if int8 and run.int8_operations:
+        run.int8_share = run.int8_operations * ranks / run.seconds / int8

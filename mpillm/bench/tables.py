@@ -26,7 +26,17 @@ SPECULATION = (
     "tokens a pass",
     "right",
 )
-RUNS = ("run", "threads", "tokens/s", "time", "read a step", "of memory", "sent a token", "outside kernels")
+RUNS = (
+    "run",
+    "threads",
+    "tokens/s",
+    "time",
+    "read a step",
+    "of memory",
+    "of int8",
+    "sent a token",
+    "outside kernels",
+)
 
 
 def as_json(made: Bench) -> str:
@@ -98,7 +108,15 @@ def _kernel_row(kernel: Kernel) -> list[str]:
 def _run_row(run: Run, told: bool, peer: bool) -> list[str]:
     rate = f"{run.rate:.1f}" if run.rate else ""
     read = shown_bytes(run.weight_bytes + run.kv_bytes) if run.weight_bytes else ""
-    row = [_what(run), str(run.threads), rate, _time(run.seconds), read, _percent(run.read_share)]
+    row = [
+        _what(run),
+        str(run.threads),
+        rate,
+        _time(run.seconds),
+        read,
+        _percent(run.read_share),
+        _percent(run.int8_share),
+    ]
     row += [shown_bytes(run.wire_bytes) if run.wire_bytes else "", _percent(run.overhead)]
     if told:
         row.append("" if run.joules is None else f"{run.joules:.3g}")

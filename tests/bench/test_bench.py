@@ -138,6 +138,12 @@ def test_paging_says_what_was_read(cache: Path) -> None:
     head, *rows = (line for line in done.stdout.splitlines() if line.startswith(("paging", "decode x")))
     assert "of the limit" in head
     assert len(rows) == 4
+    sizes = ["--budget", "60%", "--sequences", "1", "--repeats", "1", "--threads", "1", "--json", str(file)]
+    done = bench(cache, "--synthetic", "tiny-moe", "--what", "paging", *sizes)
+    assert done.returncode == 0, done.stderr
+    (run,) = msgspec.json.decode(file.read_bytes(), type=Bench, strict=True).runs
+    if run.disk is not None:  # a mixture's limit is what its tokens needed
+        assert run.disk_share == pytest.approx(run.streamed / run.disk / run.seconds)
 
 
 def test_paging_counts_steps_in_which_all_generate() -> None:
@@ -274,6 +280,14 @@ def test_a_batch_reads_more_experts_than_one_sequence(measured: tuple[Bench, str
         sizes.layers * expert * (picked[1] - picked[0]), abs=1
     )
     assert 0 < one.kv_bytes * 3 == three.kv_bytes
+    # Of a prompt only the last token has logits.
+    prompt, head = made.runs[1], 2 * sizes.vocab * sizes.hidden
+    assert 0 < one.int8_operations * 3 == three.int8_operations
+    assert prompt.int8_operations == 40 * (one.int8_operations - head) + head
+    if machine_has_limits():
+        for run in made.runs[1:]:
+            limit = made.machine.int8[1]
+            assert run.int8_share == pytest.approx(run.int8_operations / run.seconds / limit)
 
 
 def test_kernels_are_measured_beside_the_limits(measured: tuple[Bench, str]) -> None:
