@@ -75,8 +75,8 @@ def slowed(hosts: Hosts, number: int) -> Iterator[None]:
     agent = hosts.agent.read_text()
     group.mkdir()
     try:
-        (group / "cpu.cfs_period_us").write_text("10000")
-        (group / "cpu.cfs_quota_us").write_text(str(int(QUOTA * 10_000)))
+        (group / "cpu.cfs_period_us").write_text("100000")
+        (group / "cpu.cfs_quota_us").write_text(str(int(QUOTA * 100_000)))
         # A program in a namespace has another /sys, and would quietly stay as fast as it was.
         procs = f"/proc/{os.getpid()}/root{group}/cgroup.procs"
         enter = f"if [ $space = {hosts.prefix}{number} ]; then echo $$ > {procs} || exit 1; fi\nexec ip"
