@@ -121,6 +121,7 @@ class Remote:
                     accepted.setblocking(True)
                     return Connection(accepted.detach())
         except BaseException:
+            listener.close()  # so that ranks that come leave again, with what they have in shared memory
             self.close()
             raise
         raise self._ended()
@@ -173,13 +174,13 @@ class _Held:
     connection: Connection | None = None
 
     def end(self) -> None:
-        """End the ranks: they leave when the connection is closed; what is left of them after a while is killed."""
+        """End the ranks: they leave without a connection; what is left of them after a while is killed."""
         if os.getpid() != self.owner:
             return
         if self.connection is not None:
             self.connection.close()
         if self.process is not None:
-            until = time.monotonic() + (ENDING if self.connection is not None else 0)
+            until = time.monotonic() + ENDING
             while self.process.poll() is None and time.monotonic() < until:
                 time.sleep(0.02)
             end_session(self.process)
