@@ -21,6 +21,7 @@ from mpillm.planning.step_time import (
     FIRST,
     INSIDE,
     LOAD,
+    PACK,
     LinkRate,
     Stage,
     StepRows,
@@ -122,7 +123,7 @@ class _Kind:
         self._known: dict[int, JobTime] = {}
         ranks = zip(plan.ranks, [speed for stage in stages for speed in stage.speeds], strict=True)
         self._loading = max(
-            rank.weights_share / speed.disk + LOAD * rank.weights_share / work.page / speed.core
+            rank.weights_share / speed.disk + rank.weights_share * (LOAD / work.page + PACK) / speed.core
             for (rank, speed), work in zip(ranks, plan.works, strict=True)
         )
         # One stage makes its kernels after the other.
@@ -241,21 +242,22 @@ def replica_shares(
     plans: Sequence[ReplicaPlan],
     given: Demand | None,
 ) -> list[float]:
-    """The part of the requests that each replica should compute, by its speed.
+    """The part of the requests that each replica should compute so that all end together.
 
     Equal ones if speeds are not known, or differ by no more than what was measured in a second or two may be off.
     """
+    even = [1 / len(replicas)] * len(replicas)
     if not machines.speeds or len(replicas) == 1:
-        return [1 / len(replicas)] * len(replicas)
-    demand, part = given or TYPICAL, 1 / len(replicas)
-    own = Demand(max(round(part * demand.requests), 1), part * demand.prompt, part * demand.generated)
-    rates = [
-        1 / estimate(spec, config, machines, [replica], [plan], own).seconds
-        for replica, plan in zip(replicas, plans, strict=True)
-    ]
-    if max(rates) < UNEVEN * min(rates):
-        return [1 / len(replicas)] * len(replicas)
-    return [rate / sum(rates) for rate in rates]
+        return even
+    demand = given or TYPICAL
+    kinds = list(_kinds(spec, config, machines, replicas, plans, demand).values())
+    takes = [kind.seconds(max(round(demand.requests / len(replicas)), 1)) for kind in kinds]
+    if max(takes) < UNEVEN * min(takes):
+        return even
+    _, requests = shared_time([kind.seconds for kind in kinds], [len(kind.numbers) for kind in kinds],
+                              demand.requests)  # fmt: skip
+    own = {number: count for kind, count in zip(kinds, requests, strict=True) for number in kind.numbers}
+    return [own[number] / sum(own.values()) for number in range(len(replicas))]
 
 
 def rank_seconds(

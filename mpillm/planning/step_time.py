@@ -27,6 +27,7 @@ APART = 120e-6  # of a layer whose kernels are called one by one, more than that
 # Of a page of streamed weights: the cores that compute read it and make it ready, and what they wait for meanwhile
 # (4000 loads of 560 KB took so much longer than none, of 2.06 s all together, on both cores of a machine).
 LOAD = 250e-6
+PACK = 0.35e-9  # of a byte of weights that one core makes ready before the first step: 2.4 to 3.3 GB/s
 FIRST = 3e-3  # of a layer in the first step, in which its kernels are made: 85 to 130 ms of 30 layers
 
 WeightCounts = Mapping[BlockType, float]  # numbers of weights of matrices, by block type

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from mpillm import spec
 from mpillm.errors import LayoutError
 from mpillm.model.opening import config_of, open_source
-from mpillm.planning.estimate import demand_of, replica_shares
+from mpillm.planning.estimate import demand_of, estimate, replica_shares
 from mpillm.planning.hosts import Host, machines_of
 from mpillm.planning.input_needs import InputNeeds
+from mpillm.planning.job_time import Demand
 from mpillm.planning.layout import CLEARLY, Layouts
 from mpillm.planning.layout_plans import Found
 from mpillm.planning.machines import Machines
@@ -156,22 +157,34 @@ def test_a_run_leaves_out_the_hosts_that_slow_it_down() -> None:
     assert for_run(asked, replace(machines, speeds=()))[1:] == ([], "")
 
 
-def test_replicas_share_requests_by_their_speeds() -> None:
-    def shares(machines: Machines, *settings: str) -> list[float]:
-        asked = layouts(*settings)
-        found = asked.choose(machines)
-        planned = found.machines, found.chosen.replicas, found.plans
-        return replica_shares(asked.spec, _planners[0].config, *planned, demand_of(asked.asked))
+def test_replicas_share_requests_so_that_they_end_together() -> None:
+    def shared(machines: Machines, *settings: str, requests: int = 64) -> tuple[list[float], list[float]]:
+        """The shares, and the seconds that each replica takes for its own."""
+        asked = layouts(*settings, requests=requests)
+        found, demand = asked.choose(machines), demand_of(asked.asked)
+        assert demand is not None
+        with_plans = zip(found.chosen.replicas, found.plans, strict=True)
+        config, known = _planners[0].config, found.machines
+        made = replica_shares(asked.spec, config, known, found.chosen.replicas, found.plans, demand)
+        own = [Demand(round(part * requests), part * demand.prompt, part * demand.generated) for part in made]
+        times = [
+            estimate(asked.spec, config, known, [replica], [plan], part).seconds if part.requests else 0.0
+            for (replica, plan), part in zip(with_plans, own, strict=True)
+        ]
+        return made, times
 
     three = "layout.replicas=3", "layout.shards=1", "wire.activations=f32"
-    made = shares(machines_of([host(FAST), host(SLOW), host(FAST)]), *three)
-    assert sum(made) == pytest.approx(1)
-    assert made[0] == made[2]
-    assert 2.5 < made[0] / made[1] <= 4  # by their products; what is no product is as fast
+    for requests in (12, 64, 1000):
+        made, times = shared(machines_of([host(FAST), host(SLOW), host(FAST)]), *three, requests=requests)
+        assert sum(made) == pytest.approx(1)
+        assert made[0] == made[2]
+        # A step takes little less time for few answers than for many: a slow replica gets less than by its rate.
+        assert 3 * made[1] < made[0]
+        assert times[1] < 1.1 * times[0]
     alike = machines_of([host(FAST), host((3.9, 7.7, 11.6)), host(FAST)])  # as far as can be measured
-    assert shares(alike, *three) == [1 / 3] * 3
+    assert shared(alike, *three)[0] == [1 / 3] * 3
     unknown = replace(machines_of([host(FAST)] * 3), speeds=())
-    assert shares(unknown, *three) == [1 / 3] * 3
+    assert shared(unknown, *three)[0] == [1 / 3] * 3
 
 
 hosts = st.builds(
