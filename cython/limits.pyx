@@ -65,7 +65,9 @@ cdef extern from *:
     #include <sys/auxv.h>
     #define REGISTER(x) "+w"(x)
     #define PRODUCT(sum) vdotq_s32(sum, (int8x16_t)a, (int8x16_t)b)
-    __attribute__((target("+dotprod"))) static void spin_dot(long rounds) { SPIN(int32x4_t, vdupq_n_s32(0)) }
+    __attribute__((target("arch=armv8.2-a+dotprod"))) static void spin_dot(long rounds) {
+        SPIN(int32x4_t, vdupq_n_s32(0))
+    }
     #endif
 
     /* Multiplications and additions of one product of the best instruction set; 0 if none is known here. */

@@ -30,6 +30,7 @@ ALSO = ("markupsafe", "pyyaml", "requests")  # what packages need that mpillm na
 KERNELS = {  # module: its sources
     "_compiled": ("cython/kernels.pyx", "cython/core/*.c"),
     "_flags": ("cython/flags.pyx",),
+    "_limits": ("cython/limits.pyx",),
 }
 FLAGS = "-O2 -std=c11 -ffp-contract=off -fno-math-errno -fvisibility=hidden -fopenmp -fPIC"
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,22 @@ def test_a_compiler_without_openmp_builds_all_the_same(refused: str, tmp_path: P
     built = [call for call in calls if call not in openmp] if refused else calls
     for name in ["kernels.c", "limits.c", *sources]:
         assert sum(f"{name} " in call for call in built if " -c " in call) == 1, name
+
+
+ARM = "aarch64-linux-gnu-gcc"
+
+
+@pytest.mark.skipif(not shutil.which(ARM), reason=f"{ARM} is not installed")
+@pytest.mark.parametrize("module", ["flags", "limits"])
+def test_the_small_modules_compile_for_arm(module: str, tmp_path: Path) -> None:
+    """A wheel would only be without them, for each is optional; test_emulated.py compiles and runs the kernels."""
+    pytest.importorskip("Cython")
+    source = tmp_path / f"{module}.c"
+    cython = [sys.executable, "-m", "cython", "-3", f"--module-name=mpillm.kernels._{module}"]
+    words = ["-O1", "-std=c11", "-fopenmp", "-fPIC", f"-I{sysconfig.get_path('include')}", "-c", str(source)]
+    for command in ([*cython, f"cython/{module}.pyx", "-o", str(source)], [ARM, *words, "-o", f"{source}.o"]):
+        done = run(*command)
+        assert done.returncode == 0, done.stderr
 
 
 def test_one_line_says_that_numpy_serves() -> None:
