@@ -54,7 +54,7 @@ def step_size(spec: Spec, rows: Activations, places: Sequence[Place], streams: b
     if spec.batch.max_num_seqs != "auto":
         sequences = spec.batch.max_num_seqs
     if rows.config.whole_prompts:
-        tokens = max(tokens, min(spec.memory.max_context, rows.config.max_position))
+        tokens = max(tokens, spec.memory.context(rows.config.max_position))
     return StepSize(sequences, max(tokens, sequences))
 
 

@@ -86,7 +86,7 @@ class Planner:
         budgets = [one.memory.kv_bytes for one in specs]
         capacity = cache_capacity(spec, caches, read, step.sequences * replica.stages, budgets)
         needed = capacity.needed(len(caches[0].windows), asked, step, replica.stages)
-        max_context = min(spec.memory.max_context, config.max_position)
+        max_context = spec.memory.context(config.max_position)
         n_blocks = cache_blocks(capacity, config, step, caches[0].windows, max_context, replica.stages, asked)
         kept = 0 if number else asked.kept(step.sequences * replica.stages, config.vocab)
         groups, stages = len(caches[0].windows), replica.stages

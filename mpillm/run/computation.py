@@ -213,7 +213,7 @@ class Computation:
             size = step_description(limits.max_sequences, limits.max_tokens, streamed)
             yield size[0].upper() + size[1:] + "."
         if limits.n_blocks > limits.blocks_in_memory:
-            context = min(memory.max_context, session.config.max_position)
+            context = memory.context(session.config.max_position)
             in_memory, in_all = (
                 cached_tokens(blocks, limits.windows, context)
                 for blocks in (limits.blocks_in_memory, limits.n_blocks)

@@ -267,7 +267,7 @@ class Session:
 
     def _limits(self) -> Limits:
         """What a step and the cache take, the same on every rank."""
-        max_context = min(self.spec.memory.max_context, self.config.max_position)
+        max_context = self.spec.memory.context(self.config.max_position)
         specs = [self.job.on_rank(rank, self.world.hosts[rank]) for rank in self._ranks]
         kv = [spec.memory.kv_bytes for spec in specs]
         return limits(

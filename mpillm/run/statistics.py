@@ -67,7 +67,7 @@ def _planned_memory(session: Session) -> memory.RankMemory:
     step = StepSize(limits.max_sequences, limits.max_tokens)
     needed = capacity.needed(len(limits.windows), session.needs, step, limits.micro_batches)
     held = session.needs.fill(limits.n_blocks, len(limits.windows), sequences, tokens)
-    max_context = min(session.spec.memory.max_context, config.max_position)
+    max_context = session.spec.memory.context(config.max_position)
     apart = 1 if limits.streams else limits.micro_batches
     rows = memory.step_rows(session.needs, session.spec, step, held, max_context, apart)
     return memory.RankMemory(

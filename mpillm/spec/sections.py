@@ -166,6 +166,10 @@ class MemorySection(Section, frozen=True):
         """How much of the KV cache may lie on disk, per rank."""
         return 0 if self.kv_spill == "none" else byte_size(self.kv_spill)
 
+    def context(self, max_position: int) -> int:
+        """Tokens that a sequence has at most, of a model that was made for `max_position`."""
+        return min(self.max_context, max_position)
+
     @property
     def spill_folder(self) -> Path:
         """Where it lies, on every node."""

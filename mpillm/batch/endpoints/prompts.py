@@ -187,7 +187,7 @@ def max_tokens(prompt: int, asked: int | None, available: int, which: str, spec:
 
 def context(spec: Spec, model: Model) -> int:
     """The tokens that a prompt and its answer may have together."""
-    return min(spec.memory.max_context, model.max_position)
+    return spec.memory.context(model.max_position)
 
 
 def _or_raise(spec: Spec, model: Model) -> str:
