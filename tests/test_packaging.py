@@ -192,3 +192,10 @@ def test_containers_install_what_there_is() -> None:
     (launcher,) = replicas["Launcher"]["template"]["spec"]["containers"]
     assert launcher["command"][2] == str(replicas["Worker"]["replicas"] * job["spec"]["slotsPerWorker"])
     assert launcher["command"][3:7] == ["python", "-m", "mpillm", "run"]
+    hostfile = {"name": "PRTE_MCA_prte_default_hostfile", "value": "/etc/mpi/hostfile"}
+    assert hostfile in launcher["env"], "the operator's variables are Open MPI 4's"
+    (worker,) = replicas["Worker"]["template"]["spec"]["containers"]
+    assert not {"command", "args"} & worker.keys(), "the operator starts sshd only where there is none"
+    text = (ROOT / "packaging/kubernetes/Containerfile").read_text()
+    assert "openssh-server" in text
+    assert {launcher["image"], worker["image"]} == set(re.findall(r"build -t (\S+)", text))
