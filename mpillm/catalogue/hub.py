@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib
 import logging
 import os
 import re
+import signal
+import threading
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
-from glob import escape
 from pathlib import Path
 from typing import Any
 
-from mpillm.errors import JobError, MpillmError
+from mpillm.errors import Interrupted, JobError, MpillmError
 from mpillm.model.families import gguf_family
 from mpillm.model.opening import judge
 from mpillm.store.directory import replacing
@@ -49,7 +52,7 @@ def pull_hf(name: str, notes: Path) -> Path:
     """Let huggingface_hub keep the repository in its own cache; a note in the directory `notes` finds it again offline.
 
     What cannot be run is refused before more than a configuration or the beginning of a file is fetched. The library
-    shows its progress, and goes on where an earlier download was interrupted.
+    shows its progress. Files that an earlier pull fetched whole are kept; the library begins the others anew.
     """
     match = HF_NAME.fullmatch(name)
     if match is None:
@@ -64,11 +67,11 @@ def pull_hf(name: str, notes: Path) -> Path:
             from mpillm.weights.formats.gguf_file import gguf_parts
 
             _judge_gguf(hub, name, repo, file, revision)
-            paths = [hub.hf_hub_download(repo, part, revision=revision) for part in gguf_parts(file)]
-            path = Path(paths[0])
+            path = _fetch(hub, name, repo, gguf_parts(file), revision)
         else:
-            files = _judge_repository(hub, name, repo, revision)
-            path = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=files))
+            config, files = _judge_repository(hub, name, repo, revision)
+            path = config.parent
+            _fetch(hub, name, repo, files, path.name)  # the folder's name is that of the revision's commit
     except MpillmError:
         raise
     except Exception as error:  # its own errors, its HTTP library's, and the disk's: all end in one sentence
@@ -106,6 +109,52 @@ def pull_config(name: str) -> Path | None:
         raise JobError(f"The configuration of {name} could not be fetched ({_reason(error)}).") from error
 
 
+def _fetch(hub: Any, name: str, repo: str, files: Sequence[str], revision: str | None) -> Path:
+    """Where the first of a repository's files is after all have been fetched; Interrupted says how many are whole.
+
+    One after another: the library's threads for many files would all be waited for after a signal, and each would lose
+    what it has of its file.
+    """
+    _sweep(Path(hub.constants.HF_HUB_CACHE), f"models--{repo.replace('/', '--')}")
+    paths: list[str] = []
+    try:
+        with _passing_libraries():
+            for file in files:
+                paths.append(hub.hf_hub_download(repo, file, revision=revision))
+    except KeyboardInterrupt as stop:
+        raise Interrupted(
+            f"Stopped with {len(paths)} of {len(files)} files of {name} whole; the same command fetches the others."
+        ) from stop
+    return Path(paths[0])
+
+
+@contextlib.contextmanager
+def _passing_libraries() -> Iterator[None]:
+    """Signals that stop the program raise KeyboardInterrupt: a library's `except Exception` swallows Interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.signal(number, signal.default_int_handler) for number in stops]
+    try:
+        yield
+    finally:
+        for number, handler in zip(stops, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _sweep(cache: Path, folder: str) -> None:
+    """Remove what killed downloads left of files in the library's cache: parts that nobody holds the lock of.
+
+    Their names, BLOB.ID.incomplete, are of one process; older versions go on with a BLOB.incomplete.
+    """
+    for part in (cache / folder / "blobs").glob("*.*.incomplete"):
+        lock = cache / ".locks" / folder / f"{part.name.partition('.')[0]}.lock"
+        with contextlib.suppress(OSError), open(lock, "a") as held:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink()
+
+
 def _note(name: str, notes: Path) -> Path:
     return notes / (re.sub(r"[^\w.-]", "--", name) + ".path")
 
@@ -135,8 +184,8 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {remedy or STATUSES.get(status, first)}"
 
 
-def _judge_repository(hub: Any, name: str, repo: str, revision: str | None) -> list[str]:
-    """Patterns of the names of a repository's files that a model takes.
+def _judge_repository(hub: Any, name: str, repo: str, revision: str | None) -> tuple[Path, list[str]]:
+    """Where a repository's config.json is on this machine, and the names of its files that a model takes.
 
     ModelError if its config.json is of a model that cannot be run; JobError if it has no weights.
     """
@@ -156,16 +205,15 @@ def _judge_repository(hub: Any, name: str, repo: str, revision: str | None) -> l
     def fetch(file: str) -> Path:
         return Path(hub.hf_hub_download(repo, file, revision=revision))
 
-    judge(of_text(read_json(fetch(CONFIG))), name)
+    config = fetch(CONFIG)
+    judge(of_text(read_json(config)), name)
     folders = [
         "",
         "additional_chat_templates",
         *(modules_in(fetch(MODULES).parent) if MODULES in files else ()),
     ]
-    return [
-        escape(file)
-        for file in files
-        if os.path.dirname(file) in folders and _belongs(os.path.basename(file))
+    return config, [
+        file for file in files if os.path.dirname(file) in folders and _belongs(os.path.basename(file))
     ]
 
 
