@@ -50,7 +50,7 @@ LAUNCHER_OPTIONS = {
     "-x": 1,
 }
 # Programs of others; what they do is theirs.
-SYSTEM = {"schemathesis", "inspect", "export", "split", "apt", "pip", "."}
+SYSTEM = {"auditwheel", "schemathesis", "inspect", "export", "split", "apt", "pip", "."}
 MADE_UP = {"JOB.toml", "hosts", "records.jsonl"}
 
 
