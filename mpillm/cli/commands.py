@@ -232,11 +232,18 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _watch(options: argparse.Namespace) -> int:
-    from mpillm.store.status import Reader, watch
+    from mpillm.store.status import watch, when_begun
 
-    with contextlib.closing(Reader(options.directory)) as reader:
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    with contextlib.ExitStack() as stack:
+        try:
+            reader = stack.enter_context(contextlib.closing(when_begun(options.directory, say)))
+        except Interrupted as stopped:
+            return stopped.exit_code
         with contextlib.suppress(Interrupted):  # Ctrl-C ends the watching, and not the run
-            watch(reader, options.every, lambda line: print(line, flush=True))
+            watch(reader, options.every, say)
         now = reader.look()
     print("\n".join(now.lines()))
     return now.exit_code

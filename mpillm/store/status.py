@@ -20,6 +20,8 @@ from mpillm.store.output import JOURNAL, LOCK, NO_LOCKS, owner_of
 from mpillm.store.records import KEY_BYTES, JournalHeader, Scan, scan
 from mpillm.store.same_job import MODEL_FILE
 
+LOOK = 0.5  # seconds between two looks for a journal
+
 
 class Status(msgspec.Struct, kw_only=True, frozen=True):
     """How far the run of a directory is."""
@@ -85,11 +87,19 @@ def _largest_file(header: JournalHeader) -> str:
     return max(files, key=lambda name: files[name], default="?")
 
 
+class NotBegun(JobError):
+    """There is no directory, or no journal in it."""
+
+
+class Starting(Interrupted):
+    """A run has the directory and has not written its journal yet."""
+
+
 class Reader:
     """The journal of a directory, read again and again: each time only what is new."""
 
     def __init__(self, path: Path) -> None:
-        """JobError if the directory holds no journal, Interrupted if a run has only begun to write one."""
+        """NotBegun if the directory holds no journal, Starting if a run is about to write one."""
         self._path = path
         self._found = Scan()
         with explained(path):
@@ -98,13 +108,13 @@ class Reader:
             except NotADirectoryError:
                 raise JobError(f"{path} is a file; give the output directory of a run.") from None
             except FileNotFoundError:
-                raise JobError(f"There is no directory {path}; a run makes it when it starts.") from None
+                raise NotBegun(f"There is no directory {path}; a run makes it when it starts.") from None
         if JOURNAL not in self._directory.names():
             owner = self._owner()
             self._directory.close()
             if owner is not None:
-                raise Interrupted(f"The run in {path} is starting ({owner}); look again in a few seconds.")
-            raise JobError(f"The directory {path} is no output of a run: it holds no {JOURNAL}.")
+                raise Starting(f"The run in {path} is starting ({owner}); look again in a few seconds.")
+            raise NotBegun(f"The directory {path} is no output of a run: it holds no {JOURNAL}.")
 
     def look(self) -> Status:
         """The status now; OutputError if the journal cannot be read."""
@@ -163,6 +173,19 @@ class Reader:
     def close(self) -> None:
         """Close the directory."""
         self._directory.close()
+
+
+def when_begun(path: Path, say: Callable[[str], None]) -> Reader:
+    """The reader of a directory as soon as a run, which may wait in a queue, has begun in it; says once that it waits."""
+    said = False
+    while True:
+        try:
+            return Reader(path)
+        except (NotBegun, Starting):
+            if not said:
+                say(f"No run has begun in {path} yet; waiting for one (Ctrl-C ends the waiting).")
+            said = True
+            time.sleep(LOOK)
 
 
 def watch(reader: Reader, every: float, say: Callable[[str], None]) -> Status:

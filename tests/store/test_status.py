@@ -32,7 +32,7 @@ def status(output: Path) -> tuple[int, dict[str, object]]:
     return done.returncode, json.loads(done.stdout)
 
 
-def watcher(output: Path) -> subprocess.Popen[str]:
+def watcher(output: Path, says: str = " of 301 requests (") -> subprocess.Popen[str]:
     """`watch`, which has said a line."""
     watching = subprocess.Popen(
         [sys.executable, "-m", "mpillm", "watch", "--every", "1", str(output)],
@@ -42,8 +42,16 @@ def watcher(output: Path) -> subprocess.Popen[str]:
         text=True,
     )
     assert watching.stdout is not None
-    assert " of 301 requests (" in watching.stdout.readline()
+    assert says in watching.stdout.readline()
     return watching
+
+
+def left(watching: subprocess.Popen[str]) -> str:
+    """What `watch` says when it is left by Ctrl-C."""
+    watching.send_signal(signal.SIGINT)
+    said, errors = watching.communicate()
+    assert (watching.returncode, errors) == (75, "")
+    return said
 
 
 def test_a_run_is_seen_from_outside(openmpi: Mpi, tmp_path: Path) -> None:
@@ -51,6 +59,10 @@ def test_a_run_is_seen_from_outside(openmpi: Mpi, tmp_path: Path) -> None:
     lines = [*mixed_lines(300, seed=9, tokens=60), {"custom_id": "bad", "prompt": 5}]
     source = write_lines(tmp_path / "in.jsonl", lines)
     output = tmp_path / "out"
+    waits = f"No run has begun in {output} yet; waiting for one"
+    assert left(watcher(output, waits)) == ""
+    output.mkdir()  # as a job script does that writes its log there
+    early = watcher(output, waits)
     launcher = subprocess.Popen(
         [str(word) for word in openmpi.command(1, *command(source, output, "batch.max_num_seqs=2"))],
         env=openmpi.environment(),
@@ -66,18 +78,16 @@ def test_a_run_is_seen_from_outside(openmpi: Mpi, tmp_path: Path) -> None:
         assert now["model"] == "model.safetensors"
         before = int(str(now["answered"]))
         assert 0 < before < 300
-        left, watching = watcher(output), watcher(output)
-        left.send_signal(signal.SIGINT)
-        said, errors = left.communicate()
-        assert (left.returncode, errors) == (75, "")
-        assert ": running by process" in said, "Ctrl-C ends the watching, and not the run"
+        watching = watcher(output)
+        assert ": running by process" in left(watcher(output)), "Ctrl-C ends the watching, and not the run"
     finally:
         os.killpg(launcher.pid, signal.SIGKILL)
         launcher.wait()
-    said, _ = watching.communicate()
-    assert watching.returncode == 75
-    assert ": stopped" in said
-    assert "the command of the run goes on from here" in said
+    for one in (early, watching):
+        said, _ = one.communicate()
+        assert one.returncode == 75
+        assert ": stopped" in said
+        assert "the command of the run goes on from here" in said
     code, now = status(output)
     assert (code, now["state"]) == (75, "stopped")
     assert before <= int(str(now["answered"])) < 300
