@@ -9,7 +9,7 @@ import numpy as np
 
 from mpillm.engine.adjust import shifts
 from mpillm.engine.request import Request
-from mpillm.engine.sampler import candidates_wanted
+from mpillm.engine.sampler import candidates_wanted, used_temperature
 from mpillm.engine.sequence import Sequence
 from mpillm.engine.step import NO_IDS, NO_SECOND, NO_TARGET, Chunk, Hidden, Ints, Table
 from mpillm.model.cache_layout import blocks_for
@@ -61,7 +61,7 @@ def drawn_from(request: Request, tokens: list[int], allowed: Ints | None) -> dic
         "sample_k": candidates_wanted(request),
         "logprobs": -1 if request.logprobs is None else request.logprobs,
         # Rounded to float32, as the followers read them.
-        "temperature": float(np.float32(request.temperature)),
+        "temperature": used_temperature(request.temperature),
         "penalty": float(np.float32(request.repetition_penalty)),
         "seen": np.unique(np.array(tokens, np.int32)) if penalised else NO_IDS,
         "shifts": shifts(request, tokens),

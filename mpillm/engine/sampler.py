@@ -60,9 +60,14 @@ def candidates_wanted(request: Request) -> int:
     return max(alternatives, request.top_k if request.top_k > 0 else FIRST_LOOK)
 
 
+def used_temperature(temperature: float) -> float:
+    """The temperature as all ranks use it, a float32 that is 0 only where nothing is drawn."""
+    return float(np.float32(max(temperature, COLDEST))) if temperature > 0 else 0.0
+
+
 def inverse_temperature(temperature: float) -> float:
     """1 / temperature as all ranks use it: a finite float32; 1 where nothing is drawn."""
-    return float(np.float32(1.0) / np.float32(max(temperature, COLDEST))) if temperature > 0 else 1.0
+    return float(np.float32(1.0) / np.float32(used_temperature(temperature))) if temperature > 0 else 1.0
 
 
 def weights_of(values: NDArray[np.float32], inv_t: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -20,7 +20,7 @@ Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Temperature = Annotated[float, Meta(ge=0.0, le=100.0)]
 TopP = Annotated[float, Meta(gt=0.0, le=1.0)]
 TopK = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
-Penalty = Annotated[float, Meta(gt=0.0, le=100.0)]
+Penalty = Annotated[float, Meta(ge=0.01, le=100.0)]
 Subtracted = Annotated[float, Meta(ge=-2.0, le=2.0)]  # from the logits of tokens that were generated
 Word = Annotated[str, Meta(min_length=1)]
 Tags = tuple[Word, Word]

@@ -176,7 +176,7 @@ class Reader:
 
 
 def when_begun(path: Path, say: Callable[[str], None]) -> Reader:
-    """The reader of a directory as soon as a run, which may wait in a queue, has begun in it; says once that it waits."""
+    """The reader of a directory as soon as a run has begun in it, which may be queued; says once that it waits."""
     said = False
     while True:
         try:

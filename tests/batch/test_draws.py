@@ -115,3 +115,20 @@ def test_when_an_answer_may_end(tmp_path: Path) -> None:
     assert stop not in later.tokens[: first + 6]
     assert (ended.tokens, ended.finish_reason) == ([END], "stop")
     assert (ignored.tokens, ignored.finish_reason) == ([END] * 40, "length")
+
+
+def test_the_smallest_numbers_that_a_key_can_have(tmp_path: Path) -> None:
+    """A temperature that float32 has not, and such numbers of all other keys, with and without log-probabilities."""
+    tiny = (5e-324, 2.3e-313, 1e-46, 1e-40)
+    bodies = [
+        {key: value, "seed": 5, **more}
+        for value in tiny
+        for key in ("temperature", "top_p", "min_p", "presence_penalty")
+        for more in ({}, {"logprobs": 2}, {"top_k": 3})
+    ]
+    bodies += [{"repetition_penalty": value} for value in (0.01, 100.0)]
+    plain, *answers = generated(tmp_path, {}, *({"temperature": 1.0, **body} for body in bodies))
+    for body, answer in zip(bodies, answers, strict=True):
+        assert len(answer.tokens) == 40
+        if {"temperature", "top_p"} & body.keys():  # no other token is drawn than the most likely one
+            assert answer.tokens == plain.tokens, body

@@ -8,7 +8,7 @@ from typing import Any
 
 import openai
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from mpillm.batch.endpoints import ENDPOINTS
@@ -87,6 +87,7 @@ def bodies(draw: st.DrawFn) -> tuple[str, Any]:
 
 @settings(max_examples=100, suppress_health_check=list(HealthCheck))
 @given(asked=bodies())
+@example(asked=("/v1/completions", {"prompt": "the fox", "temperature": 2.3e-313, "max_tokens": 2}))
 def test_what_it_allows_is_answered_or_refused_in_a_sentence(server: tuple[str, Any], asked: Any) -> None:
     url, http = server
     path, body = asked
