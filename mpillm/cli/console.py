@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mpillm.cli import terminal
-from mpillm.cli.progress import LINES, LIVE, Live, ProgressLines
+from mpillm.cli.progress import BEFORE, LINES, LIVE, Live, ProgressLines
 from mpillm.cli.streams import visible
 from mpillm.run.progress import Bar
 from mpillm.store import report
@@ -79,14 +79,7 @@ class Console:
         if not self._live or not self._speaks():
             yield ProgressLines(total, self.say)
             return
-        form = "{n_fmt}/{total_fmt} requests {percentage:3.0f}% [{elapsed}<{remaining}{postfix}] {bar}"
-        with tqdm(
-            total=total,
-            bar_format=form,
-            smoothing=0,
-            file=sys.stderr,
-            dynamic_ncols=True,
-        ) as bar:
+        with tqdm(total=total, bar_format=BEFORE, smoothing=0, file=sys.stderr, dynamic_ncols=True) as bar:
             yield Live(bar)
 
     def finish(self, made: report.Report, directory: Path) -> None:

@@ -13,6 +13,10 @@ from mpillm.cli import terminal
 from mpillm.run.progress import ProgressState
 
 LIVE, LINES = 0.2, 5.0  # seconds between two looks at a terminal, and between two lines elsewhere
+FORM = (
+    "{n_fmt}/{total_fmt} requests {percentage:3.0f}% [{elapsed}<{remaining}{postfix}] {bar}"  # tqdm's words
+)
+BEFORE = FORM.replace("<{remaining}", "")  # the first answer, which tells how much time is left
 BESIDE = " requests 100% [0:00:00<0:00:00, "  # of a live line, between its numbers
 WINDOW = 10.0  # seconds that the rate of now is taken over
 
@@ -62,11 +66,13 @@ class Live:
     """A line on a terminal that is drawn anew."""
 
     def __init__(self, bar: tqdm) -> None:
-        """The bar has a postfix and no rate of its own."""
+        """The bar has the form `BEFORE`, and a postfix with rates."""
         self._bar, self._rates, self._shown = bar, Rates(), 0.0
 
     def update(self, answered: int, state: Callable[[], ProgressState]) -> None:
         self._bar.n += answered
+        if self._bar.n:
+            self._bar.bar_format = FORM
         if time.monotonic() < self._shown + LIVE and self._bar.n < self._bar.total:
             return
         now = state()

@@ -118,24 +118,22 @@ def machines_of(hosts: Sequence[Host], ranks: int | None = None) -> Machines:
     """The machines of the first `ranks` ranks of these hosts, or of all."""
     per_host, free = list[int](), list[int]()
     names, speeds = list[str](), list[Speed]()
-    for number, host in enumerate(hosts):
+    for host in hosts:
         speed = host.speed
         for copy in range(host.count):
             used = host.ranks if ranks is None else min(host.ranks, ranks - len(free))
             if used > 0:
                 per_host.append(used)
                 free += [byte_size(host.memory) // used] * used
-                name = host.name or f"host {number + 1}"
-                names += [f"{name} ({copy + 1})" if host.count > 1 else name] * used
+                name = host.name or f"host {len(per_host)}"
+                names += [f"{name} ({copy + 1})" if host.name and host.count > 1 else name] * used
                 speeds += [speed] * used
     return Machines(per_host, free, names, speeds, all(host.products for host in hosts))
 
 
 def alike(ranks: int, ranks_per_host: int, memory: int | None) -> Machines:
     """The machines of so many ranks on hosts with `memory` bytes each, or what is free here, and assumed speeds."""
-    host = Host(
-        memory=memory or free_memory(), name="host", ranks=ranks_per_host, count=-(-ranks // ranks_per_host)
-    )
+    host = Host(memory=memory or free_memory(), ranks=ranks_per_host, count=-(-ranks // ranks_per_host))
     return machines_of([host], ranks)
 
 

@@ -216,6 +216,12 @@ def test_the_first_step_of_each_layer_takes_longer(monkeypatch: pytest.MonkeyPat
         assert with_it - without == pytest.approx(FIRST * layers / ASSUMED.core)
 
 
+def test_hosts_without_names_are_numbered() -> None:
+    assert hosts.alike(5, 2, 2**33).host_names() == ["host 1", "host 2", "host 3"]
+    listed = [Host(memory="1GiB"), Host(memory="1GiB", name="pi", count=2), Host(memory="1GiB", count=2)]
+    assert hosts.machines_of(listed).host_names() == ["host 1", "pi (1)", "pi (2)", "host 4", "host 5"]
+
+
 def test_hosts_that_slow_a_run_down_are_left_out() -> None:
     """A pipeline over a slow host, or over a slow network, is slower than a part of the hosts."""
     fast = Host(memory="1GiB", name="fast", products={"f32": [10.0, 20.0, 40.0]}, mbit=0.1, latency_us=5e4)
