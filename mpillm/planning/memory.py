@@ -26,10 +26,11 @@ from mpillm.text.confined import template_process_peak
 from mpillm.weights.source import Source
 from mpillm.weights.text_files import text_fields, text_folder
 
-# Measured on x86-64 with Open MPI and MPICH: 45 MiB for Python and MPI, 40 for the libraries, 17 for a heap in use.
-PROCESS = 107 * 2**20
+# Measured on x86-64 with Open MPI and MPICH: 45 MiB for Python and MPI, 40 for the libraries, 14 for a heap in use.
+PROCESS = 104 * 2**20
+OF_RANK_0 = 16 * 2**20  # of it: libraries for the input and the results, which other ranks do not load
 # Bytes of a vocabulary's entry in the tokenizer, which rank 0 has (560 measured, 670 with a GGUF file's fields),
-WORD = 704
+WORD = 768
 FIELD = 256  # and among a GGUF file's fields, which all have
 # Loading a small model takes so many times the bytes of its pages, because rows may become float32.
 LOADING = 8
@@ -97,7 +98,7 @@ def process(source: Source, config: ModelConfig, place: Place, pages: Sequence[i
     if place.rank == 0:
         words = fields or (folder is not None and (folder / "tokenizer.json").exists())
         return found + kept + answer_index.NBYTES + (WORD * config.vocab if words else 0)
-    return found + (FIELD * config.vocab if fields else 0)
+    return found - OF_RANK_0 + (FIELD * config.vocab if fields else 0)
 
 
 def loaded_model(source: Source, pages: Sequence[int]) -> int:
