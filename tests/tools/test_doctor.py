@@ -90,7 +90,7 @@ def test_a_file_of_hosts_comes_back_as_it_was_written(tmp_path: Path) -> None:
     file = tmp_path / "hosts.toml"
     hosts.write(file, [pi, Host(memory=2**30)])
     machines = hosts.read(file, 5)
-    assert list(machines.names) == ['p"i (1)', 'p"i (1)', 'p"i (2)', 'p"i (2)', "host 2"]
+    assert list(machines.names) == ['p"i (1)', 'p"i (1)', 'p"i (2)', 'p"i (2)', "host 3"]
     half = ASSUMED.shared_by(2)
     assert machines.speeds[0] == replace(
         half, products={"q8_0": (1e9, 2e9, 3e9)}, attention=(4e9, 5e9), pages=1e8, core=0.3, wire=12.5e6
