@@ -79,8 +79,7 @@ def estimate(
     """What a demand takes on these replicas, which share its requests by their speeds; None: a typical one."""
     demand = given or TYPICAL
     kinds = list(_kinds(spec, config, machines, replicas, plans, demand).values())
-    seconds, requests = shared_time([kind.seconds for kind in kinds], [len(kind.numbers) for kind in kinds],
-                               demand.requests)  # fmt: skip
+    seconds, requests = _shared(kinds, demand)
     times = [kind.time(max(own, 1)) for kind, own in zip(kinds, requests, strict=True)]
     busy = [
         min(len(kind.numbers), demand.requests) if own else 0
@@ -164,6 +163,13 @@ def _kinds(
             found[key] = _Kind(stages_of(spec, config, machines, replica, plan), replica, plan, demand)
         found[key].numbers.append(number)
     return found
+
+
+def _shared(kinds: Sequence[_Kind], demand: Demand) -> tuple[float, list[int]]:
+    """Seconds of a demand that these replicas share, and how many of its requests one of each kind computes."""
+    return shared_time(
+        [kind.seconds for kind in kinds], [len(kind.numbers) for kind in kinds], demand.requests
+    )
 
 
 def stages_of(
@@ -254,8 +260,7 @@ def replica_shares(
     takes = [kind.seconds(max(round(demand.requests / len(replicas)), 1)) for kind in kinds]
     if max(takes) < UNEVEN * min(takes):
         return even
-    _, requests = shared_time([kind.seconds for kind in kinds], [len(kind.numbers) for kind in kinds],
-                              demand.requests)  # fmt: skip
+    _, requests = _shared(kinds, demand)
     own = {number: count for kind, count in zip(kinds, requests, strict=True) for number in kind.numbers}
     return [own[number] / sum(own.values()) for number in range(len(replicas))]
 
