@@ -26,18 +26,14 @@ from mpillm.spec import Spec
 
 def serve(world: World, address: str) -> int:
     """Answer what comes over the socket until its other end is closed (collective); the exit code."""
-    connection = Client(address, "AF_UNIX") if world.rank == 0 else None
+    connection, spec = _opened(address) if world.rank == 0 else (None, None)
     try:
-        spec = None
-        if connection is not None:
-            first = receive(connection)
-            assert isinstance(first, OpenJob)
-            spec = msgspec.convert(first.spec, Spec)
         shared = world.bcast(spec)
-        assert shared is not None
+        if shared is None:
+            return 0
         with closing(Service(world, shared)) as service:
-            if connection is not None:
-                send(connection, Ready(service.model.name, str(service.layout)))
+            if connection is not None:  # a caller that is gone by now is noticed next
+                _tell(connection, Ready(service.model.name, str(service.layout)))
             while world.bcast((lines := _next(connection)) is not None):
                 if connection is None:
                     service.follow()
@@ -52,6 +48,18 @@ def serve(world: World, address: str) -> int:
     finally:
         if connection is not None:
             connection.close()
+
+
+def _opened(address: str) -> tuple[Connection | None, Spec | None]:
+    """Return the connection to the caller and its job; no job if the caller has gone already."""
+    connection = None
+    try:
+        connection = Client(address, "AF_UNIX")
+        first = receive(connection)
+    except (EOFError, OSError):
+        return connection, None
+    assert isinstance(first, OpenJob)
+    return connection, msgspec.convert(first.spec, Spec)
 
 
 def _next(connection: Connection | None) -> list[bytes] | None:
@@ -83,7 +91,7 @@ def _answer(service: Service, lines: list[bytes], connection: Connection) -> Non
     _tell(connection, NoMoreResults())
 
 
-def _tell(connection: Connection, message: NewResults | NoMoreResults | Refused) -> bool:
+def _tell(connection: Connection, message: Ready | NewResults | NoMoreResults | Refused) -> bool:
     """Send a message; whether the caller is still there."""
     try:
         send(connection, message)

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +36,7 @@ from mpillm.spec import Spec
 from mpillm.store.records import Result
 
 ENDING = 10.0  # seconds for the ranks to end by themselves
+TOLD = 5.0  # seconds for mpiexec to end them when it is told to
 LOOK = 0.2  # seconds between two looks at ranks that start
 # Of a launcher or of MPI in this process: with these the ranks would join it.
 _FOREIGN = ("OMPI_COMM_WORLD_", "PMIX_", "PMI_", "PALS_", "HYDI_", "MPI_LOCAL")
@@ -174,15 +174,32 @@ class _Held:
     connection: Connection | None = None
 
     def end(self) -> None:
-        """End the ranks: they leave without a connection; what is left of them after a while is killed."""
+        """End the ranks: they leave without a connection, or mpiexec ends them; what then is left is killed.
+
+        Killed, mpiexec would leave the shared memory of ranks that still start or load. Ctrl-C shortens the waiting.
+        """
         if os.getpid() != self.owner:
             return
-        if self.connection is not None:
-            self.connection.close()
-        if self.process is not None:
-            until = time.monotonic() + ENDING
-            while self.process.poll() is None and time.monotonic() < until:
-                time.sleep(0.02)
-            end_session(self.process)
-        self.log.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            if self.connection is not None:
+                self.connection.close()
+            if self.process is not None:
+                _ended_within(self.process, ENDING)
+        finally:
+            self._end_now()
+
+    def _end_now(self) -> None:
+        try:
+            if self.process is not None and self.process.poll() is None:
+                self.process.terminate()
+                _ended_within(self.process, TOLD)
+        finally:
+            if self.process is not None:
+                end_session(self.process)
+            self.log.close()
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _ended_within(process: subprocess.Popen[bytes], seconds: float) -> None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)

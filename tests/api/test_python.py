@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 from mpillm import LLM, Job, read_results
 from mpillm.api.answers import Embedding, Generation, Score
 from mpillm.errors import Interrupted, JobError, ModelError, MpillmError, RequestError
-from tests.conftest import HANGS, ROOT, Mpi, clean_environment
+from tests.api.test_left_behind import below
+from tests.conftest import ROOT, Mpi, clean_environment
 from tests.e2e.jobs import CHAT, command, mixed_lines, results, write_lines
 
 pytestmark = pytest.mark.mpiexec
@@ -164,67 +160,6 @@ def test_what_cannot_be_made_is_said(tmp_path: Path) -> None:
         LLM(str(CHAT), sampling={"heat": 1})
     with pytest.raises(MpillmError, match="cannot be laid out on 3 ranks"):
         LLM(str(CHAT), ranks=3)
-
-
-def below(parent: int) -> list[psutil.Process]:
-    """The ranks that a process has started."""
-    return [one for one in psutil.Process(parent).children(recursive=True) if "ranks" in one.cmdline()]
-
-
-CALLER = """
-import sys
-from mpillm import LLM
-
-print("starting", flush=True)
-llm = LLM(sys.argv[1], ranks=int(sys.argv[2]), memory={"kv": "64MiB"})
-print("ready", flush=True)
-try:
-    llm.generate([f"the quick {n}" for n in range(500)], max_tokens=400, ignore_eos=True)
-except KeyboardInterrupt:
-    print(len(llm.generate("the quick", max_tokens=3)[0].completions), flush=True)
-"""
-
-
-@pytest.mark.parametrize(
-    ("number", "when", "ranks", "says"),
-    [
-        (signal.SIGINT, "starting", 2, ""),
-        (signal.SIGINT, "ready", 2, "1\n"),
-        (signal.SIGINT, "ready", 1, "1\n"),
-        (signal.SIGKILL, "ready", 2, ""),
-    ],
-)
-def test_nothing_is_left_behind(number: signal.Signals, when: str, ranks: int, says: str) -> None:
-    """Neither a process nor shared memory nor a file, after Ctrl-C during the start, too."""
-    with (
-        tempfile.TemporaryDirectory(dir="/tmp") as folder,
-        subprocess.Popen(
-            [sys.executable, "-c", CALLER, CHAT, str(ranks)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=clean_environment(TMPDIR=folder),
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
-        ) as caller,
-    ):
-        assert caller.stdout is not None
-        while caller.stdout.readline() != f"{when}\n":
-            pass
-        while len(started := below(caller.pid)) < ranks:
-            time.sleep(0.01)
-        time.sleep(0.5)
-        shared = set()
-        for rank in started:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                shared |= {mapped.path for mapped in rank.memory_maps()}
-        caller.send_signal(number)
-        said = caller.stdout.read()
-        gone, alive = psutil.wait_procs(started, timeout=HANGS)
-        assert not alive
-        assert len(gone) == len(started)
-        caller.wait()
-        assert said == says
-        assert not [path for path in shared if path.startswith("/dev/shm") and Path(path).exists()]
-        assert number == signal.SIGKILL or os.listdir(folder) == []
 
 
 def test_ranks_that_die_are_started_again() -> None:
