@@ -13,15 +13,12 @@ from mpillm.model.config import ModelConfig
 from mpillm.partition import grid
 from mpillm.partition.replicas import Replica
 from mpillm.planning.input_needs import InputNeeds
-from mpillm.planning.job_time import Demand, JobTime, job_time, shared_time
+from mpillm.planning.job_time import Demand, JobTime, job_time, loading_time, shared_time
 from mpillm.planning.machines import Machines
 from mpillm.planning.rank_plan import ReplicaPlan
 from mpillm.planning.speed import ASSUMED, Speed
 from mpillm.planning.step_time import (
-    FIRST,
     INSIDE,
-    LOAD,
-    PACK,
     LinkRate,
     Stage,
     StepRows,
@@ -120,13 +117,7 @@ class _Kind:
         self.stages, self.numbers = stages, list[int]()
         self._replica, self._plan, self._demand = replica, plan, demand
         self._known: dict[int, JobTime] = {}
-        ranks = zip(plan.ranks, [speed for stage in stages for speed in stage.speeds], strict=True)
-        self._loading = max(
-            rank.weights_share / speed.disk + rank.weights_share * (LOAD / work.page + PACK) / speed.core
-            for (rank, speed), work in zip(ranks, plan.works, strict=True)
-        )
-        # One stage makes its kernels after the other.
-        self._loading += sum(FIRST * stage.works[0].layers / stage.speeds[0].core for stage in stages)
+        self._loading = loading_time(stages, plan.ranks)
 
     def time(self, requests: int) -> JobTime:
         """The time of one of them for so many of the requests."""

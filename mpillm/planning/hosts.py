@@ -10,6 +10,7 @@ products = {q4_0 = [20.0, 30.0, 33.0]}  # 10^9 operations/s, with 1, 4, 16 and 6
 attention = [8.0, 12.0]  # of attention, with a row of each sequence, and with a prompt's rows
 values_gs = 0.8      # 10^9 values/s that norms, activation functions and quantisation go through
 memory_gbs = 8.0     # 10^9 bytes/s that are read from memory
+fill_gbs = 4.0       # and that are written to memory for the first time, as while weights are loaded
 disk_gbs = 0.4       # and from the model's file
 disk_pages_gbs = 0.2 # the same in small requests, as for pages of weights
 core = 0.3           # how fast one core runs plain code; one of Zen 5 has 1
@@ -57,6 +58,7 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     attention: Annotated[list[Rate], Meta(min_length=2, max_length=2)] | None = None
     values_gs: Rate | None = None
     memory_gbs: Rate | None = None
+    fill_gbs: Rate | None = None
     disk_gbs: Rate | None = None
     disk_pages_gbs: Rate | None = None
     core: Rate | None = None
@@ -80,6 +82,7 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
             products,
             attention=(one, many),
             values=self.values_gs * 1e9 if self.values_gs else ASSUMED.values,
+            fill=self.fill_gbs * 1e9 if self.fill_gbs else ASSUMED.fill,
             core=self.core or ASSUMED.core,
             pages=self.disk_pages_gbs * 1e9 if self.disk_pages_gbs else 0.0,
             memory=self.memory_gbs * 1e9 if self.memory_gbs else ASSUMED.memory,

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpillm.planning.step_time import Round, Stage, StepRows, round_of
+from mpillm.planning.rank_plan import RankPlan
+from mpillm.planning.speed import Speed
+from mpillm.planning.step_time import FIRST, LOAD, PACK, RankWork, Round, Stage, StepRows, round_of
 
 # Seconds of rank 0, as the constants of `step_time`: for a line and its answer, and for a token of a prompt.
 REQUEST, PROMPT_TOKEN = 150e-6, 2e-6
@@ -84,6 +86,21 @@ def job_time(
         prompt_round=prompt_round,
         decode_round=decode_round,
     )
+
+
+def loading_time(stages: Sequence[Stage], ranks: Sequence[RankPlan]) -> float:
+    """Seconds until the slowest of a replica's ranks has its weights and has written all of its memory once."""
+    works = [work for stage in stages for work in stage.works]
+    speeds = [speed for stage in stages for speed in stage.speeds]
+    seconds = max(map(_loading, ranks, works, speeds))
+    # One stage makes its kernels after the other.
+    return seconds + sum(FIRST * stage.works[0].layers / stage.speeds[0].core for stage in stages)
+
+
+def _loading(rank: RankPlan, work: RankWork, speed: Speed) -> float:
+    new = min(work.made, rank.weights_held) + rank.kv_held + rank.activations
+    own = rank.weights_share / work.page * LOAD + work.made * PACK
+    return rank.weights_share / speed.disk + own / speed.core + new / speed.fill
 
 
 def shared_time(

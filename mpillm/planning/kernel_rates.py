@@ -1,4 +1,4 @@
-"""Measure how fast this rank computes: products, attention, what goes through rows, reading memory, plain code."""
+"""Measure how fast this rank computes: products, attention, what goes through rows, memory, plain code."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ SECONDS, CALLS, PATIENCE = 0.06, 8, 4
 HEADS, KV_HEADS, HEAD_DIM = 16, 8, 128
 SEQUENCES, CONTEXT = 8, 512  # that attend with a row each to so many tokens; or as many rows of a prompt
 VALUE_ROWS = 64
+FILLING = 0.04  # seconds in which new memory is written
 WHOLE = 0.85  # the part of a core that counts as a whole one
 PERIODS = 0.2  # seconds of two periods of a control group's quota
 TURNS, TURN = 20_000, 70e-9  # of a loop of Python, and its seconds where `Speed.core` is 1
@@ -44,13 +45,17 @@ class KernelRates:
     memory: float
     attention: tuple[float, float]
     values: float
+    fill: float
     core: float
 
 
 def kernel_rates(
-    kinds: Sequence[str], threads: int, nbytes: int = MEMORY, effort: float = 1.0
+    kinds: Sequence[str], threads: int, nbytes: int = MEMORY, effort: float = 1.0, most: int = 0
 ) -> KernelRates:
-    """Measure, in about a second times `effort`, with so many bytes of memory; `kinds` of products, by name."""
+    """Measure, in about a second times `effort`, with so many bytes of memory; `kinds` of products, by name.
+
+    Up to `most` bytes of memory are written.
+    """
     seconds = SECONDS * effort
     began, used = time.perf_counter(), time.thread_time()
     compiled = kernels.path() != "numpy"
@@ -58,8 +63,9 @@ def kernel_rates(
     attention = _attention(CONTEXT if compiled else KV_BLOCK, threads, seconds)
     values = _values(threads, seconds)
     core = TURN / typical(_turns, [TURNS], seconds) * TURNS
-    memory = new_buffer(nbytes if compiled else PIECE, ALIGNMENT)
-    memory[:] = 0
+    everything = new_buffer(max(nbytes, most) if compiled else PIECE, ALIGNMENT)
+    fill = threads * _fill(everything, nbytes)
+    memory = everything[:nbytes]
     products = {name: _products(BlockType[name.upper()], memory, threads, seconds) for name in kinds}
     read = _memory(memory, threads, seconds)
     part = part_of_core(time.thread_time() - used, time.perf_counter() - began, _measured_part)
@@ -68,6 +74,7 @@ def kernel_rates(
         part * read,
         (part * attention[0], part * attention[1]),
         part * values,
+        part * fill,
         part * core,
     )
 
@@ -105,6 +112,19 @@ def typical(call: Callable[[T], object], data: Sequence[T], for_seconds: float =
         call(data[len(seconds) % len(data)])
         seconds.append(time.perf_counter() - start)
     return median(seconds)
+
+
+def _fill(memory: Bytes, least: int) -> float:
+    """Bytes/s at which one core writes new memory: the system finds its pages and empties them meanwhile.
+
+    What was free a moment ago may come faster than all of the rest, so as much is written as there is time for, and at
+    least so many bytes.
+    """
+    used, done = time.thread_time(), 0
+    while done < len(memory) and (done < least or time.thread_time() - used < FILLING):
+        memory[done : done + PIECE] = 0
+        done += PIECE
+    return min(done, len(memory)) / max(time.thread_time() - used, 1e-9)
 
 
 def _products(kind: BlockType, memory: Bytes, threads: int, seconds: float) -> list[float]:

@@ -14,6 +14,8 @@ from mpillm.planning.input_needs import InputNeeds
 from mpillm.planning.machines import Machines
 from mpillm.planning.planner import Planner
 from mpillm.planning.rank_plan import ReplicaPlan
+from mpillm.planning.speed import ASSUMED
+from mpillm.planning.step_time import READY
 from mpillm.planning.wire import DEAR, decided, shards_cross_hosts, with_wire
 from mpillm.spec import Spec, shown_bytes
 
@@ -44,8 +46,12 @@ class Found:
 
     @property
     def cost(self) -> float:
-        """By which layouts are compared: the seconds, and more of them if answers depend on it without need."""
-        return self.time.seconds * (DEAR if self.chosen.inexact else 1.0)
+        """By which layouts are compared: the seconds, and more of them if answers depend on it without need.
+
+        Ranks begin together, so that all wait until the one with the slowest core is ready.
+        """
+        ready = READY / min((speed.core for speed in self.machines.speeds), default=ASSUMED.core)
+        return (self.time.seconds + ready) * (DEAR if self.chosen.inexact else 1.0)
 
     @property
     def fits(self) -> bool:

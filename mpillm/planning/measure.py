@@ -23,6 +23,7 @@ from mpillm.weights.io.reading import SECTOR, new_buffer, open_direct, read_dire
 from mpillm.weights.source import Source
 
 WITHIN_RUN = 48 * 2**20  # bytes of memory that are read where a run decides its layout
+MOST = 2**30  # bytes of memory that are written at most
 QUICKLY = 0.08  # the effort of a run that may be over in seconds
 # A measurement of the disk: bytes of a request, how many are under way, and seconds.
 WHOLE, PAGES = (LARGE, 4, 0.3), (SMALL, 1, 0.1)
@@ -52,25 +53,34 @@ def everyone(
     file: Path | None,
     memory: int = MEMORY,
     effort: float = 1.0,
+    most: int = MOST,
 ) -> list[Measured]:
     """Measure on all ranks at the same time (collective); return the results in rank order.
 
-    `file` is the model's; `memory` bytes are taken meanwhile. Each timing takes `effort` times the usual seconds.
+    `file` is the model's; `memory` bytes are taken meanwhile, and up to `most` for a moment. Each timing takes
+    `effort` times the usual seconds.
     """
     numbers = world.nodes.numbers
     here = [rank for rank, number in enumerate(numbers) if number == numbers[world.rank]]
     world.barrier()
-    rates = kernel_rates(kinds, threads, memory, effort)
+    rates = kernel_rates(kinds, threads, memory, effort, min(most, world.nodes.free[world.rank] // 8))
     world.barrier()
     disk = DiskRate() if file is None else _disk_rate(file, here.index(world.rank), len(here), effort)
     return world.gather(Measured(rates, disk))
 
 
-def machines(world: World, source: Source, threads: int, effort: float = 1.0) -> Machines:
-    """Measure the ranks' machines for this model (collective), in about a second times `effort`."""
+def machines(
+    world: World, source: Source, threads: int, effort: float = 1.0, budget: int | None = None
+) -> Machines:
+    """Measure the ranks' machines for this model (collective), in about a second times `effort`.
+
+    This rank will hold up to `budget` bytes of its weights; not much more is taken now.
+    """
     kinds = {stand_in(info.type, KINDS) for info in source.tensors.values() if len(info.shape) == 2}
     file = max(source.files, key=lambda file: file.stat().st_size)
-    ranks = everyone(world, sorted(kinds), threads, file, WITHIN_RUN, effort)
+    share = sum(file.stat().st_size for file in source.files) // world.size
+    most = min(share, MOST if budget is None else budget)
+    ranks = everyone(world, sorted(kinds), threads, file, WITHIN_RUN, effort, most)
     numbers, found = world.nodes.numbers, hosts(world, ranks, probe.links(world))
     speeds = [
         replace(
@@ -79,6 +89,7 @@ def machines(world: World, source: Source, threads: int, effort: float = 1.0) ->
             memory=rank.rates.memory or ASSUMED.memory,
             attention=rank.rates.attention,
             values=rank.rates.values,
+            fill=rank.rates.fill,
             core=rank.rates.core,
             disk=rank.disk.rate or ASSUMED.disk,
             pages=rank.disk.pages,
@@ -106,6 +117,7 @@ def hosts(world: World, ranks: Sequence[Measured], links: Sequence[LinkTiming]) 
                     for kind in ranks[own[0]].rates.products
                 },
                 memory_gbs=_or_none(sum(ranks[rank].rates.memory for rank in own) / 1e9),
+                fill_gbs=_or_none(sum(ranks[rank].rates.fill for rank in own) / 1e9),
                 attention=summed([ranks[rank].rates.attention for rank in own]),
                 values_gs=_or_none(sum(ranks[rank].rates.values for rank in own) / 1e9),
                 core=round(sum(ranks[rank].rates.core for rank in own) / len(own), 3),

@@ -120,11 +120,14 @@ class Planner:
             "share",
             spec.memory.weights_bytes,
             spec.memory.policy,
+            spec.memory.loader,
             spec.memory.kv_type,
             *self._like(place),
         )
         if key not in self._known:
-            self._known[key] = weights_share(spec, self.config, place, self._pages(place), cache)
+            self._known[key] = weights_share(
+                spec, self.config, place, self._pages(place), cache, self.source.in_file
+            )
         found: WeightsShare = self._known[key]
         return found
 

@@ -24,10 +24,12 @@ FEW = 32  # of many hosts one in so many are left out at first
 Hosts = frozenset[int]
 
 
-def search(layouts: Layouts, machines: Machines, needed: int = 0) -> tuple[Found, list[int]]:
+def search(
+    layouts: Layouts, machines: Machines, needed: int = 0, worth: float = 1.0
+) -> tuple[Found, list[int]]:
     """The fastest layout on these hosts or on some of them, and the hosts that are left out.
 
-    The first `needed` hosts are not left out.
+    The first `needed` hosts are not left out. They are alone if others do not make the run `worth` times as fast.
 
     The most hosts with which the run is as fast as it can be, or about. LayoutError if none of them works.
     """
@@ -46,20 +48,24 @@ def search(layouts: Layouts, machines: Machines, needed: int = 0) -> tuple[Found
         assert refused is not None
         raise refused
     best = tried.best()
+    alone = tried.found.get(frozenset(range(needed, hosts))) if needed else None
+    if alone is not None and alone.fits and alone.cost < worth * tried.found[best].cost:
+        best = frozenset(range(needed, hosts))
     return tried.found[best], sorted(best)
 
 
-def for_run(layouts: Layouts, machines: Machines) -> tuple[Found, list[int], str]:
+def for_run(layouts: Layouts, machines: Machines, worth: float = 1.0) -> tuple[Found, list[int], str]:
     """The layout of a run on these machines, the hosts that are left out, and a sentence that names them, if any.
 
-    Hosts are left out where their speeds are known and the run is clearly faster without them. Rank 0's host is
-    needed: it reads the input and writes the results.
+    Hosts are left out where their speeds are known and the run is clearly faster without them, or would have nothing
+    for them to do. Rank 0's host is needed: it reads the input and writes the results. `worth` is that of `search`.
     """
     on_all = layouts.choose(machines)
     if machines.speeds and len(machines.ranks_per_host) > 1:
-        best, without = search(layouts, machines, needed=1)
-        times = on_all.cost / best.cost
-        if without and (times >= CLEARLY or best.fits > on_all.fits):
+        best, without = search(layouts, machines, 1, worth)
+        times, useless = on_all.cost / best.cost, len(on_all.time.idle) > len(best.time.idle)
+        least = CLEARLY if worth == 1.0 else 1 / worth
+        if without and (times >= least or best.fits > on_all.fits or useless):
             return best, without, _said(machines, without, times)
     return on_all, [], ""
 
@@ -68,9 +74,12 @@ def _said(machines: Machines, without: Sequence[int], times: float) -> str:
     names, one = machines.host_names(), len(without) == 1
     more = [f"{len(without) - NAMED} more"] if len(without) > NAMED else []
     named = " and ".join([", ".join(names[host] for host in without[:NAMED]), *more])
+    why = f"the run is {times:.1f} times as fast without {'it' if one else 'them'}"
+    if times < CLEARLY:
+        why = f"the run is hardly faster with {'it' if one else 'them'}"
     return (
         f"{named} {'is' if one else 'are'} left out and {'stands' if one else 'stand'} by: by the model of a step's "
-        f"time the run is {times:.1f} times as fast without {'it' if one else 'them'}."
+        f"time {why}."
     )
 
 

@@ -27,6 +27,7 @@ class Speed:
     # Operations/s of attention: one row of each sequence, and a prompt's rows.
     attention: tuple[float, float] = (15e9, 30e9)
     values: float = 1e9  # values/s that norms, activation functions and quantisation go through
+    fill: float = 4e9  # bytes/s of memory that is written for the first time
     core: float = 0.5  # how fast one core runs what is no kernel; 1 is that on which `step_time` was measured
     latency: float = 0.0  # seconds of a message one way
     wire: float = 0.0  # bytes/s
@@ -42,6 +43,7 @@ class Speed:
             pages=self.pages / ranks,
             attention=(self.attention[0] / ranks, self.attention[1] / ranks),
             values=self.values / ranks,
+            fill=self.fill / ranks,
         )
 
     def operations(self, kind: BlockType, rows: float) -> float:

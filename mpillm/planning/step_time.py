@@ -28,6 +28,7 @@ APART = 120e-6  # of a layer whose kernels are called one by one, more than that
 # (4000 loads of 560 KB took so much longer than none, of 2.06 s all together, on both cores of a machine).
 LOAD = 250e-6
 PACK = 0.35e-9  # of a byte of weights that one core makes ready before the first step: 2.4 to 3.3 GB/s
+READY = 0.12  # of every rank from the layout to its first step, weights aside: libraries, tokenizer, engine
 FIRST = 3e-3  # of a layer in the first step, in which its kernels are made: 85 to 130 ms of 30 layers
 
 WeightCounts = Mapping[BlockType, float]  # numbers of weights of matrices, by block type
@@ -58,6 +59,7 @@ class RankWork:
     experts_values: float = 0.0  # of all experts
     head_values: float = 0.0
     page: float = 0.0  # bytes of a page on average
+    made: int = 0  # bytes of weights that are made ready in memory before the first step; others are mapped
     apart: bool = False  # the layers' kernels are called one by one
 
     def without_layers(self) -> RankWork:

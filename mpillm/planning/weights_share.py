@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mpillm.kernels import BlockType
@@ -15,7 +15,7 @@ from mpillm.planning.step_time import AttentionWork, RankWork
 from mpillm.spec import Spec
 from mpillm.weights.inventory import HEAD
 from mpillm.weights.paging.weights import minimum_budget, streamed, streamed_experts, streamed_page
-from mpillm.weights.plan import PagePlan
+from mpillm.weights.plan import PagePlan, PageTensor
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,11 @@ def _work(
     streamed: int,
     streamed_experts: int,
     page: float,
+    made: int,
 ) -> RankWork:
     """What a step is for the rank at `place`, which has `pages` and `cache`; it streams so many bytes of weights.
 
-    `page` is the bytes of a page of them.
+    `page` is the bytes of a page of them, and `made` those that are made ready in memory before.
     """
     counts: dict[str, Counter[BlockType]] = {"head": Counter(), "expert": Counter(), "layer": Counter()}
     values, attended = Counter[str](), 0
@@ -70,16 +71,27 @@ def _work(
         experts_values=values["expert"],
         head_values=values["head"],
         page=page,
+        made=made,
         apart=bool(streamed or counts["expert"] or place.shards > 1),
     )
 
 
 def weights_share(
-    spec: Spec, config: ModelConfig, place: Place, pages: Sequence[PagePlan], cache: CacheLayout
+    spec: Spec,
+    config: ModelConfig,
+    place: Place,
+    pages: Sequence[PagePlan],
+    cache: CacheLayout,
+    in_file: Callable[[PageTensor], bool],
 ) -> WeightsShare:
-    """The share of the rank at `place`, which is responsible for `pages`."""
+    """The share of the rank at `place`, which is responsible for `pages`.
+
+    `in_file` says what can be used where it lies in its file.
+    """
     total, budget = sum(page.nbytes for page in pages), spec.memory.weights_bytes
-    read = streamed(pages, budget, spec.memory.policy)
+    read, made = streamed(pages, budget, spec.memory.policy), total
+    if not read and spec.memory.loader != "read":
+        made = sum(entry.nbytes for page in pages for entry in page.entries if not in_file(entry))
     return WeightsShare(
         total=total,
         held=total if budget is None else min(budget, total),
@@ -94,5 +106,6 @@ def weights_share(
             read,
             streamed_experts(pages, budget),
             streamed_page(pages, budget, spec.memory.policy),
+            made,
         ),
     )

@@ -32,6 +32,9 @@ from mpillm.weights.source import Source
 # Seconds of a job on several hosts from which on measuring them is worth it: in a quarter of a second, for shares of
 # replicas alone, and in more than a second.
 SHORT, MEASURED, LONG = 1.0, 3.0, 30.0
+WORTH = (
+    1.15  # how many times as fast other hosts must make a run that was measured briefly: so much may be off
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ class LayoutChoice:
                 # Answers of another wire are worth more than a glance.
                 if found.seconds > least or (effort == 1.0 and found.chosen.inexact):
                     machines = self._measured(threads, effort)
-                    found = world.on_rank_0(partial(self._search, spec, machines))
+                    worth = 1.0 if effort == 1.0 else WORTH
+                    found = world.on_rank_0(partial(self._search, spec, machines, worth))
         return found
 
     def again(self, origin: Origin) -> LaidOut:
@@ -114,7 +118,8 @@ class LayoutChoice:
 
         if (speeds := world.on_rank_0(noted)) is not None:
             return replace(self._machines(), speeds=speeds, measured=True)
-        machines = measure.machines(world, self._source, threads, effort)
+        budget = self._spec.on_rank(world.rank, world.host).memory.weights_bytes
+        machines = measure.machines(world, self._source, threads, effort, budget)
         with world.together():
             if notes is not None:
                 notes.keep(places, effort, machines.speeds)
@@ -157,12 +162,12 @@ class LayoutChoice:
         known = hosts.read(Path(file), self._world.size)
         return replace(machines, speeds=known.speeds, measured=known.measured)
 
-    def _search(self, spec: Spec, machines: Machines) -> LaidOut:
-        """The layout of a job on these machines."""
+    def _search(self, spec: Spec, machines: Machines, worth: float = 1.0) -> LaidOut:
+        """The layout of a job on these machines; `worth` is that of `search`."""
         count = spec.layout.replicas if self._replicated else 1
         layouts = Layouts(spec, self._planner, count, self._asked.lines or None, self._shards, self._asked)
         found, without, said = (
-            for_run(layouts, machines) if self._leave_out else (layouts.choose(machines), [], "")
+            for_run(layouts, machines, worth) if self._leave_out else (layouts.choose(machines), [], "")
         )
         ranks = [rank for rank, host in enumerate(machines.host_of_rank) if host not in without]
         return LaidOut(found.chosen, machines, ranks, found.time.seconds, said)

@@ -18,7 +18,7 @@ from mpillm.weights.inventory import Inventory, PageSpec, all_tensors, tensor_na
 from mpillm.weights.page import Page
 from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.paging.pager import Loader
-from mpillm.weights.plan import PagePlan
+from mpillm.weights.plan import PagePlan, PageTensor
 from mpillm.weights.roles import ROLES, TASK_ROLES, Key
 from mpillm.weights.text_files import TokenizerSource
 
@@ -53,6 +53,9 @@ class Source(Protocol):
     @property
     def files_read_as_stored(self) -> tuple[Path, ...]:
         """Files from which pages come byte for byte; none where they are made from what lies in the files."""
+
+    def in_file(self, entry: PageTensor) -> bool:
+        """Whether what is planned can be used where it lies in its file: what stays is mapped then, not read."""
 
     def extents(self) -> Iterator[tuple[Path, int, int]]:
         """Where all tensors lie in the files: file, offset and bytes."""

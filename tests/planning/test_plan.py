@@ -15,7 +15,7 @@ from mpillm.errors import JobError, LayoutError, ModelError
 from mpillm.kernels import KV_BLOCK, BlockType
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
-from mpillm.planning import estimate, hosts, input_memory, input_needs, plan, plan_text
+from mpillm.planning import hosts, input_memory, input_needs, job_time, plan, plan_text
 from mpillm.planning.hosts import Host
 from mpillm.planning.plan import Plan
 from mpillm.planning.speed import ASSUMED
@@ -171,9 +171,9 @@ def test_replicas_hold_the_whole_model_each() -> None:
         planned("llama3", 2, "layout.replicas=3")
 
 
-def on(hosts_: list[Host], *overrides: str, ranks: int | None = None) -> Plan:
+def on(hosts_: list[Host], *overrides: str, ranks: int | None = None, model: str = "llama3") -> Plan:
     machines = hosts.machines_of(hosts_, ranks)
-    job = spec.load(None, overrides, model=str(MODELS / "llama3"), input="in", output="out")
+    job = spec.load(None, overrides, model=str(MODELS / model), input="in", output="out")
     return plan.make(job, machines.ranks, machines)
 
 
@@ -210,10 +210,30 @@ def test_the_first_step_of_each_layer_takes_longer(monkeypatch: pytest.MonkeyPat
     for stages in (1, 2):
         with_it = planned("llama3", stages, f"layout.stages={stages}").time.seconds
         with monkeypatch.context() as patch:
-            patch.setattr(estimate, "FIRST", 0.0)
+            patch.setattr(job_time, "FIRST", 0.0)
             without = planned("llama3", stages, f"layout.stages={stages}").time.seconds
         layers = planned("llama3", 1).ranks[0].layers[1]
         assert with_it - without == pytest.approx(FIRST * layers / ASSUMED.core)
+
+
+def test_memory_that_is_written_for_the_first_time_takes_its_time() -> None:
+    """What weights are made ready in, the KV cache, the rows of a step; not what is mapped from its file."""
+    for model, settings in (
+        ("llama3", ("quantize=q8_0",)),
+        ("smol_bf16", ()),
+        ("smol_bf16", ("memory.loader=read",)),
+    ):
+        made = [
+            on([Host(memory="1GiB", fill_gbs=fill)], *settings, model=model)
+            for fill in (1.0, ASSUMED.fill / 1e9)
+        ]
+        rank = made[0].ranks[0]
+        least = rank.kv_held + rank.activations
+        new = (made[0].time.seconds - made[1].time.seconds) / (1e-9 - 1 / ASSUMED.fill)
+        if model == "smol_bf16" and not settings:
+            assert least < new < least + rank.weights_share / 10
+        else:
+            assert new == pytest.approx(least + rank.weights_share, rel=1e-3)
 
 
 def test_hosts_without_names_are_numbered() -> None:

@@ -157,6 +157,21 @@ def test_a_run_leaves_out_the_hosts_that_slow_it_down() -> None:
     assert for_run(asked, replace(machines, speeds=()))[1:] == ([], "")
 
 
+def test_a_host_that_takes_long_to_get_ready_is_left_out_of_a_short_job() -> None:
+    """A quota slows down the start as much as the steps; memory that comes slowly delays the weights."""
+    for late in (host(FAST, name="late", core=0.004), host(FAST, name="late", fill_gbs=0.002)):
+        machines = machines_of([host(FAST, name="here"), late])
+        for requests, expected in ((8, [1]), (10_000, [])):
+            found, without, said = for_run(layouts("memory.loader=read", requests=requests), machines)
+            assert (len(shapes(found)), without) == (2 - len(expected), expected), (late, requests)
+            assert said.startswith("late is left out") == bool(expected)
+    half = machines_of([host(FAST), host(SLOW, name="slow")])
+    asked = layouts(requests=1000)
+    assert for_run(asked, half, worth=1.15)[1] == for_run(asked, half)[1] == []
+    _, without, said = for_run(asked, half, worth=1.27)
+    assert (without, "slow is left out" in said, "is hardly faster with it" in said) == ([1], True, True)
+
+
 def test_replicas_share_requests_so_that_they_end_together() -> None:
     def shared(machines: Machines, *settings: str, requests: int = 64) -> tuple[list[float], list[float]]:
         """The shares, and the seconds that each replica takes for its own."""

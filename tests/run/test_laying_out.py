@@ -30,6 +30,7 @@ class World:
 
     def __init__(self, *places: str) -> None:
         self.nodes, self.together = SimpleNamespace(places=places), nullcontext
+        self.rank, self.host = 0, "here"
 
     def on_rank_0(self, work: Any) -> Any:
         return work()
@@ -52,11 +53,11 @@ def test_short_jobs_are_measured_briefly(
     made: list[float] = []
     pipeline = Chosen((Replica(0, 2, 1),), "")
 
-    def searched(self: LayoutChoice, job: spec.Spec, machines: Machines) -> LaidOut:
+    def searched(self: LayoutChoice, job: spec.Spec, machines: Machines, worth: float = 1.0) -> LaidOut:
         chosen = replace(pipeline, inexact=inexact and bool(made))
         return LaidOut(chosen, TWO_HOSTS, range(2), measured if made else assumed)
 
-    def machines(world: World, source: None, threads: int, effort: float) -> Machines:
+    def machines(world: World, source: None, threads: int, effort: float, budget: None) -> Machines:
         made.append(effort)
         return TWO_HOSTS
 
@@ -77,11 +78,11 @@ def test_whoever_goes_on_with_a_job_on_the_same_hosts_does_not_measure_them_agai
     used: list[list[Speed]] = []
     speeds = [ASSUMED.shared_by(1), ASSUMED.shared_by(3)]
 
-    def searched(self: LayoutChoice, job: spec.Spec, machines: Machines) -> LaidOut:
+    def searched(self: LayoutChoice, job: spec.Spec, machines: Machines, worth: float = 1.0) -> LaidOut:
         used.append(list(machines.speeds))
         return LaidOut(Chosen((Replica(0, 2, 1),), ""), TWO_HOSTS, range(2), seconds)
 
-    def machines(world: World, source: None, threads: int, effort: float) -> Machines:
+    def machines(world: World, source: None, threads: int, effort: float, budget: None) -> Machines:
         made.append(effort)
         return replace(TWO_HOSTS, speeds=speeds, measured=True)
 

@@ -126,7 +126,7 @@ def test_a_timing_ends_however_short_its_call_is(monkeypatch: pytest.MonkeyPatch
 
 def test_what_a_kernel_gives_is_measured() -> None:
     rates = kernel_rates.kernel_rates(["q4_0"], 1, 2**23)
-    assert min(*rates.products["q4_0"], *rates.attention, rates.values, rates.core) > 0
+    assert min(*rates.products["q4_0"], *rates.attention, rates.values, rates.fill, rates.core) > 0
 
 
 @pytest.mark.parametrize(("mbit", "larger"), [(10, []), (1000, [probe.LARGE])])
@@ -154,8 +154,10 @@ def test_a_host_with_a_quota_measures_as_slow_as_it_is(monkeypatch: pytest.Monke
     assert kernel_rates.part_of_core(0.95, 1.0, pytest.fail) == 1.0
     monkeypatch.setattr(kernel_rates.time, "thread_time", lambda: 0.25 * time.perf_counter())
     monkeypatch.setattr(kernel_rates, "typical", lambda *_: 1.0)
+    monkeypatch.setattr(kernel_rates, "_fill", lambda *_: 1e9)
     slow = kernel_rates.kernel_rates(["q4_0"], 1, 2**23)
     monkeypatch.setattr(kernel_rates.time, "thread_time", time.perf_counter)
     whole = kernel_rates.kernel_rates(["q4_0"], 1, 2**23)
     assert slow.core / whole.core == pytest.approx(0.25, rel=0.2)
+    assert slow.fill / whole.fill == pytest.approx(0.25, rel=0.2)
     assert slow.products["q4_0"][0] / whole.products["q4_0"][0] == pytest.approx(0.25, rel=0.2)

@@ -13,7 +13,7 @@ from mpillm.weights.formats.delivered import QUANTIZE
 from mpillm.weights.formats.loaders import LOADING_NBYTES
 from mpillm.weights.formats.quantised import QUANTIZATION
 from mpillm.weights.inventory import Inventory, PageSpec, all_tensors
-from mpillm.weights.plan import PagePlan, page_name, plan_entries
+from mpillm.weights.plan import PagePlan, PageTensor, page_name, plan_entries
 from mpillm.weights.roles import ROLES, Key
 from mpillm.weights.source import TensorInfo
 from mpillm.weights.text_files import TokenizerSource
@@ -68,6 +68,11 @@ class PaperSource:
     def extents(self) -> Iterator[tuple[Path, int, int]]:
         """None: there are no files."""
         return iter(())
+
+    def in_file(self, entry: PageTensor) -> bool:
+        """Whole rows of floats can."""
+        whole = len(entry.cols) == self.tensors[entry.key].shape[-1]
+        return entry.type.block == 1 and bool(entry.bounds) and whole
 
     def open_loader(self, *_: Any) -> NoReturn:
         """There is nothing to load."""

@@ -127,6 +127,10 @@ class TensorSource:
             return None
         return StoredRows(self.mapped.index(there[0]), there[1], entry.n * extent.row_bytes, extent.row_bytes)
 
+    def in_file(self, entry: PageTensor) -> bool:
+        """Whether what is planned can be used where it lies in its file."""
+        return entry.type.block == 1 and self.in_place(entry) is not None
+
     def head_rows(self, key: Key) -> int:
         """Rows of a head of a matrix whose rows lie in llama.cpp's order; 0 for all others."""
         extent = self._extents[key]

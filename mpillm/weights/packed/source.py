@@ -48,7 +48,7 @@ from mpillm.weights.packed.loaders import open_packed_loader
 from mpillm.weights.page import Page
 from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.paging.pager import Loader
-from mpillm.weights.plan import PagePlan, page_name
+from mpillm.weights.plan import PagePlan, PageTensor, page_name
 from mpillm.weights.roles import Key
 from mpillm.weights.source import TensorInfo
 from mpillm.weights.text_files import TokenizerSource
@@ -137,6 +137,10 @@ class PackedSource:
                 f"{file.path} is not laid out as its configuration asks for ({page_name(kind, layer)}); {PACK_AGAIN}."
             )
         return number, file.panels[names[0]].offset
+
+    def in_file(self, entry: PageTensor) -> bool:
+        """Everything lies there as it is used."""
+        return True
 
     @property
     def files_read_as_stored(self) -> tuple[Path, ...]:
