@@ -78,13 +78,9 @@ def start_up(world: World, spec: Spec, model: Path, options: BenchOptions, peer:
     ours, theirs = [], []
     prompt = prompts_of(1, START, 256)
     for turn in range(-1, options.repeats):  # the first one warms up
-        gc.collect()  # a session is part of a reference cycle: free its memory before the next one allocates
         world.barrier()
-        start = time.perf_counter()
-        with closing(Session(world, spec, model)) as session:
-            run_steps(session, prompt, 1)
-            seconds = time.perf_counter() - start
-            threads = session.threads
+        seconds, threads = _first_token(world, spec, model, prompt)
+        gc.collect()  # a session is part of a reference cycle: freeing its memory is no part of the next start
         other = peer.start(prompt[0]) if peer else 0.0
         if turn >= 0:
             ours.append(seconds)
@@ -93,6 +89,14 @@ def start_up(world: World, spec: Spec, model: Path, options: BenchOptions, peer:
     if peer:
         made.peer_seconds, made.ratio = median(theirs), ratio(theirs, ours)
     return made
+
+
+def _first_token(world: World, spec: Spec, model: Path, prompt: Prompts) -> tuple[float, int]:
+    """Seconds from opening the model to the first token, and the threads that computed; nothing holds the session."""
+    start = time.perf_counter()
+    with closing(Session(world, spec, model)) as session:
+        run_steps(session, prompt, 1)
+        return time.perf_counter() - start, session.threads
 
 
 def prefill(session: Session, length: int, options: BenchOptions, peer: Peer | None) -> Run:

@@ -10,6 +10,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -54,7 +55,7 @@ class Files(Protocol):
 
 def identity(source: Files) -> dict[str, FileIdentity]:
     """All files that decide the answers, by name; ModelError if one cannot be read."""
-    return {name: _identify(*file) for name, file in _named(source).items()}
+    return _identify_all(_named(source))
 
 
 def fingerprint(source: Files) -> tuple[int, str]:
@@ -81,7 +82,7 @@ class Watch:
             self._states = {name: _state(path) for name, (path, _) in self._named.items()}
         except OSError as error:
             raise ModelError(f"{error.filename} cannot be read: {error.strerror}.") from None
-        self.files = {name: _identify(*file) for name, file in self._named.items()}
+        self.files = _identify_all(self._named)
         self._checked = time.monotonic()
 
     @property
@@ -113,7 +114,7 @@ class Watch:
     def check_all(self) -> None:
         """Compute the identity of all files again; ModelChangedError names a file that has changed."""
         named = self._all_named()
-        found = {name: _identify(*file) for name, file in named.items()}
+        found = _identify_all(named)
         for name, (path, _) in {**self._named, **named}.items():
             if found.get(name) != self.files.get(name):
                 raise _changed(path)
@@ -162,6 +163,12 @@ def _files(source: Files) -> dict[Path, _Stretches]:
 def _state(path: Path) -> tuple[int, ...]:
     found = os.stat(path)
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _identify_all(named: _Named) -> dict[str, FileIdentity]:
+    """The files' identities by name, several files at a time: a packed model has one for each layer."""
+    with ThreadPoolExecutor(os.cpu_count() or 1, "files-identified") as pool:
+        return dict(zip(named, pool.map(lambda file: _identify(*file), named.values()), strict=True))
 
 
 def _identify(path: Path, stretches: _Stretches) -> FileIdentity:

@@ -7,6 +7,8 @@ import errno
 import os
 from pathlib import Path
 
+import numpy as np
+
 # statfs's f_type of file systems whose bytes come over a network (man 2 statfs, and the systems' own sources). There
 # a page fault is slow, and one that fails kills the process.
 NETWORK = {
@@ -29,10 +31,14 @@ NETWORK = {
 }
 IN_MEMORY = {0x01021994: "tmpfs", 0x858458F6: "ramfs"}
 POPULATE_READ = 22  # MADV_POPULATE_READ of linux/mman.h, since Linux 5.14
+AROUND = 64 * 1024  # Linux maps so much around a page that is touched, if it has it in memory anyway
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_libc.pwritev.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64)
+_libc.pwritev.restype = ctypes.c_ssize_t
+_MOST = 1024  # pieces that one pwritev(2) takes
 
 
 def network_kind(path: Path) -> str | None:
@@ -63,6 +69,32 @@ def madvise(address: int, nbytes: int, advice: int) -> None:
 def same_bytes(one: int, other: int, nbytes: int) -> bool:
     """Whether the bytes from two addresses on are alike; other threads run meanwhile."""
     return bool(_libc.memcmp(one, other, nbytes) == 0)
+
+
+def cached(descriptor: int, offset: int, nbytes: int) -> bool:
+    """Whether the page cache has both ends of these bytes of a file: then most likely all of them."""
+    byte = bytearray(1)
+    try:
+        return all(
+            os.preadv(descriptor, [byte], at, os.RWF_NOWAIT) == 1 for at in (offset, offset + nbytes - 1)
+        )
+    except (AttributeError, OSError):  # not there, or a file system that cannot tell
+        return False
+
+
+def map_cached(address: int, nbytes: int, sink: int) -> bool:
+    """Map pages that the page cache has; False if one of those that were touched cannot be read.
+
+    Takes half the time of POPULATE_READ, which looks at each page: the kernel copies a byte of every `AROUND` bytes to
+    the file `sink`, and so meets what would be a signal here.
+    """
+    first = -(-(address + 1) // AROUND) * AROUND
+    touched = np.array([address, *range(first, address + nbytes, AROUND)], np.uintp)
+    pieces = np.stack([touched, np.ones_like(touched)], axis=1)  # as struct iovec
+    return all(
+        _libc.pwritev(sink, some.ctypes.data, len(some), 0) == len(some)
+        for some in (pieces[begin : begin + _MOST] for begin in range(0, len(pieces), _MOST))
+    )
 
 
 def can_populate() -> bool:

@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 
 from mpillm.errors import ModelError
 from mpillm.foreign import HEAD, what_it_is
-from mpillm.weights.io.filesystem import madvise
+from mpillm.weights.io.filesystem import AROUND, madvise
 from mpillm.weights.io.reading import DirectFile, changed, open_file, read_pieces
 
 Bytes = NDArray[np.uint8]
 
 _PAGE = mmap.PAGESIZE
-_AROUND = 64 * 1024  # Linux maps so much around a page that is touched, if it has it in memory anyway
 
 
 class MappedFile:
@@ -80,8 +79,8 @@ class MappedFile:
         Those around them go as well. Nothing is lost with a page: the mapping is read-only. Where `read` goes past the
         page cache, vectors still come through the map.
         """
-        first = max(offset - _AROUND, 0)
-        self._advise(mmap.MADV_DONTNEED, first, min(offset + nbytes + _AROUND, self.size) - first)
+        first = max(offset - AROUND, 0)
+        self._advise(mmap.MADV_DONTNEED, first, min(offset + nbytes + AROUND, self.size) - first)
 
     def close(self) -> None:
         """Unmap the file (when the last view of it is gone)."""

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 from mpillm import tracing
 from mpillm.errors import ModelError
-from mpillm.weights.io.filesystem import POPULATE_READ, madvise
+from mpillm.weights.io.filesystem import POPULATE_READ, cached, madvise, map_cached
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.io.reading import REQUEST_BYTES, REQUESTS, Bytes, changed, open_file
 
@@ -90,14 +90,20 @@ class MappingLoader(ParallelLoader):
 
     def __init__(self, files: Sequence[StoredFile], parallel: int = 2) -> None:
         super().__init__(files, parallel)
+        self._sink = os.memfd_create("mpillm-touched")
         self._maps = [MappedFile(file.path) for file in files]
 
     def _make_resident(self, number: int, memory: Bytes) -> None:
-        """Have all pages in memory: looking at them later then never waits for the disk, nor fails."""
+        """Have all pages in memory: looking at them later then hardly ever waits for the disk, nor fails."""
         file, first = self._files[number], memory.ctypes.data
         address = first // mmap.PAGESIZE * mmap.PAGESIZE
+        offset = address - self._maps[number].bytes.ctypes.data
 
         def fetch(begin: int, nbytes: int) -> None:
+            if cached(file.descriptor, offset + begin, nbytes) and map_cached(
+                address + begin, nbytes, self._sink
+            ):
+                return
             try:
                 with tracing.span("disk read", bytes=nbytes):
                     madvise(address + begin, nbytes, mmap.MADV_WILLNEED)
@@ -118,3 +124,6 @@ class MappingLoader(ParallelLoader):
         super().close()
         for file in getattr(self, "_maps", ()):
             file.close()
+        if (sink := getattr(self, "_sink", -1)) >= 0:
+            os.close(sink)
+            self._sink = -1
