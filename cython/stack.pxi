@@ -6,6 +6,7 @@
 cdef enum:
     REGION_ROWS = 256
     REGION_ROWS_WITH_MESSAGES = 16
+    TABLE = 5  # of what is known of a step's rows, the one thing that is not of each row
 
 
 cdef class LayerStack:
@@ -30,22 +31,32 @@ cdef class LayerStack:
             if widths != {self.width}:
                 raise ValueError(f"layers must be {self.width} wide throughout, not {sorted(widths)}")
 
-    def __call__(self, float[:, ::1] x, rows, between, reduce, int threads=1):
+    def __call__(self, float[:, ::1] x, rows, between, reduce, int threads=1, lanes=None):
+        cdef Residual before
+        cdef long m = x.shape[0], d = self.width, lane, count, begin, end
+        cdef Pools pools
         cdef Attention attention
         cdef Residual after_attention, after_mlp
         cdef Mlp mlp
-        cdef long m = x.shape[0], d = self.width
-        cdef Pools pools
-        cdef Space space = Space(len(rows) * sizeof(Rows) + LINE)
+        bounds = [0, m] if lanes is None else list(lanes)
+        count = len(bounds) - 1
+        cdef Space space = Space(count * len(rows) * sizeof(Rows) + LINE)
         part = np.empty((m, d), np.float32)
         cdef float[:, ::1] parts = part
         cdef Sums sums = Sums(&parts[0, 0], d, 0)
-        cdef Rows *places = <Rows *>space.take(len(rows) * sizeof(Rows))
+        cdef Rows *places = <Rows *>space.take(count * len(rows) * sizeof(Rows))
         require_rows("x", x, -1, d)
         if not 0 <= min(self.places) <= max(self.places) < len(rows):
             raise ValueError(f"layers use places {self.places}, and there are {len(rows)}")
-        for place, where in enumerate(rows):
-            places[place] = self.rows_at(place, where, m)
+        if bounds[0] != 0 or bounds[count] != m or sorted(set(bounds)) != bounds or reduce is None and count > 1:
+            raise ValueError(f"lanes are rows between sums of {m} rows, not {bounds}")
+        of_lanes = []
+        for lane in range(count):
+            begin, end = bounds[lane], bounds[lane + 1]
+            of_lanes.append([tuple(of if of is None or number == TABLE else of[begin:end]
+                                   for number, of in enumerate(where)) for where in rows])
+            for place, where in enumerate(of_lanes[lane]):
+                places[lane * len(rows) + place] = self.rows_at(place, where, end - begin)
         if reduce is None:
             together = max(1, (REGION_ROWS if between is None else REGION_ROWS_WITH_MESSAGES) // m)
             for first in range(0, len(self.layers), together):
@@ -53,17 +64,34 @@ cdef class LayerStack:
                     between()
                 self.compute(first, min(first + together, len(self.layers)), &x[0, 0], m, places, &sums, threads)
             return
+        slices = [part[begin:end] for begin, end in zip(bounds, bounds[1:])]
+        added, before = [None] * count, None
         for (attention, after_attention, mlp, after_mlp), place, (keys, values) in zip(self.layers, self.places,
                                                                                        self.pools):
             if between is not None:
                 between()
             pools = attention.pools(self.kv_type, keys, values)
-            attention.compute(&x[0, 0], d, &places[<int>place], self.kv_type, &pools, &sums, threads)
-            reduce(part)
-            after_attention.compute(&x[0, 0], d, sums.to, d, m, d, threads)
-            mlp.compute(&x[0, 0], d, m, &sums, threads)
-            reduce(part)
-            after_mlp.compute(&x[0, 0], d, sums.to, d, m, d, threads)
+            for lane in range(count):
+                begin, end = bounds[lane], bounds[lane + 1]
+                sums.to = &parts[begin, 0]
+                if before is not None:
+                    added[lane]()
+                    before.compute(&x[begin, 0], d, sums.to, d, end - begin, d, threads)
+                attention.compute(&x[begin, 0], d, &places[lane * len(rows) + <int>place], self.kv_type, &pools,
+                                  &sums, threads)
+                added[lane] = reduce(slices[lane], lane)
+            for lane in range(count):
+                begin, end = bounds[lane], bounds[lane + 1]
+                sums.to = &parts[begin, 0]
+                added[lane]()
+                after_attention.compute(&x[begin, 0], d, sums.to, d, end - begin, d, threads)
+                mlp.compute(&x[begin, 0], d, end - begin, &sums, threads)
+                added[lane] = reduce(slices[lane], lane)
+            before = after_mlp
+        for lane in range(count):
+            begin, end = bounds[lane], bounds[lane + 1]
+            added[lane]()
+            before.compute(&x[begin, 0], d, &parts[begin, 0], d, end - begin, d, threads)
 
     cdef int compute(self, Py_ssize_t first, Py_ssize_t last, float *x, long m, Rows *places, Sums *part,
                      int threads) except -1:

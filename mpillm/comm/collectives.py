@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
 from mpillm import kernels
 from mpillm.comm.counters import MessageCounters
-from mpillm.comm.parts import Copies, Pieces
+from mpillm.comm.parts import Copies, Pieces, lanes
 from mpillm.comm.shared import SharedRows
 from mpillm.comm.transfer import F32, U8, Codec, SumCodec, Wire, WireError
 from mpillm.comm.world import World
@@ -44,9 +46,13 @@ class Group:
         self._count = counters.all_reduce
         self._rate, self._crowded = rate, crowded
         self._shared = shared if wire == "f32" else None
-        self._copies: dict[str, Copies] = {}  # of the last call of each method
-        self._pieces: Pieces | None = None  # of the last call of `all_reduce`
+        # Of the last call of each method, the latter of each lane.
+        self._gathered: dict[int, Copies] = {}
+        self._copies: dict[int, Copies] = {}
+        self._pieces: dict[int, Pieces] = {}
         self._others = [self._first + shard for shard in range(place.shards) if shard != place.shard]
+        self._under_way: dict[int, Copies | Pieces] = {}  # sums of lanes
+        world.keep_alive(self._under_way)
 
     def all_reduce(self, x: F32) -> None:
         """Replace each shard's part x, f32 [m, d], by the sum of all shards' parts; a no-op for one shard.
@@ -56,40 +62,72 @@ class Group:
         sends it to the others (`SumCodec`).
         All end with the same bytes.
         """
+        self.begin(x)()
+
+    def begin(self, x: F32, lane: int = 0) -> Callable[[], None]:
+        """Begin `all_reduce`, and return what ends it; until then x is not to be used.
+
+        So many may be under way as there are lanes, numbered from 0. They end in the order in which they began.
+        """
         shards = self._place.shards
-        if shards == 1:
-            return
         m, d = x.shape
+        if shards == 1:
+            return _nothing
         if self._shared is not None and d <= self._shared.capacity:
             self._sum_in_shared_memory(self._shared, x)
-        elif shards == 2:
-            copies = self._copies_of("all_reduce", m, self._codec.type.row_bytes(d))
+            return _nothing
+        row_bytes = self._codec.type.row_bytes(d)
+        if shards == 2:
+            copies = self._copies_of(self._copies, lane, m, row_bytes)
             self._codec.encode(x, copies.own)
-            copies.exchange(self._count)
-            values = self._codec.decode(copies.data.reshape(shards * m, -1), d)
-            kernels.fold(values.reshape(shards, m, d), x, self._codec.threads)
-        else:
-            self._sum_by_pieces(x)
-
-    def _sum_by_pieces(self, x: F32) -> None:
-        kind, (m, d) = self._codec.type, x.shape
-        blocks = m * kind.row_bytes(d) // kind.block_bytes
-        pieces = self._pieces
-        if pieces is None or pieces.bounds[-1] != blocks:
-            if pieces is not None:
-                self._pieces = None
-                pieces.free()
-            sizes = kind.block_bytes, self._sums.block_bytes
-            pieces = self._pieces = Pieces(
-                self._world, self._first, self._place, blocks, *sizes, self._rate, self._crowded
-            )
+            self._under_way[lane] = copies
+            copies.begin(self._count)
+            return partial(self._end_copies, copies, x, lane)
+        pieces = self._pieces_of(lane, m * row_bytes // self._codec.type.block_bytes)
         self._codec.encode(x, pieces.parts.reshape(m, -1))
-        pieces.exchange(self._fold_piece, self._count)
-        values = np.empty(blocks * kind.block, np.float32)
+        for other in self._pieces.values():  # what is sent first leaves first
+            other.turn(self._fold_piece, self._count)
+        self._under_way[lane] = pieces
+        pieces.begin(self._count)
+        return partial(self._end_pieces, pieces, x, lane)
+
+    def lanes(self, m: int, d: int) -> list[int]:
+        """The first rows of the lanes in which rows [m, d] are summed best, and m."""
+        kind, shards = self._codec.type, self._place.shards
+        of_sums = self._sums.block_bytes if shards > 2 else kind.block_bytes
+        nbytes = m * kind.row_bytes(d) * (1 + of_sums / kind.block_bytes) / 2
+        count = 1 if self._shared is not None else lanes(shards, m, nbytes, self._rate)
+        return [lane * m // count for lane in range(count + 1)]
+
+    def _end_copies(self, copies: Copies, x: F32, lane: int) -> None:
+        copies.end(self._count)
+        del self._under_way[lane]
+        (m, d), shards = x.shape, self._place.shards
+        values = self._codec.decode(copies.data.reshape(shards * m, -1), d)
+        kernels.fold(values.reshape(shards, m, d), x, self._codec.threads)
+
+    def _end_pieces(self, pieces: Pieces, x: F32, lane: int) -> None:
+        kind, (m, d) = self._codec.type, x.shape
+        pieces.end(self._fold_piece, self._count)
+        del self._under_way[lane]
+        values = np.empty(pieces.bounds[-1] * kind.block, np.float32)
         for data, (begin, end) in zip(pieces.sums, itertools.pairwise(pieces.bounds), strict=True):
             if end > begin:
                 self._sums.decode(data, values[begin * kind.block : end * kind.block])
         x[...] = values.reshape(m, -1)[:, :d]
+
+    def _pieces_of(self, lane: int, blocks: int) -> Pieces:
+        """Room for so many blocks, and their messages: those of the lane's last call if they are as many."""
+        pieces = self._pieces.get(lane)
+        if pieces is None or pieces.bounds[-1] != blocks:
+            if pieces is not None:
+                del self._pieces[lane]
+                pieces.free()
+            sizes = self._codec.type.block_bytes, self._sums.block_bytes
+            pieces = self._pieces[lane] = Pieces(
+                self._world, self._first, self._place, blocks, *sizes, self._rate, self._crowded
+            )
+        return pieces
 
     def _fold_piece(self, parts: U8, out: U8) -> None:
         """Write the sum of each shard's blocks of a piece, uint8 [shards, nbytes], to uint8 [nbytes]."""
@@ -120,18 +158,23 @@ class Group:
 
     def all_gather(self, x: F32) -> F32:
         """Every shard's x, f32 [m, d], exactly as it is: f32 [shards, m, d]. It is valid until the next call."""
-        copies = self._copies_of("all_gather", len(x), x.shape[1] * x.itemsize)
+        copies = self._copies_of(self._gathered, 0, len(x), x.shape[1] * x.itemsize)
         values: F32 = copies.data.view(np.float32)
         values[self._place.shard] = x
-        copies.exchange(self._count)
+        copies.begin(self._count)
+        copies.end(self._count)
         return values
 
-    def _copies_of(self, method: str, m: int, nbytes: int) -> Copies:
-        """Room for parts of m rows, and their messages: those of the method's last call if they are as large."""
-        copies = self._copies.get(method)
+    def _copies_of(self, known: dict[int, Copies], lane: int, m: int, nbytes: int) -> Copies:
+        """Room for parts of m rows, and their messages: those of the lane's last call if they are as large."""
+        copies = known.get(lane)
         if copies is None or copies.own.shape != (m, nbytes):
             if copies is not None:
                 copies.free()
-                del self._copies[method], copies
-            copies = self._copies[method] = Copies(self._world, self._first, self._place, m, nbytes)
+                del known[lane], copies
+            copies = known[lane] = Copies(self._world, self._first, self._place, m, nbytes)
         return copies
+
+
+def _nothing() -> None:
+    """A sum that has ended."""

@@ -67,7 +67,7 @@ class Decoder:
         self._stackable = (
             self._rank.all_resident and kv.spill is None and all(layer.stackable for layer in self._layers)
         )
-        self._reduce = group.all_reduce if place.shards > 1 else None
+        self._group = group if place.shards > 1 else None
         self._stack: _Stack | None = None
         vocab = grid.vocab_axis(config.vocab)
         self.vocab = vocab.entries(place)
@@ -112,7 +112,12 @@ class Decoder:
         else:
             rows = self._stack.rows(step)
             between = self._pipe.progress if self.place.stages > 1 else None
-            self._rank.compute(self._stack.work, x, rows, between, self._reduce)
+            begin, lanes = None, None
+            if self._group is not None:
+                begin = self._group.begin
+                # Where rows need later ones all of them go together.
+                lanes = None if self.config.whole_prompts else self._group.lanes(*x.shape)
+            kernels.compute(self._stack.work, x, rows, between, begin, self._threads, lanes)
             self._rank.weights.cycle.count_hits(len(self._layers))
         self._kv.end(batch.states)
         if self.is_last:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -227,6 +228,22 @@ def test_a_stack_is_its_layers_in_turn(m: int, regions: int) -> None:
         sums.append(mine)
     assert cases.same(*sums)
     assert not cases.same(sums[0], results[0][0])
+    # In lanes too, each of whose sums ends when it is needed, in the order in which they began.
+    for module in (kernels, fused) if m > 1 else ():
+        pools = [tuple(np.zeros(*one) for one in kernels.kv_pools(BlockType.F16, 2, KVH, hd)) for hd in dims]
+        mine, said = x.copy(), list[str]()
+        later = partial(_later, said)
+        module.LayerStack(made, BlockType.F16, pools, [0, 0, 1, 1])(
+            mine, rows, None, later, 2, [0, m // 2, m]
+        )
+        assert cases.same(mine, sums[0])
+        assert said == [
+            "begin 0",
+            "begin 1",
+            *["end 0", "begin 0", "end 1", "begin 1"] * (2 * count - 1),
+            "end 0",
+            "end 1",
+        ]
     pools = [tuple(np.zeros(*one) for one in kernels.kv_pools(BlockType.F16, 2, KVH, hd)) for hd in dims]
     for places, words in (
         ([0, 1, 1, 1], "layers of one place rotate 16 and 32"),
@@ -235,10 +252,25 @@ def test_a_stack_is_its_layers_in_turn(m: int, regions: int) -> None:
     ):
         with pytest.raises(ValueError, match=words):
             kernels.LayerStack(made, BlockType.F16, pools, places)(x, rows, lambda: None, None)
+    for lanes, reduce in (([0, m + 1], _double), ([0], _double), ([0, 0, m], _double), ([0, 1, m], None)):
+        with pytest.raises(ValueError, match=f"lanes are rows .* of {m} rows, not"):
+            kernels.LayerStack(made, BlockType.F16, pools, [0, 0, 1, 1])(x, rows, None, reduce, 1, lanes)
 
 
-def _double(part: Any) -> None:
+def _double(part: Any, lane: int) -> Callable[[], None]:
     part += part
+    return lambda: None
+
+
+def _later(said: list[str], part: Any, lane: int) -> Callable[[], None]:
+    """Double the part when that is ended."""
+    said.append(f"begin {lane}")
+
+    def end() -> None:
+        said.append(f"end {lane}")
+        part[...] += part
+
+    return end
 
 
 @pytest.mark.parametrize(

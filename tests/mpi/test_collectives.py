@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from mpillm.comm.channel import Channel, Pipe
 from mpillm.comm.collectives import Group
 from mpillm.comm.counters import MessageCounters
+from mpillm.comm.parts import EAGER
 from mpillm.comm.shared import shared_rows
 from mpillm.comm.transfer import Wire, WireError
 from mpillm.comm.world import World
@@ -206,12 +208,40 @@ def test_few_rows_are_summed_by_one_shard(world: World, wire: Wire) -> None:
 
 
 @pytest.mark.mpi(min_size=2)
+@WIRES
+@pytest.mark.parametrize("rows", [3, 200])
+def test_several_sums_are_under_way(world: World, wire: Wire, rows: int) -> None:
+    """They end in the order in which they began, with the bytes of one after the other."""
+    if world.size not in (2, 4, 8):
+        pytest.skip(f"{world.size} ranks are no shards")
+    place, counters = Place(world.rank, 1, world.size), MessageCounters()
+    group = Group(world, place, wire, counters, rate=1e6)
+    random = np.random.default_rng(world.rank)
+    turns = [random.standard_normal((rows, 512)).astype(np.float32) for _ in range(6)]
+    expected = [x.copy() for x in turns]
+    for x in expected:
+        group.all_reduce(x)
+    before = counters.all_reduce.messages
+    ends = [group.begin(turns[0], 0)]
+    for number, x in enumerate(turns[1:], 1):
+        ends.append(group.begin(x, number % 2))
+        ends[number - 1]()
+    ends[-1]()
+    assert all(np.array_equal(*pair) for pair in zip(turns, expected, strict=True))
+    assert counters.all_reduce.messages == 2 * before
+    # Large ones leave in pieces that need no answer.
+    sums = rows * 512 * (4 if wire == "f32" else 34 / 32)
+    if world.size == 2:
+        assert before == 6 * math.ceil(sums / EAGER)
+
+
+@pytest.mark.mpi(min_size=2)
 def test_q8_0_saves_its_share(world: World) -> None:
     """34 bytes for 32 values instead of 128, and 52 for sums, which add next to no error."""
     if world.size not in (2, 4, 8):
         pytest.skip(f"{world.size} ranks are no shards")
     place = Place(world.rank, 1, world.size)
-    x = np.random.default_rng(world.rank).standard_normal((16, 1024)).astype(np.float32)
+    x = np.random.default_rng(world.rank).standard_normal((8, 1024)).astype(np.float32)
     carried, sums = {}, {}
     for wire in ("f32", "q8_0"):
         counters = MessageCounters()

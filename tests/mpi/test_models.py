@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from mpillm.comm import parts
 from mpillm.comm.world import World
 from tests.digests import recorded
 from tests.digests.recorded import digest_of
@@ -49,6 +50,24 @@ def test_every_layout(name: str, world: World) -> None:
             completions, _ = run_laid_out(world, path, requests[first:], **job, between_stages="q8_0")
             if world.rank == 0:
                 recorded.check({f"{known} between=q8_0 stages={stages}": digest_of(completions)})
+
+
+@pytest.mark.mpi(min_size=2)
+def test_rows_in_lanes_have_the_same_bytes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a prompt, and of several sequences, are cut anywhere: one lane computes while another is summed."""
+    path = path_of("llama3")
+    requests = recorded.requests(vocab_of(path))
+    found, messages = [], []
+    for seconds in (1.0, 0.0):
+        monkeypatch.setattr(parts, "LANES", seconds)
+        monkeypatch.setattr(parts, "LANE_ROWS", 2)
+        completions, session = run_laid_out(
+            world, path, requests, stages=1, shards=world.size, activations="q8_0"
+        )
+        found.append(digest_of(completions) if world.rank == 0 else "")
+        messages.append(session.counters.all_reduce.messages)
+    assert found[0] == found[1]
+    assert messages[1] > messages[0]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -14,6 +14,7 @@ from mpillm.planning.speed import Speed
 from mpillm.planning.step_time import (
     APART,
     DRAWN,
+    HIDDEN,
     INSIDE,
     LAYER,
     LOAD,
@@ -137,6 +138,20 @@ def test_messages_of_shards_and_stages() -> None:
         2 * 2 * 2 * (2e-3 + 3 * 1000 / 1e9)
     )
     assert stage_time(stage(work()), ONE).messages == 0
+
+
+def test_messages_of_rows_in_lanes_are_partly_hidden() -> None:
+    """A lane's messages travel while the other is computed, of many rows that a network carries for long."""
+    net, rows = LinkRate(0.0, 1e5), StepRows(32, 32, 0)
+    whole = 2 * 2 * 1000 * 32 / 1e5 / 1  # twice in each of two layers a kilobyte of each row
+    computing = rank_time(work(), SPEED, rows).total
+    made = stage_time(stage(work(), work(), link=net), rows)
+    assert made.messages == pytest.approx(whole - HIDDEN * min(whole, computing))
+    apart = stage_time(stage(work(apart=True), work(apart=True), link=net), rows)
+    assert apart.messages == pytest.approx(whole)
+    assert stage_time(stage(work(), work(), link=LinkRate(0.0, 1e9)), rows).messages == pytest.approx(
+        whole / 1e4
+    )
 
 
 def times(*seconds: float) -> Sequence[Stage]:
