@@ -43,6 +43,10 @@ class Worker:
         self.decoder.note_step(seconds)
         return reply
 
+    def let_go(self) -> None:
+        """Let go of the layers, their weights and their KV cache: there are no more steps."""
+        del self.decoder, self._replies
+
     @property
     def paging(self) -> tuple[float, float]:
         """Seconds so far of waiting for weights and of loading them."""

@@ -96,7 +96,8 @@ class Balance:
         before, self._suspected = self._suspected, slowest if stands_out else None
         if not stands_out or before != slowest:
             return None
-        speeds = [speed.shared_by(ratio) for speed, ratio in zip(self._machines.speeds, ratios, strict=True)]
+        known = self._machines.speeds
+        speeds = [speed.shared_by(ratio) for speed, ratio in zip(known, ratios, strict=True)]
         gain = self._session.choice.gain(replace(self._machines, speeds=speeds), self._session.chosen)
         if gain < GAIN or left() * (1 - 1 / gain) < COST:
             return None
@@ -104,7 +105,8 @@ class Balance:
         return Slowed(
             f"Rank {slowest} on {self._session.world.hosts[slowest]} has computed in {done[slowest] / passed:.0%} of "
             f"the last {passed:.0f} s, and the others in {others / passed:.0%}",
-            speeds,
+            known,
+            ratios,
         )
 
     def _beside_others(self, done: Sequence[float]) -> list[float]:
@@ -119,10 +121,11 @@ class Balance:
 
 @dataclass(frozen=True)
 class Slowed:
-    """The rank that keeps others waiting, in words, and the speeds of all ranks by what they have done."""
+    """The rank that keeps others waiting, in words; and of all ranks how many times as long as `planned` they took."""
 
     who: str
-    speeds: Sequence[Speed]
+    planned: Sequence[Speed]
+    ratios: Sequence[float]
 
 
 def what_was_slow(slowed: Slowed, session: Session, seconds: float) -> str:

@@ -46,6 +46,11 @@ class Computation:
         self._unanswered = count
         self._began = self._checked = time.monotonic()
 
+    def let_go(self) -> None:
+        """Let go of weights, KV cache and layers of the session, which is closed: `continued` does not need them."""
+        self.session.worker.let_go()
+        del self.session.weights, self.session.kv
+
     def continued(self, session: Session) -> Computation:
         """The rest of this computation, with a new session; what was computed is in the journal."""
         self._leader.save_everything()

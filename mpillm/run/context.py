@@ -37,6 +37,7 @@ class RankContext:
         self.tracer = tracer
         self.start = time.monotonic()
         self.longest_step = 0.0  # seconds
+        self._computation: Computation | None = None  # the latest one
 
     @cached_property
     def claim(self) -> Claim:
@@ -62,8 +63,13 @@ class RankContext:
             job, journal = open_job(session, self.spec, path, self.claim, self.progress)
             computation = Computation(job, session, journal, Totals())
             job.phases.end("prepare")
-        self.stack.callback(computation.close)
+            self.stack.callback(self._close_computation)
+        self._computation = computation
         return computation
+
+    def _close_computation(self) -> None:
+        if self._computation is not None:
+            self._computation.close()
 
     def kept(self, origin: Origin | None) -> tuple[Spec, int | None]:
         """The job with the wire between shards that the run began with, and their number if results depend on it.

@@ -92,7 +92,7 @@ class LayoutChoice:
     def again(self, origin: Origin) -> LaidOut:
         """The layout of a run that goes on with other ranks or speeds: by the speeds of all ranks if they are known."""
         world, spec = self._world, with_wire(self._spec, origin.wire)
-        speeds, machines = world.gather(origin.speed), self._machines()
+        speeds, machines = world.gather(origin.speed_now), self._machines()
         known = [speed for speed in speeds if speed is not None]
         if len(known) == world.size:
             machines = replace(machines, speeds=known, measured=True)

@@ -28,12 +28,18 @@ class Origin:
     model: dict[str, FileIdentity]  # the files as rank 0 had them
     model_state: str  # of all ranks' files
     wire: Wire  # between the shards of a stage
-    speed: Speed | None  # of this rank, if it is known
+    speed: Speed | None  # of this rank as it was measured, if it is known
+    slower: float = 1.0  # how many times as slow as that it has become, beside the fastest rank
 
     @property
     def layout(self) -> UsedLayout:
         """The layout as the journal notes it."""
         return UsedLayout(self.replicas[0].stages, self.replicas[0].shards, self.wire)
+
+    @property
+    def speed_now(self) -> Speed | None:
+        """The speed of this rank, if it is known."""
+        return None if self.speed is None else self.speed.shared_by(self.slower)
 
     def laid_out(self, world: World, wire: WireSection) -> Replicas:
         """The replicas for the ranks that are left, or for some of them."""

@@ -14,6 +14,7 @@ Each state has all data that it needs, and two methods: `advance` does what belo
 
 from __future__ import annotations
 
+import gc
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -58,10 +59,17 @@ class Restarting:
 
     def advance(self, rank: RankContext) -> State:
         world, origin = rank.world, self.origin
+        gc.collect()  # what the earlier session held, before this one needs as much
         kv_tokens = max(world.gather(origin.kv_tokens))  # which spare ranks do not know
         if (slowed := world.bcast(self.slowed)) is not None:
             world.look_around()
-            origin = replace(origin, speed=slowed.speeds[world.rank])
+            slower = origin.slower * slowed.ratios[world.rank]
+            # The fastest rank is as fast as it was measured: one that was slow for a while gets its speed back.
+            origin = replace(
+                origin,
+                speed=origin.speed or slowed.planned[world.rank],
+                slower=slower / min(world.gather(slower)),
+            )
         return begin(rank, self.losses, replace(origin, kv_tokens=kv_tokens), self.before, slowed)
 
     def regrouped(self, computed: bool, losses: Losses) -> State:
@@ -78,12 +86,17 @@ class Leading:
     def advance(self, rank: RankContext) -> State:
         session = self.computation.session
         with rank.computing(session):
-            if (slowed := self.computation.run()) is not None:
-                return Restarting(session.origin, self.computation, (), slowed)
-            return Gathering(self.computation, rank_statistics(session))
+            if (slowed := self.computation.run()) is None:
+                return Gathering(self.computation, rank_statistics(session))
+        return self._again((), slowed)
 
     def regrouped(self, computed: bool, losses: Losses) -> State:
-        return Restarting(self.computation.session.origin, self.computation, losses)
+        return self._again(losses)
+
+    def _again(self, losses: Losses, slowed: Slowed | None = None) -> State:
+        origin = self.computation.session.origin
+        self.computation.let_go()
+        return Restarting(origin, self.computation, losses, slowed)
 
 
 @dataclass(frozen=True)
