@@ -19,6 +19,7 @@ from mpillm.errors import Interrupted, JobError, MpillmError
 from mpillm.model.families import gguf_family
 from mpillm.model.opening import judge
 from mpillm.store.directory import replacing
+from mpillm.weights.formats.gguf_parts import gguf_parts
 from mpillm.weights.formats.hf import of_text, read_json
 from mpillm.weights.opening import CONFIG, is_beside
 from mpillm.weights.text_files import MODULES, modules_in
@@ -64,8 +65,6 @@ def pull_hf(name: str, notes: Path) -> Path:
     repo, file, revision = match["repo"], match["file"], match["revision"]
     try:
         if file:
-            from mpillm.weights.formats.gguf_file import gguf_parts
-
             _judge_gguf(hub, name, repo, file, revision)
             path = _fetch(hub, name, repo, gguf_parts(file), revision)
         else:

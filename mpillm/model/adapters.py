@@ -21,7 +21,8 @@ from mpillm.model.layers.rank import Floats, LowRanks
 from mpillm.model.opening import config_of
 from mpillm.partition.grid import Place, stage_layers
 from mpillm.weights.formats.adapter import AdapterFiles, Factors
-from mpillm.weights.formats.extent import Extent, place
+from mpillm.weights.formats.extent import Extent
+from mpillm.weights.formats.matrices import place
 from mpillm.weights.inventory import TensorSpec, tensor_name
 from mpillm.weights.page import Matrix
 from mpillm.weights.roles import ROLES, Key

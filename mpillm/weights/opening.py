@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mpillm.errors import JobError, ModelError
 from mpillm.weights.formats.families import Families
+from mpillm.weights.formats.gguf_parts import is_later_part
 from mpillm.weights.formats.hf import INDEX as SAFETENSORS_INDEX
 from mpillm.weights.formats.hf import SINGLE, open_hf
 from mpillm.weights.formats.tensors import TensorSource
@@ -72,9 +73,7 @@ def file_in(path: Path) -> Path | None:
     if any((path / name).exists() for name in (SINGLE, SAFETENSORS_INDEX)):
         return None
     found = _gguf_files(path, "*")
-    if found:
-        from mpillm.weights.formats.gguf_file import SPLIT
-    models = [file for file in found if not (part := SPLIT.fullmatch(file.name)) or int(part["number"]) == 1]
+    models = [file for file in found if not is_later_part(file.name)]
     if not found:
         models = sorted(path.glob("*.m"))
     if len(models) > 1:

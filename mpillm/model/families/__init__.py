@@ -14,6 +14,7 @@ from mpillm.model.families.afmoe import Afmoe
 from mpillm.model.families.base import Family
 from mpillm.model.families.bert import Bert, Roberta
 from mpillm.model.families.cohere import Cohere
+from mpillm.model.families.cwm import Cwm
 from mpillm.model.families.deepseek import DeepSeek, Youtu
 from mpillm.model.families.dots import Dots
 from mpillm.model.families.ernie import Ernie
@@ -27,6 +28,7 @@ from mpillm.model.families.gpt2 import BigCode, Gpt2, Opt
 from mpillm.model.families.gpt_oss import GptOss
 from mpillm.model.families.granite import Granite, GraniteSwa
 from mpillm.model.families.granite_hybrid import GraniteHybrid
+from mpillm.model.families.helium import Helium
 from mpillm.model.families.hunyuan import Hunyuan
 from mpillm.model.families.images import TEXT_SIZES, WITH_IMAGES
 from mpillm.model.families.lfm2 import Lfm2
@@ -49,7 +51,6 @@ from mpillm.model.families.smollm import SmolLM3
 from mpillm.model.families.starcoder import StarCoder
 from mpillm.model.families.tasks import Task, split_task
 from mpillm.model.families.ungated import Arcee, Ungated
-from mpillm.model.families.variants import Variants
 from mpillm.model.fields import Fields
 
 FAMILIES: tuple[Family, ...] = (
@@ -93,7 +94,8 @@ FAMILIES: tuple[Family, ...] = (
     StableLm(),
     Arcee(),
     Ungated(),
-    Variants(),
+    Cwm(),
+    Helium(),
     Afmoe(),
     Lfm2(),
     Falcon(),

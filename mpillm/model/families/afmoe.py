@@ -33,6 +33,13 @@ from mpillm.weights.formats.gguf_config import (
 from mpillm.weights.names import Names
 
 _AFMOE = "AfmoeForCausalLM"
+_ROUTED = {
+    "first_k_dense_replace": "num_dense_layers",
+    "n_shared_experts": "num_shared_experts",
+    "n_routed_experts": "num_experts",
+    "routed_scaling_factor": "route_scale",
+    "norm_topk_prob": "route_norm",
+}
 
 
 class Afmoe(Family):
@@ -105,17 +112,11 @@ class Afmoe(Family):
     def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
         """llama.cpp multiplies embeddings by the root of their length in all of them."""
         refuse_gating(fields)
-        config, routed = usual_config(fields, shape_of), routed_config(fields)
-        window = fields.integer("attention.sliding_window", 0)
+        config = usual_config(fields, shape_of)
         return config | {
             "architectures": [_AFMOE],
-            "sliding_window": window or None,
+            "sliding_window": fields.integer("attention.sliding_window", 0) or None,
             "layer_types": window_types(fields, config["num_hidden_layers"], 4),
-            "num_dense_layers": routed.pop("first_k_dense_replace"),
-            "num_shared_experts": routed.pop("n_shared_experts"),
-            "num_experts": routed.pop("n_routed_experts"),
-            "route_scale": routed.pop("routed_scaling_factor"),
-            "route_norm": routed.pop("norm_topk_prob"),
             "mup_enabled": True,
-            **routed,
+            **routed_config(fields, _ROUTED),
         }

@@ -37,6 +37,7 @@ from mpillm.weights.formats.gguf_config import (
 from mpillm.weights.names import AFTER_NORMS, Names
 
 _MIXTURE = "ExaoneMoeForCausalLM"
+_ROUTED = {"n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts"}
 
 
 class Exaone(Family):
@@ -117,15 +118,13 @@ class ExaoneMixture(Family):
 
     def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
         refuse_gating(fields)
-        config, routed = usual_config(fields, shape_of), routed_config(fields)
+        config = usual_config(fields, shape_of)
         fields.raw("expert_shared_feed_forward_length")  # their number times the width
         return config | {
             "architectures": [_MIXTURE],
             "sliding_window": fields.integer("attention.sliding_window", 0) or None,
             "layer_types": window_types(fields, config["num_hidden_layers"], 4),
-            "num_experts": routed.pop("n_routed_experts"),
-            "num_shared_experts": routed.pop("n_shared_experts"),
-            **routed,
+            **routed_config(fields, _ROUTED),
         }
 
 

@@ -17,7 +17,7 @@ from mpillm.weights.text_files import TokenizerSource
 class Factors:
     """What is added to a tensor of the model: `scale` b a, with a [r, k] and b [n, r].
 
-    `parsed` is what the tensor is, `name` what the file calls it; `groups` as in `extent.place`.
+    `parsed` is what the tensor is, `name` what the file calls it; `groups` as in `matrices.place`.
     """
 
     name: str

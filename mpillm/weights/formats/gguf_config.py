@@ -7,8 +7,9 @@ architecture that is not known here might change the result, and is refused by n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mpillm.errors import ModelError
@@ -103,9 +104,9 @@ def encoder_config(fields: GgufFields, shape_of: ShapeOf, architecture: str) -> 
     }
 
 
-def routed_config(fields: GgufFields) -> dict[str, Any]:
-    """The keys of experts as DeepSeek V3 has them, from their usual fields."""
-    return {
+def routed_config(fields: GgufFields, names: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+    """The keys of experts as DeepSeek V3 has them, from their usual fields; `names` are what a family calls some."""
+    keys = {
         "n_routed_experts": fields.integer("expert_count"),
         "num_experts_per_tok": fields.integer("expert_used_count"),
         "moe_intermediate_size": fields.integer("expert_feed_forward_length"),
@@ -116,6 +117,7 @@ def routed_config(fields: GgufFields) -> dict[str, Any]:
         "norm_topk_prob": fields.raw("expert_weights_norm") is True,
         "first_k_dense_replace": fields.integer("leading_dense_block_count", 0),
     }
+    return {names.get(key, key): value for key, value in keys.items()}
 
 
 def window_types(fields: GgufFields, n_layers: int, every: int) -> list[str]:

@@ -12,20 +12,20 @@ import numpy as np
 
 from mpillm.errors import ModelError
 from mpillm.weights import names
-from mpillm.weights.formats.extent import Extent, add
+from mpillm.weights.formats.extent import Extent
 from mpillm.weights.formats.families import Families
 from mpillm.weights.formats.gguf_family import config_of
 from mpillm.weights.formats.gguf_float4 import extent_of, in_heads, scales_of
 from mpillm.weights.formats.gguf_header import GgufHeader, GgufTensor, read_header
+from mpillm.weights.formats.gguf_parts import MAX_PARTS, PART
 from mpillm.weights.formats.heads import row_groups, split_kv_b
+from mpillm.weights.formats.matrices import add
 from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.names import Parsed
 from mpillm.weights.roles import Key
 
-SPLIT = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _LAYER = re.compile(r"blk\.(?P<layer>[0-9]{1,6})\.")
-MAX_SPLITS = 999
 
 
 def open_gguf(path: Path, families: Families, quantize: str = "none", whole: bool = True) -> TensorSource:
@@ -74,23 +74,15 @@ def open_gguf(path: Path, families: Families, quantize: str = "none", whole: boo
         raise
 
 
-def gguf_parts(name: str) -> list[str]:
-    """The names of all parts of a split file, of which `name` is one, or `name` alone."""
-    if not (match := SPLIT.fullmatch(name)):
-        return [name]
-    count = min(int(match["count"]), MAX_SPLITS)
-    return [f"{match['stem']}-{number:05d}-of-{match['count']}.gguf" for number in range(1, count + 1)]
-
-
 def _read_parts(path: Path, files: list[MappedFile], whole: bool) -> list[GgufHeader]:
     """The headers of all parts, the one with the metadata first; `files` takes the mapped files."""
-    match = SPLIT.fullmatch(path.name)
+    match = PART.fullmatch(path.name)
     first = path if match is None else path.with_name(f"{match['stem']}-00001-of-{match['count']}.gguf")
     files.append(MappedFile(first))
     headers = [read_header(files[0], whole)]
     count = headers[0].metadata.get("split.count", 0)
-    if type(count) is not int or not 0 <= count <= MAX_SPLITS:
-        raise ModelError(f"{first}: split.count is {str(count)[:40]}, but must be at most {MAX_SPLITS}.")
+    if type(count) is not int or not 0 <= count <= MAX_PARTS:
+        raise ModelError(f"{first}: split.count is {str(count)[:40]}, but must be at most {MAX_PARTS}.")
     if count <= 1:
         return headers
     if match is None or int(match["count"]) != count:

@@ -10,9 +10,10 @@ from typing import Any
 
 from mpillm.errors import ModelError
 from mpillm.weights import names
-from mpillm.weights.formats.extent import Extent, Made, Recipe, add
+from mpillm.weights.formats.extent import Extent, Made, Recipe
 from mpillm.weights.formats.families import Families
 from mpillm.weights.formats.heads import row_groups, split_kv_b
+from mpillm.weights.formats.matrices import add
 from mpillm.weights.formats.quantised import QUANTIZATION, method_of
 from mpillm.weights.formats.recipes import Plain, Raw, Transposed
 from mpillm.weights.formats.safetensors import SafetensorsTensor, read_header
