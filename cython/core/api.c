@@ -12,7 +12,7 @@ enum { CACHE = 1 << 18, FLOAT_CACHE = 1 << 20, FEW_ROWS = 2 * MK_ROWS, FEW_TILES
 enum { MINIMUM = 1 << 17 };
 
 #define ADD(range, items, kind, ...) \
-    mk_step_of(work, mk_active->range, items, 1, 0)->kind = (mk_##kind##_job){__VA_ARGS__}
+    mk_step_of(work, mk_active->of_rows->range, items, 1, 0)->kind = (mk_##kind##_job){__VA_ARGS__}
 
 void mk_quantize(mk_work *work, int type, const float *x, long stride, long n, long k, uint8_t *out) {
     ADD(quantize, n, rows, .type = type, .k = k, .x = x, .stride = stride, .out = out);
@@ -168,7 +168,7 @@ void mk_layer_norm(mk_work *work, const float *x, long x_stride, const float *w,
 
 void mk_rope(mk_work *work, float *x, long stride, const float *cosine, const float *sine, long m, int heads, int hd,
              int rotary, int interleaved) {
-    mk_range range = interleaved ? mk_active->rope_interleaved : mk_active->rope;
+    mk_range range = interleaved ? mk_active->of_rows->rope_interleaved : mk_active->of_rows->rope;
     mk_step_of(work, range, m, 1, 0)->small = (mk_small_job){
         .a = cosine, .b = sine, .out = x, .out_stride = stride, .heads = heads, .hd = hd, .d = rotary};
 }

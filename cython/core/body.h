@@ -1,4 +1,5 @@
-/* The kernels, written once over the 16-lane layer that was included before; NAME is the path's. */
+/* The kernels, written once over the 16-lane layer that was included before; NAME is the path's.  A path whose products of
+ * bytes, or of BF16, alone differ from another one's names that one as LIKE, and has the rest from it. */
 #include <math.h>
 #include <string.h>
 
@@ -7,11 +8,18 @@
 #include "super.h"
 #include "vec_common.h"
 
+#define OF(path, name) OF_(path, name)
+#define OF_(path, name) mk_##path##_##name
+
 #include "body_scaled.h"
 
-#include "body_quant.h"
-
 #include "body_matmul.h"
+
+#ifdef LIKE
+extern const mk_operations OF(LIKE, of_rows);
+#else
+#define LIKE NAME
+#include "body_quant.h"
 
 #include "body_small.h"
 
@@ -20,8 +28,12 @@
 #include "body_attention.h"
 
 #define ENTRY(operation) .operation = operation,
+extern const mk_operations OF(NAME, of_rows);
+const mk_operations OF(NAME, of_rows) = {MK_OPERATIONS(ENTRY).to_f16 = to_f16, .to_q8 = to_q8};
+#endif
+
 #define PATH_TABLE(name, product, mixture_of_products, to_tiles) PATH_TABLE_(name, product, mixture_of_products, to_tiles)
-#define PATH_TABLE_(path, product, mixture_of_products, to_tiles)                                                  \
-    const mk_path mk_##path = {MK_OPERATIONS(ENTRY).name = #path, .matmul = product, .mixture = mixture_of_products, \
-                               .to_f16 = to_f16, .to_q8 = to_q8, .bf16_step = BF16_STEP, .tile_rows = to_tiles};
+#define PATH_TABLE_(path, product, mixture_of_products, to_tiles)                                             \
+    const mk_path mk_##path = {.name = #path, .of_rows = &OF(LIKE, of_rows), .matmul = product,               \
+                               .mixture = mixture_of_products, .bf16_step = BF16_STEP, .tile_rows = to_tiles};
 PATH_TABLE(NAME, matmul, mixture, NULL)

@@ -176,6 +176,18 @@ HOT void float_tile(const int type, const int R, const int T, const uint8_t *w, 
 #endif
 #define FLOAT_TILES(type) \
     MORE_FLOATS(type) FLOAT_TILE(type, 4) FLOAT_TILE(type, 3) FLOAT_TILE(type, 2) FLOAT_TILE(type, 1)
+#define FLOAT_FUNCTIONS(type) {type##_1, type##_2, type##_3, type##_4 MORE_FLOAT_FUNCTIONS(type)}
+typedef float_function float_functions[FLOAT_ROWS];
+#ifdef LIKE
+extern const float_functions OF(LIKE, floats)[MK_TYPES];
+#ifdef VEC_BF16
+FLOAT_TILES(MK_BF16)
+static const float_functions PAIRS_FUNCTIONS = FLOAT_FUNCTIONS(MK_BF16);
+#define FLOAT_TILE_FUNCTIONS(type) ((type) == MK_BF16 ? PAIRS_FUNCTIONS : OF(LIKE, floats)[type])
+#else
+#define FLOAT_TILE_FUNCTIONS(type) OF(LIKE, floats)[type]
+#endif
+#else
 #define FLOAT_TILES_FLOAT(type) FLOAT_TILES(type)
 #define FLOAT_TILES_SCALED(type) FLOAT_TILES(type)
 #define FLOAT_TILES_PLAIN(type)
@@ -184,10 +196,13 @@ HOT void float_tile(const int type, const int R, const int T, const uint8_t *w, 
 #define FLOAT_TILES_OF(name, kind, ...) FLOAT_TILES_##kind(MK_##name)
 MK_BLOCK_TYPES(FLOAT_TILES_OF)
 
-#define FLOAT_ROW_FLOAT(type) [type] = {type##_1, type##_2, type##_3, type##_4 MORE_FLOAT_FUNCTIONS(type)},
+#define FLOAT_ROW_FLOAT(type) [type] = FLOAT_FUNCTIONS(type),
 #define FLOAT_ROW_SCALED(type) FLOAT_ROW_FLOAT(type)
 #define FLOAT_ROW_PLAIN(type)
 #define FLOAT_ROW_SUPER(type)
 #define FLOAT_ROW_CODED(type)
 #define FLOAT_ROW_OF(name, kind, ...) FLOAT_ROW_##kind(MK_##name)
-static const float_function FLOAT_TILE_FUNCTIONS[MK_TYPES][FLOAT_ROWS] = {MK_BLOCK_TYPES(FLOAT_ROW_OF)};
+extern const float_functions OF(NAME, floats)[MK_TYPES];
+const float_functions OF(NAME, floats)[MK_TYPES] = {MK_BLOCK_TYPES(FLOAT_ROW_OF)};
+#define FLOAT_TILE_FUNCTIONS(type) OF(NAME, floats)[type]
+#endif

@@ -41,7 +41,7 @@ static void float_panel(const mk_matmul_job *job, int rows, int p, long tile, in
     long ahead = 0;
     if (side_by_side(job)) /* the next panel, or the next tile's first one */
         ahead = p + 1 < job->panels ? job->at[p + 1] - job->at[p] : job->at[0] - job->at[p] + MK_TILE * stride;
-    const float_function of_shape = FLOAT_TILE_FUNCTIONS[type][rows - 1];
+    const float_function of_shape = FLOAT_TILE_FUNCTIONS(type)[rows - 1];
     for (long first = tile * MK_TILE; tiles--; first += MK_TILE, sums += rows) {
         const int n = job->n - first < MK_TILE ? (int)(job->n - first) : MK_TILE;
         of_shape(job->at[p] + first * stride, stride, ahead, n, x, x_stride, columns, sums);

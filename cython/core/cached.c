@@ -8,7 +8,7 @@
 static void put_q8(const float *x, uint8_t *block, int hd, long offset, long at, long step) {
     int8_t q[MK_MAX_HEAD_DIM];
     uint16_t scales[MK_MAX_HEAD_DIM / MK_BLOCK];
-    mk_active->to_q8(x, q, scales, hd);
+    mk_active->of_rows->to_q8(x, q, scales, hd);
     for (int i = 0; i < hd; i++) block[2 * hd + at + i * step] = (uint8_t)q[i];
     for (int i = 0; i < hd / MK_BLOCK; i++) memcpy(block + 2 * (i * MK_KV_BLOCK + offset), &scales[i], 2);
 }
@@ -27,7 +27,7 @@ static void store(const void *argument, long begin, long end) {
                 put_q8(key, keys, hd, offset, offset, MK_KV_BLOCK);
             } else if (job->type == MK_F16) {
                 uint16_t *to = (uint16_t *)keys + offset;
-                mk_active->to_f16(key, half, hd);
+                mk_active->of_rows->to_f16(key, half, hd);
                 for (int i = 0; i < hd; i++) to[(long)i * MK_KV_BLOCK] = half[i];
             } else {
                 float *to = (float *)keys + offset;
@@ -37,7 +37,7 @@ static void store(const void *argument, long begin, long end) {
             const float *value = job->v + row * job->v_stride + (long)head * vd;
             uint8_t *values = (uint8_t *)job->vpool + at * mk_kv_bytes(job->type, vd);
             if (job->type == MK_Q8_0) put_q8(value, values, vd, offset, offset * vd, 1);
-            else if (job->type == MK_F16) mk_active->to_f16(value, (uint16_t *)values + offset * vd, vd);
+            else if (job->type == MK_F16) mk_active->of_rows->to_f16(value, (uint16_t *)values + offset * vd, vd);
             else memcpy((float *)values + offset * vd, value, (size_t)vd * sizeof *value);
         }
 }
@@ -88,7 +88,7 @@ void mk_attention(mk_work *work, int kv_type, const float *q, long q_stride, flo
     groups->next = work->groups;
     work->groups = groups;
     long count = group_queries(groups->items, table_start, kv_of_head, m, heads, hd > vd ? hd : vd);
-    mk_step_of(work, mk_active->attention, count, 1, 1)->attention = (mk_attention_job){
+    mk_step_of(work, mk_active->of_rows->attention, count, 1, 1)->attention = (mk_attention_job){
         .type = kv_type, .kvh = kvh, .hd = hd, .vd = vd, .window = window, .scale = scale, .sinks = sinks,
         .softcap = softcap, .chunked = chunked, .bidirectional = bidirectional,
         .tuning = tuning ? *tuning : (mk_tuning){0}, .q = q, .out = out, .q_stride = q_stride,

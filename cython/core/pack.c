@@ -238,8 +238,8 @@ static void quantise_panel(const mk_pack_job *job, const uint8_t *const *in, int
             mk_rows_job read = {.type = job->stored, .k = width, .in = in[r] + first * mk_block_bytes(job->stored),
                                 .values = values};
             mk_rows_job write = {.type = job->type, .k = width, .x = values, .out = made[r]};
-            mk_active->dequantize(&read, 0, 1);
-            mk_active->quantize(&write, 0, 1);
+            mk_active->of_rows->dequantize(&read, 0, 1);
+            mk_active->of_rows->quantize(&write, 0, 1);
         }
         pack_panel(job->type, blocks, 0, rows, count, out);
         out += count * mk_packed_bytes(job->type) * MK_TILE;

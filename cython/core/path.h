@@ -150,21 +150,25 @@ struct mk_work {
     atomic_long done;       /* parts of it that are done */
 };
 
-/* The operations of a path, functions of the same names in its body: X(name).  Products follow apart, for AMX has its
- * own beside the rest of another path. */
+/* The operations on rows of a path, functions of the same names in its body: X(name).  Paths that differ only in their
+ * products have the same ones. */
 #define MK_OPERATIONS(X)                                                                                         \
     X(quantize) X(dequantize) X(quantize_rows) X(fold) X(square_sums) X(rms_norm) X(layer_norm) X(rope)          \
     X(rope_interleaved) X(activate) X(softcap) X(softmax) X(top_k) X(lse_parts) X(attention) X(decays)           \
     X(short_conv) X(delta_rule) X(selective_scan)
 
 typedef struct {
-    const char *name;
 #define MK_MEMBER(operation) mk_range operation;
     MK_OPERATIONS(MK_MEMBER)
 #undef MK_MEMBER
-    mk_range matmul, mixture;
     void (*to_f16)(const float *x, uint16_t *out, long count);
     void (*to_q8)(const float *x, int8_t *q, uint16_t *d, long count);
+} mk_operations;
+
+typedef struct {
+    const char *name;
+    const mk_operations *of_rows;
+    mk_range matmul, mixture;
     int bf16_step;       /* bytes of 32 values of x for BF16 weights */
     mk_range tile_rows;  /* NULL, or what lays out MK_IN_TILES rows of x and more in tiles, for BF16 weights */
 } mk_path;

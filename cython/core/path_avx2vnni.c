@@ -6,6 +6,7 @@ MK_TARGET("avx2,fma,f16c,avxvnni")
 #include "vec_avx2.h"
 
 #define NAME avx2vnni
+#define LIKE avx2
 #include "body.h"
 MK_TARGET_END
 #endif

@@ -7,6 +7,7 @@ MK_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma,f16c")
 #include "vec_avx512.h"
 
 #define NAME avx512bf16
+#define LIKE avx512
 #include "body.h"
 
 static uint32_t next(uint32_t *state) { return *state = *state * 1664525u + 1013904223u; }

@@ -6,6 +6,7 @@ MK_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")
 #include "vec_avx512.h"
 
 #define NAME avx512vnni
+#define LIKE avx512
 #include "body.h"
 
 #ifdef MK_AMX

@@ -8,6 +8,7 @@ MK_TARGET("dotprod")
 #include "vec_neon.h"
 
 #define NAME neondot
+#define LIKE neon
 #include "body.h"
 #ifdef __clang__
 MK_TARGET_END
