@@ -31,6 +31,13 @@ def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_paths_that_differ_in_some_products_share_the_rest() -> None:
+    """Compiling all of each path took twice as long."""
+    for path in (ROOT / "cython" / "core").glob("path_*.c"):
+        text = path.read_text()
+        assert ("VEC_VNNI" in text or "VEC_DOT" in text) == ("#define LIKE" in text), path.name
+
+
 def test_a_failing_compiler_is_no_error(tmp_path: Path) -> None:
     pytest.importorskip("Cython")
     where = [f"--build-lib={tmp_path / 'lib'}", f"--build-temp={tmp_path / 'temp'}"]
