@@ -93,7 +93,7 @@ def command_parser() -> argparse.ArgumentParser:
         "-v", "--verbose", action="count", default=0, help="say more, on all ranks; twice: for debugging"
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    run = commands.add_parser("run", help="run a job: a file of requests becomes a directory of answers")
+    run = commands.add_parser("run", help="run a job: read a file of requests, write a directory of answers")
     _job_arguments(run)
     run.add_argument(
         "--trace",
@@ -101,11 +101,9 @@ def command_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="write what each rank did when, as JSON that ui.perfetto.dev opens",
     )
-    plan = commands.add_parser("plan", help="will it fit, what will it cost, which layout")
+    plan = commands.add_parser("plan", help="predict the memory, time and layout of a job")
     _job_arguments(plan)
-    plan.add_argument(
-        "--ranks", type=_positive, metavar="N", help="how many ranks it will run on (1, or all of --hosts)"
-    )
+    plan.add_argument("--ranks", type=_positive, metavar="N", help="number of ranks (1, or all of --hosts)")
     plan.add_argument(
         "--hosts", type=Path, metavar="FILE", help="hosts.toml: on which hosts, and what memory they have"
     )
@@ -127,17 +125,19 @@ def command_parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
     pack = commands.add_parser(
-        "pack", help="store a model kernel-ready, for machines that it does not fit into"
+        "pack", help="store a model as the kernels read it, to start or stream it faster"
     )
     pack.add_argument("source", metavar="SRC", help="catalogue name, Hugging Face directory or GGUF file")
-    pack.add_argument("target", metavar="DST", type=Path, help="a new directory, or one to finish")
+    pack.add_argument(
+        "target", metavar="DST", type=Path, help="the directory to write; an interrupted one is finished"
+    )
     pack.add_argument(
         "--weights",
         choices=("source", "q4_0", "q8_0", "bf16", "bf12", "f32"),
         default="source",
-        help="what matrices are stored as (as they are)",
+        help="block type of the stored matrices (source)",
     )
-    worker = commands.add_parser("worker", help="work for a root of Distributed-Llama")
+    worker = commands.add_parser("worker", help="serve a root of Distributed-Llama as a worker")
     worker.add_argument("--host", default="0.0.0.0", help="the address that the root connects to (all)")
     worker.add_argument("--port", type=_positive, default=9990, help="(9990)")
     worker.add_argument("--nthreads", type=_positive, default=1, metavar="N", help="threads (1)")
@@ -149,30 +149,36 @@ def command_parser() -> argparse.ArgumentParser:
     init = commands.add_parser("init", help="write job files, hostfiles, Slurm scripts or the documentation")
     init.add_argument("what", choices=("job", "hostfile", "slurm", "docs"))
     init.add_argument("directory", type=Path)
-    report = commands.add_parser("report", help="a finished run as one HTML page with plots")
+    report = commands.add_parser("report", help="make an HTML page with plots of a finished run")
     report.add_argument("directory", type=Path, help="the run's output directory")
     report.add_argument(
         "--figures", type=Path, metavar="DIR", help="write each plot there as well, as SVG, PDF and CSV"
     )
     export = commands.add_parser(
-        "export", help="a finished run as a table: the input's rows, each with its answer"
+        "export", help="make a table of a finished run: the input's rows, each with its answer"
     )
     export.add_argument("directory", type=Path, help="the run's output directory")
-    export.add_argument("--format", choices=FORMATS, help="as the name of FILE ends, or csv")
     export.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help="instead of table.FORMAT in the directory"
+        "--format", choices=FORMATS, help="format of the table (by the ending of FILE, or csv)"
     )
-    export.add_argument("--input", type=Path, metavar="FILE", help="where the input is now, if it was moved")
-    status = commands.add_parser("status", help="how far a run is, while it runs and after")
+    export.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="file to write (table.FORMAT in the directory)"
+    )
+    export.add_argument(
+        "--input", type=Path, metavar="FILE", help="path of the input, if it was moved after the run"
+    )
+    status = commands.add_parser("status", help="show the progress of a run, while it runs or after")
     status.add_argument("directory", type=Path, help="the run's output directory")
     status.add_argument("--json", action="store_true", help="print JSON")
-    watch = commands.add_parser("watch", help="how far a run is, again and again until it ends")
+    watch = commands.add_parser("watch", help="show the progress of a run every few seconds until it ends")
     watch.add_argument("directory", type=Path, help="the run's output directory")
-    watch.add_argument("--every", type=_positive, default=5, metavar="SECONDS", help="between two lines (5)")
-    compare = commands.add_parser("compare", help="what differs between the results of two runs")
+    watch.add_argument(
+        "--every", type=_positive, default=5, metavar="SECONDS", help="time between two lines (5)"
+    )
+    compare = commands.add_parser("compare", help="show what differs between the results of two runs")
     compare.add_argument("first", type=Path, help="a finished run's output directory")
-    compare.add_argument("second", type=Path, help="another one's")
-    merge = commands.add_parser("merge", help="the outputs of a job's parts become one")
+    compare.add_argument("second", type=Path, help="another finished run's output directory")
+    merge = commands.add_parser("merge", help="merge the outputs of a job's parts into one")
     merge.add_argument(
         "parts",
         metavar="PART",
@@ -181,30 +187,22 @@ def command_parser() -> argparse.ArgumentParser:
         help="output directories of finished runs, or one directory that holds them",
     )
     merge.add_argument("--output", required=True, type=Path, help="directory for the merged results")
-    serve.add_chat(commands.add_parser("chat", help="talk to a model in the terminal"))
-    serve.add(commands.add_parser("serve", help="OpenAI's HTTP interface and a web page in front of a model"))
+    serve.add_chat(commands.add_parser("chat", help="chat with a model in the terminal"))
+    serve.add(commands.add_parser("serve", help="serve a model by OpenAI's HTTP interface, with a web page"))
     doctor = commands.add_parser(
-        "doctor", help="look at MPI, threads, kernels, the model file, network and disk"
+        "doctor", help="check MPI, threads, kernels, the model file, network and disk"
     )
     doctor.add_argument("--model", default=None, help="a model that every rank must be able to read")
     doctor.add_argument(
         "--output", type=Path, metavar="FILE", help="write what was measured there, for plan --hosts"
     )
-    supervise.add(
-        commands.add_parser(
-            "launch", help="mpiexec with a supervisor: starts again after failures, and grows"
-        )
-    )
+    supervise.add(commands.add_parser("launch", help="start ranks, and start them again after a failure"))
     # What follows is the harness's, whose options are no options here.
     lm_eval = commands.add_parser(
-        "lm-eval", help="lm-evaluation-harness on a model", prefix_chars="\0", add_help=False
+        "lm-eval", help="run lm-evaluation-harness on a model", prefix_chars="\0", add_help=False
     )
     lm_eval.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="as for lm_eval")
-    bench.add(
-        commands.add_parser(
-            "bench", help="tokens/s, bytes per token and kernels, beside the machine's limits"
-        )
-    )
+    bench.add(commands.add_parser("bench", help="measure speed, and compare it with the machine's limits"))
     ranks = commands.add_parser("ranks")  # of `mpillm.LLM`, which alone uses it: no help
     ranks.add_argument("address", metavar="SOCKET")
     ranks.add_argument("-n", type=_positive, default=1)

@@ -18,15 +18,25 @@ if TYPE_CHECKING:
 def add(parser: argparse.ArgumentParser) -> None:
     """The arguments of `launch`."""
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("-n", type=int, metavar="N", dest="ranks", help="so many ranks on this machine")
+    where.add_argument("-n", type=int, metavar="N", dest="ranks", help="number of ranks on this machine")
     where.add_argument(
-        "--hostfile", type=Path, metavar="FILE", help="these machines; lines may be added while it runs"
+        "--hostfile",
+        type=Path,
+        metavar="FILE",
+        help="machines to use, one a line; lines may be added while it runs",
     )
     parser.add_argument(
-        "--agent", default="ssh", metavar="COMMAND", help="starts a command on another machine (ssh)"
+        "--agent",
+        default="ssh",
+        metavar="COMMAND",
+        help="command that starts a command on another machine (ssh)",
     )
     parser.add_argument(
-        "--mpi-option", action="append", default=[], metavar="WORD", help="a further word for mpiexec"
+        "--mpi-option",
+        action="append",
+        default=[],
+        metavar="WORD",
+        help="a further option for mpiexec; may be repeated",
     )
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="run ...", help="as for mpillm run")
 
