@@ -431,6 +431,26 @@ def test_it_reads_further_ahead_if_steps_compute_and_wait():
 
 
 @pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("budget", [600, 850])
+def test_streamed_pages_of_several_sizes_share_buffers(budget):
+    """The same memory serves all of them, for new memory takes long, and its end is not in huge pages."""
+    where: list[tuple[int, int]] = []
+
+    def loader(plan: PagePlan, buffer: np.ndarray) -> Item:
+        where.append((int(plan.name), buffer.ctypes.data))
+        buffer[:] = int(plan.name) + 1
+        return Item(buffer)
+
+    cache = WeightCache(plans(*[70, 100, 100, 90] * 6, 300), BufferLoader(loader, 2), budget)
+    fixed = cache.fixed
+    run(cache, [*range(25)] * 5)
+    cache.close()
+    assert cache.counters.peak <= budget
+    shared = {address for page, address in where if page not in fixed}
+    assert 2 <= len(shared) <= (budget - sum(cache.pages[page].nbytes for page in fixed)) // 100
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("policy", ["cycle", "lru"])
 @pytest.mark.parametrize("budget", [200, 350, 1000])
 def test_several_loads_at_a_time(policy, budget):

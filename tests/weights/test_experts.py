@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -186,6 +187,20 @@ def test_nothing_is_guessed_where_most_are_needed(loader: Loader) -> None:
     settle(cache)
     cache.close()
     assert not loader.loads
+
+
+@pytest.mark.parametrize(("small", "buffers"), [(80, 1), (20, 2)])
+def test_experts_of_two_sizes_share_buffers_unless_much_of_them_stayed_unused(
+    small: int, buffers: int, loader: Loader
+) -> None:
+    """As in llama.cpp's mixtures of types, where every other layer has larger experts."""
+    pages = [replace(page, nbytes=small if page.layer % 2 else 100) for page in experts(4, 4)]
+    cache = ExpertCache(pages, loader, 500, 0.5)
+    steps = [[[4 * layer + expert for expert in range(4)] for layer in range(4)]] * 5
+    run(cache, steps)
+    assert len({len(slot.buffer) for slot in cache._slots.values()}) == buffers
+    assert cache.counters.peak <= 500
+    cache.close()
 
 
 def test_what_the_loader_raises_is_raised_in_use(loader: Loader) -> None:

@@ -89,6 +89,7 @@ class UnpackedLoader(BufferLoader[Page]):
         self._pool = ThreadPoolExecutor(workers, "weights-made")
         super().__init__(self._make, parallel)
         self._arena, self._begins = new_buffer(0, ALIGNMENT), dict[str, int]()
+        self.takes_any_buffer = streamed
         if not streamed:
             # One piece of memory for all: many have a part of a huge page at their end, and small pages take long.
             sizes = [page.nbytes for page in pages]
@@ -117,6 +118,8 @@ class InPlaceLoader(MappingLoader):
     What products cannot take so (vectors, rows in another order, columns of a matrix) is made ready in a buffer beside.
     The files are mapped once more for it, for what is read of them otherwise gives its pages back.
     """
+
+    takes_any_buffer = False
 
     def __init__(self, source: TensorFiles, parallel: int) -> None:
         super().__init__(source.mapped, parallel)

@@ -12,7 +12,6 @@ from mpillm.weights.io.filesystem import can_populate, madvise, network_kind
 from mpillm.weights.io.reading import (
     REQUESTS,
     Bytes,
-    EqualBuffers,
     open_direct,
     read_at,
     read_direct,
@@ -41,11 +40,13 @@ def open_packed_loader(
         )
     # The second of two fills the queue while the first waits for its last pieces.
     parallel = REQUESTS if pages[0].expert >= 0 else 2
-    return MappedLoader(files, parallel) if kind == "mmap" else ReadLoader(files, pages, parallel)
+    return MappedLoader(files, parallel) if kind == "mmap" else ReadLoader(files, parallel)
 
 
 class MappedLoader(MappingLoader):
     """Pages are the mapped bytes of the files themselves: nothing is copied, and ranks of a node share them."""
+
+    takes_any_buffer = False
 
     def allocate(self, plan: PagePlan, dropped: list[Bytes]) -> Bytes:
         return self._maps[plan.file].view(plan.offset, plan.nbytes)
@@ -64,18 +65,13 @@ class MappedLoader(MappingLoader):
 class ReadLoader(ParallelLoader):
     """Pages are read into buffers of their own, past the page cache where the file system allows it."""
 
-    def __init__(
-        self, files: Sequence[StoredFile], pages: Sequence[PagePlan] = (), parallel: int = 2
-    ) -> None:
-        """`pages`: those that are loaded."""
+    takes_any_buffer = True
+
+    def __init__(self, files: Sequence[StoredFile], parallel: int = 2) -> None:
         super().__init__(files, parallel)
-        sizes = {page.nbytes for page in pages}
-        self._equal = EqualBuffers(sizes.pop(), len(pages), PAGE) if len(sizes) == 1 else None
         self._direct = [open_direct(file.path) for file in files]
 
     def allocate(self, plan: PagePlan, dropped: list[Bytes]) -> Bytes:
-        if self._equal:
-            return self._equal.take(dropped)
         return used_again(dropped, plan.nbytes, PAGE)
 
     def load(self, plan: PagePlan, buffer: Bytes) -> Page:

@@ -9,11 +9,12 @@ A step uses a rank's pages (those of its layers, then the LM head) in order, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from types import TracebackType
 from typing import Generic, Literal
 
 from mpillm.errors import JobError
+from mpillm.weights.io.reading import Bytes
 from mpillm.weights.paging.pager import Loader, Pager, Slot, T
 from mpillm.weights.plan import PagePlan
 
@@ -68,6 +69,12 @@ class WeightCache(Pager[T]):
             )
         self.fixed = fixed_part(self.pages, self.budget) if policy == "cycle" else frozenset()
         self._fixed_bytes = sum(self.pages[i].nbytes for i in self.fixed)
+        streamed = [i for i in range(len(self.pages)) if i not in self.fixed]
+        if loader.takes_any_buffer and policy == "cycle" and streamed:
+            largest = max(self.pages[i].nbytes for i in streamed)
+            count = (self.budget - self._fixed_bytes) // largest
+            if count >= min(2, len(streamed)):
+                self._share_buffers(streamed, largest, count)
         self._wanted: int | None = None  # the page that a use waits for
         self._cursor = -1  # the page that was asked for last
         self._clock = 0
@@ -92,12 +99,20 @@ class WeightCache(Pager[T]):
         """Give up one page of the fixed part, if there is a small one, so that one more page is read ahead."""
         with self._changed:
             needed = max((page.nbytes for i, page in enumerate(self.pages) if i not in self.fixed), default=0)
-            suitable = [i for i in self.fixed if needed <= self.pages[i].nbytes <= self.total // SMALL]
+            most = self.total // SMALL
+            if self._equal:
+                most = min(most, needed)
+            suitable = [i for i in self.fixed if needed <= self.pages[i].nbytes <= most]
             if suitable:
                 page = min(suitable, key=lambda i: self.pages[i].nbytes)
                 self.fixed -= {page}
                 self._fixed_bytes -= self.pages[page].nbytes
                 self._changed.notify_all()
+
+    def _allocate(self, page: int, dropped: list[Bytes]) -> Bytes:
+        if self._equal and page not in self.fixed:
+            return self._equal.take(dropped)
+        return super()._allocate(page, dropped)
 
     def _acquire(self, page: int) -> T:
         if not self._unused and len(self.fixed) == len(self.pages) and not self._closed:
@@ -131,7 +146,7 @@ class WeightCache(Pager[T]):
             if (
                 page not in self._slots
                 and page not in self.fixed
-                and self._free_at_best() < self.pages[page].nbytes
+                and self._free_at_best() < self._charged[page]
             ):
                 raise RuntimeError("the pages in use exceed the budget of the weight cache")
             self._wanted = page
@@ -145,7 +160,7 @@ class WeightCache(Pager[T]):
     def _free_at_best(self) -> int:
         """Bytes for one more streamed page if every page that is not in use is evicted."""
         used = [other for other, slot in self._slots.items() if slot.users and other not in self.fixed]
-        return self.budget - self._fixed_bytes - sum(self.pages[other].nbytes for other in used)
+        return self.budget - self._fixed_bytes - sum(self._charged[other] for other in used)
 
     def _wake_threads(self) -> None:
         """A use has begun or ended: a thread may now load what it could not. If all pages fit, none waits for that."""
@@ -180,9 +195,9 @@ class WeightCache(Pager[T]):
         """The pages to evict for a page; None if it cannot be loaded now, or is needed later than they are."""
         if page in self.fixed:
             return []  # its bytes are reserved
-        size, free = self.pages[page].nbytes, self.budget - self._fixed_bytes
+        size, free = self._charged[page], self.budget - self._fixed_bytes
         streamed = [other for other in self._slots if other not in self.fixed]
-        free -= sum(self.pages[other].nbytes for other in streamed)
+        free -= sum(self._charged[other] for other in streamed)
         idle = [
             other
             for other in streamed
@@ -199,7 +214,7 @@ class WeightCache(Pager[T]):
             if free >= size:
                 break
             victims.append(other)
-            free += self.pages[other].nbytes
+            free += self._charged[other]
         return victims if free >= size else None
 
     def _worth(self, page: int) -> tuple[bool, int]:
@@ -214,8 +229,6 @@ class WeightCache(Pager[T]):
 
 def minimum_budget(pages: Sequence[PagePlan]) -> int:
     """The minimum budget of a cache of these pages, in bytes: a page in use and the next one being loaded."""
-    if len(pages) < 2:
-        return sum(page.nbytes for page in pages)
     return _largest_pair([page.nbytes for page in pages])
 
 
@@ -223,21 +236,38 @@ def fixed_part(pages: Sequence[PagePlan], budget: int) -> frozenset[int]:
     """The pages that stay for good; any two neighbouring ones of the others fit into the rest of the budget.
 
     Large pages are fixed first, because streaming them would need a large rest. Pages of one size are spread evenly
-    over the cycle, so that a streamed page is loaded while a fixed one is used.
+    over the cycle, so that a streamed page is loaded while a fixed one is used. If the budget allows, the rest has room
+    for two pages of the largest size, so that buffers of one size do for all.
     """
     sizes = [page.nbytes for page in pages]
     if sum(sizes) <= budget:
         return frozenset(range(len(sizes)))
-    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i * _GOLDEN % 1.0))
+    fixed = _fixed(sizes, budget, _largest_twice)
+    fits = sum(sizes[i] for i in fixed) + _largest_twice(_others(sizes, fixed)) <= budget
+    return frozenset(fixed if fits else _fixed(sizes, budget, _largest_pair))
+
+
+def _fixed(sizes: Sequence[int], budget: int, needed: Callable[[Sequence[int]], int]) -> set[int]:
+    """The pages that stay for good; `needed` says how much room the others take."""
     fixed: set[int] = set()
-    for page in order:
-        rest = [size for i, size in enumerate(sizes) if i not in fixed and i != page]
-        needed = _largest_pair(rest) if len(rest) > 1 else sum(rest)
-        if sum(sizes[i] for i in fixed) + sizes[page] + needed <= budget:
-            fixed.add(page)
-    return frozenset(fixed)
+    for page in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i * _GOLDEN % 1.0)):
+        with_it = fixed | {page}
+        if sum(sizes[i] for i in with_it) + needed(_others(sizes, with_it)) <= budget:
+            fixed = with_it
+    return fixed
+
+
+def _others(sizes: Sequence[int], pages: Container[int]) -> list[int]:
+    return [size for page, size in enumerate(sizes) if page not in pages]
+
+
+def _largest_twice(sizes: Sequence[int]) -> int:
+    """Bytes of two buffers for any of these pages, or of one if there is one page."""
+    return max(sizes, default=0) * min(2, len(sizes))
 
 
 def _largest_pair(sizes: Sequence[int]) -> int:
     """The maximum size of two neighbours in the cycle."""
+    if len(sizes) < 2:
+        return sum(sizes)
     return max(size + sizes[(i + 1) % len(sizes)] for i, size in enumerate(sizes))

@@ -22,6 +22,7 @@ from mpillm.weights.paging.pager import Loader, Pager, Slot, T
 from mpillm.weights.plan import PagePlan
 
 SMOOTHING = 1 / 32  # the weight of the last step in the estimate of an expert's probability
+WASTE = 0.25  # of the budget, at most, that experts of several sizes leave unused in buffers of one size
 WORTH = 0.7  # the probability from which on a guess is read ahead: a wrong one delays what is needed
 RAREST = 1e-4  # the lowest probability: experts that were never used are evicted in the order of their layers
 
@@ -43,7 +44,9 @@ class ExpertCache(Pager[T]):
             raise JobError(
                 f"Experts get {budget} bytes of memory.weights, but need at least {minimum} bytes."
             )
-        count = len(self.pages)
+        count, largest = len(self.pages), max(page.nbytes for page in self.pages)
+        if loader.takes_any_buffer and not self.all_resident and largest * count * (1 - WASTE) <= self.total:
+            self._share_buffers(range(count), largest, budget // largest)
         layers = sorted({page.layer for page in self.pages})
         position = {layer: number for number, layer in enumerate(layers)}
         self._layers = len(layers)
@@ -159,7 +162,7 @@ class ExpertCache(Pager[T]):
             for page in self._queue:
                 slot = self._slots.get(page)
                 loaded = slot is not None and slot.page is not None
-                free -= self.pages[page].nbytes
+                free -= self._charged[page]
                 if held and (not loaded or free < 0):
                     break
                 self._count(slot)
@@ -198,7 +201,7 @@ class ExpertCache(Pager[T]):
 
     def _least_needed(self, page: int, needed: Sequence[int] = ()) -> tuple[list[int], bool]:
         """The pages to evict for a page, none of those `needed`; whether they are enough."""
-        free, size = self.budget - self.counters.held, self.pages[page].nbytes
+        free, size = self.budget - self.counters.held, self._charged[page]
         victims = list[int]()
         if free >= size:
             return victims, True
@@ -206,7 +209,7 @@ class ExpertCache(Pager[T]):
         evictable[list(needed)] = 0.0
         while free < size and evictable[other := int(evictable.argmax())]:
             victims.append(other)
-            free += self.pages[other].nbytes
+            free += self._charged[other]
             evictable[other] = 0.0
         return victims, free >= size
 
@@ -219,12 +222,12 @@ class ExpertCache(Pager[T]):
             return None
         # The first page of the queue is waited for: evict later pages of the queue, the last one first, and load them
         # again when their turn comes.
-        free = self.budget - self.counters.held + sum(self.pages[other].nbytes for other in victims)
+        free = self.budget - self.counters.held + sum(self._charged[other] for other in victims)
         for other in reversed(self._queue[1:]):
             if self._idle[other]:
                 victims.append(other)
-                free += self.pages[other].nbytes
-                if free >= self.pages[page].nbytes:
+                free += self._charged[other]
+                if free >= self._charged[page]:
                     return victims
         return None
 
@@ -232,6 +235,9 @@ class ExpertCache(Pager[T]):
         self._idle[page] = True
         if page not in self._queue:
             self._evictable[page] = self._distance[page]
+
+    def _allocate(self, page: int, dropped: list[Bytes]) -> Bytes:
+        return self._equal.take(dropped) if self._equal else super()._allocate(page, dropped)
 
     def _evict(self, page: int) -> Bytes:
         self._idle[page], self._evictable[page] = False, 0.0

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
 from mpillm import tracing
-from mpillm.weights.io.reading import Bytes, used_again
+from mpillm.weights.io.reading import Bytes, EqualBuffers, used_again
 from mpillm.weights.plan import ALIGNMENT, PagePlan
 
 
@@ -30,6 +30,7 @@ class Loader(Protocol[Loaded_co]):
     """Loads pages. A cache calls it from `parallel` threads of its own."""
 
     parallel: int
+    takes_any_buffer: bool  # whether pages may be loaded to memory that `allocate` did not return
 
     def allocate(self, plan: PagePlan, dropped: list[Bytes]) -> Bytes:
         """A buffer for a page; it may be one of the buffers of pages that have just been dropped."""
@@ -50,6 +51,7 @@ class BufferLoader(Generic[T]):
     def __init__(self, make: Callable[[PagePlan, Bytes], T], parallel: int = 1) -> None:
         self._make = make
         self.parallel = parallel
+        self.takes_any_buffer = True
 
     def allocate(self, plan: PagePlan, dropped: list[Bytes]) -> Bytes:
         return used_again(dropped, plan.nbytes, ALIGNMENT)
@@ -106,6 +108,8 @@ class Pager(Generic[T]):
         self.pages = tuple(pages)
         self.total = sum(page.nbytes for page in self.pages)
         self.counters = CacheCounters()
+        self._charged = [page.nbytes for page in self.pages]  # bytes of the budget that each takes
+        self._equal: EqualBuffers | None = None  # for pages that take so many, once they come and go
         self._loader = loader
         self._slots: dict[int, Slot[T]] = {}
         self._error: BaseException | None = None
@@ -134,6 +138,16 @@ class Pager(Generic[T]):
         """Start the threads: everything that `_choose` reads is there."""
         for thread in self._threads:
             thread.start()
+
+    def _share_buffers(self, pages: Iterable[int], nbytes: int, count: int) -> None:
+        """Have these pages use `count` buffers of one size, which each of them then takes of the budget."""
+        self._equal = EqualBuffers(nbytes, count)
+        for page in pages:
+            self._charged[page] = nbytes
+
+    def _allocate(self, page: int, dropped: list[Bytes]) -> Bytes:
+        """A buffer for a page, which may be longer; it may be one of those that have just been dropped."""
+        return self._loader.allocate(self.pages[page], dropped)
 
     def _choose(self) -> tuple[int, list[int]] | None:
         """The page to load now and the pages to evict for it; None if nothing can be loaded."""
@@ -196,14 +210,14 @@ class Pager(Generic[T]):
             plan = self.pages[page]
             dropped = [self._evict(victim) for victim in victims]
             slot = self._slots[page] = Slot()
-            self.counters.held += plan.nbytes
+            self.counters.held += self._charged[page]
             self.counters.peak = max(self.counters.peak, self.counters.held)
         start = time.monotonic()
         for victim in victims:
             self._loader.release(self.pages[victim])
-        slot.buffer = self._loader.allocate(plan, dropped)
+        slot.buffer = self._allocate(page, dropped)
         dropped.clear()
-        loaded = self._loader.load(plan, slot.buffer)
+        loaded = self._loader.load(plan, slot.buffer[: plan.nbytes] if self._equal else slot.buffer)
         with self._changed:
             slot.page = loaded
             self._on_loaded(page)
@@ -218,7 +232,7 @@ class Pager(Generic[T]):
     def _evict(self, page: int) -> Bytes:
         """Remove a page; a user that still refers to it (after its `with` block) cannot keep the buffer alive."""
         slot = self._slots.pop(page)
-        self.counters.held -= self.pages[page].nbytes
+        self.counters.held -= self._charged[page]
         if slot.page is not None:
             slot.page.drop()
         return slot.buffer
