@@ -104,13 +104,13 @@ class ExpertCache(Pager[T]):
     def expect(self, pages: Sequence[int]) -> None:
         """Guess what the layer after the next use needs, the likeliest first, to be read while the disk is idle.
 
-        Only guesses are followed whose place among them was right often enough so far. Those that are in memory do not
-        count, for what is used often is easily guessed. Where most experts are needed, the disk is never idle.
+        All are of one layer. Only guesses are followed whose place among them was right often enough so far. Those that
+        are in memory do not count, for what is used often is easily guessed.
         """
         with self._changed:
             missing = [place for place, page in enumerate(pages) if page not in self._slots]
             self._expected = []
-            if missing and len(pages) <= len(self._right) / 2:
+            if missing:
                 self._guesses[int(self._layer[pages[0]])] = missing, [pages[place] for place in missing]
                 self._expected = [pages[place] for place in missing if self._right[place] >= WORTH]
                 self._changed.notify_all()
