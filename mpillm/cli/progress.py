@@ -52,7 +52,7 @@ def _waits_and_drafts(state: ProgressState, capacity: float = float("inf")) -> s
     parts = [] if state.hits is None else [f"hits {100 * state.hits:.0f} %"]
     if state.per_pass is not None:
         parts.append(f"{state.per_pass:.1f} tokens/pass")
-    for what, part in (("stalls", state.stalled), ("other ranks", state.waited)):
+    for what, part in (("waits for disk", state.stalled), ("waits for ranks", state.waited)):
         if part >= 0.005:
             parts.append(f"{what} {100 * part:.0f} %")
     told = ""

@@ -95,7 +95,7 @@ class Planner:
             1 if any(read) else replica.stages
         )  # streamed weights may make one micro-batch of all (see `Pace`)
         rows = memory.step_rows(asked, spec, step, held, max_context, apart)
-        drafting = draft.nbytes(spec, config)
+        drafting = draft.nbytes(spec, config, asked)
         plans = [
             _rank(
                 one,

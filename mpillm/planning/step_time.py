@@ -24,9 +24,13 @@ DRAWN = 60e-6  # of a token that is drawn or scored: its candidates, its text, w
 LAYER = 20e-6  # of a layer: the start of its kernels
 WAIT = 10e-6  # of a layer, times the root of the rows: threads meet after each kernel, and the last tile is one's alone
 APART = 120e-6  # of a layer whose kernels are called one by one, more than that
-# Of a page of streamed weights: the cores that compute read it and make it ready, and what they wait for meanwhile
-# (4000 loads of 560 KB took so much longer than none, of 2.06 s all together, on both cores of a machine).
-LOAD = 250e-6
+LOAD = 50e-6  # of a page of weights that is loaded
+# Of a byte of streamed weights: the cores that compute read it and make it ready too (0.2 to 0.3e-9 measured with
+# SmolLM2 and a Llama of 10^9 weights, packed and not).
+STREAMED = 0.25e-9
+# The part of computing or reading, whichever is shorter, that is not done beside the other where every page is
+# streamed: two buffers do not hold a page in use and two that are read.
+ONE_BY_ONE = 0.25
 PACK = 0.35e-9  # of a byte of weights that one core makes ready before the first step: 2.4 to 3.3 GB/s
 READY = 0.12  # of every rank from the layout to its first step, weights aside: libraries, tokenizer, engine
 FIRST = 3e-3  # of a layer in the first step, in which its kernels are made: 85 to 130 ms of 30 layers
@@ -64,11 +68,12 @@ class RankWork:
     page: float = 0.0  # bytes of a page on average
     made: int = 0  # bytes of weights that are made ready in memory before the first step; others are mapped
     apart: bool = False  # the layers' kernels are called one by one
+    streamed_part: float = 0.0  # of the pages, if they are used one after the other
 
     def without_layers(self) -> RankWork:
         """The head alone."""
         return replace(self, layers=0, products={}, experts={}, attention=(), streamed=0, streamed_experts=0,
-                       values=0.0, experts_values=0.0)  # fmt: skip
+                       streamed_part=0.0, values=0.0, experts_values=0.0)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,11 +123,15 @@ class StepTime:
     messages: float
     # The part of `products` that reading the weights from memory takes, whatever is computed.
     reading: float = 0.0
+    # The part of computing or of reading from disk, whichever is shorter, that is not done beside the other.
+    apart: float = 0.0
 
     @property
     def total(self) -> float:
         """All of it."""
-        return max(self.products + self.kv + self.other, self.disk) + self.messages
+        computing = self.products + self.kv + self.other
+        waiting = self.apart * min(computing, self.disk)
+        return max(computing, self.disk) + waiting + self.messages
 
     @property
     def limit(self) -> str:
@@ -171,7 +180,7 @@ def rank_time(work: RankWork, speed: Speed, batch: StepRows) -> StepTime:
     streamed = work.streamed - work.streamed_experts * (1 - used)
     loads = streamed / work.page if work.page else 0.0
     layer = LAYER + WAIT * math.sqrt(batch.rows) + APART * work.apart
-    other = STEP + DRAWN * with_logits + layer * work.layers + LOAD * loads
+    other = STEP + DRAWN * with_logits + layer * work.layers + LOAD * loads + STREAMED * streamed
     return StepTime(
         products=products,
         kv=kv,
@@ -179,6 +188,7 @@ def rank_time(work: RankWork, speed: Speed, batch: StepRows) -> StepTime:
         disk=streamed / disk_rate(speed, work.page),
         messages=0.0,
         reading=min(reading, products),
+        apart=ONE_BY_ONE * work.streamed_part**2,
     )
 
 

@@ -17,6 +17,7 @@ from mpillm.model.decoder import Decoder
 from mpillm.model.kv import KVCache
 from mpillm.model.opening import config_of, open_source
 from mpillm.planning.draft import WHOLE, blocks_of, drafts, layout_of
+from mpillm.planning.input_needs import InputNeeds
 from mpillm.spec import Spec
 from mpillm.text import load_tokenizer
 from mpillm.weights.paging.weights import Weights
@@ -24,11 +25,17 @@ from mpillm.weights.source import Source, rank_plans
 
 
 def open_draft_model(
-    spec: Spec, large: Source, config: ModelConfig, world: World, threads: int, stack: ExitStack
+    spec: Spec,
+    large: Source,
+    config: ModelConfig,
+    world: World,
+    threads: int,
+    stack: ExitStack,
+    asked: InputNeeds,
 ) -> DraftModel | None:
     """The draft model beside a model and its source; None if the job has none. What must be closed goes to `stack`.
 
-    JobError if it cannot draft for the model.
+    `asked` is what the input asks for. JobError if it cannot draft for the model.
     """
     if not drafts(spec, config):
         return None
@@ -44,7 +51,7 @@ def open_draft_model(
         chosen=own.expert_share,
     )
     stack.callback(weights.close)
-    n_blocks = blocks_of(spec.draft, spec.memory.max_context, layout)
+    n_blocks = blocks_of(spec.draft, spec.memory.max_context, layout, asked)
     kv = KVCache(layout, n_blocks)
     stack.callback(kv.close)
     counters = MessageCounters()

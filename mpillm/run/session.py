@@ -225,7 +225,7 @@ class Session:
         if self.place.rank:
             return None
         return draft.open_draft_model(
-            self.spec, self.source, self.config, self.world, self.threads, self._open_files
+            self.spec, self.source, self.config, self.world, self.threads, self._open_files, self.needs
         )
 
     @cached_property

@@ -35,8 +35,8 @@ def test_lines_come_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
         now[0] += 1.0
         lines.update(1, lambda step=step: state(100 * step))  # type: ignore[misc]
     assert said == [
-        "5 of 40 requests (12 %), 100 tokens/s (100 now), 00:35 left, hits 50 %, stalls 25 %",
-        "10 of 40 requests (25 %), 100 tokens/s (100 now), 00:30 left, hits 50 %, stalls 25 %",
+        "5 of 40 requests (12 %), 100 tokens/s (100 now), 00:35 left, hits 50 %, waits for disk 25 %",
+        "10 of 40 requests (25 %), 100 tokens/s (100 now), 00:30 left, hits 50 %, waits for disk 25 %",
     ]
 
 
@@ -52,7 +52,7 @@ def test_the_rate_of_now_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_there_is_no_room_for_is_left_out() -> None:
     """The end of a live line would be cut off."""
-    full = ", hits 50 %, stalls 25 %"
+    full = ", hits 50 %, waits for disk 25 %"
     assert progress._waits_and_drafts(state(1)) == progress._waits_and_drafts(state(1), len(full)) == full
     assert progress._waits_and_drafts(state(1), len(full) - 1) == ", hits 50 %"
     assert not progress._waits_and_drafts(state(1), 5)

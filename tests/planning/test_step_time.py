@@ -18,7 +18,9 @@ from mpillm.planning.step_time import (
     INSIDE,
     LAYER,
     LOAD,
+    ONE_BY_ONE,
     STEP,
+    STREAMED,
     WAIT,
     AttentionWork,
     LinkRate,
@@ -103,8 +105,18 @@ def test_what_is_no_product_takes_time_by_rows_and_pages_and_by_the_core() -> No
     assert wide.other - first == pytest.approx((100 * 1e4 + 10 * 1e6) / 1e9)
     assert rank_time(work(apart=True), SPEED, rows).other - first == pytest.approx(2 * APART)
     paged = rank_time(work(streamed=10**6, page=1e5), SPEED, rows)
-    assert paged.other - first == pytest.approx(10 * LOAD)
+    assert paged.other - first == pytest.approx(10 * LOAD + 10**6 * STREAMED)
     assert rank_time(work(), replace(SPEED, core=2.0), rows).other == pytest.approx(first / 2)
+
+
+def test_pages_that_all_are_streamed_are_not_all_read_while_others_are_used() -> None:
+    """A part of computing waits where nothing stays; with half of the pages in memory it is a quarter of that."""
+    stays, half, all_of = (rank_time(work(streamed=10**9, page=1e6, streamed_part=part), SPEED, ONE)
+                           for part in (0.0, 0.5, 1.0))  # fmt: skip
+    computing = stays.products + stays.kv + stays.other
+    assert stays.total == stays.disk > computing
+    assert all_of.total - stays.total == pytest.approx(ONE_BY_ONE * computing)
+    assert half.total - stays.total == pytest.approx(ONE_BY_ONE * computing / 4)
 
 
 def test_small_pages_are_read_at_the_rate_of_small_requests() -> None:
