@@ -33,27 +33,25 @@ static __attribute__((noinline)) void grid_words(int type, const uint8_t *w, uin
     }
 }
 
-/* One block of 16 rows of W: its 8 groups of 4 columns. */
-MK_INLINE void load_groups(int type, const uint8_t *w, vb *groups) {
-    if (mk_is_grid(type)) {
-        uint32_t words[8][MK_TILE];
-        grid_words(type, w, words);
-        UNROLL
-        for (int g = 0; g < 8; g++) groups[g] = vb_signed(vb_load((const uint8_t *)words[g]));
-        return;
-    }
+/* Group g of 4 columns of a block of 16 rows of W; words: what grid_words makes of types of grids. */
+MK_INLINE vb load_group(const int type, const uint8_t *w, uint32_t (*words)[MK_TILE], const int g) {
+    if (mk_is_grid(type)) return vb_signed(vb_load((const uint8_t *)words[g]));
+    if (type == MK_Q8_0) return vb_signed(vb_load(w + 64 * g));
+    if (type == MK_Q2_K) return two_bits(w, g, 0);
+    if (type == MK_Q3_K) return vb_or(two_bits(w, g, 0), one_bit(w + 128, g, 2));
+    const vb group = vb_bits(vb_load(w + 64 * (g % 4)), g / 4 * 4, 15, 0);
+    if (type == MK_MXFP4) return vb_table(E2M1_OPERANDS, group);
+    if (is_iq4(type)) return vb_table(IQ4_OPERANDS, group);
+    if (mk_bits(type) == 5) return vb_or(group, one_bit(w + 256, g, 4));
+    return type == MK_Q6_K ? vb_or(group, two_bits(w + 256, g, 4)) : group;
+}
+
+/* All 8 of them. */
+MK_INLINE void load_groups(const int type, const uint8_t *w, vb *groups) {
+    uint32_t words[8][MK_TILE];
+    if (mk_is_grid(type)) grid_words(type, w, words);
     UNROLL
-    for (int g = 0; g < 8; g++)
-        if (type == MK_Q8_0) groups[g] = vb_signed(vb_load(w + 64 * g));
-        else if (type == MK_Q2_K || type == MK_Q3_K) groups[g] = two_bits(w, g, 0);
-        else groups[g] = vb_bits(vb_load(w + 64 * (g % 4)), g / 4 * 4, 15, 0);
-    UNROLL
-    for (int g = 0; g < 8; g++)
-        if (type == MK_MXFP4) groups[g] = vb_table(E2M1_OPERANDS, groups[g]);
-        else if (is_iq4(type)) groups[g] = vb_table(IQ4_OPERANDS, groups[g]);
-        else if (mk_bits(type) == 5) groups[g] = vb_or(groups[g], one_bit(w + 256, g, 4));
-        else if (type == MK_Q6_K) groups[g] = vb_or(groups[g], two_bits(w + 256, g, 4));
-        else if (type == MK_Q3_K) groups[g] = vb_or(groups[g], one_bit(w + 128, g, 2));
+    for (int g = 0; g < 8; g++) groups[g] = load_group(type, w, words, g);
 }
 
 /* The start of a block's sum of products: it takes away what stored weights have been raised by (mk_activation). */
@@ -69,7 +67,7 @@ MK_INLINE vi dot_of_groups(const int bits, const int count, vi start, const vb *
     vp pairs;
     UNROLL
     for (int g = 0; g < count; g++)
-        vb_multiply(bits, g, count - 1, groups[g], bits == 8 ? vb_size(groups[g]) : groups[g], q + 4 * g, &start, &pairs);
+        vb_multiply(bits, g, count - 1, groups[g], bits == 8 ? vb_size(groups[g]) : groups[g], q, &start, &pairs);
     return start;
 }
 
@@ -81,6 +79,21 @@ MK_INLINE int value_bits(const int type) {
 MK_INLINE vi dot_of(const int type, vi start, const vb *groups, const int8_t *q) {
     return dot_of_groups(value_bits(type), 8, start, groups, q);
 }
+
+#ifdef VEC_DOT
+/* dots += the products of a row of x with the groups of a block of W, each as soon as it is unpacked: held for one row they
+ * would only fill registers.  dots [2]: of both halves of the columns, or [1]. */
+MK_INLINE void dots_of_row(const int type, const int halves, const uint8_t *w, const int8_t *q, vi *dots) {
+    uint32_t words[8][MK_TILE];
+    if (mk_is_grid(type)) grid_words(type, w, words);
+    UNROLL
+    for (int i = 0; i < 8; i++) {
+        const int g = type == MK_Q8_0 ? i : i / 2 + i % 2 * 4; /* nibbles of the same bytes are neighbours */
+        const vb group = vb_keep(load_group(type, w, words, g));
+        vb_multiply(8, g, 7, group, group, q, &dots[halves == 2 ? g / 4 : 0], NULL);
+    }
+}
+#endif
 
 MK_INLINE part_scales load_plain_scales(const int type, const uint8_t *w) {
     part_scales of;
@@ -98,6 +111,15 @@ HOT void quantised_tile(const int type, const int T, const uint8_t *w, const uin
     for (long b = 0; b < count; b++, w += bytes, x += T * MK_ACTIVATION) {
         const mk_activation *a = (const void *)x;
         fetch_ahead(w, bytes);
+#ifdef VEC_DOT
+        if (T == 1) {
+            vi dot = vi_set1(start_of(type, a));
+            dots_of_row(type, 1, w + scales, a->q, &dot);
+            const part_scales of = load_plain_scales(type, w);
+            *acc = add_part(form_of(type), *acc, dot, dot, &of, of.scale[0], of.scale[0], a);
+            continue;
+        }
+#endif
         vb groups[8];
         load_groups(type, w + scales, groups);
         const part_scales of = load_plain_scales(type, w);

@@ -4,10 +4,12 @@
 typedef void (*tile_function)(const uint8_t *w, const uint8_t *x, long count, vf *sums);
 
 /* With few rows, memory is the limit: tiles are one stream, of which so many bytes ahead are fetched into the first cache.
- * Into the second one it took a seventh longer, and with streams of several tiles at once up to half as long again. */
+ * Into the second one it took a seventh longer, and with streams of several tiles at once up to half as long again.  (All on x86: Arm's
+ * processors are left to follow the stream by themselves.) */
 enum { AHEAD = 6144 };
 
 MK_INLINE void fetch_ahead(const uint8_t *w, long bytes) {
+    if (!VEC_FETCHES) return;
     for (long line = 0; line < bytes; line += 64) __builtin_prefetch(w + AHEAD + line);
 }
 

@@ -70,6 +70,18 @@ HOT void super_tile(const int type, const int T, const uint8_t *w, const uint8_t
             const mk_activation *a = (const void *)x;
             fetch_ahead(small, step);
             fetch_ahead(part, bytes);
+#ifdef VEC_DOT
+            if (T == 1) {
+                vi dots[2];
+                UNROLL
+                for (int h = 0; h < 2; h++)
+                    dots[h] = vi_set1(mk_halved(type) ? start_of_half(type, a, h) : start_of(type, a));
+                dots_of_row(type, 1 + mk_halved(type), part, a->q, dots);
+                const part_scales of = load_scales(type, small, part, all.d, all.m);
+                *acc = add_part(form_of(type), *acc, dots[0], dots[1], &of, all.d, all.m, a);
+                continue;
+            }
+#endif
             vb groups[8];
             load_groups(type, part, groups);
             const part_scales of = load_scales(type, small, part, all.d, all.m);

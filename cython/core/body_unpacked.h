@@ -34,6 +34,12 @@ MK_INLINE int raised_by(const int type) {
     }
 }
 
+#ifdef VEC_DOT
+#include "body_quarters.h"
+#else
+#define VEC_PUT(groups, g, a) vb_store((groups)[g], a)
+#endif
+
 MK_INLINE void unpack_groups(const int type, const uint8_t *w, unpacked *to) {
     const int bits = unpacked_bits(type), wanted = bits == 8 ? VEC_Q8_BIAS : bits == 6 ? 32 : 8;
     vb groups[8];
@@ -41,7 +47,7 @@ MK_INLINE void unpack_groups(const int type, const uint8_t *w, unpacked *to) {
     UNROLL
     for (int g = 0; g < 8; g++) {
         if (is_raised(type)) groups[g] = vb_raise(groups[g], wanted - raised_by(type));
-        vb_store(to->groups[g], groups[g]);
+        VEC_PUT(to->groups, g, groups[g]);
         if (UNPACKED_SIZES && bits == 8) vb_store(to->groups[UNPACKED_SIZES + g], vb_size(groups[g]));
     }
 }
@@ -71,6 +77,9 @@ MK_INLINE int32_t unpacked_start(const int form, const int bits, const mk_activa
     return bits == 8 ? a->offset128 : bits == 6 ? a->offset32[0] + a->offset32[1] : a->offset8;
 }
 
+#ifdef VEC_TILE
+#define unpacked_tile VEC_TILE
+#else
 /* sums [R][rows] go on for T rows of x over `count` parts of R tiles of W, and with each so many bytes from `ahead` on are
  * fetched into the second-level cache. */
 HOT void unpacked_tile(const int form, const int bits, const int R, const int T, const unpacked *w, long count,
@@ -94,7 +103,7 @@ HOT void unpacked_tile(const int form, const int bits, const int R, const int T,
                 for (int i = 0; i < R * T; i++) {
                     const uint8_t(*values)[64] = w[i / T * UNPACKED_PARTS].groups + h * 4 + g;
                     vb_multiply(bits, g, last, vb_load(*values), vb_load(values[bits == 8 ? UNPACKED_SIZES : 0]),
-                                a[i % T].q + h * 16 + g * 4, &dots[h][i], &parts[i]);
+                                a[i % T].q + h * 16, &dots[h][i], &parts[i]);
                 }
         }
         UNROLL
@@ -106,6 +115,8 @@ HOT void unpacked_tile(const int form, const int bits, const int R, const int T,
     UNROLL
     for (int i = 0; i < R * T; i++) sums[i / T * rows + i % T] = acc[i];
 }
+
+#endif
 
 typedef void (*unpack_function)(const uint8_t *w, long count, unpacked *to);
 typedef void (*unpacked_function)(const unpacked *w, long count, const uint8_t *x, const uint8_t *ahead, long fetched,

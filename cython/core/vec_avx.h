@@ -132,7 +132,7 @@ XMM(vb_raise, (vb a, const int by), _mm_add_epi8(a.q[j], _mm_set1_epi8((char)by)
 typedef vi vp;
 MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, vb size, const int8_t *x, vi *dot,
                            vp *pairs) {
-    const __m128i xg = avx_x4(x), one = _mm_set1_epi16(1);
+    const __m128i xg = avx_x4(x + 4 * g), one = _mm_set1_epi16(1);
     QUARTERS {
         const __m128i products = bits == 8 ? _mm_maddubs_epi16(size.q[j], _mm_sign_epi8(xg, w.q[j]))
                                            : _mm_maddubs_epi16(w.q[j], xg);

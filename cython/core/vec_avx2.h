@@ -113,8 +113,8 @@ MK_INLINE vb vb_signed(vb a) {
 typedef struct { char none; } vp;
 MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, vb size, const int8_t *x, vi *dot,
                            vp *pairs) {
-    (void)bits, (void)g, (void)last, (void)size, (void)pairs;
-    __m256i xg = ymm_x4(x);
+    (void)bits, (void)last, (void)size, (void)pairs;
+    __m256i xg = ymm_x4(x + 4 * g);
     dot->lo = _mm256_dpbusd_avx_epi32(dot->lo, w.lo, xg);
     dot->hi = _mm256_dpbusd_avx_epi32(dot->hi, w.hi, xg);
 }
@@ -134,7 +134,7 @@ MK_INLINE void ymm_multiply(const int bits, const int g, const int last, __m256i
 }
 MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, vb size, const int8_t *x, vi *dot,
                            vp *pairs) {
-    __m256i xg = ymm_x4(x);
+    __m256i xg = ymm_x4(x + 4 * g);
     ymm_multiply(bits, g, last, w.lo, size.lo, xg, &dot->lo, &pairs->lo);
     ymm_multiply(bits, g, last, w.hi, size.hi, xg, &dot->hi, &pairs->hi);
 }

@@ -21,6 +21,7 @@ enum { VEC_Q8_BIAS = 128 };
 enum { VEC_Q8_BIAS = 0 };
 #endif
 
+enum { VEC_FETCHES = 1 };
 enum { VEC_SUMS = 24 };
 #define VEC_WIDE /* 32 registers of 16 floats */
 
@@ -130,8 +131,8 @@ MK_INLINE vb vb_signed(vb a) { return _mm512_xor_si512(a, _mm512_set1_epi8(-128)
 typedef struct { char none; } vp;
 MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, vb size, const int8_t *x, vi *dot,
                            vp *pairs) {
-    (void)bits, (void)g, (void)last, (void)size, (void)pairs;
-    *dot = _mm512_dpbusd_epi32(*dot, w, zmm_x4(x));
+    (void)bits, (void)last, (void)size, (void)pairs;
+    *dot = _mm512_dpbusd_epi32(*dot, w, zmm_x4(x + 4 * g));
 }
 #else
 MK_INLINE vb vb_signed(vb a) { return a; }
@@ -140,7 +141,7 @@ typedef __m512i vp;
 MK_INLINE __m512i zmm_keep(__m512i a) { __asm__("" : "+v"(a)); return a; }
 MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, vb size, const int8_t *x, vi *dot,
                            vp *pairs) {
-    __m512i xg = zmm_x4(x);
+    __m512i xg = zmm_x4(x + 4 * g);
     if (bits == 8) { /* |w| times x with w's sign */
         xg = _mm512_mask_sub_epi8(xg, _mm512_movepi8_mask(w), _mm512_setzero_si512(), xg);
         w = size;

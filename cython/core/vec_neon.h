@@ -7,11 +7,16 @@
 
 #include "path.h"
 
+#if defined(__GNUC__) && !defined(__clang__) /* which has all sums of a tile in memory if it orders loads before products */
+#pragma GCC optimize("no-schedule-insns")
+#endif
+
 typedef struct { float32x4_t q[4]; } vf;
 typedef struct { int32x4_t q[4]; } vi;
 typedef struct { int8x16_t q[4]; } vb;
 
 #define VEC_ROWS 4
+enum { VEC_FETCHES = 0 };
 enum { VEC_SUMS = 4 };
 #define VEC_ALIKE 1
 enum { VEC_Q8_BIAS = 0 };
@@ -119,7 +124,8 @@ VB(vb_load, (const uint8_t *p), vreinterpretq_s8_u8(vld1q_u8(p + 16 * j)))
 MK_INLINE vb vb_bits(vb a, const int from, const int mask, const int to) {
     QUARTERS {
         uint8x16_t b = vshlq_u8(vreinterpretq_u8_s8(a.q[j]), vdupq_n_s8((int8_t)(to - from)));
-        a.q[j] = vreinterpretq_s8_u8(vandq_u8(b, vdupq_n_u8((uint8_t)(mask << to))));
+        if (mask != 255 >> from) b = vandq_u8(b, vdupq_n_u8((uint8_t)(mask << to))); /* else they are all that is left */
+        a.q[j] = vreinterpretq_s8_u8(b);
     }
     return a;
 }
@@ -134,30 +140,36 @@ MK_INLINE void vb_zip(vb low, vb high, uint8_t *a, uint8_t *b) {
 MK_INLINE vb vb_signed(vb a) { return a; }
 MK_INLINE int8x16_t neon_x4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return vreinterpretq_s8_s32(vdupq_n_s32(v)); }
 
-#ifdef VEC_DOT
-/* vdotq_s32, which compilers give only to files (clang) or architectures (gcc) that have dotprod throughout. */
-MK_INLINE void neon_dot(int32x4_t *sum, int8x16_t w, int8x16_t x) {
-    __asm__(".arch armv8.2-a+dotprod\n\tsdot %0.4s, %1.16b, %2.16b" : "+w"(*sum) : "w"(w), "w"(x));
-}
-#endif
-
 MK_INLINE void vb_store(uint8_t *p, vb a) { QUARTERS vst1q_s8((int8_t *)p + 16 * j, a.q[j]); }
 VB(vb_raise, (vb a, const int by), vaddq_s8(a.q[j], vdupq_n_s8((int8_t)by)))
 
 #ifdef VEC_DOT
+/* vdotq_laneq_s32, which compilers give only to files (clang) or architectures (gcc) that have dotprod throughout. */
+#define NEON_DOT(lane) \
+    __asm__(".arch armv8.2-a+dotprod\n\tsdot %0.4s, %1.16b, %2.4b[" #lane "]" : "+w"(*sum) : "w"(w), "w"(x))
+MK_INLINE void neon_dot(int32x4_t *sum, int8x16_t w, int8x16_t x, const int lane) {
+    switch (lane) {
+    case 0: NEON_DOT(0); break;
+    case 1: NEON_DOT(1); break;
+    case 2: NEON_DOT(2); break;
+    default: NEON_DOT(3);
+    }
+}
+/* All loaded before any is used, so that loads are pairs. */
+MK_INLINE vb vb_keep(vb a) { __asm__("" : "+w"(a.q[0]), "+w"(a.q[1]), "+w"(a.q[2]), "+w"(a.q[3])); return a; }
 typedef struct { char none; } vp;
 MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, vb size, const int8_t *x, vi *dot,
                            vp *pairs) {
-    (void)bits, (void)g, (void)last, (void)size, (void)pairs;
-    int8x16_t xg = neon_x4(x);
-    QUARTERS neon_dot(&dot->q[j], w.q[j], xg);
+    (void)bits, (void)last, (void)size, (void)pairs;
+    const int8x16_t xs = vld1q_s8(x + g / 4 * 16);
+    QUARTERS neon_dot(&dot->q[j], w.q[j], xs, g % 4);
 }
 #else
 typedef struct { int32x4_t lo[4], hi[4]; } vp; /* of the rows 0, 1 and 2, 3 of each quarter */
 MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, vb size, const int8_t *x, vi *dot,
                            vp *pairs) {
     (void)bits, (void)size;
-    int8x16_t xg = neon_x4(x);
+    int8x16_t xg = neon_x4(x + 4 * g);
     QUARTERS {
         if (!g) pairs->lo[j] = pairs->hi[j] = vdupq_n_s32(0);
         pairs->lo[j] = vpadalq_s16(pairs->lo[j], vmull_s8(vget_low_s8(w.q[j]), vget_low_s8(xg)));

@@ -14,6 +14,7 @@ typedef struct { int32_t i[16]; } vi;
 typedef struct { int8_t b[64]; } vb;
 
 #define VEC_ROWS 4 /* sums of a product in registers at a time */
+enum { VEC_FETCHES = 1 };
 enum { VEC_SUMS = 4 /* of floats, in registers at a time */ };
 /* Whether products of bytes cost the same whatever their bits. */
 #define VEC_ALIKE 1
@@ -89,12 +90,12 @@ MK_INLINE vb vb_signed(vb a) { return a; } /* a signed operand as vb_multiply ta
 MK_INLINE void vb_store(uint8_t *p, vb a) { memcpy(p, &a, 64); }
 MK_INLINE vb vb_raise(vb a, int by) { for (int j = 0; j < 64; j++) a.b[j] = (int8_t)(a.b[j] + by); return a; }
 
-/* *dot += w * x of group g of 4 columns, of which `last` is the last one.  |x| <= 127; w: 0 to 15 with 4 bits, 0 to 63 with
+/* *dot += w * x of group g of 4 columns of x, of which `last` is the last one.  |x| <= 127; w: 0 to 15 with 4 bits, 0 to 63 with
  * 6, with 8 what vb_signed makes; size: with 8, what vb_size makes of w.  A sum may be on its way in *pairs in between. */
 typedef struct { char none; } vp;
 MK_INLINE void vb_multiply(int bits, int g, int last, vb w, vb size, const int8_t *x, vi *dot, vp *pairs) {
-    (void)bits, (void)g, (void)last, (void)size, (void)pairs;
-    LANES for (int b = 0; b < 4; b++) dot->i[j] += w.b[4 * j + b] * x[b];
+    (void)bits, (void)last, (void)size, (void)pairs;
+    LANES for (int b = 0; b < 4; b++) dot->i[j] += w.b[4 * j + b] * x[4 * g + b];
 }
 
 #endif

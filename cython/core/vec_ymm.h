@@ -6,6 +6,7 @@
 
 typedef struct { __m256 lo, hi; } vf;
 
+enum { VEC_FETCHES = 1 };
 enum { VEC_SUMS = 4 };
 
 MK_INLINE vf vf_keep(vf a) { return a; }
