@@ -37,7 +37,7 @@ MK_INLINE int raised_by(const int type) {
 #ifdef VEC_DOT
 #include "body_quarters.h"
 #else
-#define VEC_PUT(groups, g, a) vb_store((groups)[g], a)
+#define VEC_PUT(to, g, groups) vb_store((to)[g], (groups)[g])
 #endif
 
 MK_INLINE void unpack_groups(const int type, const uint8_t *w, unpacked *to) {
@@ -47,7 +47,7 @@ MK_INLINE void unpack_groups(const int type, const uint8_t *w, unpacked *to) {
     UNROLL
     for (int g = 0; g < 8; g++) {
         if (is_raised(type)) groups[g] = vb_raise(groups[g], wanted - raised_by(type));
-        VEC_PUT(to->groups, g, groups[g]);
+        VEC_PUT(to->groups, g, groups);
         if (UNPACKED_SIZES && bits == 8) vb_store(to->groups[UNPACKED_SIZES + g], vb_size(groups[g]));
     }
 }

@@ -60,12 +60,21 @@ static unsigned detect(void) {
 }
 #elif defined(MK_ARM)
 #ifdef __APPLE__
-static unsigned detect(void) { return MK_HAS_SCALAR | MK_HAS_NEON | MK_HAS_DOTPROD; } /* all that run Python have it */
+#include <sys/sysctl.h>
+
+static unsigned detect(void) { /* all that run Python have dotprod */
+    int i8mm = 0;
+    size_t bytes = sizeof i8mm;
+    if (sysctlbyname("hw.optional.arm.FEAT_I8MM", &i8mm, &bytes, NULL, 0)) i8mm = 0;
+    return MK_HAS_SCALAR | MK_HAS_NEON | MK_HAS_DOTPROD | (i8mm ? MK_HAS_I8MM : 0);
+}
 #else
 #include <sys/auxv.h>
 
 static unsigned detect(void) {
-    return MK_HAS_SCALAR | MK_HAS_NEON | (getauxval(AT_HWCAP) & 1ul << 20 /* ASIMDDP */ ? MK_HAS_DOTPROD : 0);
+    const int dotprod = getauxval(AT_HWCAP) & 1ul << 20 /* ASIMDDP */ ? 1 : 0;
+    const int i8mm = dotprod && getauxval(AT_HWCAP2) & 1ul << 13 /* I8MM */;
+    return MK_HAS_SCALAR | MK_HAS_NEON | (dotprod ? MK_HAS_DOTPROD : 0) | (i8mm ? MK_HAS_I8MM : 0);
 }
 #endif
 #else

@@ -223,8 +223,9 @@ enum {
     X(avx512bf16, MK_HAS_FAST_BF16) MK_AMX_PATH(X)
 int mk_pairs_are_chains(void); /* whether this processor's VDPBF16PS is what body_float.h says */
 #elif defined(MK_ARM)
-enum { MK_HAS_SCALAR = 1, MK_HAS_NEON = 2, MK_HAS_DOTPROD = 4 };
-#define MK_PATHS(X) X(scalar, MK_HAS_SCALAR) X(neon, MK_HAS_NEON) X(neondot, MK_HAS_DOTPROD)
+enum { MK_HAS_SCALAR = 1, MK_HAS_NEON = 2, MK_HAS_DOTPROD = 4, MK_HAS_I8MM = 8 };
+#define MK_PATHS(X) \
+    X(scalar, MK_HAS_SCALAR) X(neon, MK_HAS_NEON) X(neondot, MK_HAS_DOTPROD) X(neoni8mm, MK_HAS_I8MM)
 #else
 enum { MK_HAS_SCALAR = 1 };
 #define MK_PATHS(X) X(scalar, MK_HAS_SCALAR)

@@ -1,4 +1,5 @@
-/* The layer for 64-bit Arm; with VEC_DOT the integer products are the dotprod extension's. */
+/* The layer for 64-bit Arm; with VEC_DOT the integer products are the dotprod extension's, with VEC_I8MM those
+ * of tiles i8mm's. */
 #ifndef MK_VEC_H
 #define MK_VEC_H
 
@@ -124,7 +125,7 @@ VB(vb_load, (const uint8_t *p), vreinterpretq_s8_u8(vld1q_u8(p + 16 * j)))
 MK_INLINE vb vb_bits(vb a, const int from, const int mask, const int to) {
     QUARTERS {
         uint8x16_t b = vshlq_u8(vreinterpretq_u8_s8(a.q[j]), vdupq_n_s8((int8_t)(to - from)));
-        if (mask != 255 >> from) b = vandq_u8(b, vdupq_n_u8((uint8_t)(mask << to))); /* else they are all that is left */
+        if (to || mask != 255 >> from) b = vandq_u8(b, vdupq_n_u8((uint8_t)(mask << to))); /* else they are all that is left */
         a.q[j] = vreinterpretq_s8_u8(b);
     }
     return a;
@@ -155,6 +156,12 @@ MK_INLINE void neon_dot(int32x4_t *sum, int8x16_t w, int8x16_t x, const int lane
     default: NEON_DOT(3);
     }
 }
+#ifdef VEC_I8MM
+/* vmmlaq_s32: sum [2][2] += two rows of 8 bytes of x times two of w. */
+MK_INLINE void neon_mmla(int32x4_t *sum, int8x16_t x, int8x16_t w) {
+    __asm__(".arch armv8.2-a+i8mm\n\tsmmla %0.4s, %1.16b, %2.16b" : "+w"(*sum) : "w"(x), "w"(w));
+}
+#endif
 /* All loaded before any is used, so that loads are pairs. */
 MK_INLINE vb vb_keep(vb a) { __asm__("" : "+w"(a.q[0]), "+w"(a.q[1]), "+w"(a.q[2]), "+w"(a.q[3])); return a; }
 typedef struct { char none; } vp;

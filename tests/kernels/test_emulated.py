@@ -37,7 +37,11 @@ pytestmark = pytest.mark.timeout(3 * SLOW)
 
 X86 = platform.machine() == "x86_64"
 MACHINES = {  # compiler, emulator with its processor, paths that processor has
-    "arm with dotprod": ("aarch64-linux-gnu-gcc", "qemu-aarch64-static -cpu max", "scalar neon neondot"),
+    "arm with i8mm": (
+        "aarch64-linux-gnu-gcc",
+        "qemu-aarch64-static -cpu max",
+        "scalar neon neondot neoni8mm",
+    ),
     "arm without dotprod": ("aarch64-linux-gnu-gcc", "qemu-aarch64-static -cpu cortex-a72", "scalar neon"),
     "x86 with AVX2": ("gcc", "qemu-x86_64-static -cpu Haswell", "scalar avx avx2"),
     "x86 with AVX": ("gcc", "qemu-x86_64-static -cpu SandyBridge", "scalar avx"),
