@@ -2,8 +2,9 @@
 
     python -m tests.kernels.instructions Q4_0 Q8_0 --rows 1 32
 
-prints for each type and number of rows of activations the instructions for 64 products, of a matrix of 2,048 columns in 8
-panels. Needs what test_emulated.py needs. The emulator logs a line an instruction; two products less one leave the loops.
+prints for each type and number of rows of activations the instructions for 64 products, of a matrix of 2,048
+columns in 8 panels. Needs what test_emulated.py needs. The emulator logs a line an instruction; two products
+less one leave the loops.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def build(to: Path, path: str) -> Path:
     def compile(source: Path) -> str:
         target = str(to / f"{source.stem}.o")
         level = "-O3" if source.stem in (f"path_{path}", "run", "api") else "-O0"
-        subprocess.run([COMPILER, level, *FLAGS, "-I", str(core), "-c", str(source), "-o", target], check=True)
+        subprocess.run(
+            [COMPILER, level, *FLAGS, "-I", str(core), "-c", str(source), "-o", target], check=True
+        )
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
