@@ -9,6 +9,7 @@ MK_TARGET("dotprod,i8mm")
 #include "vec_neon.h"
 
 #define NAME neoni8mm
+#define LIKE neon
 #include "body.h"
 #ifdef __clang__
 MK_TARGET_END
