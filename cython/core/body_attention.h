@@ -48,10 +48,12 @@ MK_INLINE void stream_softmax(query *q, float *p, float *sums, int vd, float cap
         q->total = vf_mul(q->total, factor);
         q->top = top;
     }
-    for (int j = 0; j < 2; j++) {
-        part[j] = vf_exp(vf_sub(part[j], vf_set1(q->top)));
-        vf_store(p + j * MK_TILE, part[j]);
-    }
+    for (int j = 0; j < 2; j++) part[j] = vf_sub(part[j], vf_set1(q->top));
+    if (vf_any_gt(vf_set1(-87.0f), vf_min(part[0], part[1])))
+        for (int j = 0; j < 2; j++) part[j] = vf_exp(part[j]);
+    else
+        for (int j = 0; j < 2; j++) part[j] = vf_exp_normal(part[j]);
+    for (int j = 0; j < 2; j++) vf_store(p + j * MK_TILE, part[j]);
     q->total = vf_add(q->total, vf_add(part[0], part[1]));
 }
 
@@ -93,6 +95,9 @@ static float tuned(const mk_tuning *tuning, long position) {
     return (float)(1.0 + (double)tuning->beta * log(1.0 + (double)stretch));
 }
 
+/* Queries in whole tiles of a shape. */
+static long padded(int count, int shape) { return mk_blocks(count, QUERIES[shape]) * QUERIES[shape]; }
+
 /* Lay a group's queries out; returns its first and last position.  A sink is a score that was there before all others,
  * whose value is zero. */
 static void gather(query_group *group, const mk_query_group *item, long *low, long *high) {
@@ -101,11 +106,12 @@ static void gather(query_group *group, const mk_query_group *item, long *low, lo
     int hd = job->hd, shape = 0, count = 0;
     group->count = item->rows * item->heads;
     while (QUERIES[shape] < group->count && shape < QUERY_SHAPES - 1) shape++;
+    if (shape == QUERY_SHAPES - 1 && padded(group->count, shape - 1) < padded(group->count, shape)) shape--;
     group->shape = shape;
     int Q = QUERIES[shape];
-    long padded = mk_blocks(group->count, Q) * Q;
-    memset(group->q, 0, (size_t)(padded * hd) * sizeof *group->q);
-    memset(group->sums, 0, (size_t)(padded * group->lanes) * sizeof *group->sums);
+    long places = padded(group->count, shape);
+    memset(group->q, 0, (size_t)(places * hd) * sizeof *group->q);
+    memset(group->sums, 0, (size_t)(places * group->lanes) * sizeof *group->sums);
     *low = INT32_MAX, *high = 0;
     for (int r = 0; r < item->rows; r++)
         for (int h = 0; h < item->heads; h++, count++) {

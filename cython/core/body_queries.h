@@ -1,22 +1,30 @@
 /* Tiles of queries against one block of the KV cache: scores of its keys, and sums of its values.  A tile's queries stay in
  * registers; how many fit depends on the path. */
 
-#ifdef VEC_WIDE
-enum { MANY_QUERIES = 12, KEY_VECTORS = 2, MAX_COLUMNS = 4, QUERY_SHAPES = 5 };
-static const int QUERIES[QUERY_SHAPES] = {1, 2, 4, 8, 12};
+#if VEC_QUERIES == 12
+enum { KEY_VECTORS = 2, MAX_COLUMNS = 4, QUERY_SHAPES = 5 };
 #define COLUMNS(Q) ((Q) > 4 ? 2 : 4)
+#define EACH_SHAPE(X, type) X(type, 1) X(type, 2) X(type, 4) X(type, 8) X(type, 12)
 #else
-enum { MANY_QUERIES = 4, KEY_VECTORS = 1, MAX_COLUMNS = 2, QUERY_SHAPES = 3 };
-static const int QUERIES[QUERY_SHAPES] = {1, 2, 4};
+enum { KEY_VECTORS = 1, MAX_COLUMNS = 2 };
 #define COLUMNS(Q) ((Q) > 2 ? 1 : 2)
+#if VEC_QUERIES == 6
+enum { QUERY_SHAPES = 4 };
+#define EACH_SHAPE(X, type) X(type, 1) X(type, 2) X(type, 4) X(type, 6)
+#else
+enum { QUERY_SHAPES = 3 };
+#define EACH_SHAPE(X, type) X(type, 1) X(type, 2) X(type, 4)
 #endif
+#endif
+#define QUERY_COUNT(type, Q) Q,
+static const int QUERIES[QUERY_SHAPES] = {EACH_SHAPE(QUERY_COUNT, )};
 
 /* p [Q][32] = the block's scores: q [hd][Q] times keys.  `next` is fetched meanwhile. */
 HOT void scores(const int type, const int Q, const float *q, const uint8_t *keys, const uint8_t *next, int hd,
                 float *p) {
     const int part = type == MK_Q8_0 ? MK_BLOCK : hd, line = mk_kv_bytes(type, 1);
     for (int vector = 0; vector < MK_KV_BLOCK / MK_TILE; vector += KEY_VECTORS) {
-        vf acc[MANY_QUERIES][KEY_VECTORS];
+        vf acc[VEC_QUERIES][KEY_VECTORS];
         UNROLL
         for (int j = 0; j < Q; j++)
             for (int v = 0; v < KEY_VECTORS; v++) acc[j][v] = vf_set1(0.0f);
@@ -49,7 +57,7 @@ HOT void mix_columns(const int type, const int Q, const int C, const int rest, c
                      const uint8_t *next, int hd, long from, long to, float *sums, long lanes, long i) {
     const int bytes = type == MK_F32 ? 4 : type == MK_F16 ? 2 : 1, scale_bytes = type == MK_Q8_0 ? 2 * hd : 0;
     float scales[MAX_COLUMNS][MK_KV_BLOCK];
-    vf acc[MANY_QUERIES][MAX_COLUMNS];
+    vf acc[VEC_QUERIES][MAX_COLUMNS];
     if (type == MK_Q8_0)
         for (int c = 0; c < C; c++)
             for (int t = 0; t < MK_KV_BLOCK; t += MK_TILE)
@@ -104,19 +112,12 @@ typedef struct {
                                  long to, float *sums, long lanes) {                                               \
         mix(type, Q, p, values, next, hd, from, to, sums, lanes);                                                  \
     }
-#define QUERY_PAIR(type, Q) {scores_##type##_##Q, mix_##type##_##Q}
-#ifdef VEC_WIDE
-#define QUERY_TILES(type) \
-    QUERY_TILE(type, 1) QUERY_TILE(type, 2) QUERY_TILE(type, 4) QUERY_TILE(type, 8) QUERY_TILE(type, 12)
-#define QUERY_PAIRS(type) \
-    {QUERY_PAIR(type, 1), QUERY_PAIR(type, 2), QUERY_PAIR(type, 4), QUERY_PAIR(type, 8), QUERY_PAIR(type, 12)}
-#else
-#define QUERY_TILES(type) QUERY_TILE(type, 1) QUERY_TILE(type, 2) QUERY_TILE(type, 4)
-#define QUERY_PAIRS(type) {QUERY_PAIR(type, 1), QUERY_PAIR(type, 2), QUERY_PAIR(type, 4)}
-#endif
-QUERY_TILES(MK_F32)
-QUERY_TILES(MK_F16)
-QUERY_TILES(MK_Q8_0)
+#define QUERY_PAIR(type, Q) {scores_##type##_##Q, mix_##type##_##Q},
+EACH_SHAPE(QUERY_TILE, MK_F32)
+EACH_SHAPE(QUERY_TILE, MK_F16)
+EACH_SHAPE(QUERY_TILE, MK_Q8_0)
 static const query_tile QUERY_TILE_FUNCTIONS[MK_TYPES][QUERY_SHAPES] = {
-    [MK_F32] = QUERY_PAIRS(MK_F32), [MK_F16] = QUERY_PAIRS(MK_F16), [MK_Q8_0] = QUERY_PAIRS(MK_Q8_0),
+    [MK_F32] = {EACH_SHAPE(QUERY_PAIR, MK_F32)},
+    [MK_F16] = {EACH_SHAPE(QUERY_PAIR, MK_F16)},
+    [MK_Q8_0] = {EACH_SHAPE(QUERY_PAIR, MK_Q8_0)},
 };

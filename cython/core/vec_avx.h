@@ -9,6 +9,7 @@ typedef struct { __m128i q[4]; } vi;
 typedef vi vb;
 
 #define VEC_ROWS 4
+#define VEC_QUERIES 4
 #define VEC_ALIKE 0
 enum { VEC_Q8_BIAS = 0 };
 

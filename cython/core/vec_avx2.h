@@ -16,7 +16,7 @@ enum { VEC_Q8_BIAS = 128 };
 #define VEC_ALIKE 0
 enum { VEC_Q8_BIAS = 0 };
 #endif
-
+#define VEC_QUERIES 6 /* 12 sums in 16 registers of 8 floats */
 
 MK_INLINE __m128i ymm_load(const void *p) { return _mm_loadu_si128(p); }
 MK_INLINE vf vf_load_f16(const uint16_t *p) {

@@ -23,7 +23,7 @@ enum { VEC_Q8_BIAS = 0 };
 
 enum { VEC_FETCHES = 1 };
 enum { VEC_SUMS = 24 };
-#define VEC_WIDE /* 32 registers of 16 floats */
+#define VEC_QUERIES 12 /* 32 registers of 16 floats */
 
 #ifdef VEC_BF16 /* y + x's odd * w's odd + x's even * w's even, of pairs */
 MK_INLINE vf vf_pairs(vf w, vf x, vf y) {

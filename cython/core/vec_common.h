@@ -48,10 +48,11 @@ MK_INLINE void vf_row_store(float *row, long i, long d, vf a) {
 }
 
 /* e**x within 2 ulp: x = n ln 2 + r, e**r = 1 + r + r^2 P(r) (Cephes' expf).  NaN stays NaN; the scaling in two steps
- * rounds once on its way through the denormals.  mpillm/kernels/lanes.py has the same constants. */
-HOT vf vf_exp(vf x) {
+ * rounds once on its way through the denormals; with `normal` there are none, and one step gives the same.
+ * mpillm/kernels/lanes.py has the same constants. */
+HOT vf exp_in(const int normal, vf x) {
     const vf high = vf_set1(89.0f), low = vf_set1(-105.0f), magic = vf_set1(0x1.8p23f), one = vf_set1(1.0f);
-    x = vf_max(low, vf_min(high, x));
+    if (!normal) x = vf_max(low, vf_min(high, x));
     vf shifted = vf_add(vf_mul(x, vf_set1(1.44269504088896341f)), magic); /* its low bits are n, to nearest even */
     vf n = vf_sub(shifted, magic);
     vf r = vf_fma(n, vf_set1(-0.693359375f), x);
@@ -67,9 +68,13 @@ HOT vf vf_exp(vf x) {
     return vf_scale(y, n);
 #else
     vi power = vi_sub(vi_bits(shifted), vi_bits(magic)), half = vi_half(power);
+    if (normal) return vf_mul(y, vf_pow2(power));
     return vf_mul(vf_mul(y, vf_pow2(half)), vf_pow2(vi_sub(power, half)));
 #endif
 }
+
+MK_INLINE vf vf_exp(vf x) { return exp_in(0, x); }
+MK_INLINE vf vf_exp_normal(vf x) { return exp_in(1, x); } /* -87 <= x <= 88, or NaN */
 
 /* tanh(x) within 2 ulp: x + x^3 P(x^2) below 0.625, else 1 - 2 / (e^2x + 1) with the sign of x (Cephes' tanhf). */
 MK_INLINE vf vf_tanh(vf x) {

@@ -16,6 +16,7 @@ typedef struct { int8_t b[64]; } vb;
 #define VEC_ROWS 4 /* sums of a product in registers at a time */
 enum { VEC_FETCHES = 1 };
 enum { VEC_SUMS = 4 /* of floats, in registers at a time */ };
+#define VEC_QUERIES 4 /* of attention, with their sums in registers */
 /* Whether products of bytes cost the same whatever their bits. */
 #define VEC_ALIKE 1
 enum { VEC_Q8_BIAS = 0 };

@@ -313,10 +313,12 @@ def product(
 
 def attention(rng: np.random.Generator, kv_type: BlockType, hd: int, heads: int, kvh: int, window: int, rows: int = 9,
               threads: int = 1, vd: int = 0, sinks: bool = False, softcap: float = 0.0,
-              shared: bool = False, tuning: float = 0.0, bidirectional: bool = False) -> Case:  # fmt: skip
+              shared: bool = False, tuning: float = 0.0, bidirectional: bool = False,
+              spread: float = 3.0) -> Case:  # fmt: skip
     """Several sequences with scattered blocks; a few rows of each at random positions.
 
     `shared`: values are the first vd dimensions of keys. A window below 0 stands for chunks of so many positions.
+    `spread`: the standard deviation of scores.
     """
     vd = vd or hd
     lengths = rng.integers(1, 150, 3)
@@ -333,7 +335,7 @@ def attention(rng: np.random.Generator, kv_type: BlockType, hd: int, heads: int,
     k, v = (rng.standard_normal((stored, kvh * dim)).astype(np.float32) for dim in (hd, vd))
     if shared:
         v = v[:0]
-    q = 3 * rng.standard_normal((rows, heads * hd)).astype(np.float32)
+    q = np.float32(spread) * rng.standard_normal((rows, heads * hd)).astype(np.float32)
     ints = [int(kv_type), stored, rows, heads, kvh, hd, window, 40, vd]
     sink = 3 * rng.standard_normal(heads if sinks else 0).astype(np.float32)
     arrays = [k, v, block, offset, q, pos, blocks, start[owner].astype(np.int32), kv_of_head,
@@ -458,11 +460,13 @@ def everything(rng: np.random.Generator, threads: int = 1) -> Iterator[Case]:
         yield attention(
             rng, kv_type, hd, heads=6, kvh=2, window=int(rng.choice([0, 0, 20, 64])), threads=threads
         )
+    yield attention(rng, KV_TYPES[0], 2016, heads=7, kvh=1, window=0, rows=2, threads=threads)
     for kv_type in KV_TYPES:  # groups of one tile and of several, and heads too wide for that
         yield attention(
             rng, kv_type, 64, heads=9, kvh=3, window=int(rng.choice([0, 50])), rows=40, threads=threads
         )
         yield attention(rng, kv_type, 320, heads=3, kvh=1, window=0, rows=12, threads=threads)
+        yield attention(rng, kv_type, 32, heads=8, kvh=1, window=0, rows=2, threads=threads, spread=50)
         for hd, vd, rows in ((64, 32, 3), (96, 128, 30), (288, 64, 7)):
             yield attention(
                 rng, kv_type, hd, heads=6, kvh=2, window=int(rng.choice([0, 30])), rows=rows, threads=threads, vd=vd,
