@@ -124,6 +124,7 @@ def check_python(words: list[str]) -> None:
         "tests.cluster.layouts",
         "tests.cluster.table",
         "tests.fuzz",
+        "tests.kernels.instructions",
         "tests.planning.times",
         "tests.serve.load",
         "tests.text.schema_suite",
