@@ -122,9 +122,7 @@ class _Kind:
     def time(self, requests: int) -> JobTime:
         """The time of one of them for so many of the requests."""
         if requests not in self._known:
-            part = requests / self._demand.requests
-            of = self._demand
-            own = Demand(requests, part * of.prompt, part * of.generated, part * of.scored)
+            own = self._demand.of(requests)
             at_once = _at_once(self._plan, self._replica, own)
             self._known[requests] = job_time(self.stages, own, self._plan.step.tokens, at_once, self._loading)
         return self._known[requests]

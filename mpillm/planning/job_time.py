@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 
@@ -25,11 +25,18 @@ class Demand:
     prompt: float  # tokens, all together
     generated: float  # at most
     scored: float = 0.0  # of the prompt's: those of which logits are asked for
+    drafted: float = 0.0  # rows of guessed tokens, while answers are generated
+    accepted: float = 0.0  # of the generated tokens: those that were guessed, and took no step of their own
 
     @property
     def context(self) -> float:
         """Tokens that a row attends to on average while answers are generated."""
         return (self.prompt + self.generated / 2) / self.requests if self.requests else 0.0
+
+    def of(self, requests: int) -> Demand:
+        """The part of so many of the requests."""
+        part = requests / self.requests
+        return Demand(requests, *(part * tokens for tokens in astuple(self)[1:]))
 
 
 @dataclass(frozen=True)
@@ -73,9 +80,11 @@ def job_time(
     length = demand.prompt / max(demand.requests, 1)
     scored = rows * demand.scored / max(demand.prompt, 1.0)
     prompt_round = round_of(stages, StepRows(rows, rows / max(length, 1.0), length / 2, scored))
-    decode_round = round_of(stages, StepRows(count, count, demand.context))
+    turns = demand.generated - demand.accepted
+    drafted = count * demand.drafted / max(turns, 1.0)
+    decode_round = round_of(stages, StepRows(count + drafted, count, demand.context, drafted))
     # Where one sequence ends the next begins.
-    rounds = max(demand.requests / count, 1.0) * demand.generated / max(demand.requests, 1)
+    rounds = max(demand.requests / count, 1.0) * turns / max(demand.requests, 1)
     return JobTime(
         prefill=demand.prompt / rows * prompt_round.seconds,
         decode=rounds * decode_round.seconds,

@@ -82,12 +82,13 @@ def kernel_rates(
 def part_of_core(used: float, passed: float, again: Callable[[], float]) -> float:
     """The part of a core that a thread has had, which has computed for `used` of so many seconds.
 
-    A control group's quota stops it again and again: most calls take as long as on a whole core, and few very long, so
-    that `typical` does not see it. Other programs' noise is less, or not there when it is looked for `again`.
+    A control group's quota stops it again and again, as do ranks that share a core: `typical` does not count that.
+    Other programs' noise is less, or not there when it is looked for `again`, in whole periods of a quota: in one and a
+    half of them a thread can have the quota of two.
     """
     part = used / passed
     if part < WHOLE:
-        part = max(part, again())
+        part = again()
     return part if part < WHOLE else 1.0
 
 
@@ -100,17 +101,18 @@ def _measured_part() -> float:
 
 
 def typical(call: Callable[[T], object], data: Sequence[T], for_seconds: float = SECONDS) -> float:
-    """Seconds of a call: the median, with each of `data` in turn.
+    """Seconds of a call on a core of its own: the median of this thread's, with each of `data` in turn.
 
     The fastest one is that whose data happened to be in a cache, and other programs disturb the slowest ones.
     """
     call(data[0])
     seconds, first = list[float](), time.perf_counter()
-    while (start := time.perf_counter()) - first < for_seconds or (
-        len(seconds) < CALLS and start - first < PATIENCE * for_seconds
+    while (passed := time.perf_counter() - first) < for_seconds or (
+        len(seconds) < CALLS and passed < PATIENCE * for_seconds
     ):
+        start = time.thread_time()
         call(data[len(seconds) % len(data)])
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.thread_time() - start)
     return median(seconds)
 
 

@@ -64,8 +64,9 @@ def for_run(layouts: Layouts, machines: Machines, worth: float = 1.0) -> tuple[F
     if machines.speeds and len(machines.ranks_per_host) > 1:
         best, without = search(layouts, machines, 1, worth)
         times, useless = on_all.cost / best.cost, len(on_all.time.idle) > len(best.time.idle)
-        least = CLEARLY if worth == 1.0 else 1 / worth
-        if without and (times >= least or best.fits > on_all.fits or useless):
+        alone = len(best.machines.ranks_per_host) == 1
+        clear = times * (worth if alone else 1.0) >= CLEARLY
+        if without and (clear or best.fits > on_all.fits or useless):
             return best, without, _said(machines, without, times)
     return on_all, [], ""
 

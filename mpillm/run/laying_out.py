@@ -32,9 +32,9 @@ from mpillm.weights.source import Source
 # Seconds of a job on several hosts from which on measuring them is worth it: in a quarter of a second, for shares of
 # replicas alone, and in more than a second.
 SHORT, MEASURED, LONG = 1.0, 3.0, 30.0
-WORTH = (
-    1.15  # how many times as fast other hosts must make a run that was measured briefly: so much may be off
-)
+# How many times as fast other hosts must make a run that was measured briefly: plans may be off by 15 %, and rank 0's
+# host alone is the safe choice.
+WORTH = 1.15
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,8 @@ def _planned(computation: Computation) -> report.Planned | None:
             requests=max(len(lines) - lines.bad - computation.job.resumed, 1),
             prompt=float(totals.prompt_tokens + totals.recomputed_tokens),
             generated=float(totals.generated_tokens),
+            drafted=float(totals.drafted_tokens),
+            accepted=float(totals.accepted_tokens),
         )
     )
     return report.Planned(

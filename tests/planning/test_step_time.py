@@ -194,6 +194,17 @@ def test_a_job_is_its_prompts_and_then_its_answers_in_turns() -> None:
     assert made.seconds == pytest.approx(made.prefill + made.decode + 8 * REQUEST + 800 * PROMPT_TOKEN + 3.0)
 
 
+def test_guessed_tokens_take_rows_and_those_accepted_no_steps() -> None:
+    stages = times(1)
+    asked = Demand(requests=8, prompt=0, generated=80, drafted=120, accepted=40)
+    made = job_time(stages, asked, step_tokens=400, sequences=4)
+    # Four sequences with three guesses each, which have logits too, in half as many rounds.
+    full = round_of(stages, StepRows(16, 4, asked.context, 12)).seconds
+    assert made.decode == pytest.approx(2 * 5 * full)
+    assert full > round_of(stages, StepRows(4, 4, asked.context)).seconds
+    assert asked.of(4) == Demand(requests=4, prompt=0, generated=40, drafted=60, accepted=20)
+
+
 def test_each_line_takes_rank_0_some_time() -> None:
     """However small the model is, ten thousand lines of one token take seconds; one line does not."""
     small = [stage(work(weights=1.0))]

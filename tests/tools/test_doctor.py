@@ -114,7 +114,8 @@ def test_a_disk_is_read_past_the_page_cache_or_its_pages_are_dropped(
 
 def test_a_timing_ends_however_short_its_call_is(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(10**6))  # each look at the time takes a millisecond
-    monkeypatch.setattr(kernel_rates.time, "perf_counter", lambda: next(clock) / 1000)
+    for name in ("perf_counter", "thread_time"):
+        monkeypatch.setattr(kernel_rates.time, name, lambda: next(clock) / 1000)
     calls: list[int] = []
     assert kernel_rates.typical(calls.append, [0, 1, 2]) == pytest.approx(0.001)
     assert calls[:5] == [0, 0, 1, 2, 0]
@@ -149,7 +150,8 @@ def test_slow_links_are_measured_with_smaller_messages(
 
 def test_a_host_with_a_quota_measures_as_slow_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its calls take as long as elsewhere, for between the pauses it has a whole core."""
-    assert kernel_rates.part_of_core(0.33, 1.0, lambda: 0.32) == pytest.approx(0.33)
+    assert kernel_rates.part_of_core(0.33, 1.0, lambda: 0.32) == pytest.approx(0.32)
+    assert kernel_rates.part_of_core(0.6, 1.0, lambda: 0.33) == pytest.approx(0.33)  # not of whole periods
     assert kernel_rates.part_of_core(0.6, 1.0, lambda: 0.99) == 1.0  # it was noise
     assert kernel_rates.part_of_core(0.95, 1.0, pytest.fail) == 1.0
     monkeypatch.setattr(kernel_rates.time, "thread_time", lambda: 0.25 * time.perf_counter())
@@ -161,3 +163,16 @@ def test_a_host_with_a_quota_measures_as_slow_as_it_is(monkeypatch: pytest.Monke
     assert slow.core / whole.core == pytest.approx(0.25, rel=0.2)
     assert slow.fill / whole.fill == pytest.approx(0.25, rel=0.2)
     assert slow.products["q4_0"][0] / whole.products["q4_0"][0] == pytest.approx(0.25, rel=0.2)
+
+
+def test_a_call_that_is_stopped_takes_no_longer_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would count twice: ranks that share a core have half of it, and their long calls are always stopped."""
+    used = 0.0
+
+    def work(_: int) -> None:
+        nonlocal used
+        used += 0.02
+
+    clocks = SimpleNamespace(thread_time=lambda: used, perf_counter=lambda: 2 * used)
+    monkeypatch.setattr(kernel_rates, "time", clocks)
+    assert kernel_rates.typical(work, [0]) == pytest.approx(0.02)
