@@ -50,11 +50,16 @@ class KernelRates:
 
 
 def kernel_rates(
-    kinds: Sequence[str], threads: int, nbytes: int = MEMORY, effort: float = 1.0, most: int = 0
+    kinds: Sequence[str],
+    threads: int,
+    nbytes: int = MEMORY,
+    effort: float = 1.0,
+    most: int = 0,
+    meet: Callable[[], None] = lambda: None,
 ) -> KernelRates:
     """Measure, in about a second times `effort`, with so many bytes of memory; `kinds` of products, by name.
 
-    Up to `most` bytes of memory are written.
+    Up to `most` bytes of memory are written. Ranks `meet` before they look how much of their cores each has.
     """
     seconds = SECONDS * effort
     began, used = time.perf_counter(), time.thread_time()
@@ -68,7 +73,9 @@ def kernel_rates(
     memory = everything[:nbytes]
     products = {name: _products(BlockType[name.upper()], memory, threads, seconds) for name in kinds}
     read = _memory(memory, threads, seconds)
-    part = part_of_core(time.thread_time() - used, time.perf_counter() - began, _measured_part)
+    used, passed = time.thread_time() - used, time.perf_counter() - began
+    meet()
+    part = part_of_core(used, passed, _measured_part)
     return KernelRates(
         {name: [part * rate for rate in rates] for name, rates in products.items()},
         part * read,

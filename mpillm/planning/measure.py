@@ -63,7 +63,8 @@ def everyone(
     numbers = world.nodes.numbers
     here = [rank for rank, number in enumerate(numbers) if number == numbers[world.rank]]
     world.barrier()
-    rates = kernel_rates(kinds, threads, memory, effort, min(most, world.nodes.free[world.rank] // 8))
+    most = min(most, world.nodes.free[world.rank] // 8)
+    rates = kernel_rates(kinds, threads, memory, effort, most, world.barrier)
     world.barrier()
     disk = DiskRate() if file is None else _disk_rate(file, here.index(world.rank), len(here), effort)
     return world.gather(Measured(rates, disk))

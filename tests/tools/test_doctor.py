@@ -176,3 +176,14 @@ def test_a_call_that_is_stopped_takes_no_longer_for_that(monkeypatch: pytest.Mon
     clocks = SimpleNamespace(thread_time=lambda: used, perf_counter=lambda: 2 * used)
     monkeypatch.setattr(kernel_rates, "time", clocks)
     assert kernel_rates.typical(work, [0]) == pytest.approx(0.02)
+
+
+def test_ranks_that_share_cores_look_at_the_same_time_how_much_each_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever looked when the others were done would have a whole core."""
+    done: list[str] = []
+    monkeypatch.setattr(kernel_rates, "_measured_part", lambda: done.append("looked") or 1.0)
+    monkeypatch.setattr(kernel_rates.time, "thread_time", lambda: 0.25 * time.perf_counter())
+    kernel_rates.kernel_rates(["q4_0"], 1, 2**23, 0.1, meet=lambda: done.append("met"))
+    assert done == ["met", "looked"]
