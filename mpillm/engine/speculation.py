@@ -55,6 +55,7 @@ class RowCost:
 
     KEPT = 0.95  # what a step leaves of the earlier ones
     WEIGHT = 0.5  # the variance of the rows that `first` counts for
+    SLOWEST = 1.5  # times what was expected, at most, is a step noted with: it may have been interrupted
 
     def __init__(self, first: float) -> None:
         self._first = first
@@ -63,6 +64,8 @@ class RowCost:
 
     def note(self, rows: int, seconds: float) -> None:
         """A step of so many rows took so long."""
+        if expected := self.seconds(rows):
+            seconds = min(seconds, self.SLOWEST * expected)
         self._weight = self._weight * self.KEPT + 1.0
         part = 1.0 / self._weight
         by_rows, by_seconds = rows - self._rows, seconds - self._seconds

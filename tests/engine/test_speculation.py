@@ -129,6 +129,25 @@ def test_what_rows_cost(part: float, unit: float) -> None:
         assert cost.part(rows) == pytest.approx(part * rows / (1 - part + part * rows), abs=0.12)
 
 
+def test_a_step_that_was_interrupted_says_nothing_of_rows() -> None:
+    """One step in 15 takes 15 times as long, as where another process has the core for a while."""
+    part, rng, cost, found = 0.13, np.random.default_rng(3), RowCost(0.3), list[float]()
+    for number in range(300):
+        rows = int(rng.choice([1, 1, 1, 1, 2, 3, 4, 8, 16]))
+        cost.note(rows, 1 - part + part * rows + (15.0 if number % 15 == 7 else 0.0))
+        found.append(cost.part(1))
+    assert found[60:] == pytest.approx([part] * 240, abs=0.1)
+
+
+def test_steps_that_become_slower_for_good_are_believed() -> None:
+    cost = RowCost(0.3)
+    for unit in (1.0, 20.0):
+        for number in range(200):
+            cost.note(1 + number % 4, unit * (0.9 + 0.1 * (1 + number % 4)))
+    assert cost.seconds(1) == pytest.approx(20.0, rel=0.1)
+    assert cost.part(1) == pytest.approx(0.1, abs=0.06)
+
+
 def drafted(speculation: Speculation, sequence: Sequence, rows: int = 1, maximum: int = 15) -> int:
     if not speculation.begin_step(rows):
         return 0
