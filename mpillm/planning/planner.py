@@ -107,7 +107,7 @@ class Planner:
                 n_blocks,
                 share,
                 self._activations(place, *rows),
-                memory.process(self.source, config, place, share.pages, kept),
+                memory.process(self.source, config, place, share.pages, kept) + share.beyond,
                 0 if place.rank else drafting,
             )
             for one, place, cache, share in zip(specs, places, caches, shares, strict=True)

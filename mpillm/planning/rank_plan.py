@@ -32,7 +32,7 @@ class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
     kv_held: int  # at most
     kv_in_file: int  # on disk, at most
     activations: int  # of a step's rows, at most
-    process: int  # Python, MPI, libraries, tokenizer, at most
+    process: int  # Python, MPI, libraries, tokenizer, ends of buffers, at most
 
     @property
     def held(self) -> int:

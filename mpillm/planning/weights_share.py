@@ -14,7 +14,13 @@ from mpillm.partition.grid import Place
 from mpillm.planning.step_time import AttentionWork, RankWork
 from mpillm.spec import Spec
 from mpillm.weights.inventory import HEAD
-from mpillm.weights.paging.weights import minimum_budget, streamed, streamed_experts, streamed_page
+from mpillm.weights.paging.weights import (
+    beyond_budget,
+    minimum_budget,
+    streamed,
+    streamed_experts,
+    streamed_page,
+)
 from mpillm.weights.plan import PagePlan, PageTensor
 
 
@@ -24,6 +30,7 @@ class WeightsShare:
 
     total: int
     held: int
+    beyond: int  # what buffers take besides
     minimum: int
     streamed: int
     pages: Sequence[int]
@@ -96,6 +103,7 @@ def weights_share(
     return WeightsShare(
         total=total,
         held=total if budget is None else min(budget, total),
+        beyond=beyond_budget(pages, budget, spec.memory.policy),
         minimum=minimum_budget(pages),
         streamed=read,
         pages=[page.nbytes for page in pages],

@@ -16,10 +16,11 @@ from mpillm.kernels import BlockType
 from mpillm.model.opening import open_source
 from mpillm.partition.grid import Place
 from mpillm.weights.fill import load
+from mpillm.weights.io.reading import HUGE, Bytes, new_buffer
 from mpillm.weights.packed.layout import panels_of, shard_extent
 from mpillm.weights.paging.cache import WeightCache, fixed_part, minimum_budget
 from mpillm.weights.paging.pager import BufferLoader
-from mpillm.weights.paging.weights import PATIENCE, Weights
+from mpillm.weights.paging.weights import PATIENCE, Weights, beyond_budget
 from mpillm.weights.plan import PagePlan
 from mpillm.weights.source import rank_plans
 from tests.shapes import shape
@@ -448,6 +449,26 @@ def test_streamed_pages_of_several_sizes_share_buffers(budget):
     assert cache.counters.peak <= budget
     shared = {address for page, address in where if page not in fixed}
     assert 2 <= len(shared) <= (budget - sum(cache.pages[page].nbytes for page in fixed)) // 100
+
+
+@pytest.mark.parametrize("nbytes", [HUGE // 3, HUGE + 10 * 4096, 3 * HUGE - 100])
+def test_the_plan_counts_what_equal_buffers_take_beyond_the_budget(nbytes, monkeypatch):
+    """They end with a whole huge page, and each of them with a whole sector."""
+    taken: list[int] = []
+
+    def buffer(size: int, alignment: int) -> Bytes:
+        taken.append(size)
+        return new_buffer(size, alignment)
+
+    monkeypatch.setattr("mpillm.weights.io.reading.new_buffer", buffer)
+    pages = plans(*[nbytes] * 12)
+    for budget in (7 * nbytes, 7 * nbytes + nbytes // 2):
+        taken.clear()
+        cache = WeightCache(pages, BufferLoader(lambda _, buffer: Item(buffer), 2), budget)
+        rest = budget - len(cache.fixed) * nbytes
+        cache.close()
+        assert rest // nbytes * nbytes < taken[0] <= rest + beyond_budget(pages, budget, "cycle")
+    assert beyond_budget(pages, 12 * nbytes, "cycle") == beyond_budget(pages, None, "cycle") == 0
 
 
 @pytest.mark.usefixtures("threads")

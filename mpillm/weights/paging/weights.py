@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mpillm.errors import JobError
+from mpillm.weights.io.reading import HUGE, SECTOR
 from mpillm.weights.page import Page
 from mpillm.weights.paging import cache, experts
 from mpillm.weights.paging.cache import Policy, WeightCache, fixed_part
@@ -129,6 +130,18 @@ def streamed(plans: Sequence[PagePlan], budget: int | None, policy: Policy) -> i
     all_stay = for_common == _nbytes(common)
     fixed = fixed_part(common, for_common) if policy == "cycle" or all_stay else ()
     return total - sum(common[index].nbytes for index in fixed) - min(for_experts, _nbytes(mixture))
+
+
+def beyond_budget(plans: Sequence[PagePlan], budget: int | None, policy: Policy) -> int:
+    """Bytes, at most, that buffers of one size take beyond the budget: each cache's end with a whole huge page."""
+    if budget is None or not streamed(plans, budget, policy):
+        return 0
+    found = 0
+    for pages, part in zip(split(plans), budgets(plans, budget), strict=True):
+        if part < _nbytes(pages):
+            largest = max(page.nbytes for page in pages)
+            found += (HUGE if part >= HUGE else 0) + -largest % SECTOR * (part // largest)
+    return found
 
 
 def streamed_page(plans: Sequence[PagePlan], budget: int | None, policy: Policy) -> float:
