@@ -71,13 +71,11 @@ def measure(
     for budget in options.budgets or ("all",):
         with world.together():
             job = msgspec.structs.replace(
-                spec,
-                memory=msgspec.structs.replace(spec.memory, max_context=longest),
-                batch=BatchSection(max_num_seqs=1),
-                draft=draft,
+                spec, memory=msgspec.structs.replace(spec.memory, max_context=longest)
             )
             if budget != "all":
                 job = with_budget(world, job, budget, 1, longest)
+            job = msgspec.structs.replace(job, batch=BatchSection(max_num_seqs=1), draft=draft)
         with closing(Session(world, job, model)) as session:
             with world.together():
                 encode = _encoder(session, model)

@@ -164,6 +164,7 @@ def test_speculation_says_what_drafts_gave(cache: Path) -> None:
     """The model drafts for itself: nearly all is right, and `bench` itself checks that answers are the same."""
     file = cache.parent / "bench.json"
     sizes = ["--context", "5", "--threads", "1", "--repeats", "1", "--draft", str(CHAT), "--json", str(file)]
+    sizes += ["--budget", "75%"]  # the draft model is there beside a budget, too
     done = bench(cache, "--model", str(CHAT), "--what", "speculation", "--prompt", "40", *sizes)
     assert done.returncode == 0, done.stderr
     made = msgspec.json.decode(file.read_bytes(), type=Bench, strict=True)
@@ -179,6 +180,7 @@ def test_speculation_says_what_drafts_gave(cache: Path) -> None:
         for drafts in run.drafters.values():
             assert 0 <= drafts.accepted <= drafts.drafted
     assert any(run.per_pass > 1 for run in made.runs)
+    assert any("model" in run.drafters for run in made.runs)
     assert "tokens a pass" in done.stdout
     done = bench(
         cache, "--synthetic", "tiny-llama", "--what", "speculation", "--prompt", "40", "--threads", "1"
