@@ -78,10 +78,46 @@ def embedding_settings(source: Source) -> EmbeddingSettings:
     return EmbeddingSettings(cast(Pooling, pooling), layers=tuple(layers))
 
 
-def _from_directory(folder: Path) -> EmbeddingSettings:
+def answer_words(source: Source, pair_template: str | None, asked: list[str], has_ids: bool) -> list[str]:
+    """The words with which a model says whether a document is relevant: those `asked` for, or its files' own.
+
+    None are needed where its files say it in ids (`has_ids`).
+    """
+    words = asked or source.config.get("classifier_from_token") or []
+    if not words and not has_ids and pair_template is not None and _is_reranker(source.path):
+        return ["no", "yes"]
+    return words
+
+
+def has_answer_ids(source: Source) -> bool:
+    """Whether a model's files name tokens that say whether a document is relevant."""
+    folder = text_folder(source.tokenizer)
+    if folder is None or not (folder / MODULES).exists():
+        return False
+    return any(_kind(module) == "LogitScore" for module in _modules(folder))
+
+
+def _is_reranker(path: Path) -> bool:
+    """Whether a model is called Qwen3-Reranker, whose published files say it nowhere else.
+
+    In the cache of huggingface_hub the name is that of the directory above `snapshots`.
+    """
+    return any("qwen3-reranker" in name.lower() for name in (path.name, path.parent.parent.name))
+
+
+def _modules(folder: Path) -> list[dict[str, Any]]:
     modules = _read(folder / MODULES)
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise ModelError(f"{folder / MODULES} is no list of modules.")
+    return modules
+
+
+def _kind(module: dict[str, Any]) -> str:
+    return str(module.get("type", "")).rpartition(".")[2]
+
+
+def _from_directory(folder: Path) -> EmbeddingSettings:
+    modules = _modules(folder)
     prompts, lengths = (
         _read(folder / name) if (folder / name).exists() else {} for name in (PROMPTS, LENGTHS)
     )
@@ -89,7 +125,7 @@ def _from_directory(folder: Path) -> EmbeddingSettings:
     layers: list[Dense] = []
     answers, pools_prompts = None, True
     for module in modules:
-        kind, path = str(module.get("type", "")).rpartition(".")[2], folder / str(module.get("path", ""))
+        kind, path = _kind(module), folder / str(module.get("path", ""))
         if kind == "Pooling":
             config = _read(path / "config.json")
             pooling, pools_prompts = _pooling(config), config.get("include_prompt") is not False

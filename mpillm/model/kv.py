@@ -55,8 +55,9 @@ class KVCache:
         self.n_blocks = n_blocks
         self._states = [np.zeros((n_states, nbytes), np.uint8) for nbytes in layout.states]
         self._states_nbytes = n_states * layout.state_nbytes
+        self._states_used = set[int]()  # slots that have been in use
         self._top = 0  # blocks that have been in use
-        self.peak = self._states_nbytes  # bytes of memory that were in use
+        self._blocks_peak = 0  # bytes of blocks in memory
         self.spill: Spill | None = None
         if budget is not None and n_blocks * layout.block_nbytes > budget - self._states_nbytes:
             assert spill_dir is not None
@@ -65,9 +66,15 @@ class KVCache:
         self._arrays: dict[int, Arrays] = {}  # of layers whose pools are in memory
         self._pools: list[LayerPools | None] = [new_pool(n_blocks, nbytes) for nbytes in layout.pools]
 
+    @property
+    def peak(self) -> int:
+        """Bytes of memory that have been in use, of states and of blocks."""
+        return len(self._states_used) * self.layout.state_nbytes + self._blocks_peak
+
     def begin(self, groups: Sequence[GroupTables], offset: Ints, moves: StateMoves) -> None:
         """A step begins that reads all blocks of these tables, and writes each row at its block and `offset`."""
         self._move(moves.loaded)
+        self._states_used.update(moves.fresh)
         for states in self._states if moves.fresh else ():
             states[list(moves.fresh)] = 0
         if not groups:
@@ -86,7 +93,7 @@ class KVCache:
         if top > self._top:
             self._top = top
             held = top * self.layout.block_nbytes if self.spill is None else self.spill.held
-            self.peak = max(self.peak, self._states_nbytes + held)
+            self._blocks_peak = max(self._blocks_peak, held)
 
     def end(self, moves: StateMoves) -> None:
         """All layers of the step have been computed."""
@@ -132,6 +139,7 @@ class KVCache:
             self.spill.close()
 
     def _move(self, pairs: Sequence[tuple[int, int]]) -> None:
+        self._states_used.update(written for written, _ in pairs)
         for states in self._states if pairs else ():
             for written, read in pairs:
                 states[written] = states[read]

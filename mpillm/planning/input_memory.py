@@ -17,6 +17,7 @@ from mpillm.batch.bodies import MAX_NAME
 from mpillm.batch.endpoints.embeddings import JSON_BYTES
 from mpillm.batch.endpoints.generate import LOGPROB_BYTES, MAX_LOGPROBS, TOKEN_BYTES
 from mpillm.batch.endpoints.prompts import MAX_PROMPT_TOKENS, MAX_SEQUENCES
+from mpillm.batch.endpoints.score import PAIRS
 from mpillm.batch.rows.forms import needs_arrow
 from mpillm.batch.rows.line import MAX_LINE
 from mpillm.batch.template import asker
@@ -32,6 +33,7 @@ from mpillm.store import inputs
 from mpillm.text import Tokenizer
 from mpillm.text.bounds import encoded_at_once
 
+PAIR_KEYS = ("query", *dict.fromkeys(name for names in PAIRS for name in names))  # of rerank, and of score
 NAMES = 2  # copies of a line's name
 PROMPT, TOKEN, LOGPROB = 56, 72, 136  # of a token, and of an alternative to it, until the answer is written
 ARROW = 128 * 2**20  # of the library for Parquet, and of what it reads or writes at once (98 MiB measured)
@@ -56,7 +58,14 @@ class _Body(Asked):
     prompt: msgspec.Raw = msgspec.Raw()
     input: msgspec.Raw = msgspec.Raw()
     messages: msgspec.Raw = msgspec.Raw()
+    query: msgspec.Raw = msgspec.Raw()
+    queries: msgspec.Raw = msgspec.Raw()
     documents: msgspec.Raw = msgspec.Raw()
+    items: msgspec.Raw = msgspec.Raw()
+    text_1: msgspec.Raw = msgspec.Raw()
+    text_2: msgspec.Raw = msgspec.Raw()
+    data_1: msgspec.Raw = msgspec.Raw()
+    data_2: msgspec.Raw = msgspec.Raw()
     chat_template_kwargs: msgspec.Raw = msgspec.Raw()
     choices: msgspec.Raw = msgspec.Raw()
     n: int | None = None
@@ -106,6 +115,8 @@ def input_needs(
                     unread += 1
                     continue
                 body = line.body or line
+                if around.apart and not (body.messages or body.prompt or body.input):
+                    body.input = _texts_of_pairs(body)
                 if body.messages:
                     chat = max(chat, TEMPLATE + CHAT * len(raw))
                 if isinstance(line.custom_id, str):
@@ -135,6 +146,17 @@ def input_needs(
         ARROW if needs_arrow(spec.input_path) or spec.output.format == "parquet" else 0,
         grammars.needs(), unread, prompts, most, scores,
     )  # fmt: skip
+
+
+def _texts_of_pairs(body: _Body) -> msgspec.Raw:
+    """The texts of a line's queries and documents, each once, as the list that gets embeddings; empty without any."""
+    texts: list[Any] = []
+    for given in (getattr(body, name) for name in PAIR_KEYS):
+        if given:
+            value = msgspec.json.decode(given)
+            texts += value if isinstance(value, list) else [value]
+    texts = [text.get("text") if isinstance(text, dict) else text for text in texts]
+    return msgspec.Raw(msgspec.json.encode(texts)) if texts else msgspec.Raw()
 
 
 def _prompt_tokens(body: _Body, counter: TokenCounter, around: Around) -> Tokens:

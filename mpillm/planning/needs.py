@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from mpillm.model.config import ModelConfig
+from mpillm.model.embedding import answer_words, has_answer_ids
 from mpillm.planning.input_memory import input_needs
 from mpillm.planning.input_needs import InputNeeds
 from mpillm.planning.token_count import Around
@@ -25,12 +26,18 @@ def needs_of(
 ) -> InputNeeds:
     """What the input asks for; `load` gives the model's tokenizer, which is loaded here without it."""
     return input_needs(
-        spec, config.hidden, around(source), load or (lambda: load_tokenizer(source.tokenizer, config.vocab))
+        spec,
+        config.hidden,
+        around(spec, config, source),
+        load or (lambda: load_tokenizer(source.tokenizer, config.vocab)),
     )
 
 
-def around(source: Source) -> Around:
-    """The bytes of a model's chat template, 0 if it has none, or several, and of the longest prompt for embeddings."""
+def around(spec: Spec, config: ModelConfig, source: Source) -> Around:
+    """The bytes of a model's chat template, 0 if it has none, or several, and of the longest prompt for embeddings.
+
+    Pairs are read apart by a model without a classifier (see `run.opened`).
+    """
     folder, fields = text_folder(source.tokenizer), text_fields(source.tokenizer)
     template, prompts = None, dict[str, str]()
     if fields is not None:
@@ -47,7 +54,16 @@ def around(source: Source) -> Around:
     return Around(
         len(template) if isinstance(template, str) else 0,
         max((len(str(p)) for p in prompts.values()), default=0),
+        not _reads_pairs(spec, config, source),
     )
+
+
+def _reads_pairs(spec: Spec, config: ModelConfig, source: Source) -> bool:
+    """Whether a model may read a query and a document together."""
+    if config.classifier is not None or not config.generates:
+        return config.classifier is not None
+    ids = has_answer_ids(source)
+    return ids or bool(answer_words(source, config.pair_template, spec.scoring.tokens, ids))
 
 
 def _read(path: Path) -> dict[str, Any]:

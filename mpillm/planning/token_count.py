@@ -30,10 +30,11 @@ class Tokens(NamedTuple):
 
 
 class Around(NamedTuple):
-    """Bytes of what a model's files put around texts."""
+    """Bytes of what a model's files put around texts, and how it reads pairs."""
 
     template: int = 0  # for chats
     prompt: int = 0  # before a text that gets an embedding, at most
+    apart: bool = False  # whether the two texts of a pair are read apart, as others that get embeddings
 
 
 NOTHING = Around()

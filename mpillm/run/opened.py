@@ -11,7 +11,7 @@ from mpillm.catalogue import models
 from mpillm.comm.world import World
 from mpillm.errors import ModelError
 from mpillm.model.config import ModelConfig
-from mpillm.model.embedding import EmbeddingSettings, embedding_settings
+from mpillm.model.embedding import EmbeddingSettings, answer_words, embedding_settings
 from mpillm.model.pooled import Classifier, answers_classifier, read_classifier
 from mpillm.run.progress import Progress
 from mpillm.run.session import Session
@@ -77,9 +77,7 @@ def _classifier(
     """The model's own classifier, or one of rows of its LM head: for the job's words, or those of its files."""
     if config.classifier is not None:
         return read_classifier(source, config.classifier)
-    words = words or source.config.get("classifier_from_token") or []
-    if not (words or said.answers) and config.pair_template is not None and _is_reranker(source.path):
-        words = ["no", "yes"]
+    words = answer_words(source, config.pair_template, words, said.answers is not None)
     if not config.generates or not (words or said.answers):
         return None
     if said.answers and not words:
@@ -96,14 +94,6 @@ def _classifier(
             f"{source.path} names the tokens {no} and {yes} as answers; its vocabulary has {config.vocab}."
         )
     return answers_classifier(source, no, yes)
-
-
-def _is_reranker(path: Path) -> bool:
-    """Whether a model is called Qwen3-Reranker, whose published files say it nowhere else.
-
-    In the cache of huggingface_hub the name is that of the directory above `snapshots`.
-    """
-    return any("qwen3-reranker" in name.lower() for name in (path.name, path.parent.parent.name))
 
 
 def _token(word: str, tokenizer: Tokenizer | None) -> int:

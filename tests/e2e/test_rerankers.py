@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
+from mpillm import spec
 from mpillm.batch.endpoints.pairs import INSTRUCTION
 from mpillm.model.families import qwen
+from mpillm.model.opening import config_of, open_source
+from mpillm.planning.needs import around
 from mpillm.text import load_tokenizer
 from tests.conftest import ROOT
 from tests.e2e.test_scoring import ONE, answers
@@ -71,6 +75,10 @@ def test_qwen3_rerankers(
         (model / "modules.json").write_text(json.dumps(modules))
     if "template" in job:
         job = {"template": qwen.RERANKER}
+    with closing(open_source(model)) as source:
+        settings = [f"scoring.{key}={json.dumps(value)}" for key, value in job.items()]
+        planned = spec.load(None, settings, model=str(model), input="in.jsonl", output="out")
+        assert not around(planned, config_of(source), source).apart
     lines: list[dict[str, Any]] = [
         {"url": "/v1/score", "body": {"text_1": one["query"], "text_2": one["document"]}
          | ({"instruction": one["instruction"]} if one["instruction"] else {})}

@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mpillm import kernels
 from mpillm.engine.request import Request
+from mpillm.model.kv import KVCache, StateMoves
 from tests.agnostic import harness
 from tests.agnostic.program import digest
 from tests.conftest import Mpi
@@ -88,6 +90,16 @@ def test_preempted_sequences_begin_anew(model: str, recurrent: frozenset[int]) -
         assert outcome.totals.preemptions > 0
     elif not groups:
         assert limits.n_slots == 3 == outcome.totals.peak_sequences
+
+
+def test_states_that_were_in_use_are_counted() -> None:
+    layout = run("qwen35", frozenset()).session.caches[0]
+    cache = KVCache(layout, 9, n_states=100)
+    assert cache.peak == 0
+    for _ in range(2):
+        cache.begin((), np.zeros(0, np.int32), StateMoves(fresh=(3,), loaded=((4, 3),)))
+        cache.end(StateMoves(saved=((7, 4),)))
+    assert cache.peak == 3 * layout.state_nbytes > 0
 
 
 @cases

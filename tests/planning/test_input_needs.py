@@ -223,3 +223,25 @@ def test_blocks_that_are_shared_are_planned_once(
     job = spec.load(None, settings, input=str(tmp_path / "in.jsonl"), output=str(tmp_path / "out"))
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     assert input_needs(job, 64, load=Bytes).blocks == blocks  # type: ignore[arg-type, unused-ignore]
+
+
+@pytest.mark.parametrize(
+    ("line", "sequences", "tokens"),
+    [
+        ('{"query": "ab", "documents": ["cde", {"text": "fg"}, "h"]}', 4, 8),
+        ('{"text_1": "ab", "text_2": "cde"}', 2, 5),
+        ('{"queries": ["ab", "c"], "items": ["d", "efg"]}', 4, 7),
+        ('{"body": {"data_1": "ab", "data_2": ["c", "d"]}}', 3, 4),
+    ],
+)
+def test_texts_of_pairs_are_counted_where_they_are_read_apart(
+    line: str, sequences: int, tokens: int, tmp_path: Path
+) -> None:
+    job = spec.load(None, input=str(tmp_path / "in.jsonl"), output=str(tmp_path / "out"))
+    (tmp_path / "in.jsonl").write_text(line)
+    asked = input_needs(job, 64, Around(apart=True), Bytes)  # type: ignore[arg-type, unused-ignore]
+    assert (asked.sequences, asked.prompt_tokens, asked.tokens, asked.generated_tokens) == (
+        sequences, tokens, tokens, 0,
+    )  # fmt: skip
+    assert asked.blocks == 0
+    assert input_needs(job, 64, load=Bytes).blocks is None  # type: ignore[arg-type, unused-ignore]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,36 @@ def assert_nested(spans: list[Event]) -> None:
             ends.append(end)
 
 
+def assert_trace_events(path: Path, ranks: int) -> None:
+    """A file as Chrome's Trace Event Format has it, with a process for each rank, all of whose threads have names."""
+    read = json.loads(path.read_text())
+    assert read.keys() == {"displayTimeUnit", "traceEvents", "otherData"}
+    assert read["displayTimeUnit"] == "ms"  # how times are shown; those of events are microseconds
+    processes, threads, used = dict[int, str](), dict[tuple[int, int], str](), set[tuple[int, int]]()
+    for event in read["traceEvents"]:
+        assert type(event["pid"]) is type(event["tid"]) is int
+        assert type(event["name"]) is str
+        place = event["pid"], event["tid"]
+        if event["ph"] == "M":
+            assert event.keys() == {"ph", "name", "pid", "tid", "ts", "args"}
+            assert event["args"].keys() == {"name"}
+            names = {"process_name": processes, "thread_name": threads}[event["name"]]
+            key = event["pid"] if names is processes else place
+            assert key not in names, "named twice"
+            names[key] = event["args"]["name"]  # type: ignore[index]
+        else:
+            assert event["ph"] == "X"
+            assert event.keys() - {"args"} == {"ph", "name", "pid", "tid", "ts", "dur"}
+            assert min(event["ts"], event["dur"]) >= 0
+            assert all(type(detail) in (int, str) for detail in event.get("args", {}).values())
+            assert place in threads, "named before its first span"
+            used.add(place)
+    assert processes.keys() == set(range(ranks))
+    assert used == threads.keys()
+    assert all(processes.values())
+    assert all(threads.values())
+
+
 def seconds(spans: list[Event], rank: int, *names: str) -> float:
     return sum(span["dur"] for span in spans if span["pid"] == rank and span["name"] in names) / 1e6
 
@@ -45,12 +76,15 @@ def seconds(spans: list[Event], rank: int, *names: str) -> float:
 def test_spans_nest_and_sum_to_the_report(openmpi: Mpi, tmp_path: Path) -> None:
     source, trace = write_lines(tmp_path / "in.jsonl", mixed_lines(9, 4)), tmp_path / "trace.json"
     words = command(source, tmp_path / "out", "memory.weights=24KiB")
+    began = time.monotonic()
     done = openmpi.run(2, *words, "--trace", str(trace))
+    took = time.monotonic() - began
     assert done.returncode == 0, done.stderr
     spans, said = events(trace)
     assert_nested(spans)
-    every = json.loads(trace.read_text())["traceEvents"]
-    assert all({"ph", "name", "ts", "pid", "tid"} <= event.keys() for event in every)
+    assert_trace_events(trace, 2)
+    # Microseconds: those of the first span to the last are no more than the command took.
+    assert 0 < max(span["ts"] + span["dur"] for span in spans) / 1e6 < took
     for rank in (0, 1):
         starts = [span["ts"] for span in spans if span["pid"] == rank]
         assert starts == sorted(starts)
