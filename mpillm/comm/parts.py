@@ -40,20 +40,21 @@ class _Messages:
         from mpi4py import MPI
 
         comm, tag = world.comm, Tag.ALL_REDUCE
+        # MPI may start requests in any order: a tag for each piece tells those of one rank apart.
         inward, outward = (
             [
-                (piece, rank)
+                (piece, rank, tag + number)
                 for data, rank in zip(of, ranks, strict=True)
-                for piece in _eager(data.reshape(-1))
+                for number, piece in enumerate(_eager(data.reshape(-1)))
             ]
             for of in (receives, sends)
         )
-        coming = [comm.Recv_init(data, rank, tag) for data, rank in inward]
-        going = [comm.Send_init(data, rank, tag) for data, rank in outward]
+        coming = [comm.Recv_init(*one) for one in inward]
+        going = [comm.Send_init(*one) for one in outward]
         self._requests: list[MPI.Prequest] = [*coming, *going]
         self._start = MPI.Prequest.Startall
-        self._sent = [data.nbytes for data, _ in outward]
-        self._transfers = Transfers(world, coming, going, [data.nbytes for data, _ in inward])
+        self._sent = [data.nbytes for data, *_ in outward]
+        self._transfers = Transfers(world, coming, going, [data.nbytes for data, *_ in inward])
 
     def begin(self, count: Count) -> None:
         """Send them, and receive the others'."""

@@ -36,11 +36,11 @@ class WireError(RuntimeError):
 class Tag(IntEnum):
     """The kinds of messages."""
 
-    ALL_REDUCE = 1
     PIPE = 2
     STEP = 3
     REPLY = 4
     REQUESTS = 5
+    ALL_REDUCE = 8  # the last: the pieces of a message count on from here
 
 
 class Codec:

@@ -69,6 +69,7 @@ class RankWork:
     made: int = 0  # bytes of weights that are made ready in memory before the first step; others are mapped
     apart: bool = False  # the layers' kernels are called one by one
     streamed_part: float = 0.0  # of the pages, if they are used one after the other
+    stacked: bool = True  # all layers are one operation, whose rows may go in lanes
 
     def without_layers(self) -> RankWork:
         """The head alone."""
@@ -211,7 +212,7 @@ def stage_time(stage: Stage, batch: StepRows) -> StepTime:
         rows_bytes = stage.sum_bytes / (shards - 1) / 2 * batch.rows  # on average of parts and of sums
         nbytes /= shards if shards == 2 else adders(shards, rows_bytes, stage.link.wire)
         messages += 2 * stage.works[0].layers * rounds * _message(stage.link, nbytes)
-        if lanes(shards, int(batch.rows), rows_bytes, stage.link.wire) > 1 and not stage.works[0].apart:
+        if lanes(shards, int(batch.rows), rows_bytes, stage.link.wire) > 1 and stage.works[0].stacked:
             messages -= HIDDEN * min(messages, slowest.total)
     if stage.pipe is not None:
         messages += _message(stage.pipe, len(stage.works) * batch.rows * stage.pipe_bytes)

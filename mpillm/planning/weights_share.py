@@ -81,6 +81,7 @@ def _work(
         made=made,
         apart=bool(streamed or counts["expert"] or place.shards > 1),
         streamed_part=0.0 if counts["expert"] else min(streamed / max(page * len(pages), 1.0), 1.0),
+        stacked=not (streamed or config.whole_prompts) and all(layer.fused for layer in config.layers),
     )
 
 

@@ -1,4 +1,4 @@
-"""What mpillm chooses beside other layouts, measured on eight clusters: `python -m tests.cluster.layouts --model PATH`.
+"""What mpillm chooses beside other layouts, measured on nine clusters: `python -m tests.cluster.layouts --model PATH`.
 
 As in `table.py` hosts are network namespaces with a thread each (root; about a minute for a job on a cluster). More
 hosts than cores share them. `tests/planning/test_clusters.py` asks the same of the model of the time, on paper.
@@ -25,6 +25,7 @@ CLUSTERS = [
     (3, "1gbit", False),
     (4, "1gbit", False),
     (4, "100mbit", False),
+    (3, "100mbit", False),
 ]
 
 

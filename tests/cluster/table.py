@@ -120,6 +120,8 @@ def compare(cluster: Cluster, model: Path, ranks: int, lines: int, name: str) ->
     }
     if ranks.bit_count() == 1:
         ways["shards"] = ranks, ("layout.replicas=1", f"layout.shards={ranks}")
+    if ranks == 4:
+        ways["2 x 2"] = ranks, ("layout.replicas=1", "layout.stages=2", "layout.shards=2")
     took = {way: cluster.job(model, own, lines, *words) for way, (own, words) in ways.items()}
     for way, (seconds, layout) in took.items():
         print(f"{name} {lines} answers, {way:9} {layout:10} {seconds:7.2f} s", flush=True)

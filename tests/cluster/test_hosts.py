@@ -133,15 +133,26 @@ def test_shards_on_two_hosts_measure_the_network_and_say_what_they_choose(
     assert wire == "q8_0" or results(tmp_path) == reference(tmp_path, openmpi, job)
 
 
-@pytest.mark.parametrize("victim", ["0", "1"])
+@pytest.mark.parametrize(
+    ("ranks", "plan", "layout"),
+    [
+        (2, "0:step:9:SIGKILL", ""),
+        (2, "1:step:9:SIGKILL", ""),
+        # Two sums are under way, of two shards and in pieces of four.
+        (2, "1:sum:48:SIGKILL", "shards=2"),
+        (4, "3:sum:48:SIGKILL", "shards=4"),
+        (3, "1:step:9:SIGKILL", "replicas=3"),
+    ],
+)
 def test_a_rank_killed_on_another_host_is_survived(
-    hosts: Hosts, openmpi: Mpi, tmp_path: Path, victim: str
+    hosts: Hosts, openmpi: Mpi, tmp_path: Path, ranks: int, plan: str, layout: str
 ) -> None:
-    """With ULFM, over TCP: whoever is left goes on alone."""
+    """With ULFM, over TCP: whoever is left goes on."""
+    victim, words = plan[0], [f"--set=layout.{layout}"] if layout else []
     job, hostfile = write_job(tmp_path), tmp_path / "hosts"
-    hostfile.write_text("".join(f"{address} slots=1\n" for address in hosts.addresses[:2]))
-    program = [sys.executable, ROOT / "tests" / "e2e" / "dying.py", f"{victim}:step:9:SIGKILL", "run", job]
-    command = [*hosts.launcher(openmpi, hostfile), "--with-ft", "ulfm", "-n", "2", *program]
+    hostfile.write_text("".join(f"{address} slots=1\n" for address in hosts.addresses[:ranks]))
+    program = [sys.executable, ROOT / "tests" / "e2e" / "dying.py", plan, "run", job, *words]
+    command = [*hosts.launcher(openmpi, hostfile), "--with-ft", "ulfm", "-n", str(ranks), *program]
     done = run_bounded(hosts.on_first(command, environment(openmpi)), 90, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"mpillm: Lost rank {victim} on {hosts.prefix}{int(victim) + 1}; the others went on" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -210,10 +211,20 @@ def test_few_rows_are_summed_by_one_shard(world: World, wire: Wire) -> None:
 @pytest.mark.mpi(min_size=2)
 @WIRES
 @pytest.mark.parametrize("rows", [3, 200])
-def test_several_sums_are_under_way(world: World, wire: Wire, rows: int) -> None:
-    """They end in the order in which they began, with the bytes of one after the other."""
+@pytest.mark.parametrize("backwards", [False, True])
+def test_several_sums_are_under_way(
+    world: World, wire: Wire, rows: int, backwards: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They end in the order in which they began, with the bytes of one after the other, however MPI starts a sum's
+    messages: it may do so in any order."""
     if world.size not in (2, 4, 8):
         pytest.skip(f"{world.size} ranks are no shards")
+    from mpi4py import MPI  # once there is a world
+
+    if backwards and world.rank:
+        start = MPI.Prequest.Startall
+        other = SimpleNamespace(Startall=lambda requests: start(requests[::-1]))
+        monkeypatch.setattr(MPI, "Prequest", other)
     place, counters = Place(world.rank, 1, world.size), MessageCounters()
     group = Group(world, place, wire, counters, rate=1e6)
     random = np.random.default_rng(world.rank)

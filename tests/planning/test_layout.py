@@ -11,7 +11,9 @@ from mpillm import spec
 from mpillm.comm.free_memory import free_memory
 from mpillm.errors import JobError, LayoutError
 from mpillm.model.opening import config_of, open_source
+from mpillm.partition.replicas import Replica
 from mpillm.planning import hosts, layout, plan, plan_text
+from mpillm.planning.input_needs import InputNeeds
 from mpillm.planning.layout_plans import Chosen
 from mpillm.planning.machines import Machines
 from mpillm.planning.planner import Planner
@@ -128,3 +130,21 @@ def test_free_memory_is_what_every_group_above_allows(version: int, tmp_path: Pa
     for group in ("job", "job/step"):
         (mount / group / f"memory.{names[0]}").write_text(unlimited)
     assert 2**20 < free_memory(tmp_path) < 2**50
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "stacked"),
+    [
+        ("llama3", (), True),
+        ("llama3", ("memory.weights=90KiB",), False),
+        ("qwen3_moe", (), False),
+        ("falcon_h1", (), False),
+    ],
+)
+def test_layers_that_are_one_operation(model: str, settings: tuple[str, ...], stacked: bool) -> None:
+    """As in `Decoder`: layers in memory, without experts and states; their rows may go in lanes."""
+    asked = spec.load(None, settings, model=str(model_path(model)), input="in", output="out")
+    with closing(open_source(model_path(model))) as source:
+        replicas = (Replica(0, 1, 2),)
+        [made] = Planner(source, config_of(source)).replicas(asked, replicas, InputNeeds())
+    assert [work.stacked for work in made.works] == [stacked] * 2

@@ -159,8 +159,8 @@ def test_messages_of_rows_in_lanes_are_partly_hidden() -> None:
     computing = rank_time(work(), SPEED, rows).total
     made = stage_time(stage(work(), work(), link=net), rows)
     assert made.messages == pytest.approx(whole - HIDDEN * min(whole, computing))
-    apart = stage_time(stage(work(apart=True), work(apart=True), link=net), rows)
-    assert apart.messages == pytest.approx(whole)
+    alone = stage_time(stage(work(stacked=False), work(stacked=False), link=net), rows)
+    assert alone.messages == pytest.approx(whole)
     assert stage_time(stage(work(), work(), link=LinkRate(0.0, 1e9)), rows).messages == pytest.approx(
         whole / 1e4
     )
