@@ -1,6 +1,6 @@
 #!/bin/bash
 # The common part of the batch scripts: starts `python -m mpillm run "$@"` on the allocation's tasks, and
-# puts the job back into the queue when it was interrupted. What it needs to know it finds out:
+# puts the job back into the queue when it was interrupted. These variables are optional:
 #
 #   MPILLM_VENV      a virtual or conda environment, on a file system that all nodes see   (default: what site.sh beside
 #                    this file says, else the checkout's .venv)
@@ -28,7 +28,7 @@ fi
 [ -n "${SLURM_CPUS_PER_TASK:-}" ] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
 # Which MPI? Open MPI is started by srun through PMIx, MPICH and its kin through PMI2. With the wrong one, every
-# rank believes to be alone.
+# rank starts a world of its own.
 protocol=$(python -c '
 import mpi4py
 mpi4py.rc.initialize = False

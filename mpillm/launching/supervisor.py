@@ -132,7 +132,10 @@ class Supervisor:
                 continue
             fruitless = 0 if self._journal_size() > size else fruitless + 1
             if fruitless > len(BACK_OFF):
-                self._say(f"Gave up after {fruitless} starts that came to nothing; the same command goes on.")
+                self._say(
+                    f"Gave up after {fruitless} starts that added nothing to the journal. When the cause above is "
+                    "mended, the same command goes on."
+                )
                 return Interrupted.exit_code
             pause = BACK_OFF[max(0, fruitless - 1)]
             self._say(f"The run ended before it was complete (mpiexec says {code}); again in {pause:g} s.")
