@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from mpillm import version
 from mpillm.cli import bench, instead, serve, supervise
+from mpillm.errors import JobError
 
 if TYPE_CHECKING:
     from mpillm.spec import TableFormat
@@ -49,7 +50,8 @@ class _Parser(argparse.ArgumentParser):
         if found := instead.sentence(command or "", unknown, words, known, before):
             return found
         if not unknown[0].startswith("-"):
-            return f"{unknown[0]!r} is one word too many; {parser.format_usage().rstrip().replace('usage:', 'type')}"
+            usage = " ".join(parser.format_usage().split()).replace("usage:", "type")
+            return f"{unknown[0]!r} is one word too many; {usage}"
         return f"there is no option {unknown[0]}; {parser.prog} --help lists all"
 
     def _commands(self) -> Mapping[str, argparse.ArgumentParser]:
@@ -77,7 +79,14 @@ class _Parser(argparse.ArgumentParser):
                 for action in wanted
             ]
             message = f"{message}; type {self.prog} {' '.join(shown)}"
-        super().error(message)
+        elif given := re.match(r"(argument .*): invalid choice: '?(.*?)'? \(choose from (.*)\)", message):
+            words = re.findall(r"[\w-]+", given[3])
+            close = difflib.get_close_matches(given[2].lower(), words, n=1)
+            meant = f"; did you mean {close[0]}?" if close else ""
+            message = f"{given[1]}: {given[2]!r} is none of {', '.join(words)}{meant}"
+        elif not re.search(r"type |did you mean|none of|--help", message):
+            message = f"{message}; {self.prog} --help lists all"
+        self.exit(JobError.exit_code, f"{self.prog}: {message}\n")
 
 
 def command_parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 from pathlib import Path
 
 from mpillm.cli.console import Console
@@ -97,7 +98,9 @@ def _words(text: str) -> tuple[str, ...]:
     words = tuple(text.split(","))
     for word in words:
         if word not in WHAT + MORE:
-            raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(WHAT + MORE)}")
+            close = difflib.get_close_matches(word.lower(), WHAT + MORE, n=1)
+            meant = f"; did you mean {close[0]}?" if close else ""
+            raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(WHAT + MORE)}{meant}")
     return words
 
 

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Sequence
 
 RANKS_OF_LAUNCHERS = ("-n", "-np", "--np", "--ranks")
 UNDER_MPIEXEC = ("bench", "chat", "doctor", "pack", "serve")
 # A run goes on by itself, and never overwrites another one's answers.
 GOING_ON = ("--resume", "--continue", "--restart", "--force", "--overwrite")
-# What other programs call a key of the job.
-CALLED_ELSEWHERE = {
-    **dict.fromkeys(("batch_size", "max_batch_size", "parallel"), "batch.max_num_seqs"),
-    **dict.fromkeys(("num_threads", "n_threads", "nthreads"), "layout.threads"),
-    **dict.fromkeys(("ctx_size", "n_ctx", "max_model_len", "context_length"), "memory.max_context"),
-    **dict.fromkeys(("max_new_tokens", "n_predict"), "sampling.max_tokens"),
-    "temp": "sampling.temperature", "tensor_parallel_size": "layout.shards",
-    "pipeline_parallel_size": "layout.stages",
-}  # fmt: skip
 # Options of other programs that ask for what there is in another way, or not at all.
 ELSEWHERE = {
     **dict.fromkeys(
@@ -59,6 +51,11 @@ def sentence(
             )
         if command and word in before:
             return f"{word} stands before the command; type mpillm {word} {command} ..."
+        letter = re.fullmatch(r"-([a-z])", name)
+        if letter and (
+            option := next((option for option in known if option.startswith(f"--{letter[1]}")), None)
+        ):
+            return f"there is no option {name}; type {option} {value or 'VALUE'}"
         if name in ELSEWHERE:
             return f"there is no option {name}: {ELSEWHERE[name]}"
         if not word.startswith("-"):
@@ -79,8 +76,7 @@ def sentence(
 def _key_called(option: str) -> str | None:
     from mpillm import spec
 
-    name = option.replace("-", "_")
-    return CALLED_ELSEWHERE.get(name) or spec.key_called(name)
+    return spec.key_called(option.replace("-", "_"))
 
 
 def _key_like(option: str) -> str | None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mpillm.spec import Spec
 
 NO_JOBS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".zst")  # what an input may be called
+MODELS = (".gguf", ".m")
 QUICKSTART = "quickstart.toml"
 
 
@@ -29,6 +30,8 @@ def load_job(options: argparse.Namespace, planned: bool = False) -> Spec:
     job = getattr(options, "job", None)
     if job is not None and job.suffix in NO_JOBS:
         raise JobError(f"{job} is no job file (TOML); to run its requests, type --input {job}.")
+    if job is not None and _is_model(job):
+        raise JobError(f"{job} is a model, and no job file (TOML); type --model {job}.")
     return spec.load(
         _job_file(options),
         getattr(options, "set", ()),
@@ -37,6 +40,13 @@ def load_job(options: argparse.Namespace, planned: bool = False) -> Spec:
         output=getattr(options, "output", None),
         planned=planned,
     )
+
+
+def _is_model(job: Path) -> bool:
+    from mpillm.catalogue import models
+
+    named = str(job).startswith("hf:") or str(job) in models.known().split(", ")
+    return named or job.suffix in MODELS or (job / "config.json").exists()
 
 
 def job_of(words: list[str]) -> Spec:

@@ -18,7 +18,7 @@ from mpillm.model.opening import config_of, open_described
 from mpillm.partition.grid import Place
 from mpillm.planning import memory
 from mpillm.planning.input_needs import InputNeeds
-from mpillm.spec import DraftSection, Spec, shown_bytes
+from mpillm.spec import DraftSection, Spec, shown_bytes, unit_meant
 from mpillm.weights.source import Source, rank_plans
 
 WHOLE = Place(0, 1, 1)
@@ -58,7 +58,9 @@ def layout_of(section: DraftSection, source: Source, config: ModelConfig) -> Cac
         )
     if section.kv_bytes // layout.block_nbytes < len(layout.windows):
         block = shown_bytes(len(layout.windows) * layout.block_nbytes)
-        raise JobError(f"draft.kv = {section.kv} is too small: {KV_BLOCK} tokens take {block}; raise it.")
+        raise JobError(
+            f"draft.kv = {section.kv} is too small: {KV_BLOCK} tokens take {block}; raise it{unit_meant(section.kv)}."
+        )
     return layout
 
 

@@ -24,7 +24,7 @@ from mpillm.model.config import ModelConfig
 from mpillm.model.spill import HUGE, HUGE_PAGE, maximum_blocks, nbytes_in_file
 from mpillm.partition.grid import Place
 from mpillm.planning.input_needs import NO_INPUT, InputNeeds
-from mpillm.spec import Spec, shown_bytes
+from mpillm.spec import Spec, shown_bytes, unit_meant
 
 SEQUENCES, TOKENS = 256, 512  # what "auto" means in [batch] while all weights are in memory
 MAX_TOKENS = 4096  # and at most while they are streamed
@@ -135,7 +135,8 @@ class CacheCapacity:
         parts = [f"{KV_BLOCK} tokens take {block} bytes ({shown_bytes(block)})"] if block else []
         if state := max(layout.state_nbytes for layout in layouts):
             parts.append(f"a sequence's states take {state} bytes ({shown_bytes(state)})")
-        return f"memory.kv = {spec.memory.kv} is too small: {' and '.join(parts)} on some rank; raise it."
+        needed = f"memory.kv = {spec.memory.kv} is too small: {' and '.join(parts)} on some rank"
+        return f"{needed}; raise it{unit_meant(spec.memory.kv)}."
 
 
 def cache_capacity(

@@ -38,7 +38,7 @@ from mpillm.spec.sections import (
     WireSection,
     Word,
 )
-from mpillm.spec.sizes import byte_size, shown_bytes
+from mpillm.spec.sizes import byte_size, shown_bytes, unit_meant
 
 __all__ = [
     "UNREAD",
@@ -46,5 +46,5 @@ __all__ = [
     "LayoutSection", "MemorySection", "OutputSection", "Penalty", "Pooling", "ResponseFormat", "SamplingSection",
     "Section", "Seed", "Spec", "StopStrings", "StructuralTags", "StructuredOutputs", "Subtracted", "TableFormat",
     "Temperature", "TopK", "TopP", "WireSection", "Word", "byte_size", "checked", "key_called", "known_keys", "load",
-    "plain_words", "shown_bytes", "tightest",
+    "plain_words", "shown_bytes", "tightest", "unit_meant",
 ]  # fmt: skip

@@ -159,6 +159,20 @@ def known_keys() -> Iterator[str]:
             yield field.name
 
 
+# What other programs call a key of the job.
+_CALLED_ELSEWHERE = {
+    **dict.fromkeys(("batch_size", "max_batch_size", "parallel"), "batch.max_num_seqs"),
+    **dict.fromkeys(("num_threads", "n_threads", "nthreads"), "layout.threads"),
+    **dict.fromkeys(("ctx", "ctx_size", "n_ctx", "max_model_len", "context_length"), "memory.max_context"),
+    **dict.fromkeys(("max_new_tokens", "n_predict"), "sampling.max_tokens"),
+    **dict.fromkeys(("tensor_parallel_size", "tensor_parallel", "tp"), "layout.shards"),
+    **dict.fromkeys(("pipeline_parallel_size", "pipeline_parallel", "pp"), "layout.stages"),
+    "temp": "sampling.temperature", "repeat_penalty": "sampling.repetition_penalty",
+    "cache_type": "memory.kv_type", "prompts": "input", "out": "output.path",
+}  # fmt: skip
+
+
 def key_called(name: str) -> str | None:
-    """The dotted key of a job whose last word this is, or whose only name; None if there is none."""
-    return next((key for key in known_keys() if key.rpartition(".")[2] == name), None)
+    """The dotted key of a job whose last word this is, or that others call so; None if there is none."""
+    own = (key for key in known_keys() if key.rpartition(".")[2] == name)
+    return next(own, None) or _CALLED_ELSEWHERE.get(name)

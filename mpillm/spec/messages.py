@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
+from pathlib import Path
 from typing import Any, get_args
 
 import msgspec
 
-from mpillm.spec.job import Spec
+from mpillm.spec.job import Spec, key_called
 from mpillm.spec.sizes import shown_value
 
 _PLAIN = {"int": "a whole number", "float": "a number", "str": "a string", "bool": "true or false"}
@@ -17,15 +18,31 @@ _MISSING = object()
 
 
 def nearest(key: str, known: set[str]) -> str:
-    """The known key that was likely meant."""
-    leaves = {name.rpartition(".")[2]: name for name in sorted(known)}
-    if close := difflib.get_close_matches(key, known, n=1, cutoff=0.75):
-        return f"did you mean {close[0]!r}?"
-    if close := difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1, cutoff=0.7):
-        return f"did you mean {leaves[close[0]]!r}?"
-    section = key.rpartition(".")[0]
+    """The known key that was likely meant: of this last word, beginning so in its section, or spelled alike."""
+    section, _, leaf = key.rpartition(".")
+    leaf = leaf.lower().replace("-", "_")
     siblings = sorted(name for name in known if name.rpartition(".")[0] == section)
+    longer = [name for name in siblings if name.rpartition(".")[2].startswith(leaf)]
+    leaves = {name.rpartition(".")[2]: name for name in sorted(known)}
+    if meant := key_called(leaf) or (longer[0] if len(longer) == 1 else None):
+        return f"did you mean {meant!r}?"
+    if close := difflib.get_close_matches(
+        leaf, [name.rpartition(".")[2] for name in siblings], n=1, cutoff=0.7
+    ):
+        return f"did you mean {f'{section}.'.lstrip('.') + close[0]!r}?"
+    if close := difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.7):
+        return f"did you mean {leaves[close[0]]!r}?"
+    if close := difflib.get_close_matches(key, known, n=1, cutoff=0.75) if section not in known else []:
+        return f"did you mean {close[0]!r}?"
     return f"there are {', '.join(siblings)}."
+
+
+def other_job(path: Path) -> str:
+    """What to name instead of a job file that is not there."""
+    beside = [file.stem for file in path.parent.glob("*.toml")]
+    if close := difflib.get_close_matches(path.stem, beside, n=1):
+        return f"did you mean {path.parent / close[0]}.toml?"
+    return f"{'' if path.suffix == '.toml' else 'a job is TOML, and '}mpillm init job DIR writes some."
 
 
 def instead_of(text: str, problem: str) -> str:

@@ -19,7 +19,7 @@ else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 from mpillm.spec.job import Spec, known_keys
-from mpillm.spec.messages import explain, instead_of, nearest
+from mpillm.spec.messages import explain, instead_of, nearest, other_job
 
 ADDRESS = "://"  # what no path has
 UNREAD = "-"  # standard input, which no plan reads
@@ -99,7 +99,7 @@ def _read(path: Path) -> dict[str, Any]:
         text = path.read_bytes().decode("utf-8-sig")
         return toml(text)
     except FileNotFoundError:
-        raise JobError(f"There is no job file {path}.") from None
+        raise JobError(f"There is no job file {path}; {other_job(path)}") from None
     except OSError as error:
         raise JobError(f"The job file {path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:

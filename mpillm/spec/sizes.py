@@ -26,6 +26,15 @@ def byte_size(value: str | int) -> int:
     return int(size)
 
 
+def unit_meant(value: object) -> str:
+    """What to add to a sentence on a size that is too small: that a number without a unit is one of bytes."""
+    return (
+        f" ({value} is {value} bytes; write {value}GiB for more)"
+        if re.fullmatch(r"\d{1,4}", str(value))
+        else ""
+    )
+
+
 def shown_bytes(count: float) -> str:
     """Bytes for people: "1.5 GiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):

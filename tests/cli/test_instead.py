@@ -78,6 +78,34 @@ MISTAKES = {
     ),
     "an output in a store": ("run --input taken --output s3://a/b", "s3://a/b is an address; name a directory"),
     "a job with an address": ("run web.toml --output out", "The input s3://a/b is an address"),
+    "a key's beginning": ("plan --set sampling.temp=1", "did you mean 'sampling.temperature'?"),
+    "a key's first letters": ("plan --set sampling.max=1", "did you mean 'sampling.max_tokens'?"),
+    "a key of vLLM": ("plan --set layout.tp=2", "did you mean 'layout.shards'?"),
+    "a key of another section": ("plan --set memory.threads=2", "did you mean 'layout.threads'?"),
+    "a key with a dash": ("plan --set sampling.top-p=1", "did you mean 'sampling.top_p'?"),
+    "a key like none": ("plan --set layout.xyz=1", "there are layout.hosts, layout.replicas, layout.shards"),
+    "a letter for the model": ("run -m smollm2-135m", "there is no option -m; type --model smollm2-135m"),
+    "a letter for the input": ("plan -i a.jsonl", "there is no option -i; type --input a.jsonl"),
+    "a letter for the output": ("run -o out", "there is no option -o; type --output out"),
+    "a letter for a port": ("serve -p 80", "there is no option -p; type --port 80"),
+    "a letter at launch": ("launch -n 2 run -m x", "there is no option -m; type --model x"),
+    "a job in YAML": ("run jobs.yaml", "There is no job file jobs.yaml; a job is TOML, and mpillm init"),
+    "a YAML beside its TOML": ("run twice.yaml", "There is no job file twice.yaml; did you mean twice.toml?"),
+    "a job's letters": ("plan ./twise.toml", "There is no job file twise.toml; did you mean twice.toml?"),
+    "a model as the job": ("run smollm2-135m", "is a model, and no job file (TOML); type --model smollm2-135m."),
+    "a model's file as the job": ("run big.gguf", "type --model big.gguf."),
+    "mpiexec's way, without a run": ("launch -np 2", "there is no option -np; type -n N"),
+    "what bench has not": ("bench --what speed", "'speed' is none of kernels, prefill, decode, batch, startup,"),
+    "what bench calls otherwise": ("bench --what Kernel", "did you mean kernels?"),
+    "memory as a plain number": (
+        f"plan --model {CHAT} --set memory.weights=4", "(4 is 4 bytes; write 4GiB for more)"
+    ),
+    "a cache as a plain number": (f"plan --model {CHAT} --set memory.kv=2", "(2 is 2 bytes; write 2GiB for more)"),
+    "a kind of init": ("init jobs out", "is none of job, hostfile, slurm, docs; did you mean job?"),
+    "a format": ("export out --format excel", "'excel' is none of csv, parquet, jsonl"),
+    "a block type": ("pack a b --weights q8", "did you mean q8_0?"),
+    "an option without its value": ("run --model", "expected one argument; mpillm run --help lists all"),
+    "two that exclude": ("launch -n 2 --hostfile a run", "not allowed with argument -n; mpillm launch --help"),
     "a run that is not there": ("report nothing", "There is no finished run in nothing"),
 }  # fmt: skip
 
@@ -98,10 +126,12 @@ def test_a_mistake(
         code = main(shlex.split(words))
     except SystemExit as end:  # argparse's
         code = int(end.code or 0)
-    shown = capsys.readouterr().err
+    captured = capsys.readouterr()
+    shown = captured.err or captured.out  # a plan's problems belong to the plan
     assert code == 2, shown
     assert said in shown, shown
     assert "Traceback" not in shown
+    assert len(shown.splitlines()) == 1 or words.startswith("plan --model"), "one sentence, without a usage"
 
 
 def test_a_model_is_planned_without_an_input(
