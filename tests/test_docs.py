@@ -233,6 +233,7 @@ THEIRS = (
     "requires a different Python",
     "There are not enough slots available",
     "prterun has detected",
+    "prterun detected",
     "prterun was unable to find",
 )
 
