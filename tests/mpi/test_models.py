@@ -55,6 +55,8 @@ def test_every_layout(name: str, world: World) -> None:
 @pytest.mark.mpi(min_size=2)
 def test_rows_in_lanes_have_the_same_bytes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of a prompt, and of several sequences, are cut anywhere: one lane computes while another is summed."""
+    if world.size.bit_count() > 1:
+        pytest.skip("shards are a power of two")
     path = path_of("llama3")
     requests = recorded.requests(vocab_of(path))
     found, messages = [], []
