@@ -131,7 +131,8 @@ def test_paging_says_what_was_read(cache: Path) -> None:
     assert [(run.what, run.sequences) for run in made.runs] == [("paging", 1), ("paging", 3)] * 2
     for run, budget in zip(made.runs, [int(0.6 * share)] * 2 + [480 * 1024] * 2, strict=True):
         assert run.budget == budget
-        assert share - budget <= run.streamed <= share
+        # Which pages are under way when the counting begins and ends is chance.
+        assert 0.9 * (share - budget) <= run.streamed <= 1.1 * share
         assert min(run.rate, run.ready, run.first_step, run.memory) > 0
         assert (run.disk is None) == (run.disk_share is None)
     assert made.model_bytes > share
