@@ -98,12 +98,12 @@ def job_time(
 
 
 def loading_time(stages: Sequence[Stage], ranks: Sequence[RankPlan]) -> float:
-    """Seconds until the slowest of a replica's ranks has its weights and has written all of its memory once."""
+    """Seconds until a replica's ranks have their weights, have written all memory once, and have made their kernels."""
     works = [work for stage in stages for work in stage.works]
     speeds = [speed for stage in stages for speed in stage.speeds]
-    seconds = max(map(_loading, ranks, works, speeds))
-    # One stage makes its kernels after the other.
-    return seconds + sum(FIRST * stage.works[0].layers / stage.speeds[0].core for stage in stages)
+    # The first step makes the kernels, one stage after the other, while weights are loaded.
+    first = sum(FIRST * stage.works[0].layers / stage.speeds[0].core for stage in stages)
+    return max(first, *map(_loading, ranks, works, speeds))
 
 
 def _loading(rank: RankPlan, work: RankWork, speed: Speed) -> float:

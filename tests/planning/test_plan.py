@@ -19,7 +19,6 @@ from mpillm.planning import hosts, input_memory, input_needs, job_time, plan, pl
 from mpillm.planning.hosts import Host
 from mpillm.planning.plan import Plan
 from mpillm.planning.speed import ASSUMED
-from mpillm.planning.step_time import FIRST
 from mpillm.planning.token_count import SPECIAL
 from mpillm.spec import shown_bytes
 from mpillm.weights.paging.weights import streamed_page
@@ -206,18 +205,20 @@ def test_a_page_that_is_streamed_is_no_larger_than_one_of_them() -> None:
 
 
 def test_the_first_step_of_each_layer_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All layers' kernels are made, a stage's after another's."""
+    """All layers' kernels are made, a stage's after another's, while weights are loaded."""
+    layers = planned("llama3", 1).ranks[0].layers[1]
     for stages in (1, 2):
-        with_it = planned("llama3", stages, f"layout.stages={stages}").time.seconds
-        with monkeypatch.context() as patch:
-            patch.setattr(job_time, "FIRST", 0.0)
-            without = planned("llama3", stages, f"layout.stages={stages}").time.seconds
-        layers = planned("llama3", 1).ranks[0].layers[1]
-        assert with_it - without == pytest.approx(FIRST * layers / ASSUMED.core)
+        seconds = []
+        for first in (0.0, 1e-9, 10.0, 20.0):
+            monkeypatch.setattr(job_time, "FIRST", first)
+            seconds.append(planned("llama3", stages, f"layout.stages={stages}").time.seconds)
+        assert seconds[0] == seconds[1]
+        assert seconds[3] - seconds[2] == pytest.approx(10.0 * layers / ASSUMED.core)
 
 
-def test_memory_that_is_written_for_the_first_time_takes_its_time() -> None:
+def test_memory_that_is_written_for_the_first_time_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """What weights are made ready in, the KV cache, the rows of a step; not what is mapped from its file."""
+    monkeypatch.setattr(job_time, "FIRST", 0.0)
     for model, settings in (
         ("llama3", ("quantize=q8_0",)),
         ("smol_bf16", ()),

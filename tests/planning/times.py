@@ -66,6 +66,11 @@ def mpillm(*words: str | Path, ranks: int = 1) -> str:
     return done.stdout
 
 
+def fetch_memory() -> None:
+    """Have free memory at hand: what a virtual machine has given back to its host comes again at half a GB/s."""
+    np.ones(FETCHED, np.uint8)
+
+
 def measured(job: Job, model: str, hosts: Path, folder: Path) -> tuple[float, float, float, float]:
     """Planned and measured seconds of computing, and MiB of the rank that took most."""
     draw = random.Random(job.words)
@@ -74,8 +79,7 @@ def measured(job: Job, model: str, hosts: Path, folder: Path) -> tuple[float, fl
     words = ["--model", model, "--input", folder / "in.jsonl", "--output", folder / "out"]
     words += [f"--set={setting}" for setting in (*job.settings, "batch.speculation=off")]
     planned = json.loads(mpillm("plan", *words, "--hosts", hosts, "--json"))["time"]["seconds"]
-    # What a virtual machine has given back to its host comes again at half a GB/s: it is fetched beforehand.
-    np.ones(FETCHED, np.uint8)
+    fetch_memory()
     mpillm("run", *words, ranks=job.ranks)
     report = json.loads((folder / "out/report.json").read_text())
     peak, of_plan = max((rank["memory_peak"], sum(rank["memory"].values())) for rank in report["ranks"])
@@ -92,6 +96,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for ranks in {job.ranks for job in chosen.values()}:
+            fetch_memory()
             mpillm("doctor", "--output", folder / f"hosts-{ranks}.toml", ranks=ranks)
         head = f"{'planned':>9} {'measured':>9} {'ratio':>6}    "
         print(f"{'seconds, MiB':14} {head}   {head}")
