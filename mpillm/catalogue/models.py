@@ -41,7 +41,7 @@ def resolve(model: str, progress: DownloadProgress | None = None) -> Path:
     A catalogue name wins over a directory of the same name (`./name` is the directory). Environment variables in a path
     are those of this machine.
     """
-    if model in CATALOGUE or model in HOSTED or model.startswith("hf:"):
+    if is_pulled(model):
         return pull(model, progress)
     if not model:
         raise JobError(f"No model is named; give a path, hf:owner/name or one of {known()}.")
@@ -103,6 +103,11 @@ def _meant(name: str) -> str:
     """A question whether a name of the catalogue was meant, if one is like it."""
     close = difflib.get_close_matches(name.lower(), [*CATALOGUE, *HOSTED], n=1)
     return f" Did you mean {close[0]}?" if close else ""
+
+
+def is_pulled(model: str) -> bool:
+    """Whether `model` is a catalogue name or `hf:owner/name`, and no path."""
+    return model in CATALOGUE or model in HOSTED or model.startswith("hf:")
 
 
 def known() -> str:

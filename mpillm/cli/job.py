@@ -45,8 +45,7 @@ def load_job(options: argparse.Namespace, planned: bool = False) -> Spec:
 def _is_model(job: Path) -> bool:
     from mpillm.catalogue import models
 
-    named = str(job).startswith("hf:") or str(job) in models.known().split(", ")
-    return named or job.suffix in MODELS or (job / "config.json").exists()
+    return models.is_pulled(str(job)) or job.suffix in MODELS or (job / "config.json").exists()
 
 
 def job_of(words: list[str]) -> Spec:

@@ -11,11 +11,11 @@ from mpillm.model.config import ModelConfig
 from mpillm.partition.replicas import Replicas
 from mpillm.planning.estimate import Estimate, demand_of, estimate, stage_layers_by_speed
 from mpillm.planning.input_needs import InputNeeds
+from mpillm.planning.job_time import READY
 from mpillm.planning.machines import Machines
 from mpillm.planning.planner import Planner
 from mpillm.planning.rank_plan import ReplicaPlan
 from mpillm.planning.speed import ASSUMED
-from mpillm.planning.step_time import READY
 from mpillm.planning.wire import DEAR, decided, shards_cross_hosts, with_wire
 from mpillm.spec import Spec, shown_bytes
 

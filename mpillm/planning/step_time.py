@@ -31,9 +31,6 @@ STREAMED = 0.25e-9
 # The part of computing or reading, whichever is shorter, that is not done beside the other where every page is
 # streamed: two buffers do not hold a page in use and two that are read.
 ONE_BY_ONE = 0.25
-PACK = 0.35e-9  # of a byte of weights that one core makes ready before the first step: 2.4 to 3.3 GB/s
-READY = 0.12  # of every rank from the layout to its first step, weights aside: libraries, tokenizer, engine
-FIRST = 3e-3  # of a layer in the first step, in which its kernels are made: 85 to 130 ms of 30 layers
 # The part of messages that rows in two lanes spare, of what computing takes meanwhile at most: 0.5 to 0.7 of two hosts
 # at 1 Gbit/s.
 HIDDEN = 0.5
