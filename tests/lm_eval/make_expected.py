@@ -20,9 +20,18 @@ EXAMPLES = ["--num_fewshot", "1", "--fewshot_as_multiturn", "True"]
 RUNS = {
     "plain": [],
     "chat": ["--apply_chat_template", "--system_instruction", "Be brief.", *EXAMPLES],
+    "served": [],
+    "served with BOS": [],
 }
 # More arguments of the model.
-ARGS = {"plain": "add_bos_token=True", "chat": "add_bos_token=False"}
+ARGS = {
+    "plain": "add_bos_token=True",
+    "chat": "add_bos_token=False",
+    "served": "add_bos_token=False",
+    "served with BOS": "add_bos_token=True",
+}
+# Of a context of 512 tokens; what asks a server keeps one token for its answer.
+MAX_LENGTH = {"plain": 511, "chat": 511, "served": 510, "served with BOS": 510}
 
 
 def read(directory: Path) -> dict[str, Any]:
@@ -51,7 +60,7 @@ if __name__ == "__main__":
                 "--model",
                 "hf",
                 "--model_args",
-                f"pretrained={MODEL},dtype=float32,max_length=511,{ARGS[name]}",
+                f"pretrained={MODEL},dtype=float32,max_length={MAX_LENGTH[name]},{ARGS[name]}",
             ]
             rest = ["--device", "cpu", "--output_path", folder, "--log_samples"]
             subprocess.run(
