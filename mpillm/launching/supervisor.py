@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 LOOK = 0.2  # seconds between two looks at what runs
 WATCH = 2.0  # seconds between two looks at the hostfile
+ASK = 15.0  # seconds between two questions to the hosts, while no rank runs yet
 STOPPING = 30.0  # seconds for the ranks to end when they are told to
 LINGER = 10.0  # seconds for mpiexec to end when the journal is complete
 BACK_OFF = (1.0, 5.0, 20.0, 60.0)  # seconds before the next start, after so many starts without progress
@@ -105,14 +106,12 @@ class Supervisor:
         return self._journal_seen and not self._journal_size()
 
     def _until_complete(self, folder: Path) -> int:
-        fruitless, first, hostfile = 0, True, folder / "hosts"
+        fruitless, first = 0, True
         while True:
             hosts = self._hosts()
             ranks = ranks_that_work(self._spec, sum(host.slots for host in hosts) if hosts else self._ranks)
-            if hosts:
-                write_hosts(hostfile, hosts, self._library)
             size = self._journal_size()
-            code, grown = self._once(ranks, hostfile if hosts else None, folder)
+            code, grown = self._once(ranks, hosts, folder)
             outcome = finished(self._spec.output_path)
             # This start has said so, not one before it, since when the input may have grown.
             if outcome is not None and self._journal_size() > size:
@@ -155,16 +154,24 @@ class Supervisor:
         if self._settings.hostfile is None:
             return []
         hosts = read_hosts(self._settings.hostfile)
-        with ThreadPoolExecutor(min(64, len(hosts))) as pool:
-            silent = list(pool.map(lambda host: why_silent(self._settings.agent, host.name), hosts))
-        for host, why in zip(hosts, silent, strict=True):
-            if why:
-                self._say(f"The host {host.name} does not answer ({why}); going on without it.")
-        return [host for host, why in zip(hosts, silent, strict=True) if not why] or hosts
+        silent = self._silent(hosts)
+        for host, why in silent.items():
+            self._say(f"The host {host} does not answer ({why}); going on without it.")
+        return [host for host in hosts if host.name not in silent] or hosts
 
-    def _once(self, ranks: int, hostfile: Path | None, folder: Path) -> tuple[int, bool]:
+    def _silent(self, hosts: list[HostSlots]) -> dict[str, str]:
+        """The names of the hosts that do not answer, and why each does not."""
+        names = [host.name for host in hosts]
+        with ThreadPoolExecutor(min(64, len(names) or 1)) as pool:
+            why = pool.map(lambda name: why_silent(self._settings.agent, name), names)
+            return {name: reason for name, reason in zip(names, why, strict=True) if reason}
+
+    def _once(self, ranks: int, hosts: list[HostSlots], folder: Path) -> tuple[int, bool]:
         """One start; mpiexec's exit code, and whether it was stopped because the hostfile has changed."""
-        known = self._hostfile_text()
+        known, size = self._hostfile_text(), self._journal_size()
+        hostfile = folder / "hosts" if hosts else None
+        if hostfile:
+            write_hosts(hostfile, hosts, self._library)
         launcher = subprocess.Popen(
             [*command(self._library, self._settings, ranks, hostfile, folder), *self._program],
             env={**os.environ, **AS_ROOT} if os.geteuid() == 0 else None,
@@ -173,7 +180,8 @@ class Supervisor:
         )
         log.info("started %d ranks", ranks)
         give_up = float("inf")  # when mpiexec is ended by force
-        looked, grown, seen = time.monotonic(), False, False
+        looked = asked = time.monotonic()
+        grown, seen = False, False
         try:
             while launcher.poll() is None and time.monotonic() < give_up:
                 time.sleep(LOOK)
@@ -186,7 +194,12 @@ class Supervisor:
                     here = _ranks_below(launcher.pid)
                     if seen and not here:  # mpiexec waits for hosts that are out of reach
                         give_up = min(give_up, now + LINGER)
-                    seen = seen or here
+                    seen = seen or here or self._journal_size() > size
+                    # While its daemons start, Open MPI waits for ever for a host that is lost.
+                    if not seen and now - asked > ASK:
+                        asked = now
+                        if self._silent(hosts):
+                            give_up = now
                 if (self._told or changed) and give_up == float("inf"):
                     if not self._told:
                         grown = True

@@ -24,7 +24,7 @@ from mpillm.model.config import ModelConfig
 from mpillm.model.spill import HUGE, HUGE_PAGE, maximum_blocks, nbytes_in_file
 from mpillm.partition.grid import Place
 from mpillm.planning.input_needs import NO_INPUT, InputNeeds
-from mpillm.spec import Spec, shown_bytes, unit_meant
+from mpillm.spec import Spec, enough, shown_bytes, unit_meant
 
 SEQUENCES, TOKENS = 256, 512  # what "auto" means in [batch] while all weights are in memory
 MAX_TOKENS = 4096  # and at most while they are streamed
@@ -132,9 +132,9 @@ class CacheCapacity:
         if self.blocks >= len(windows) and (self.slots or not layouts[0].state_nbytes):
             return None
         block = max(layout.block_nbytes for layout in layouts) * len(windows)
-        parts = [f"{KV_BLOCK} tokens take {block} bytes ({shown_bytes(block)})"] if block else []
+        parts = [f"{KV_BLOCK} tokens take {enough(block)}"] if block else []
         if state := max(layout.state_nbytes for layout in layouts):
-            parts.append(f"a sequence's states take {state} bytes ({shown_bytes(state)})")
+            parts.append(f"a sequence's states take {enough(state)}")
         needed = f"memory.kv = {spec.memory.kv} is too small: {' and '.join(parts)} on some rank"
         return f"{needed}; raise it{unit_meant(spec.memory.kv)}."
 

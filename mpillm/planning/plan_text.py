@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from mpillm.planning.layout import shapes_in_words
 from mpillm.planning.limits import step_description
 from mpillm.planning.plan import Plan
-from mpillm.spec import shown_bytes
+from mpillm.spec import enough, shown_bytes
 from mpillm.store.readable import count_of
 
 NAMED = 8  # hosts that are left out
@@ -69,7 +69,7 @@ def _sentences(plan: Plan) -> Iterator[str]:
     if plan.wire_of_shards:
         yield f"          {plan.wire_of_shards}"
     yield from _time(plan)
-    yield f"memory    of each rank, at most, in MiB; memory.weights must be {_mib(minimum)} at least"
+    yield f"memory    of each rank, at most, in MiB; memory.weights must be {enough(minimum)} at least"
     if streamed:
         yield "          read: of weights, from disk, for each step"
 

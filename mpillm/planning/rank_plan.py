@@ -10,7 +10,7 @@ import msgspec
 from mpillm.model.cache_layout import CacheLayout
 from mpillm.planning.limits import CacheCapacity, StepSize, cached_tokens
 from mpillm.planning.step_time import RankWork
-from mpillm.spec import Spec, shown_bytes, unit_meant
+from mpillm.spec import Spec, enough, unit_meant
 
 
 class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,8 +63,8 @@ def problems(spec: Spec, replica: ReplicaPlan) -> Iterator[str]:
     minimum = max(rank.weights_minimum for rank in replica.ranks)
     if any(rank.weights_held < rank.weights_minimum for rank in replica.ranks):
         yield (
-            f"memory.weights = {spec.memory.weights} is too small: some rank needs at least {minimum} bytes "
-            f"({shown_bytes(minimum)}) for two neighbouring pages; "
+            f"memory.weights = {spec.memory.weights} is too small: some rank needs at least {enough(minimum)} "
+            "for two neighbouring pages; "
             f"raise it{unit_meant(spec.memory.weights)} or use more shards."
         )
     if problem := replica.capacity.problem(spec, replica.caches):

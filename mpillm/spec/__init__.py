@@ -38,13 +38,13 @@ from mpillm.spec.sections import (
     WireSection,
     Word,
 )
-from mpillm.spec.sizes import byte_size, shown_bytes, unit_meant
+from mpillm.spec.sizes import byte_size, enough, shown_bytes, unit_meant
 
 __all__ = [
     "UNREAD",
     "BatchSection", "ChatSection", "DraftSection", "EmbeddingsSection", "Fraction", "JobSection", "JsonSchema",
     "LayoutSection", "MemorySection", "OutputSection", "Penalty", "Pooling", "ResponseFormat", "SamplingSection",
     "Section", "Seed", "Spec", "StopStrings", "StructuralTags", "StructuredOutputs", "Subtracted", "TableFormat",
-    "Temperature", "TopK", "TopP", "WireSection", "Word", "byte_size", "checked", "key_called", "known_keys", "load",
-    "plain_words", "shown_bytes", "tightest", "unit_meant",
+    "Temperature", "TopK", "TopP", "WireSection", "Word", "byte_size", "checked", "enough", "key_called", "known_keys",
+    "load", "plain_words", "shown_bytes", "tightest", "unit_meant",
 ]  # fmt: skip

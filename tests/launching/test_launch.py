@@ -8,11 +8,11 @@ import pytest
 
 from mpillm.comm.launch import Library
 from mpillm.errors import JobError, LayoutError
-from mpillm.launching import mpiexec
 from mpillm.launching.hostfile import HostSlots, read_hosts, write_hosts
 from mpillm.launching.mpiexec import Settings
 from mpillm.launching.reach import why_silent
-from mpillm.launching.supervisor import ranks_that_work
+from mpillm.launching import mpiexec, supervisor
+from mpillm.launching.supervisor import Supervisor, ranks_that_work
 from tests.conftest import ROOT
 from tests.job_helpers import job
 from tests.model.golden import model_path
@@ -96,3 +96,16 @@ def test_as_many_ranks_as_work(tmp_path: Path) -> None:
         ranks_that_work(job(tmp_path, model, "layout.stages=2"), 1)
     with pytest.raises(LayoutError, match=r"memory\.weights = 1KiB is too small"):
         ranks_that_work(job(tmp_path, model, "memory.weights=1KiB"), 2)
+
+
+def test_a_host_that_is_lost_while_ranks_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Open MPI waits for ever for the daemon of a host that was switched off just then."""
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
+    answers = iter(["", "", "", "Connection timed out"])  # of two hosts, asked twice
+    monkeypatch.setattr(supervisor, "why_silent", lambda agent, host: next(answers))
+    monkeypatch.setattr(supervisor, "command", lambda *words: ["sleep", "1000"])
+    for name in ("WATCH", "ASK", "LOOK"):
+        monkeypatch.setattr(supervisor, name, 0.1)
+    settings = Settings(hostfile=tmp_path / "machines")
+    of = Supervisor(job(tmp_path, f"model={model_path('chat')}"), OPENMPI, settings, [], print)
+    assert of._once(2, [HostSlots("pi1", 1), HostSlots("pi2", 1)], tmp_path) == (-9, False)

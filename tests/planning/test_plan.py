@@ -105,6 +105,8 @@ def test_a_budget_smaller_than_the_share_is_streamed() -> None:
 def test_what_does_not_fit_is_said() -> None:
     made = planned("llama3", 2, "memory.weights=1KiB", "memory.kv=1KiB", "layout.stages=1")
     weights, kv = made.problems
+    least = weights.split("at least ")[1].split()[0]  # what is asked for is enough, though it is rounded
+    assert not planned("llama3", 2, f"memory.weights={least}", "layout.stages=1").problems
     assert weights.startswith("memory.weights = 1KiB is too small: some rank needs at least ")
     assert weights.endswith("for two neighbouring pages; raise it or use more shards.")
     assert kv.startswith("memory.kv = 1KiB is too small: 32 tokens take ")

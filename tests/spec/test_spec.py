@@ -315,3 +315,10 @@ def test_values_of_ranks_and_hosts() -> None:
             job.on_rank(rank, host)
     with pytest.raises(JobError, match=r"weights: 'much' is no size"):
         spec.load(None, ["memory.weights=['1GiB', 'much']"], input="in", output="out")
+
+
+def test_what_is_enough_is_little_more() -> None:
+    draw = random.Random(1)
+    for count in (1, 1023, 1024, 2**40, *(draw.randrange(1, 2 ** draw.randrange(1, 50)) for _ in range(200))):
+        assert count <= spec.byte_size(spec.enough(count)) <= count * 1.1 + 1
+    assert spec.enough(30_640_896) == "29.3MiB"
