@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mpillm.cli import terminal
-from mpillm.cli.progress import BEFORE, LINES, LIVE, Live, ProgressLines
+from mpillm.cli.progress import BEFORE, LINES, LIVE, Live, ProgressLines, Rates
 from mpillm.cli.streams import visible
 from mpillm.run.progress import Bar
 from mpillm.store import report
@@ -74,13 +74,15 @@ class Console:
             self.say(f"{what}: {done / 1e6:.0f}{f' of {total / 1e6:.0f}' if total else ''} MB")
 
     @contextmanager
-    def requests(self, total: int) -> Iterator[Bar]:
-        """A line of requests, with rates and the time left."""
+    def requests(self, total: int, done: int, tokens: int) -> Iterator[Bar]:
+        """A line of requests, with rates and the time left; `done` and `tokens` are not of this time."""
         if not self._live or not self._speaks():
-            yield ProgressLines(total, self.say)
+            yield ProgressLines(total, self.say, done, Rates(tokens))
             return
-        with tqdm(total=total, bar_format=BEFORE, smoothing=0, file=sys.stderr, dynamic_ncols=True) as bar:
-            yield Live(bar)
+        with tqdm(
+            total=total, initial=done, bar_format=BEFORE, smoothing=0, file=sys.stderr, dynamic_ncols=True
+        ) as bar:
+            yield Live(bar, Rates(tokens))
 
     def finish(self, made: report.Report, directory: Path) -> None:
         """Print the answers (the first ones, if there are many), the summary, and where the results are."""

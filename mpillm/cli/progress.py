@@ -24,9 +24,10 @@ WINDOW = 10.0  # seconds that the rate of now is taken over
 class Rates:
     """Tokens per second: over all of the run, and over its last seconds."""
 
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-        self._seen = deque([(self._started, 0)])
+    def __init__(self, tokens: int = 0) -> None:
+        """`tokens` have been computed before."""
+        self._started, self._before = time.monotonic(), tokens
+        self._seen = deque([(self._started, tokens)])
 
     def add(self, tokens: int) -> None:
         """Note how many tokens have been computed in all."""
@@ -42,7 +43,7 @@ class Rates:
 
     def __str__(self) -> str:
         (before, had), (now, has) = self._seen[0], self._seen[-1]
-        overall = has / self.elapsed if self.elapsed else 0.0
+        overall = (has - self._before) / self.elapsed if self.elapsed else 0.0
         lately = (has - had) / (now - before) if now > before else 0.0
         return f"{overall:.0f} tokens/s ({lately:.0f} now)"
 
@@ -65,13 +66,13 @@ def _waits_and_drafts(state: ProgressState, capacity: float = float("inf")) -> s
 class Live:
     """A line on a terminal that is drawn anew."""
 
-    def __init__(self, bar: tqdm) -> None:
+    def __init__(self, bar: tqdm, rates: Rates) -> None:
         """The bar has the form `BEFORE`, and a postfix with rates."""
-        self._bar, self._rates, self._shown = bar, Rates(), 0.0
+        self._bar, self._rates, self._shown = bar, rates, 0.0
 
     def update(self, answered: int, state: Callable[[], ProgressState]) -> None:
         self._bar.n += answered
-        if self._bar.n:
+        if self._bar.n > self._bar.initial:
             self._bar.bar_format = FORM
         if time.monotonic() < self._shown + LIVE and self._bar.n < self._bar.total:
             return
@@ -89,9 +90,10 @@ class Live:
 class ProgressLines:
     """A sentence every few seconds, for logs and pipes."""
 
-    def __init__(self, total: int, say: Callable[[str], None]) -> None:
-        self._total, self._say = total, say
-        self._answered, self._rates, self._said = 0, Rates(), time.monotonic()
+    def __init__(self, total: int, say: Callable[[str], None], done: int, rates: Rates) -> None:
+        """`done` of the requests were answered before."""
+        self._total, self._say, self._before = total, say, done
+        self._answered, self._rates, self._said = done, rates, time.monotonic()
 
     def update(self, answered: int, state: Callable[[], ProgressState]) -> None:
         self._answered += answered
@@ -100,8 +102,8 @@ class ProgressLines:
         self._said, now = time.monotonic(), state()
         self._rates.add(now.tokens)
         left = ""
-        if self._answered:
-            seconds = self._rates.elapsed * (self._total - self._answered) / self._answered
+        if now_answered := self._answered - self._before:
+            seconds = self._rates.elapsed * (self._total - self._answered) / now_answered
             left = f", {tqdm.format_interval(seconds)} left"
         part = 100 * self._answered / self._total if self._total else 100
         self._say(

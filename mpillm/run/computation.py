@@ -117,7 +117,9 @@ class Computation:
     def _compute(self) -> Slowed | None:
         leader, dispatcher, slowed = self._leader, self._dispatcher, None
         dispatcher.serve()
-        with self.job.progress.requests(unanswered(self.job.input, self.journal)) as bar:
+        left, done = unanswered(self.job.input, self.journal), len(self.journal.done)
+        tokens = self.totals.prompt_tokens + self.totals.generated_tokens
+        with self.job.progress.requests(done + left, done, tokens) as bar:
             for finished in leader.engine.run(leader.requests(self._next), partial(self._more, bar)):
                 for completion in finished:
                     if leader.take(completion):

@@ -37,5 +37,5 @@ class Progress(Protocol):
     def downloading(self, done: int, total: int) -> None:
         """A model is being fetched: bytes so far, and in all (0 if that is not known)."""
 
-    def requests(self, total: int) -> AbstractContextManager[Bar]:
-        """Show the progress of so many requests."""
+    def requests(self, total: int, done: int, tokens: int) -> AbstractContextManager[Bar]:
+        """Show the progress of `total` requests, `done` of them before; `tokens` as the state has them already."""

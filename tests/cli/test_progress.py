@@ -30,13 +30,28 @@ def test_lines_come_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     said: list[str] = []
-    lines = progress.ProgressLines(40, said.append)
+    lines = progress.ProgressLines(40, said.append, 0, progress.Rates())
     for step in range(1, 13):
         now[0] += 1.0
         lines.update(1, lambda step=step: state(100 * step))  # type: ignore[misc]
     assert said == [
         "5 of 40 requests (12 %), 100 tokens/s (100 now), 00:35 left, hits 50 %, waits for disk 25 %",
         "10 of 40 requests (25 %), 100 tokens/s (100 now), 00:30 left, hits 50 %, waits for disk 25 %",
+    ]
+
+
+def test_a_run_that_goes_on_counts_what_was_answered_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    said: list[str] = []
+    lines = progress.ProgressLines(40, said.append, 20, progress.Rates(5000))
+    now[0] += 5.0
+    lines.update(0, lambda: state(5500))
+    now[0] += 5.0
+    lines.update(4, lambda: state(6000))
+    assert [line.split(", hits")[0] for line in said] == [
+        "20 of 40 requests (50 %), 100 tokens/s (100 now)",
+        "24 of 40 requests (60 %), 100 tokens/s (100 now), 00:40 left",
     ]
 
 

@@ -8,10 +8,10 @@ import pytest
 
 from mpillm.comm.launch import Library
 from mpillm.errors import JobError, LayoutError
+from mpillm.launching import mpiexec, supervisor
 from mpillm.launching.hostfile import HostSlots, read_hosts, write_hosts
 from mpillm.launching.mpiexec import Settings
 from mpillm.launching.reach import why_silent
-from mpillm.launching import mpiexec, supervisor
 from mpillm.launching.supervisor import Supervisor, ranks_that_work
 from tests.conftest import ROOT
 from tests.job_helpers import job
