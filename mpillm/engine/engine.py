@@ -103,12 +103,25 @@ class Engine:
                 self._collect(step.number)
             raise
 
+    @property
+    def unfinished(self) -> list[Sequence]:
+        """Who has been admitted and is not finished."""
+        return self._scheduler.unfinished if self._scheduler else []
+
+    def withdraw(self, sequences: Iterable[Sequence]) -> None:
+        """Compute these no further; none of them is in flight."""
+        assert self._scheduler is not None
+        for sequence in sequences:
+            self._scheduler.withdraw(sequence)
+            if self._speculation is not None:
+                self._speculation.ended(sequence)
+
     def unsaved(self, at_least: int = 1) -> Iterator[tuple[Request, int, PartialCompletion]]:
         """What unfinished sequences have generated since the last call, if that is `at_least` tokens.
 
         Yields the request, the number of tokens that were yielded before, and what follows them.
         """
-        for sequence in self._scheduler.unfinished if self._scheduler else ():
+        for sequence in self.unfinished:
             self.totals.count_generated(sequence)  # a signal may have come between a draw and its count
             if sequence.generated - sequence.saved >= at_least:
                 partial, start = sequence.partial(), sequence.saved

@@ -102,6 +102,11 @@ class Scheduler:
             insort(self.running if inherits else self._preempted, heir, key=_number)
         self._cache.release(sequence)
 
+    def withdraw(self, sequence: Sequence) -> None:
+        """Take out an admitted sequence that is not in flight, with its blocks and its slot."""
+        (self.running if sequence in self.running else self._preempted).remove(sequence)
+        self._cache.release(sequence)
+
     def _lengthen(self) -> None:
         """Let sequences that have outgrown the short factors begin again with the long ones, in their places."""
         for sequence in self.running:

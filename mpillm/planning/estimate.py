@@ -123,8 +123,10 @@ class _Kind:
         """The time of one of them for so many of the requests."""
         if requests not in self._known:
             own = self._demand.of(requests)
-            at_once = _at_once(self._plan, self._replica, own)
-            self._known[requests] = job_time(self.stages, own, self._plan.step.tokens, at_once, self._loading)
+            sequences = at_once(self._plan, self._replica, own)
+            self._known[requests] = job_time(
+                self.stages, own, self._plan.step.tokens, sequences, self._loading
+            )
         return self._known[requests]
 
     def seconds(self, requests: int) -> float:
@@ -208,7 +210,7 @@ def stage_layers_by_speed(
     """
     stages = stages_of(spec, config, machines, replica, plan)
     demand = demand_of(asked) or TYPICAL
-    count = max(min(_at_once(plan, replica, demand), demand.requests) / len(stages), 1.0)
+    count = max(min(at_once(plan, replica, demand), demand.requests) / len(stages), 1.0)
     batch = StepRows(count, count, demand.context)
     layers = [stage.works[0].layers for stage in stages]
     bare = [replace(stage, works=[work.without_layers() for work in stage.works]) for stage in stages]
@@ -265,7 +267,7 @@ def rank_seconds(
     demand, found = given or TYPICAL, []
     for replica, plan in zip(replicas, plans, strict=True):
         own = Demand(max(demand.requests // len(replicas), 1), demand.prompt, demand.generated)
-        count = max(min(_at_once(plan, replica, own), own.requests) / replica.stages, 1.0)
+        count = max(min(at_once(plan, replica, own), own.requests) / replica.stages, 1.0)
         batch = StepRows(count, count, demand.context)
         found += [
             rank_time(work, speed_of(machines, rank), batch).total
@@ -282,7 +284,7 @@ def speed_of(machines: Machines, rank: int) -> Speed:
     return ASSUMED.shared_by(hosts[rank])
 
 
-def _at_once(plan: ReplicaPlan, replica: Replica, demand: Demand) -> float:
+def at_once(plan: ReplicaPlan, replica: Replica, demand: Demand) -> float:
     """Sequences of an average length that run at once, as steps and the KV cache allow."""
     windows = plan.caches[0].windows
     maximum = plan.capacity.sequences(plan.step.sequences, windows) * replica.stages

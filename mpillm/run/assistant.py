@@ -24,9 +24,12 @@ from mpillm.run.dispatch_messages import (
     PARTING,
     AnswerRecord,
     Assigned,
+    GiveBack,
+    GivenBack,
     Left,
     News,
     NoMoreLines,
+    Unfinished,
 )
 from mpillm.run.leader import Given, Leader
 from mpillm.run.session import Session
@@ -100,27 +103,43 @@ class Assistant:
     def _more(self) -> bool:
         """Wait for a line when nothing is left to do; False if there will be none."""
         self._serve()
-        while not self._lines and self._stop is None:
-            if (message := self._mailbox.wait(LOOK_EVERY)) is not None:
-                self._take(message[1])
+        with self._leader.waiting():
+            while not self._lines and self._stop is None:
+                if (message := self._mailbox.wait(LOOK_EVERY)) is not None:
+                    self._take(message[1])
+                self._tell_if_due()
         return self._stop is None
 
     def _serve(self) -> None:
         while (message := self._mailbox.receive()) is not None:
             self._take(message[1])
-        if self._records or time.monotonic() > self._told + TELL_EVERY:
-            self._tell(0)
+        self._tell_if_due()
 
     def _take(self, data: bytes) -> None:
         message = FROM_RANK_0.decode(data)
         if isinstance(message, NoMoreLines):
             self._stop = message
+        elif isinstance(message, GiveBack):
+            self._give_back(message.count)
         else:
             self._lines.extend(message.lines)
             self._asked = False
 
+    def _give_back(self, count: int) -> None:
+        """Return lines that have not begun, the last ones first, and then others."""
+        waiting = [self._lines.pop() for _ in range(min(count, len(self._lines)))]
+        lines = [Unfinished(one.line, one.partial) for one in waiting]
+        lines += self._leader.give_back(count - len(lines))
+        self._tell(0)  # the records of what the lines have come to come first
+        self._mailbox.send(msgspec.msgpack.encode(GivenBack(lines)), 0)
+
+    def _tell_if_due(self) -> None:
+        if self._records or time.monotonic() > self._told + TELL_EVERY:
+            self._tell(0)
+
     def _tell(self, wanted: int) -> None:
-        news = News(self._records, self._leader.engine.totals, wanted)
+        standing = self._leader.standing(len(self._lines))
+        news = News(self._records, self._leader.engine.totals, standing, wanted)
         self._mailbox.send(msgspec.msgpack.encode(news), 0)
         self._records.clear()
         self._told = time.monotonic()

@@ -9,13 +9,12 @@ from functools import partial
 
 import msgspec
 
-from mpillm.batch.work import Line
 from mpillm.engine.limits import Totals
 from mpillm.errors import NOT_FINITE, MpillmError
 from mpillm.planning.limits import cached_tokens, step_description
 from mpillm.run.balance import AGAIN, Balance, Slowed, watched
 from mpillm.run.dispatch import Dispatcher, added
-from mpillm.run.dispatch_messages import AnswerRecord, Assigned
+from mpillm.run.dispatch_messages import AnswerRecord, Assigned, Unfinished
 from mpillm.run.job import OpenedJob, open_journal, unanswered
 from mpillm.run.leader import Given, Leader
 from mpillm.run.progress import Bar, ProgressState
@@ -39,10 +38,11 @@ class Computation:
         self.job, self.session, self.journal = job, session, journal
         journal.counted = self._counted
         self._leader = Leader(session, job.spec, job.model, self._keep, totals)
-        lines, count = job.input.unanswered(journal.done), unanswered(job.input, journal)
+        lines = (Unfinished(line, journal.partial(line)) for line in job.input.unanswered(journal.done))
+        count = unanswered(job.input, journal)
         self._balance = Balance(session) if watched(session) else None
         busy = self._balance.note if self._balance is not None else None
-        self._dispatcher = Dispatcher(session, lines, count, self._assigned, self._keep, busy)
+        self._dispatcher = Dispatcher(session, self._leader, lines, count, self._assigned, self._keep, busy)
         self._unanswered = count
         self._began = self._checked = time.monotonic()
 
@@ -140,20 +140,21 @@ class Computation:
 
     def _next(self) -> Given | None:
         """The next line for this replica; None if there is none now."""
-        line = self._dispatcher.take()
-        return (self.job.input.work(line), self.journal.partial(line)) if line is not None else None
+        given = self._dispatcher.take()
+        return (self.job.input.work(given.line), given.partial) if given is not None else None
 
     def _more(self, bar: Bar) -> bool:
         """Wait until this replica has a line to compute, while others compute; False when all lines are answered."""
-        while not self._dispatcher.done:
-            if self._dispatcher.has_more:
-                return True
-            self._dispatcher.wait()
-            self._look(bar)
-        return False
+        with self._leader.waiting():
+            while not self._dispatcher.done:
+                if self._dispatcher.has_more:
+                    return True
+                self._dispatcher.wait()
+                self._look(bar)
+            return False
 
-    def _assigned(self, line: Line) -> Assigned:
-        return Assigned(line, self.job.input.content(line), self.journal.partial(line))
+    def _assigned(self, given: Unfinished) -> Assigned:
+        return Assigned(given.line, self.job.input.content(given.line), given.partial)
 
     def _keep(self, record: AnswerRecord) -> None:
         """Append a record of any replica to the journal."""

@@ -1,7 +1,8 @@
 """How replicas share a job: rank 0 hands out lines and journals what comes back, the other leaders compute.
 
 Rank 0 looks for messages between its own steps. A replica never holds more than its share (by its speed, if that is
-known) of all lines that are not answered yet, so that at the end none of them waits while another one has a queue.
+known) of all lines that are not answered yet, so that at the end none of them waits while another one has a queue. If
+one turns out to be slower than planned, it gives lines back (`sharing`), which others go on with.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 import pickle
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import fields
@@ -16,7 +18,6 @@ from typing import Any
 
 import msgspec
 
-from mpillm.batch.work import Line
 from mpillm.comm.mailbox import Mailbox
 from mpillm.engine.limits import Totals
 from mpillm.errors import MpillmError
@@ -29,10 +30,15 @@ from mpillm.run.dispatch_messages import (
     AnswerRecord,
     Assigned,
     AssignedLines,
+    GiveBack,
+    GivenBack,
     Left,
     NoMoreLines,
+    Unfinished,
 )
+from mpillm.run.leader import Leader
 from mpillm.run.session import Session
+from mpillm.run.sharing import Sharing
 from mpillm.store.records import Result
 
 EXACT = 1e-6  # what sums of shares may be off
@@ -44,22 +50,28 @@ class Dispatcher:
     def __init__(
         self,
         session: Session,
-        lines: Iterator[Line],
+        leader: Leader,
+        lines: Iterator[Unfinished],
         count: int,
-        assigned: Callable[[Line], Assigned],
+        assigned: Callable[[Unfinished], Assigned],
         keep: Callable[[AnswerRecord], None],
         busy: Callable[[int, Busy], None] | None,
     ) -> None:
-        """`count` lines wait to be computed; `keep` takes the records that come from other leaders.
+        """`count` lines wait to be computed; `keep` takes the records of other leaders than rank 0's.
 
         `busy` takes what ranks tell of their computing, if they do.
         """
         self._mailbox, self._hosts = Mailbox(session.world, session.counters), session.world.hosts
-        self._lines, self._waiting = lines, count
+        self._own, self._lines, self._waiting = leader, lines, count
+        self._returned: deque[Unfinished] = deque()  # come before `lines`
         self._assigned, self._keep, self._busy = assigned, keep, busy
         self._leaders = [replica.first for replica in session.replicas]
-        shares = session.choice.shares(session.machines, session.chosen)
+        choice, machines, chosen = session.choice, session.machines, session.chosen
+        shares = choice.shares(machines, chosen)
         self._shares = dict(zip(self._leaders, shares, strict=True))
+        several = len(self._leaders) > 1
+        self._sharing = Sharing(choice.replica_steps(machines, chosen)) if several else None
+        self._asked = set[int]()  # who has not yet given back what it was asked for
         self._held = dict.fromkeys(self._leaders, 0)  # lines that are not answered, by leader
         # Before rank 0's first step, which loads the weights, they get what they can compute at once.
         at_once = session.limits.max_sequences * session.limits.micro_batches
@@ -73,7 +85,7 @@ class Dispatcher:
         """Those of the other replicas, as they last told."""
         return list(self._totals.values())
 
-    def take(self) -> Line | None:
+    def take(self) -> Unfinished | None:
         """The next line for rank 0's own replica; None if there is none now."""
         if not self.has_more:
             return None
@@ -98,6 +110,7 @@ class Dispatcher:
         """Take what has come from the other leaders, and give them what they have asked for."""
         while (self._here or self._telling) and (message := self._mailbox.receive()) is not None:
             self._take(*message)
+        self._share_anew()
         self._give()
 
     def wait(self) -> None:
@@ -137,11 +150,44 @@ class Dispatcher:
                 error: MpillmError = pickle.loads(message.error)
                 raise type(error)(f"{error} (on rank {leader}, host {self._hosts[leader]})")
             return
+        if isinstance(message, GivenBack):
+            self._asked.discard(leader)
+            self._get_back(leader, message.lines)
+            return
         for record in message.records:
             self._keep(record)
             self._held[leader] -= isinstance(record, Result)
         self._totals[leader] = message.totals
         self._wanted[leader] += message.wanted
+        if self._sharing is not None:
+            self._sharing.note(self._leaders.index(leader), message.standing)
+
+    def _share_anew(self) -> None:
+        """Let replicas hold as many lines as they have turned out to be fast, where that is due."""
+        if self._sharing is None or self._asked or not self._sharing.due:
+            return
+        self._sharing.note(0, self._own.standing())
+        held = list(self._held.values())
+        targets = self._sharing.targets(held, self._waiting)
+        if targets is None:
+            return
+        unanswered = sum(held) + self._waiting
+        self._shares = {
+            leader: target / unanswered for leader, target in zip(self._leaders, targets, strict=True)
+        }
+        for leader, own, target in zip(self._leaders, held, targets, strict=True):
+            if own <= target:
+                continue
+            if leader == 0:
+                self._get_back(0, self._own.give_back(own - target))
+            else:
+                self._asked.add(leader)
+                self._mailbox.send(msgspec.msgpack.encode(GiveBack(own - target)), leader)
+
+    def _get_back(self, leader: int, lines: Sequence[Unfinished]) -> None:
+        self._held[leader] -= len(lines)
+        self._waiting += len(lines)
+        self._returned.extend(lines)
 
     def _give(self) -> None:
         for leader, wanted in self._wanted.items():
@@ -151,9 +197,9 @@ class Dispatcher:
                 self._held[leader] += count
                 self._wanted[leader] = 0
 
-    def _next(self) -> Line:
+    def _next(self) -> Unfinished:
         self._waiting -= 1
-        return next(self._lines)
+        return self._returned.popleft() if self._returned else next(self._lines)
 
     def _room(self, leader: int) -> int:
         """How many of the waiting lines a replica may take now; a slow one does not take the last ones."""

@@ -32,10 +32,26 @@ class AssignedLines(msgspec.Struct, tag="lines", frozen=True):
     lines: list[Assigned]
 
 
+class GiveBack(msgspec.Struct, tag="give", frozen=True):
+    """From rank 0: the leader should return up to so many lines, those that are least advanced."""
+
+    count: int
+
+
 class NoMoreLines(msgspec.Struct, tag="stop", frozen=True):
     """From rank 0: no more lines will come. After an error the exit code is not 0, and what is unfinished is saved."""
 
     exit_code: int
+
+
+class Standing(msgspec.Struct, frozen=True, array_like=True):
+    """How far a leader is."""
+
+    steps: int  # so far
+    rows: int  # of them
+    seconds: float  # in which it had anything to do
+    lines: int  # that it holds
+    left: int  # rows of them that are still to be computed, at most
 
 
 class News(msgspec.Struct, tag="news", frozen=True):
@@ -43,7 +59,21 @@ class News(msgspec.Struct, tag="news", frozen=True):
 
     records: list[AnswerRecord]
     totals: Totals
+    standing: Standing
     wanted: int  # 0 if it has asked before
+
+
+class Unfinished(msgspec.Struct, frozen=True, array_like=True):
+    """A line that a leader computes no further, and what has been generated of it, by choice."""
+
+    line: Line
+    partial: dict[int, PartialCompletion]
+
+
+class GivenBack(msgspec.Struct, tag="given", frozen=True):
+    """From a leader: what it returns, which may be less than it was asked for."""
+
+    lines: list[Unfinished]
 
 
 class Left(msgspec.Struct, tag="left", frozen=True):
@@ -52,5 +82,5 @@ class Left(msgspec.Struct, tag="left", frozen=True):
     error: bytes  # a pickled MpillmError, or nothing
 
 
-FROM_RANK_0 = msgspec.msgpack.Decoder(AssignedLines | NoMoreLines)
-TO_RANK_0 = msgspec.msgpack.Decoder(News | Left | Busy)
+FROM_RANK_0 = msgspec.msgpack.Decoder(AssignedLines | GiveBack | NoMoreLines)
+TO_RANK_0 = msgspec.msgpack.Decoder(News | GivenBack | Left | Busy)

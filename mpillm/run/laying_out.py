@@ -14,13 +14,14 @@ from mpillm.comm.world import World
 from mpillm.errors import JobError, LayoutError
 from mpillm.partition.replicas import Replicas
 from mpillm.planning import hosts, measure
-from mpillm.planning.estimate import demand_of, estimate, rank_seconds, replica_shares
+from mpillm.planning.estimate import TYPICAL, demand_of, estimate, rank_seconds, replica_shares
 from mpillm.planning.input_needs import InputNeeds
 from mpillm.planning.layout import Layouts
 from mpillm.planning.layout_plans import Chosen
 from mpillm.planning.machines import Machines
 from mpillm.planning.planner import Planner
 from mpillm.planning.rank_plan import ReplicaPlan
+from mpillm.planning.replica_steps import ReplicaSteps, replica_steps
 from mpillm.planning.search import for_run
 from mpillm.planning.speed import Speed
 from mpillm.planning.wire import shards_cross_hosts, with_wire
@@ -141,6 +142,12 @@ class LayoutChoice:
         plans, spec = self._plans(machines, chosen.replicas), with_wire(self._spec, chosen.wire)
         demand = demand_of(self._asked)
         return replica_shares(spec, self._planner.config, machines, chosen.replicas, plans, demand)
+
+    def replica_steps(self, machines: Machines, chosen: Chosen) -> list[ReplicaSteps]:
+        """What `replica_steps` says of the replicas of a layout on these machines."""
+        plans, spec = self._plans(machines, chosen.replicas), with_wire(self._spec, chosen.wire)
+        demand = demand_of(self._asked) or TYPICAL
+        return replica_steps(spec, self._planner.config, machines, chosen.replicas, plans, demand)
 
     def gain(self, machines: Machines, chosen: Chosen) -> float:
         """How many times as fast the job would be on these machines with the best layout instead of `chosen`."""

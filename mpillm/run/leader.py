@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import replace
 
 from mpillm.batch.pending import Pending
 from mpillm.batch.work import Model, Work
 from mpillm.engine.limits import Totals
 from mpillm.engine.request import FinishedCompletion, PartialCompletion, Request
+from mpillm.engine.sequence import Sequence
 from mpillm.errors import Interrupted
+from mpillm.run.dispatch_messages import Standing, Unfinished
 from mpillm.run.session import Session
 from mpillm.spec import Spec
 from mpillm.store import results
@@ -37,6 +42,7 @@ class Leader:
         self._max_length, self._model, self._keep = session.limits.max_length, model, keep
         self._every = spec.job.checkpoint_tokens
         self._pending: dict[str, Pending] = {}
+        self._began, self._idle = time.monotonic(), 0.0
 
     def requests(self, take: Callable[[], Given | None]) -> Iterator[Request]:
         """The engine's requests, made when it asks for them; `take` returns the next line, or None for now."""
@@ -79,10 +85,76 @@ class Leader:
                 if completion.tokens:
                     self._save(completion.request, 0, completion.since(0))
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """In the block there is nothing to compute."""
+        since = time.monotonic()
+        yield
+        self._idle += time.monotonic() - since
+
+    def standing(self, waiting: int = 0) -> Standing:
+        """How far it is; so many lines that it holds besides are like the others."""
+        totals, left = self.engine.totals, 0
+        for pending in self._pending.values():
+            done = {completion.request.choice for completion in pending.completions}
+            left += sum(
+                len(request.prompt) + request.max_tokens
+                for request in pending.work.requests
+                if request.choice not in done
+            )
+        left -= sum(one.computed for one in self.engine.unfinished)
+        lines = len(self._pending)
+        return Standing(
+            steps=totals.steps,
+            rows=totals.prompt_tokens + totals.recomputed_tokens + totals.turns + totals.drafted_tokens,
+            seconds=time.monotonic() - self._began - self._idle,
+            lines=lines + waiting,
+            left=max(left, 0) * (lines + waiting) // max(lines, 1),
+        )
+
+    def give_back(self, count: int) -> list[Unfinished]:
+        """Compute up to `count` lines no further, those of which least was generated.
+
+        What was generated is kept, and returned: whoever goes on with a line need not generate it again.
+        """
+        running: dict[str, list[Sequence]] = {}
+        for sequence in self.engine.unfinished:
+            running.setdefault(sequence.request.id, []).append(sequence)
+        advanced = sorted(
+            (sum(one.generated for one in sequences), name)
+            for name, sequences in running.items()
+            if _movable(self._pending[name], sequences)
+        )
+        return [self._let_go(self._pending[name], running[name]) for _, name in advanced[:count]]
+
+    def _let_go(self, pending: Pending, sequences: Seq[Sequence]) -> Unfinished:
+        partial = {}
+        for sequence in sequences:
+            own = sequence.partial()
+            if len(own.tokens) > sequence.saved:
+                self._save(sequence.request, sequence.saved, own.since(sequence.saved))
+            partial[sequence.request.choice] = own
+        for completion in pending.completions:
+            partial[completion.request.choice] = own = completion.since(0)
+            if own.tokens:
+                self._save(completion.request, 0, own)
+        self.engine.withdraw(sequences)
+        line = pending.work.line
+        del self._pending[line.custom_id]
+        return Unfinished(line, {choice: one for choice, one in partial.items() if one.tokens})
+
     def _save(self, request: Request, start: int, partial: PartialCompletion) -> None:
         """Keep what a choice has generated from token `start` on."""
         key = line_key(self._pending[request.id].work.line)
         self._keep(PartialResult(request.id, key, request.choice, start, partial))
+
+
+def _movable(pending: Pending, sequences: Seq[Sequence]) -> bool:
+    """Whether another leader can go on with a line: each choice is finished, or generates and is not in flight."""
+    requests = pending.work.requests
+    return len(sequences) + len(pending.completions) == len(requests) and not any(
+        one.in_flight or one.request.only_reads or (one.reached and not one.generated) for one in sequences
+    )
 
 
 class _Requests:

@@ -145,3 +145,29 @@ def test_an_error_of_another_replica_ends_the_run_and_keeps_what_there_is(
     assert_same_results(alone, tmp_path / "out")
     assert results(tmp_path / "out")[7]["error"] is not None
     assert report(tmp_path / "out")["requests"]["resumed"] > 0
+
+
+@pytest.mark.parametrize(
+    "killed", ["", "1:give:1:SIGKILL", "0:get:1:SIGKILL"], ids=["nobody", "giver", "rank 0"]
+)
+def test_a_slow_replica_gives_lines_back(mpi: Mpi, killed: str, tmp_path: Path) -> None:
+    """Others go on with what it has generated of them; who is killed meanwhile loses nothing."""
+    source = write_lines(tmp_path / "in.jsonl", mixed_lines(32, seed=4, tokens=60))
+    settings = [REPLICAS, "job.checkpoint_tokens=8"]
+    words = command(source, tmp_path / "out", *settings)[2:]
+    mpiexec, *start = mpi.command(2, DYING, f"1:step:1:SLOW,{killed}".rstrip(","), *words)
+    goes_on = mpi.name == "openmpi"
+    options = ["--with-ft", "ulfm"] if killed and goes_on else []
+    done = run_bounded([mpiexec, *options, *start], env=mpi.environment(MPILLM_DEADLINE="8"))
+    assert bool(done.returncode) == bool(killed and not goes_on), done.stderr
+    assert not killed or not goes_on or f"Lost rank {killed[0]} on " in done.stderr, done.stderr
+    if done.returncode:
+        done = run(mpi, 2, source, tmp_path / "out", *settings)
+        assert done.returncode == 0, done.stderr
+    alone = run_bounded([sys.executable, *command(source, tmp_path / "alone")])
+    assert alone.returncode == 0, alone.stderr
+    assert_same_results(tmp_path / "alone", tmp_path / "out")
+    if not killed:
+        ours, theirs = (report(tmp_path / name)["tokens"] for name in ("out", "alone"))
+        assert ours.pop("recomputed") > theirs.pop("recomputed") == 0
+        assert ours == theirs
