@@ -49,6 +49,7 @@ def run(world: World, *args: Any) -> Any:
     from mpillm.run.dispatch import Dispatcher
     from mpillm.run.leader import Leader
 
+    World.limit_threads = threads  # type: ignore[method-assign] # each point is watched once
     if "SLOW" in sys.argv[1]:  # who is slow gives lines back soon
         sharing.LOOK = sharing.SECONDS = sharing.COST = 0.1
     if ":sum:" in sys.argv[1]:  # lanes for any rows, so that two sums are under way
