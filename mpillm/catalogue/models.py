@@ -141,15 +141,20 @@ def pull(name: str, progress: DownloadProgress | None = None) -> Path:
 
 
 def models_dir() -> Path:
-    """$MPILLM_CACHE/models, or $XDG_CACHE_HOME/mpillm/models, or ~/.cache/mpillm/models."""
+    """The folder of models in the cache."""
+    return cache_dir() / "models"
+
+
+def cache_dir() -> Path:
+    """$MPILLM_CACHE, or $XDG_CACHE_HOME/mpillm, or ~/.cache/mpillm."""
     own = os.environ.get("MPILLM_CACHE")
     if own:
-        return Path(os.path.expanduser(own)) / "models"
+        return Path(os.path.expanduser(own))
     base = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(base):  # a relative one is to be ignored, says the XDG base directory specification
-        return Path(base) / "mpillm" / "models"
+        return Path(base) / "mpillm"
     try:
-        return Path.home() / ".cache" / "mpillm" / "models"
+        return Path.home() / ".cache" / "mpillm"
     except RuntimeError as error:
         raise JobError(
             "This user has no home directory; set MPILLM_CACHE to a directory for models."

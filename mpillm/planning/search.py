@@ -71,17 +71,30 @@ def for_run(layouts: Layouts, machines: Machines, worth: float = 1.0) -> tuple[F
     return on_all, [], ""
 
 
-def _said(machines: Machines, without: Sequence[int], times: float) -> str:
+def alone_on_first(layouts: Layouts, machines: Machines) -> Found | None:
+    """The layout on the first host alone; None if there is none in its memory."""
+    if _by_rank(layouts):
+        return None
+    with suppress(LayoutError):
+        found = layouts.choose(machines.without(range(1, len(machines.ranks_per_host))))
+        return found if found.fits else None
+    return None
+
+
+def left_out(machines: Machines, without: Sequence[int], why: str) -> str:
+    """A sentence that names the hosts that are left out."""
     names, one = machines.host_names(), len(without) == 1
     more = [f"{len(without) - NAMED} more"] if len(without) > NAMED else []
     named = " and ".join([", ".join(names[host] for host in without[:NAMED]), *more])
-    why = f"the run is {times:.1f} times as fast without {'it' if one else 'them'}"
+    return f"{named} {'is' if one else 'are'} left out and {'stands' if one else 'stand'} by: {why}."
+
+
+def _said(machines: Machines, without: Sequence[int], times: float) -> str:
+    them = "it" if len(without) == 1 else "them"
+    why = f"the run is {times:.1f} times as fast without {them}"
     if times < CLEARLY:
-        why = f"the run is hardly faster with {'it' if one else 'them'}"
-    return (
-        f"{named} {'is' if one else 'are'} left out and {'stands' if one else 'stand'} by: by the model of a step's "
-        f"time {why}."
-    )
+        why = f"the run is hardly faster with {them}"
+    return left_out(machines, without, f"by the model of a step's time {why}")
 
 
 def _by_rank(layouts: Layouts) -> bool:

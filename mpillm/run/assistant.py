@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections import deque
+from collections.abc import Callable
 
 import msgspec
 
@@ -43,8 +44,8 @@ TELL_EVERY = 1.0  # seconds after which a leader tells how far it is, though not
 class Assistant:
     """Computes lines for rank 0 on the ranks of one replica."""
 
-    def __init__(self, session: Session, spec: Spec, model: Model) -> None:
-        """`model` is what rank 0 has checked the lines with."""
+    def __init__(self, session: Session, spec: Spec, model: Callable[[], Model]) -> None:
+        """`model` makes what rank 0 has checked the lines with, or raises an MpillmError; rank 0 computes meanwhile."""
         self._session, self._spec, self._model = session, spec, model
         self._mailbox = Mailbox(session.world, session.counters)
         self._records: list[AnswerRecord] = []
@@ -59,6 +60,7 @@ class Assistant:
         """Compute lines until rank 0 says stop; return its exit code."""
         engine, watch = self._leader.engine, self._session.watch
         try:
+            self._model()
             for finished in engine.run(self._leader.requests(self._next), self._more):
                 for completion in finished:
                     self._leader.take(completion)
@@ -98,7 +100,7 @@ class Assistant:
             return None
         given = self._lines.popleft()
         content = read_line(given.content, self._spec)
-        return make_work(given.line, content, self._spec, self._model), given.partial
+        return make_work(given.line, content, self._spec, self._model()), given.partial
 
     def _more(self) -> bool:
         """Wait for a line when nothing is left to do; False if there will be none."""

@@ -37,7 +37,7 @@ class Computation:
         """`totals` are those of the computation that this one continues, or new ones."""
         self.job, self.session, self.journal = job, session, journal
         journal.counted = self._counted
-        self._leader = Leader(session, job.spec, job.model, self._keep, totals)
+        self._leader = Leader(session, job.spec, lambda: job.model, self._keep, totals)
         lines = (Unfinished(line, journal.partial(line)) for line in job.input.unanswered(journal.done))
         count = unanswered(job.input, journal)
         self._balance = Balance(session) if watched(session) else None

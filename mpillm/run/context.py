@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from mpillm.comm.world import World
@@ -50,10 +50,9 @@ class RankContext:
         if len(session.replicas) == 1:
             return None
         since = self.world.on_rank_0(lambda: began(self.claim))
-        with self.world.together():
-            if session.place.rank == 0 and self.world.rank > 0:
-                return Assistant(session, self.spec, model_of(session, path, lambda: since))
-        return None
+        if session.place.rank or self.world.rank == 0:
+            return None
+        return Assistant(session, self.spec, cache(lambda: model_of(session, path, lambda: since)))
 
     def computation(self, session: Session, path: Path, before: Computation | None) -> Computation:
         """Open the job, or go on with what was computed `before` a loss, on rank 0."""

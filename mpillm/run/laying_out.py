@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from mpillm import kernels, version
 from mpillm.comm.world import World
 from mpillm.errors import JobError, LayoutError
 from mpillm.partition.replicas import Replicas
@@ -22,11 +23,10 @@ from mpillm.planning.machines import Machines
 from mpillm.planning.planner import Planner
 from mpillm.planning.rank_plan import ReplicaPlan
 from mpillm.planning.replica_steps import ReplicaSteps, replica_steps
-from mpillm.planning.search import for_run
-from mpillm.planning.speed import Speed
+from mpillm.planning.search import alone_on_first, for_run, left_out
 from mpillm.planning.wire import shards_cross_hosts, with_wire
+from mpillm.run import speed_notes
 from mpillm.run.origin import Origin
-from mpillm.run.speed_notes import SpeedNotes
 from mpillm.spec import Spec
 from mpillm.weights.source import Source
 
@@ -62,15 +62,10 @@ class LayoutChoice:
         shards: int | None,
         replicated: bool,
         leave_out: bool,
-        notes: SpeedNotes | None = None,
     ) -> None:
-        """`shards` is that of `Layouts`; there is one replica unless `replicated`, on all ranks unless `leave_out`.
-
-        `notes`, on rank 0, keep what is measured for whoever goes on with the job.
-        """
+        """`shards` is that of `Layouts`; there is one replica unless `replicated`, on all ranks unless `leave_out`."""
         self._world, self._spec, self._source, self._planner = world, spec, source, planner
         self._asked, self._shards, self._replicated, self._leave_out = asked, shards, replicated, leave_out
-        self._notes = notes
 
     def first(self, threads: int) -> LaidOut:
         """The layout of a run that begins; the machines are measured with so many threads if that may decide it."""
@@ -80,7 +75,7 @@ class LayoutChoice:
                 f"layout.replicas = {spec.layout.replicas} is for `mpillm run` alone; start one server for each "
                 "replica."
             )
-        found = world.on_rank_0(lambda: self._search(spec, self._known_machines()))
+        found = world.on_rank_0(self._unmeasured)
         if self._worth_measuring(found):
             for effort, least in ((measure.QUICKLY, SHORT), (1.0, LONG)):
                 # Answers of another wire are worth more than a glance.
@@ -110,20 +105,16 @@ class LayoutChoice:
         return replace(found, chosen=replace(found.chosen, wire=origin.wire, wire_reason="as the run began"))
 
     def _measured(self, threads: int, effort: float) -> Machines:
-        """The machines with their speeds: noted when the job was measured before on the same hosts, or measured now."""
-        world, notes = self._world, self._notes
+        """The machines with their speeds: noted when this model was run before on the same hosts, or measured now."""
+        world = self._world
         places = [f"{place}, {threads} threads" for place in world.nodes.places]
-
-        def noted() -> Sequence[Speed] | None:
-            return notes.find(places, effort) if notes is not None else None
-
-        if (speeds := world.on_rank_0(noted)) is not None:
+        places += [str(self._source.path.absolute()), kernels.path(), version.__version__]
+        if (speeds := world.on_rank_0(lambda: speed_notes.find(places, effort))) is not None:
             return replace(self._machines(), speeds=speeds, measured=True)
         budget = self._spec.on_rank(world.rank, world.host).memory.weights_bytes
         machines = measure.machines(world, self._source, threads, effort, budget)
-        with world.together():
-            if notes is not None:
-                notes.keep(places, effort, machines.speeds)
+        if world.rank == 0:
+            speed_notes.keep(places, effort, machines.speeds)
         return machines
 
     def _machines(self) -> Machines:
@@ -161,6 +152,28 @@ class LayoutChoice:
     def _plans(self, machines: Machines, replicas: Replicas) -> list[ReplicaPlan]:
         return list(self._planner.replicas(self._spec, replicas, self._asked, machines.names))
 
+    def _unmeasured(self) -> LaidOut:
+        """The layout by what is known before anything is measured.
+
+        It is on rank 0's host alone where a job takes seconds and others would not clearly help: to measure them would
+        take longer than what may be gained.
+        """
+        machines = self._known_machines()
+        found = self._search(self._spec, machines)
+        if not self._leave_out or machines.speeds or len(machines.ranks_per_host) == 1:
+            return found
+        alone = alone_on_first(self._layouts(self._spec), machines)
+        if alone is None or alone.time.seconds > min(MEASURED, WORTH * found.seconds):
+            return found
+        said = left_out(
+            machines, range(1, len(machines.ranks_per_host)), "this run is too short for several hosts"
+        )
+        return LaidOut(alone.chosen, machines, range(machines.ranks_per_host[0]), alone.time.seconds, said)
+
+    def _layouts(self, spec: Spec) -> Layouts:
+        count = spec.layout.replicas if self._replicated else 1
+        return Layouts(spec, self._planner, count, self._asked.lines or None, self._shards, self._asked)
+
     def _known_machines(self) -> Machines:
         """The machines, with speeds if the job names a file of them."""
         machines, file = self._machines(), self._spec.layout.hosts
@@ -171,8 +184,7 @@ class LayoutChoice:
 
     def _search(self, spec: Spec, machines: Machines, worth: float = 1.0) -> LaidOut:
         """The layout of a job on these machines; `worth` is that of `search`."""
-        count = spec.layout.replicas if self._replicated else 1
-        layouts = Layouts(spec, self._planner, count, self._asked.lines or None, self._shards, self._asked)
+        layouts = self._layouts(spec)
         found, without, said = (
             for_run(layouts, machines, worth) if self._leave_out else (layouts.choose(machines), [], "")
         )
@@ -182,7 +194,8 @@ class LayoutChoice:
     def _worth_measuring(self, found: LaidOut) -> bool:
         """Whether speeds can change the layout or the wire, or the shares of replicas in a job that takes long."""
         spec, given, replicas = self._spec, self._spec.layout, found.chosen.replicas
-        if given.hosts != "auto" or len(found.machines.ranks_per_host) == 1:
+        decided = len(found.ranks) < found.machines.ranks
+        if given.hosts != "auto" or len(found.machines.ranks_per_host) == 1 or decided:
             return False
         if spec.wire.activations == "auto" and shards_cross_hosts(found.machines, replicas):
             return True

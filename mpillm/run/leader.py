@@ -33,7 +33,7 @@ class Leader:
         self,
         session: Session,
         spec: Spec,
-        model: Model,
+        model: Callable[[], Model],
         keep: Callable[[Result | PartialResult], None],
         totals: Totals | None = None,
     ) -> None:
@@ -67,7 +67,7 @@ class Leader:
                 self._save(completion.request, 0, completion.since(0))
             return False
         del self._pending[completion.request.id]
-        self._keep(results.ended(pending.work, completions, self._model))
+        self._keep(results.ended(pending.work, completions, self._model()))
         return True
 
     def save(self) -> None:

@@ -37,7 +37,6 @@ from mpillm.planning.wire import wire_in_words, with_wire
 from mpillm.run import draft
 from mpillm.run.laying_out import LayoutChoice
 from mpillm.run.origin import Origin
-from mpillm.run.speed_notes import SpeedNotes
 from mpillm.spec import Spec, tightest
 from mpillm.store.records import UsedLayout
 from mpillm.text import Tokenizer, load_tokenizer
@@ -62,16 +61,15 @@ class Session:
         shards_before: int | None = None,
         replicated: bool = False,
         leave_out: bool = False,
-        notes: SpeedNotes | None = None,
     ) -> None:
         """Open the model and lay it out; what any rank finds wrong, all ranks raise.
 
         `origin` is what the run began with, if ranks were lost since. So many shards as `shards_before` are taken where
         the job leaves it open and they work. There is one replica unless `replicated`. It is on all ranks unless those
         of slow hosts may be left out (`leave_out`): they are spare then (`World.spare`), and their session has nothing
-        but its `origin`. Speeds that are measured are kept in the `notes` of rank 0.
+        but its `origin`.
         """
-        self._replicated, self._leave_out, self._notes = replicated, leave_out, notes
+        self._replicated, self._leave_out = replicated, leave_out
         self.world, self._origin, self._shards_before = world, origin, shards_before
         self.job, self.spec = spec, spec  # with the values of all ranks, and with those of this one
         with ExitStack() as unless_made:
@@ -123,7 +121,6 @@ class Session:
             self._shards_before,
             self._replicated,
             self._leave_out,
-            self._notes,
         )
         found = self.choice.first(self.threads) if origin is None else self.choice.again(origin)
         chosen, machines = found.chosen, found.machines

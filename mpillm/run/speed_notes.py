@@ -1,47 +1,57 @@
-"""Speeds that a run has measured, kept in its output directory: a run that goes on there on the same hosts uses them.
+"""Speeds that runs have measured, kept for a while in the user's cache: later runs on the same hosts begin at once.
 
-The file is not of the journal: without it, or if it cannot be read, hosts are measured anew.
+Without a file that can be read or written, hosts are measured anew.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
+import hashlib
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 
+from mpillm.catalogue.models import cache_dir
+from mpillm.errors import MpillmError
 from mpillm.planning.speed import Speed
-from mpillm.store.directory import Directory, explained
-from mpillm.store.output import SPEEDS
+from mpillm.store.directory import replacing
+
+KEPT = 6 * 3600.0  # seconds
 
 
 class _Noted(msgspec.Struct, frozen=True):
-    places: Sequence[str]  # where each rank was, and with what
     effort: float
     speeds: Sequence[Speed]
 
 
-class SpeedNotes:
-    """The file in the output directory, on rank 0."""
+def find(places: Sequence[str], effort: float) -> Sequence[Speed] | None:
+    """The speeds of ranks at these places, if they were measured of late with such an effort or a greater one."""
+    with contextlib.suppress(OSError, MpillmError, msgspec.DecodeError):
+        path = _path(places)
+        if _age(path) < KEPT:
+            noted = msgspec.json.decode(path.read_bytes(), type=_Noted)
+            return noted.speeds if noted.effort >= effort else None
+    return None
 
-    def __init__(self, directory: Directory) -> None:
-        self._directory = directory
 
-    def find(self, places: Sequence[str], effort: float) -> Sequence[Speed] | None:
-        """The speeds of ranks at these places, if they were measured with such an effort or a greater one."""
-        with contextlib.suppress(OSError, msgspec.DecodeError):
-            descriptor = self._directory.open(SPEEDS, os.O_RDONLY)
-            with open(descriptor, "rb") as file:
-                noted = msgspec.json.decode(file.read(), type=_Noted)
-            if list(noted.places) == list(places) and noted.effort >= effort:
-                return noted.speeds
-        return None
+def keep(places: Sequence[str], effort: float, speeds: Sequence[Speed]) -> None:
+    """Note what was measured, if that is possible; what is too old to be used goes."""
+    with contextlib.suppress(OSError, MpillmError):
+        path = _path(places)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for old in path.parent.iterdir():
+            if _age(old) > KEPT:
+                old.unlink(missing_ok=True)
+        with replacing(path) as file:
+            file.write(msgspec.json.encode(_Noted(effort, speeds)))
 
-    def keep(self, places: Sequence[str], effort: float, speeds: Sequence[Speed]) -> None:
-        """Note what was measured; OutputError if that is impossible."""
-        with (
-            explained(self._directory.path / SPEEDS),
-            self._directory.replacing(SPEEDS) as file,
-        ):
-            file.write(msgspec.json.encode(_Noted(places, effort, speeds)))
+
+def _path(places: Sequence[str]) -> Path:
+    digest = hashlib.blake2b("\0".join(places).encode(), digest_size=12).hexdigest()
+    return cache_dir() / "speeds" / f"{digest}.json"
+
+
+def _age(path: Path) -> float:
+    return time.time() - path.stat().st_mtime

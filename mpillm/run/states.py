@@ -29,7 +29,6 @@ from mpillm.run.losses import Losses, explaining, what_was_lost
 from mpillm.run.opened import model_path
 from mpillm.run.origin import Origin
 from mpillm.run.session import Session
-from mpillm.run.speed_notes import SpeedNotes
 from mpillm.run.statistics import rank_statistics
 from mpillm.store import inputs, report
 
@@ -252,8 +251,7 @@ def begin(
                 inputs.prepare(rank.spec, rank.claim)
         path = model_path(world, rank.spec, rank.progress)
         spec, shards = rank.kept(origin)
-        notes = SpeedNotes(rank.claim.directory) if world.rank == 0 else None
-        session = Session(world, spec, path, origin, shards, replicated=True, leave_out=True, notes=notes)
+        session = Session(world, spec, path, origin, shards, replicated=True, leave_out=True)
         unless_begun.callback(session.close)
         if world.spare:
             return StandingBy(session.origin, losses)

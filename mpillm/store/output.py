@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 JOURNAL = "journal"
 LOCK = "journal.lock"
 INPUT = "journal.input"  # the lines that were made of an input of another form
-SPEEDS = "journal.speeds"  # of the hosts, where they were measured
 PATIENCE = 0.5  # seconds: `mpillm status` holds the lock for an instant
 LOOK = 0.05  # seconds between two looks at a lock
 
@@ -124,7 +123,7 @@ def _open_directory(path: Path) -> Directory:
     make(path)
     directory = Directory(path)
     names = directory.names()
-    foreign = sorted(name for name in names - {LOCK, INPUT, SPEEDS} if not name.startswith(".nfs"))
+    foreign = sorted(name for name in names - {LOCK, INPUT} if not name.startswith(".nfs"))
     if foreign and JOURNAL not in names:
         directory.close()
         raise OutputError(

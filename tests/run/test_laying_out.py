@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +19,8 @@ from mpillm.planning.input_needs import NO_INPUT
 from mpillm.planning.layout_plans import Chosen
 from mpillm.planning.machines import Machines
 from mpillm.planning.speed import ASSUMED, Speed
+from mpillm.run import laying_out, speed_notes
 from mpillm.run.laying_out import LaidOut, LayoutChoice
-from mpillm.run.speed_notes import SpeedNotes
-from mpillm.store.directory import Directory
-from mpillm.store.output import SPEEDS
 
 TWO_HOSTS = Machines([1, 1], [2**30, 2**30])
 
@@ -47,7 +47,12 @@ class World:
     ],
 )
 def test_short_jobs_are_measured_briefly(
-    monkeypatch: pytest.MonkeyPatch, assumed: float, measured: float, inexact: bool, efforts: list[float]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    assumed: float,
+    measured: float,
+    inexact: bool,
+    efforts: list[float],
 ) -> None:
     """By the assumed speeds a job takes some seconds, and by those that were measured others."""
     made: list[float] = []
@@ -62,16 +67,19 @@ def test_short_jobs_are_measured_briefly(
         return TWO_HOSTS
 
     monkeypatch.setattr(LayoutChoice, "_search", searched)
+    monkeypatch.setattr(laying_out, "alone_on_first", lambda *_: None)
+    monkeypatch.setenv("MPILLM_CACHE", str(tmp_path))
     monkeypatch.setattr(LayoutChoice, "_known_machines", lambda self: TWO_HOSTS)
     monkeypatch.setattr(measure, "machines", machines)
     job: Any = spec.load(None, (), model="model", input="in", output="out")
     nothing: Any = None
+    source: Any = SimpleNamespace(path=tmp_path / "model")
     world: Any = World()
-    LayoutChoice(world, job, nothing, nothing, NO_INPUT, None, True, True).first(1)
+    LayoutChoice(world, job, source, nothing, NO_INPUT, None, True, True).first(1)
     assert made == efforts
 
 
-def test_whoever_goes_on_with_a_job_on_the_same_hosts_does_not_measure_them_again(
+def test_later_runs_on_the_same_hosts_do_not_measure_them_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[float] = []
@@ -87,27 +95,65 @@ def test_whoever_goes_on_with_a_job_on_the_same_hosts_does_not_measure_them_agai
         return replace(TWO_HOSTS, speeds=speeds, measured=True)
 
     monkeypatch.setattr(LayoutChoice, "_search", searched)
+    monkeypatch.setattr(laying_out, "alone_on_first", lambda *_: None)
+    monkeypatch.setenv("MPILLM_CACHE", str(tmp_path))
     for name in ("_known_machines", "_machines"):
         monkeypatch.setattr(LayoutChoice, name, lambda self: TWO_HOSTS)
     monkeypatch.setattr(measure, "machines", machines)
     job: Any = spec.load(None, (), model="model", input="in", output="out")
     nothing: Any = None
+    source: Any = SimpleNamespace(path=tmp_path / "model")
 
     def begin(*places: str, threads: int = 1) -> list[float]:
         made.clear()
         world: Any = World(*places)
-        with Directory(tmp_path) as directory:
-            notes = SpeedNotes(directory)
-            LayoutChoice(world, job, nothing, nothing, NO_INPUT, None, True, True, notes).first(threads)
+        LayoutChoice(world, job, source, nothing, NO_INPUT, None, True, True).first(threads)
         return list(made)
 
     seconds = 5.0
     assert begin("a", "b") == [measure.QUICKLY]
     assert begin("a", "b") == []
     assert [speed.memory for speed in used[-1]] == [speed.memory for speed in speeds]
-    assert begin("a", "c") == begin("a", "b") == begin("a", "b", threads=2) == [measure.QUICKLY]
+    assert begin("a", "c") == begin("a", "b", threads=2) == [measure.QUICKLY]
+    assert begin("a", "b") == []
     seconds = 50.0
     assert begin("a", "b", threads=2) == [1.0]  # what was measured in a glance is not enough
     assert begin("a", "b", threads=2) == []
-    (tmp_path / SPEEDS).write_bytes(b"{")
+    source.path = tmp_path / "other"
     assert begin("a", "b") == [measure.QUICKLY, 1.0]
+    assert begin("a", "b") == []
+    notes = list((tmp_path / "speeds").iterdir())
+    for note in notes:
+        os.utime(note, (0, time.time() - speed_notes.KEPT - 1))
+    assert begin("a", "b") == [measure.QUICKLY, 1.0]
+    (left,) = (tmp_path / "speeds").iterdir()  # the others have gone
+    left.write_bytes(b"{")
+    assert begin("a", "b") == [measure.QUICKLY, 1.0]
+    monkeypatch.setenv("MPILLM_CACHE", str(left))  # where nothing can be written
+    assert begin("a", "b") == begin("a", "b") == [measure.QUICKLY, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("alone", "together", "ranks"),
+    [
+        (2.0, 1.9, 1),  # it is over before others could be measured
+        (2.0, 1.0, 2),
+        (5.0, 5.0, 2),  # long enough to look whether they are faster
+        (None, 1.0, 2),  # one host cannot hold it
+    ],
+)
+def test_a_job_of_seconds_is_for_one_host(
+    monkeypatch: pytest.MonkeyPatch, alone: float | None, together: float, ranks: int
+) -> None:
+    one, two = Chosen((Replica(0, 1, 1),), ""), Chosen((Replica(0, 1, 1), Replica(1, 1, 1)), "")
+    found = SimpleNamespace(chosen=one, time=SimpleNamespace(seconds=alone))
+    monkeypatch.setattr(laying_out, "alone_on_first", lambda *_: found if alone else None)
+    monkeypatch.setattr(LayoutChoice, "_search", lambda *_: LaidOut(two, TWO_HOSTS, range(2), together))
+    monkeypatch.setattr(LayoutChoice, "_known_machines", lambda self: replace(TWO_HOSTS, names=("a", "b")))
+    job: Any = spec.load(None, (), model="model", input="in", output="out")
+    nothing: Any = None
+    world: Any = World()
+    made = LayoutChoice(world, job, nothing, nothing, NO_INPUT, None, True, True)._unmeasured()
+    assert len(made.ranks) == len(made.chosen.replicas) == ranks
+    said = "b is left out and stands by: this run is too short for several hosts." if ranks == 1 else ""
+    assert made.left_out == said
