@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mpillm.errors import JobError
 from mpillm.model.config import ModelConfig
 from mpillm.model.families import family_of, gguf_family, read_config
 from mpillm.model.families.base import Family
@@ -32,9 +33,12 @@ def judge(config: Mapping[str, Any], name: str) -> None:
     method_of(config.get(QUANTIZATION), name)
 
 
-def open_source(path: str | Path, quantize: str = "none") -> Source:
-    """Open a model of any family (see `weights.opening.open_source`)."""
-    return opening.open_source(path, _Families(), quantize)
+def open_source(path: str | Path, quantize: str = "none", again: bool = False) -> Source:
+    """Open a model of any family (see `weights.opening.open_source`).
+
+    JobError if `quantize` is asked of what is quantised already; `again`: it is, for a draft model.
+    """
+    return _checked(opening.open_source(path, _Families(), quantize), quantize, again)
 
 
 def open_unpacked(path: str | Path, quantize: str = "none") -> TensorSource:
@@ -42,16 +46,26 @@ def open_unpacked(path: str | Path, quantize: str = "none") -> TensorSource:
     return opening.open_unpacked(path, _Families(), quantize)
 
 
-def open_described(path: Path, quantize: str = "none") -> Source:
+def open_described(path: Path, quantize: str = "none", again: bool = False) -> Source:
     """Open a model for a plan: a directory with nothing but a config.json will do, or the header of a GGUF file."""
     if path.suffix.lower() == ".gguf" and path.is_file():
         from mpillm.weights.formats.gguf_file import open_gguf
 
-        return open_gguf(path, _Families(), quantize, whole=False)
+        return _checked(open_gguf(path, _Families(), quantize, whole=False), quantize, again)
     if not path.is_dir() or _has_weights(path):
-        return open_source(path, quantize)
+        return open_source(path, quantize, again)
     config, _ = read_files(path)
     return PaperSource(path, config, read_config(_without_method(config), str(path)), quantize)
+
+
+def _checked(source: Source, quantize: str, again: bool) -> Source:
+    if isinstance(source, TensorSource) and not again:
+        try:
+            source.check_unquantised(quantize)
+        except JobError:
+            source.close()
+            raise
+    return source
 
 
 def _has_weights(path: Path) -> bool:

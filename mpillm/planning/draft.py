@@ -40,7 +40,7 @@ def nbytes(spec: Spec, config: ModelConfig, asked: InputNeeds) -> int:
 def _planned(section: DraftSection, max_context: int, asked: InputNeeds) -> int:
     """Compute `nbytes`, which a plan asks for again and again."""
     assert section.model is not None
-    with closing(open_described(models.path_to_plan(section.model), section.quantize)) as source:
+    with closing(open_described(models.path_to_plan(section.model), section.quantize, again=True)) as source:
         return _nbytes(section, max_context, source, config_of(source), asked)
 
 

@@ -40,7 +40,7 @@ def open_draft_model(
     if not drafts(spec, config):
         return None
     assert spec.draft.model is not None
-    source = open_source(models.resolve(spec.draft.model), spec.draft.quantize)
+    source = open_source(models.resolve(spec.draft.model), spec.draft.quantize, again=True)
     stack.callback(source.close)
     own = config_of(source)
     layout = layout_of(spec.draft, source, own)

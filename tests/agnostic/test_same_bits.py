@@ -187,6 +187,7 @@ def test_drafts(model: str, job: dict[str, Any]) -> None:
         ("deepseek_v3", "none", {"streams": True}),
         ("qwen3_moe", "none", {"max_num_batched_tokens": 50}),
         ("llama_mixed.gguf", "none", {}),
+        ("llama_mixed.gguf", "q4_0", {}),
     ],
 )
 def test_a_draft_model(model: str, draft: str, job: dict[str, Any]) -> None:

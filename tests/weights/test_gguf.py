@@ -230,3 +230,8 @@ def test_quantize_is_for_unquantised_files(tmp_path):
         path = write_gguf(tmp_path / f"{kind}.gguf", model, types=("F16", kind))
         with pytest.raises(JobError, match=f'is quantised already .*is {kind}.*; leave quantize = "none"'):
             open_source(path, "q8_0")
+    path = write_gguf(tmp_path / "b.gguf", model, types=("Q5_0",))
+    again = open_source(path, "q4_0", again=True)  # as a draft model is
+    expected = blocks_of(through("Q5_0", model.weights()[hf_name(key)]), "Q4_0")
+    assert again.tensors[key].type == BlockType.Q4_0
+    assert (again.read(key) == expected).all()

@@ -28,23 +28,22 @@ def delivered_types(extents: Mapping[Key, Extent], quantize: BlockType | None) -
     return {key: _delivered(key, extent, quantize, narrow) for key, extent in extents.items()}
 
 
-def quantised_to(quantize: str, path: Path, extents: Mapping[Key, Extent]) -> BlockType | None:
-    """The type that matrices get by a job's `quantize`; None if they stay as they are stored.
-
-    Raises JobError for an unknown one, and for a model at `path` that is quantised already.
-    """
+def quantised_to(quantize: str) -> BlockType | None:
+    """The type that matrices get by a job's `quantize`; None if they stay as they are stored. JobError if unknown."""
     types = QUANTIZE | WIDEN
     if quantize not in types:
         raise JobError(f'quantize = "{quantize}" is unknown; it must be one of {", ".join(QUANTIZE)}.')
-    if types[quantize] is None:
-        return None
-    for key, extent in extents.items():
+    return types[quantize]
+
+
+def check_unquantised(quantize: str, path: Path, extents: Mapping[Key, Extent]) -> None:
+    """JobError for a model at `path` that is quantised already, unless it stays as it is."""
+    for key, extent in extents.items() if quantised_to(quantize) else ():
         if ROLES[key.role].quantisable and extent.stored.quantised:
             raise JobError(
                 f'quantize = "{quantize}" is for unquantised models, but {path} is quantised already '
                 f'({extent.name} is {extent.stored.name}); leave quantize = "none".'
             )
-    return types[quantize]
 
 
 def _delivered(

@@ -15,7 +15,7 @@ from mpillm import kernels
 from mpillm.kernels.types import BlockType
 from mpillm.partition.grid import Place
 from mpillm.weights.fill import Rows
-from mpillm.weights.formats.delivered import QUANTIZE, delivered_types, quantised_to
+from mpillm.weights.formats.delivered import QUANTIZE, check_unquantised, delivered_types, quantised_to
 from mpillm.weights.formats.extent import Extent, llama_cpp_rows
 from mpillm.weights.formats.loaders import LOADING_NBYTES, UNDER_WAY, StoredRows, open_unpacked_loader
 from mpillm.weights.formats.stored import Bytes, Floats, Stored
@@ -54,7 +54,7 @@ class TensorSource:
         self.mapped = tuple(files)
         self.files = (*metadata_files, *(file.path for file in self.mapped))
         self._extents = dict(extents)
-        types = delivered_types(self._extents, quantised_to(quantize, path, self._extents))
+        types = delivered_types(self._extents, quantised_to(quantize))
         # What shards hold of pages, and of all experts of a layer: who looks for a layout asks for the same again.
         self._plans: dict[tuple[PageSpec, int, int], PagePlan] = {}
         self._expert_plans: dict[tuple[PageSpec, int, int], list[PagePlan]] = {}
@@ -64,6 +64,10 @@ class TensorSource:
         }
         for file in self.mapped:
             file.release(0, file.size)  # the header has been read
+
+    def check_unquantised(self, quantize: str) -> None:
+        """JobError if a job's `quantize` would quantise what is quantised already."""
+        check_unquantised(quantize, self.path, self._extents)
 
     @property
     def loading_nbytes(self) -> int:
