@@ -29,6 +29,7 @@ from mpillm.run.session import Session
 from mpillm.version import __version__
 
 ENGINE = frozenset({"prefill", "decode", "batch"})
+COMPARED = ENGINE | {"startup"}  # with a peer
 LLAMA_CPP = "llama.cpp"
 
 
@@ -38,21 +39,36 @@ class BenchCommand:
 
     model: str
     synthetic: str | None
-    weights: str
+    weights: str | None
     against: str | None
     options: BenchOptions
+
+    def check(self) -> None:
+        """JobError for an option that would change nothing, or cannot be had."""
+        options, (name, _, binary) = self.options, (self.against or LLAMA_CPP).partition("=")
+        for option, given, of in (
+            ("--budget", options.budgets, {"paging", "speculation"}),
+            ("--draft", options.draft, {"speculation"}),
+            ("--against", self.against, COMPARED),
+        ):
+            if given and not options.what & of:
+                raise JobError(
+                    f"{option} is for --what {' or '.join(sorted(of))}; leave it away, or name that."
+                )
+        if self.weights and not self.synthetic:
+            raise JobError("--weights is for --synthetic; a model that is named has its own.")
+        if not binary and name != LLAMA_CPP:
+            raise JobError(
+                f"mpillm bench cannot run against {name}; it knows {LLAMA_CPP}, and NAME=PATH of another program's "
+                "llama-batched-bench."
+            )
+        if binary and "startup" in options.what:
+            raise JobError(f"{name} does not say how long a start takes: leave startup out of --what.")
 
 
 def bench(world: World, asked: BenchCommand, progress: Progress) -> Bench | None:
     """Measure (collective); rank 0 gets the result. MpillmError says what is wrong."""
-    name, _, binary = (asked.against or LLAMA_CPP).partition("=")
-    if not binary and asked.against not in (None, LLAMA_CPP):
-        raise JobError(
-            f"mpillm bench cannot run against {asked.against}; it knows {LLAMA_CPP}, and NAME=PATH of another "
-            "program's llama-batched-bench."
-        )
-    if binary and "startup" in asked.options.what:
-        raise JobError(f"{name} does not say how long a start takes: leave startup out of --what.")
+    asked.check()
     began = datetime.now(timezone.utc).isoformat(timespec="seconds")
     path = _model(world, asked, progress)
     with world.together():
@@ -111,9 +127,10 @@ def _model(world: World, asked: BenchCommand, progress: Progress) -> Path:
 
 def _synthetic(shape: str, asked: BenchCommand) -> Path:
     """The path of a synthetic model: packed if it is to be paged, because paging is fastest then; else a GGUF file."""
+    weights = asked.weights or "q4_0"
     if "paging" in asked.options.what:
-        return packed.create(shape, asked.weights, os.cpu_count() or 1)
-    return synthetic.create(shape, asked.weights)
+        return packed.create(shape, weights, os.cpu_count() or 1)
+    return synthetic.create(shape, weights)
 
 
 def _config(path: Path, options: BenchOptions) -> ModelConfig:

@@ -337,6 +337,13 @@ def machine_has_limits() -> bool:
         (["--synthetic", "tiny-llama", "--against", "vllm"], "cannot run against vllm; it knows llama.cpp"),
         (["--synthetic", "tiny-llama", "--against", "ik=/x"], "leave startup out of --what"),
         (
+            ["--what", "speculation", "--against", "llama.cpp"],
+            "--against is for --what batch or decode or prefill",
+        ),
+        (["--what", "decode", "--budget", "25%"], "--budget is for --what paging or speculation"),
+        (["--what", "paging", "--draft", "x"], "--draft is for --what speculation; leave it away"),
+        (["--weights", "q8_0"], "--weights is for --synthetic"),
+        (
             [
                 "--synthetic",
                 "tiny-llama",
