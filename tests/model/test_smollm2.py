@@ -5,18 +5,24 @@ from __future__ import annotations
 import functools
 import json
 import math
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from mpillm.bench.speculation import TEXTS
 from mpillm.catalogue.models import resolve
 from mpillm.engine.request import FinishedCompletion, Request
+from mpillm.engine.speculation import Mode
 from mpillm.errors import MpillmError
-from tests.model.engine_harness import run_engine
+from mpillm.run.session import Session
+from mpillm.spec import DraftSection
+from tests.model.engine_harness import _alone, run_engine, spec_of
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent.parent / "data/smollm2.json").read_text())
+MODES: tuple[Mode, ...] = ("off", "prompt-lookup", "always")
 SURE = 0.5  # llama.cpp quantises activations its own way: a smaller lead may turn
 
 
@@ -68,3 +74,24 @@ def check_smollm2(completions: list[FinishedCompletion]) -> dict[str, float]:
 @pytest.mark.parametrize("activations", ["f32", "q8_0"])
 def test_against_llama_cpp(activations: str) -> None:
     check_smollm2(run_engine(smollm2(), requests(), activations=activations))
+
+
+@pytest.mark.slow
+def test_copied_texts_take_few_passes() -> None:
+    """The counts behind the tokens of a pass that a real model's answers reach, with their bytes unchanged."""
+    path = smollm2()
+    job = {"draft": DraftSection(model=str(path), quantize="q4_0"), "max_num_seqs": 1, "max_context": 512}
+    with closing(Session(_alone(), spec_of(path, **job), path)) as session:
+        assert session.tokenizer is not None
+        per_pass = {}
+        for name in ("summary", "extraction"):
+            asked = Request("a", tuple(session.tokenizer.encode(TEXTS[name])), max_tokens=96)
+            answers = set()
+            for mode in MODES:
+                engine = session.engine(speculation=mode)
+                answers |= {tuple(one.tokens) for done in engine.run([asked]) for one in done}
+                per_pass[name, mode] = engine.totals.generated_tokens / engine.totals.turns
+            assert len(answers) == 1, name
+            assert per_pass[name, "off"] == 1.0
+            assert per_pass[name, "prompt-lookup"] >= 2.0, per_pass
+            assert per_pass[name, "always"] >= 3.0, per_pass  # with a copy of the model in fewer bits
