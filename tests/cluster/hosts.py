@@ -140,6 +140,11 @@ class Hosts:
             line,
         ]
 
+    def listed(self, mpi: Mpi, count: int) -> str:
+        """The lines of a hostfile with the first hosts, a rank on each."""
+        one = ":1" if mpi.name == "mpich" else " slots=1"
+        return "".join(f"{address}{one}\n" for address in self.addresses[:count])
+
     def launcher(self, mpi: Mpi, hostfile: Path) -> list[str | Path]:
         """mpiexec with what a cluster on Ethernet needs, and the agent where ssh would be."""
         if mpi.name == "mpich":

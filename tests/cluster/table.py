@@ -19,7 +19,7 @@ from pathlib import Path
 from tests.cluster import peer
 from tests.cluster.hosts import Hosts, missing
 from tests.cluster.ranks import Measured
-from tests.conftest import FINDERS, ROOT, Mpi, run_bounded
+from tests.conftest import FINDERS, MISSING, ROOT, Mpi, run_bounded
 
 PROMPT, TOKENS = 64, 24
 LIMIT = 240  # seconds of a run
@@ -35,10 +35,15 @@ class Cluster:
 
     def start(self, ranks: int, *words: str | Path) -> str:
         """What a command prints on so many hosts, one rank on each."""
-        self._file.write_text("".join(f"{address} slots=1\n" for address in self.hosts.addresses[:ranks]))
+        self._file.write_text(self.hosts.listed(self._mpi, ranks))
         env = {name: os.environ[name] for name in ("PATH", "HOME")} | self._mpi.env
         env |= {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
-        launch = [*self.hosts.launcher(self._mpi, self._file), "-x", "OMP_WAIT_POLICY", "--bind-to", "none"]
+        if self._mpi.name == "mpich":
+            env["UCX_TLS"] = "tcp,self"  # it would use shared memory between namespaces
+            own: list[str | Path] = []
+        else:
+            own = ["-x", "OMP_WAIT_POLICY", "--bind-to", "none"]
+        launch = [*self.hosts.launcher(self._mpi, self._file), *own]
         command = [*launch, "-n", str(ranks), sys.executable, "-m", *words]
         done = run_bounded(self.hosts.on_first(command, env), LIMIT, cwd=self.folder)
         assert done.returncode == 0, done.stderr
@@ -141,27 +146,36 @@ def together(cluster: Cluster, model: Path, rate: str) -> None:
           f"of the sum of speeds (one host {whole:.2f} s)", flush=True)  # fmt: skip
 
 
+def collectives(cluster: Cluster, rate: str) -> None:
+    """All-gather and all-reduce by our messages and by MPI's own means, on 2 and 4 hosts."""
+    for ranks in (2, 4):
+        print(f"{rate}: {cluster.start(ranks, 'tests.comm.latency')}", end="", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.cluster.table", description=__doc__)
     parser.add_argument("--dllama", type=Path, help="the program of Distributed-Llama")
     parser.add_argument("--rate", action="append", help="of the cables, in tc's words (1gbit and 100mbit)")
     parser.add_argument("--model", type=Path, help="where the model is kept (a folder that is deleted)")
-    parser.add_argument("--only", choices=("alone", "together"), help="half of it")
+    parser.add_argument("--only", choices=("alone", "together", "collectives"), help="a part of it")
+    parser.add_argument("--mpi", choices=FINDERS, default="openmpi")
     options = parser.parse_args()
-    mpi = FINDERS["openmpi"]()
+    mpi = FINDERS[options.mpi]()
     if (reason := missing()) or mpi is None:
-        parser.error(reason or "there is no Open MPI")
+        parser.error(reason or MISSING[options.mpi])
     with tempfile.TemporaryDirectory(prefix="table-") as name:
         folder = Path(name)
         model = options.model or folder / "llama-1b.m"
-        if not model.exists():
+        if options.only != "collectives" and not model.exists():
             peer.write_model(model)
         for rate in options.rate or ["1gbit", "100mbit"]:
             with Hosts(folder, 4, rate).up() as hosts:
                 cluster = Cluster(hosts, mpi, folder)
-                if options.only != "together":
+                if options.only in (None, "collectives"):
+                    collectives(cluster, rate)
+                if options.only in (None, "alone"):
                     alone(cluster, model, options.dllama, rate)
-                if options.only != "alone":
+                if options.only in (None, "together"):
                     together(cluster, model, rate)
 
 

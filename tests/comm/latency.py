@@ -1,10 +1,13 @@
-"""How long an all-reduce takes, beside MPI's own exchange: run it by hand on a quiet machine.
+"""How long all-reduce and all-gather take, beside MPI's own: run it by hand on a quiet machine.
 
-mpiexec -n 2 python tests/comm/latency.py
+    mpiexec -n 2 python -m tests.comm.latency
+
+MPI's own gather is awaited as ours is, except "blocking". Its sums are not used: their order is not the fixed tree.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -17,34 +20,28 @@ from mpillm.comm.collectives import Group
 from mpillm.comm.counters import MessageCounters
 from mpillm.comm.program import guard
 from mpillm.comm.shared import SharedRows, shared_rows
-from mpillm.comm.transfer import Wire
+from mpillm.comm.transfer import F32, Wire
 from mpillm.comm.world import World
 from mpillm.kernels import path
 from mpillm.partition.grid import Place
 
-SHAPES = ((1, 576), (32, 2048))
+SHAPES = ((1, 576), (1, 2048), (32, 2048))
 CALLS = 500
+PATIENCE = 1.0  # seconds of a measurement, about
 
 
 def main(world: World) -> int:
-    def microseconds(call: Callable[[], object]) -> float:
-        for _ in range(CALLS // 10):
-            call()
-        world.barrier()
-        times = []
-        for _ in range(CALLS):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        return 1e6 * median(times)
+    from mpillm.comm.probe import links  # once `guard` has started MPI
 
-    place = Place(world.rank, 1, world.size)
+    place, crowded = Place(world.rank, 1, world.size), world.nodes.crowded(range(world.size))
+    several = len(set(world.hosts)) > 1
+    rate = min(link.bandwidth for link in links(world)) if several else math.inf
     for m, d in SHAPES:
         x = np.ones((m, d), np.float32)
-        total = np.empty_like(x)
-        took = {}
+        took = {f"gather by {name}": _microseconds(world, call) for name, call in _gathers(world, x).items()}
         if not world.oversubscribed:  # MPI's own waiting would take the cores from those it waits for
-            took["MPI's own"] = microseconds(partial(world.comm.Allreduce, x, total))
+            own = partial(world.comm.Allreduce, x, np.empty_like(x))
+            took["sum by MPI's own, blocking"] = _microseconds(world, own)
         shared = shared_rows(world, place, x.nbytes)
         ways: list[tuple[str, Wire, SharedRows | None]] = [
             ("f32", "f32", None),
@@ -52,12 +49,46 @@ def main(world: World) -> int:
             *([("f32 in shared memory", "f32", shared)] if shared else []),
         ]
         for name, wire, memory in ways:
-            group = Group(world, place, wire, MessageCounters(), shared=memory)
-            took[name] = microseconds(partial(group.all_reduce, np.zeros_like(x)))
+            group = Group(world, place, wire, MessageCounters(), 1, memory, rate, crowded)
+            took[f"sum by {name}"] = _microseconds(world, partial(group.all_reduce, np.zeros_like(x)))
         if world.rank == 0:
             figures = ", ".join(f"{name} {value:.1f}" for name, value in took.items())
             print(f"{world.size} ranks, {m} x {d}, {path()} kernels, microseconds: {figures}", flush=True)
     return 0
+
+
+def _gathers(world: World, x: F32) -> dict[str, Callable[[], object]]:
+    """Ways to bring f32 [m, d] of each rank to all."""
+    group = Group(world, Place(world.rank, 1, world.size), "f32", MessageCounters())
+    everyone = np.empty((world.size, *x.shape), np.float32)
+    ways: dict[str, Callable[[], object]] = {"messages": partial(group.all_gather, x)}
+    ways["MPI's Iallgather"] = lambda: world.wait(world.comm.Iallgather(x, everyone).Test)
+    try:
+        persistent = world.comm.Allgather_init(x, everyone)
+    except NotImplementedError:  # MPI before 4.0
+        return ways
+
+    def exchange() -> None:
+        persistent.Start()
+        world.wait(persistent.Test)
+
+    return {**ways, "MPI's Allgather_init": exchange}
+
+
+def _microseconds(world: World, call: Callable[[], object]) -> float:
+    """The median on the slowest rank."""
+    began = time.perf_counter()
+    call()
+    calls = int(min(CALLS, max(3.0, PATIENCE / min(world.gather(time.perf_counter() - began)))))
+    for _ in range(calls // 10):
+        call()
+    world.barrier()
+    times = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return 1e6 * max(world.gather(median(times)))
 
 
 if __name__ == "__main__":
