@@ -1,4 +1,4 @@
-"""A cut cable under `mpillm launch`: the run ends in time, and goes on with the hosts that are left."""
+"""A host, or mpiexec's daemon on it, is lost under `mpillm launch`: the run ends in time, and goes on without it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.cluster import hosts as tools
@@ -19,7 +20,8 @@ from tests.e2e.jobs import command, mixed_lines, run, write_lines
 pytestmark = [pytest.mark.hosts, pytest.mark.mpiexec]
 
 
-def test_a_cut_cable_costs_a_host(mpi: Mpi, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["cable", "daemon"])
+def test_what_is_lost_costs_a_host(mpi: Mpi, tmp_path: Path, what: str) -> None:
     if reason := tools.missing():
         pytest.skip(reason)
     source = write_lines(tmp_path / "in.jsonl", mixed_lines(200, seed=4, tokens=60))
@@ -48,13 +50,20 @@ def test_a_cut_cable_costs_a_host(mpi: Mpi, tmp_path: Path) -> None:
         try:
             wait_for_results(output / "journal")
             unreachable.touch()
-            run_bounded(["ip", "-n", hosts.switch, "link", "set", "port2", "down"])
+            if what == "cable":
+                run_bounded(["ip", "-n", hosts.switch, "link", "set", "port2", "down"])
+            else:
+                daemon_on(f"{hosts.prefix}2").kill()
             _, said = supervisor.communicate(timeout=HANGS)
         finally:
             supervisor.kill()
             supervisor.communicate()
     assert supervisor.returncode == 0, said
-    assert "Rank 1 on" in said
+    if what == "cable":
+        assert "Rank 1 on" in said
+    else:  # Open MPI's exit code is that of a complete run
+        code = 255 if mpi.name == "mpich" else 0
+        assert f"The run ended before it was complete (mpiexec says {code}); again in" in said
     assert re.search(rf"The host {NETWORK}\.2 does not answer \(.+\); going on without it\.", said)
     assert run(mpi, 1, source, tmp_path / "undisturbed").returncode == 0
     assert (output / "results.jsonl").read_bytes() == (
@@ -68,6 +77,17 @@ def options(mpi: Mpi) -> list[str]:
     words = ["-iface", "eth0"] if mpi.name == "mpich" else ["--prtemca", "prte_if_include", lan]
     words += [] if mpi.name == "mpich" else ["--mca", "btl_tcp_if_include", lan]
     return [f"--mpi-option={word}" for word in words]
+
+
+def daemon_on(host: str) -> psutil.Process:
+    """What mpiexec has started on a host: prted or hydra_pmi_proxy, which starts the rank."""
+    numbers = run_bounded(["ip", "netns", "pids", host]).stdout.split()
+    processes = [psutil.Process(int(number)) for number in numbers]
+    [rank] = [process for process in processes if "mpillm" in process.cmdline()]
+    parent = rank.parent()
+    assert parent is not None
+    assert parent.name() in ("prted", "hydra_pmi_proxy")
+    return parent
 
 
 def wait_for_results(journal: Path) -> None:
