@@ -27,6 +27,11 @@ enum { FLOAT_ROWS = VEC_ROWS > 4 ? 8 : 4 /* of x at a time, at most */ };
 
 /* Rows of W beside T rows of x, so that VEC_SUMS sums are under way. */
 #define STREAMS(T) (VEC_SUMS / (T) < 1 ? 1 : VEC_SUMS / (T) > MAX_STREAMS ? (int)MAX_STREAMS : VEC_SUMS / (T))
+#ifdef VEC_HALF_ROWS /* as many, of halves of vectors, beside a group of x */
+#define STREAMS_OF(type, T) ((T) == MK_GROUP && !mk_is_scaled(type) ? VEC_HALF_ROWS : STREAMS(T))
+#else
+#define STREAMS_OF(type, T) STREAMS(T)
+#endif
 
 /* A step of the columns: 32 of BF16, else 16. */
 MK_INLINE void float_step(const int type, const int R, const int T, const uint8_t *const *w, const uint8_t *x,
@@ -58,15 +63,11 @@ MK_INLINE void float_step(const int type, const int R, const int T, const uint8_
     }
 }
 
-/* Columns of R rows of W, for BF16 at most a block of them; sums [R][T] go on. */
-HOT void float_run(const int type, const int R, const int T, const uint8_t **rows, long ahead, const uint8_t *x,
-                   long x_stride, long columns, vf *sums) {
+/* So many steps of R rows of W, which are moved on; acc [R][T] go on. */
+MK_INLINE void float_steps(const int type, const int R, const int T, const uint8_t **rows, long ahead, const uint8_t *x,
+                           long x_stride, long steps, vf *acc) {
     const int bytes = type == MK_F16 ? 32 : 64, x_bytes = (type == MK_BF16 ? BF16_STEP : 64) * GROUP(T);
-    const long step = mk_float_step(type), rest = columns % step;
-    vf acc[MAX_FLOAT_SUMS];
-    UNROLL
-    for (int i = 0; i < R * T; i++) acc[i] = type == MK_BF16 ? vf_set1(0.0f) : sums[i];
-    for (long i = columns / step; i > 0; i--, x += x_bytes) {
+    for (; steps > 0; steps--, x += x_bytes) {
         float_step(type, R, T, rows, x, x_stride, acc);
         UNROLL
         for (int r = 0; r < R; r++) {
@@ -74,6 +75,59 @@ HOT void float_run(const int type, const int R, const int T, const uint8_t **row
             rows[r] += bytes;
         }
     }
+}
+
+#ifdef VEC_HALF_ROWS
+/* The same for a group of x, one half of the lanes after the other: R * 4 sums, R vectors of W and one of x are what there
+ * are registers for, and loads no longer take longer than products.  Parts of a step are turns of one loop, for gcc
+ * spills sums where its body has two. */
+MK_INLINE void half_steps(const int type, const int R, const uint8_t **rows, long ahead, const uint8_t *x, long steps,
+                          vf *sums) {
+    const unsigned bytes = type == MK_F16 ? 32 : 64, x_bytes = type == MK_BF16 ? BF16_STEP : 64, parts = x_bytes / 64;
+    UNROLL
+    for (int half = 0; half < 2; half++) {
+        vh acc[MAX_STREAMS * MK_GROUP];
+        UNROLL
+        for (int i = 0; i < R * MK_GROUP; i++) acc[i] = *vh_of(sums + i, half);
+        for (unsigned long i = 0; i < (unsigned long)steps * parts; i++) {
+            const unsigned long step = i / parts, part = i % parts;
+            const uint8_t *values = x + step * MK_GROUP * x_bytes + part * 64 + half * 32;
+            vh w[MAX_STREAMS];
+            UNROLL
+            for (int r = 0; r < R; r++) {
+                const void *at = rows[r] + step * bytes + half * bytes / 2;
+                w[r] = type == MK_F16 ? vh_load_f16(at) : type == MK_F32 ? vh_load(at) : vh_bf16(at, part);
+                if (!half) __builtin_prefetch(rows[r] + step * bytes + ahead);
+            }
+            UNROLL
+            for (int t = 0; t < MK_GROUP; t++) {
+                const vh value = vh_keep(vh_load((const void *)(values + t * x_bytes)));
+                UNROLL
+                for (int r = 0; r < R; r++) acc[r * MK_GROUP + t] = vh_fma(w[r], value, acc[r * MK_GROUP + t]);
+            }
+        }
+        UNROLL
+        for (int i = 0; i < R * MK_GROUP; i++) *vh_of(sums + i, half) = acc[i];
+    }
+    UNROLL
+    for (int r = 0; r < R; r++) rows[r] += steps * bytes;
+}
+#define FLOAT_STEPS(type, R, T, rows, ahead, x, x_stride, steps, acc)                 \
+    if ((R) > 1 && (T) == MK_GROUP) half_steps(type, R, rows, ahead, x, steps, acc); \
+    else float_steps(type, R, T, rows, ahead, x, x_stride, steps, acc)
+#else
+#define FLOAT_STEPS float_steps
+#endif
+
+/* Columns of R rows of W, for BF16 at most a block of them; sums [R][T] go on. */
+HOT void float_run(const int type, const int R, const int T, const uint8_t **rows, long ahead, const uint8_t *x,
+                   long x_stride, long columns, vf *sums) {
+    const int x_bytes = (type == MK_BF16 ? BF16_STEP : 64) * GROUP(T);
+    const long step = mk_float_step(type), steps = columns / step, rest = columns % step;
+    vf acc[MAX_FLOAT_SUMS];
+    UNROLL
+    for (int i = 0; i < R * T; i++) acc[i] = type == MK_BF16 ? vf_set1(0.0f) : sums[i];
+    FLOAT_STEPS(type, R, T, rows, ahead, x, x_stride, steps, acc);
     if (rest) {
         uint8_t padded[MAX_STREAMS][64] = {{0}};
         UNROLL
@@ -81,7 +135,7 @@ HOT void float_run(const int type, const int R, const int T, const uint8_t **row
             memcpy(padded[r], rows[r], (size_t)(rest * mk_block_bytes(type)));
             rows[r] = padded[r];
         }
-        float_step(type, R, T, rows, x, x_stride, acc);
+        float_step(type, R, T, rows, x + steps * x_bytes, x_stride, acc);
     }
     UNROLL
     for (int i = 0; i < R * T; i++) sums[i] = type == MK_BF16 ? vf_add(sums[i], vf_halves(acc[i])) : acc[i];
@@ -165,7 +219,7 @@ HOT void float_tile(const int type, const int R, const int T, const uint8_t *w, 
 #define FLOAT_TILE(type, T)                                                                                        \
     static void type##_##T(const uint8_t *w, long stride, long ahead, int rows, const uint8_t *x, long x_stride,   \
                            long columns, vf *sums) {                                                               \
-        float_tile(type, STREAMS(T), T, w, stride, ahead, rows, x, x_stride, columns, sums);                       \
+        float_tile(type, STREAMS_OF(type, T), T, w, stride, ahead, rows, x, x_stride, columns, sums);                       \
     }
 #if VEC_ROWS > 4
 #define MORE_FLOATS(type) FLOAT_TILE(type, 8)

@@ -16,6 +16,7 @@ enum { VEC_Q8_BIAS = 128 };
 #define VEC_ALIKE 0
 enum { VEC_Q8_BIAS = 0 };
 #endif
+#define VEC_HALF_ROWS 3 /* of W beside 4 of x: 12 sums of 8 floats */
 #define VEC_QUERIES 6 /* 12 sums in 16 registers of 8 floats */
 
 MK_INLINE __m128i ymm_load(const void *p) { return _mm_loadu_si128(p); }
@@ -51,6 +52,19 @@ MK_INLINE vf vf_even(const uint16_t *p) { return (vf){ymm_even(p), ymm_even(p + 
 MK_INLINE vf vf_fma(vf a, vf b, vf c) {
     return (vf){_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }
+/* Half a vector: 8 of the 16 lanes. */
+typedef __m256 vh;
+MK_INLINE vh *vh_of(vf *a, const int half) { return half ? &a->hi : &a->lo; }
+MK_INLINE vh vh_load(const float *p) { return _mm256_loadu_ps(p); }
+MK_INLINE vh vh_load_f16(const uint16_t *p) { return _mm256_cvtph_ps(ymm_load(p)); }
+MK_INLINE vh vh_keep(vh a) { __asm__("" : "+x"(a)); return a; } /* in a register: one load serves several uses */
+MK_INLINE vh vh_bf16(const uint16_t *p, const long even) { /* of 16 BF16 the odd ones or the even ones */
+#define YMM_PLACES(a, b) -1, -1, a, b, -1, -1, 4 + a, 4 + b, -1, -1, 8 + a, 8 + b, -1, -1, 12 + a, 12 + b
+    static const int8_t places[2][32] = {{YMM_PLACES(2, 3), YMM_PLACES(2, 3)}, {YMM_PLACES(0, 1), YMM_PLACES(0, 1)}};
+    const __m256i of = _mm256_loadu_si256((const void *)places[even]);
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_loadu_si256((const void *)p), of));
+}
+MK_INLINE vh vh_fma(vh a, vh b, vh c) { return _mm256_fmadd_ps(a, b, c); }
 MK_INLINE vf vf_from(vi a) { return (vf){_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 MK_INLINE vi vi_trunc(vf a) { return (vi){_mm256_cvttps_epi32(a.lo), _mm256_cvttps_epi32(a.hi)}; }
 MK_INLINE vi vi_bits(vf a) { return (vi){_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)}; }
