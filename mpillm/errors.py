@@ -49,7 +49,7 @@ class NotFiniteError(MpillmError):
 
 
 class Interrupted(MpillmError):
-    """The run was stopped before its end; the same command goes on."""
+    """The run was interrupted; the same command continues it."""
 
     exit_code = 75
 
@@ -88,7 +88,7 @@ def of_system(error: BaseException) -> MpillmError | None:
     where = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else None
     if error.errno in _FAILED:
         what = f"{where or 'A file'} cannot be read or written ({error.strerror})"
-        return Interrupted(f"{what}; make space or mend the disk, {_AGAIN}.")
+        return Interrupted(f"{what}; free some space or repair the disk, {_AGAIN}.")
     return None if where is None else JobError(f"{where} cannot be used: {error.strerror}.")
 
 

@@ -1,6 +1,6 @@
 #!/bin/bash
 # The common part of the batch scripts: starts `python -m mpillm run "$@"` on the allocation's tasks, and
-# puts the job back into the queue when it was interrupted. These variables are optional:
+# queues the job again after an interruption. These variables are optional:
 #
 #   MPILLM_VENV      a virtual or conda environment, on a file system that all nodes see   (default: what site.sh beside
 #                    this file says, else the checkout's .venv)
@@ -28,14 +28,14 @@ fi
 [ -n "${SLURM_CPUS_PER_TASK:-}" ] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
 # Which MPI? Open MPI is started by srun through PMIx, MPICH and its kin through PMI2. With the wrong one, every
-# rank starts a world of its own.
+# rank is alone in its MPI world.
 protocol=$(python -c '
 import mpi4py
 mpi4py.rc.initialize = False
 from mpi4py import MPI
 print("pmix" if "Open MPI" in MPI.Get_library_version() else "pmi2")') || exit 2
 
-# `srun --mpi=list` also names what cannot be loaded here (PMIx without its library), so it is tried.
+# `srun --mpi=list` also lists plugins that cannot be loaded here (PMIx without its library), so this is tried.
 launcher=${MPILLM_LAUNCHER:-}
 if [ -z "$launcher" ]; then
     launcher=mpiexec
@@ -49,19 +49,19 @@ case $launcher in
         [ "$protocol" = pmix ] && start+=(--bind-to none)
         ;;
     *)
-        say "MPILLM_LAUNCHER=$launcher: it is srun or mpiexec"
+        say "MPILLM_LAUNCHER=$launcher is not a launcher; set it to srun or mpiexec"
         exit 2
         ;;
 esac
 
-# `#SBATCH --signal=B:USR1@120` tells this shell alone, 120 seconds before the time limit. TERM comes with preemption,
-# where Slurm itself queues the job again, and with scancel, where nobody should. Both launchers pass USR1 on to every
+# `#SBATCH --signal=B:USR1@120` signals only this shell, 120 seconds before the time limit. TERM comes with preemption,
+# after which Slurm queues the job again, and with scancel, after which nobody should. Both launchers pass USR1 on to every
 # rank; on TERM mpiexec would kill the ranks at once.
 warned=
 child=
 warn() {
     warned=$1
-    say "told to stop ($1): the ranks finish what they have in hand"
+    say "stopping (signal $1): the ranks finish their step"
     [ -n "$child" ] && kill -USR1 "$child"
 }
 trap 'warn USR1' USR1
@@ -79,16 +79,16 @@ while kill -0 "$child" 2>/dev/null; do
 done
 trap '' USR1 TERM
 
-# 75: interrupted, run it again. A launcher may report a rank that was stopped in its own way, so after a warning any
-# code but those of an end (0, 1, 2) counts too: the journal knows what is done, and going on loses nothing.
+# 75: interrupted, run it again. A launcher may return another code for a stopped rank, so after a warning any code
+# except 0, 1 and 2 means the same: the journal has all finished requests, and another start loses nothing.
 interrupted=no
 [ "$code" = 75 ] && interrupted=yes
 [ -n "$warned" ] && [ "$code" -gt 2 ] && interrupted=yes
 [ "$interrupted" = no ] && exit "$code"
 
 if [ "$warned" != TERM ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "${MPILLM_RESTARTS:-100}" ]; then
-    say "interrupted (exit code $code); back into the queue"
+    say "interrupted (exit code $code); the job is queued again"
     scontrol requeue "$SLURM_JOB_ID" && exit 75
 fi
-say "interrupted (exit code $code); the same sbatch command goes on where it stopped"
+say "interrupted (exit code $code); run the same sbatch command again to continue"
 exit 75

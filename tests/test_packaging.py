@@ -160,7 +160,7 @@ def test_a_checkout_uses_installed_kernels_of_the_same_sources(checkout: Path, t
     header.write_text(header.read_text() + "\n")
     path, _, why_not = answer()
     assert path == "numpy"
-    assert f"those in {site} were made of other sources" in why_not
+    assert f"those in {site} were compiled from other sources" in why_not
 
 
 def names(requirements: list[str]) -> set[str]:

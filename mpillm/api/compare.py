@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mpillm.api.results import Ragged, Results
 from mpillm.store.results import HDF5
+from mpillm.words import count_of
 
 SHOWN = 10  # requests that differ
 
@@ -48,16 +49,16 @@ class Comparison:
     def lines(self) -> Iterator[str]:
         """What a person wants to read."""
         yield from (f"setting    {line}" for line in self.settings)
-        yield f"equal      {self.equal} requests"
-        yield f"different  {len(self.different)} requests"
+        yield f"equal      {count_of(self.equal, 'request')}"
+        yield f"different  {count_of(len(self.different), 'request')}"
         yield from (f"  {difference}" for difference in self.different[:SHOWN])
         if len(self.different) > SHOWN:
             yield f"  and {len(self.different) - SHOWN} more"
         for which, names in (("first", self.only_first), ("second", self.only_second)):
             if names:
-                yield f"only in the {which} run: {len(names)} requests, such as {names[0]}"
+                yield f"only in the {which} run: {count_of(len(names), 'request')}, such as {names[0]}"
         for group, distance in self.largest.items():
-            yield f"{group} differ by {distance:.3g} at most, where tokens are the same"
+            yield f"{group} differ by at most {distance:.3g} where the tokens are equal"
 
 
 def compare(first: Results, second: Results) -> Comparison:
@@ -103,7 +104,7 @@ def _answer(first: Results, i: int, second: Results, j: int, largest: dict[str, 
         return f"status {status[0]} and {status[1]}"
     choices = [range(run.choices[row], run.choices[row + 1]) for run, row in ((first, i), (second, j))]
     if len(choices[0]) != len(choices[1]):
-        return f"{len(choices[0])} and {len(choices[1])} choices"
+        return f"{len(choices[0])} and {count_of(len(choices[1]), 'choice')}"
     told = None
     for number, (a, b) in enumerate(zip(*choices, strict=True)):
         where = f"choice {number}, " if len(choices[0]) > 1 else ""

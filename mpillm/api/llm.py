@@ -18,6 +18,7 @@ from mpillm.api.answers import (
     answer_of,
 )
 from mpillm.api.plain import json_of, several
+from mpillm.words import count_of
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -69,10 +70,12 @@ class LLM:
         if comm is not None or program.inside():
             self._world = program.world_of(comm)
             if ranks not in (None, self._world.size):
-                raise JobError(f"The program has {self._world.size} ranks, and ranks={ranks}.")
+                raise JobError(
+                    f"ranks={ranks}, but the program has {count_of(self._world.size, 'rank')}; leave ranks out."
+                )
             self._world.limit_threads(self._world.threads())
         elif ranks is not None and ranks < 1:
-            raise JobError(f"ranks={ranks} is not a number of ranks.")
+            raise JobError(f"ranks must be at least 1, not {ranks}.")
         self._ranks = ranks or 1
         self._asking = threading.Lock()  # held by the call whose answers are being read
         self._asks: int | None = None  # the thread of that call

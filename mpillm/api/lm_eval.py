@@ -93,7 +93,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         config = config_of(source)
         tokenizer = load_tokenizer(source.tokenizer, config.vocab)
         if tokenizer is None:
-            raise JobError(f"The model {model} has no tokenizer, and the tasks are texts.")
+            raise JobError(f"The model {model} has no tokenizer, which lm-eval tasks need.")
         self._tokenizer: Tokenizer = tokenizer
         nested = _nested(settings)
         context = min(
@@ -145,7 +145,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             rest = [message for message in chat_history if message["role"] != "system"]
             if len(rest) == len(chat_history):
                 raise
-            log.warning("%s The chat goes on without its system message.", error)
+            log.warning("%s The chat continues without its system message.", error)
             return self._tokenizer.render_chat(rest, options)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:

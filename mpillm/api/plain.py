@@ -21,7 +21,7 @@ def _plain(value: Any) -> Any:
         return dict(value)
     if isinstance(value, Iterable) and not isinstance(value, bytes | bytearray):
         return list(value)
-    raise TypeError(f"{type(value).__name__} is nothing that JSON has: {str(value)[:60]!r}")
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON: {str(value)[:60]!r}")
 
 
 def several(given: Any) -> list[Any]:

@@ -48,7 +48,8 @@ class Results:
         self.directory = Path(directory)
         if not (self.directory / JSONL).is_file() or not (self.directory / HDF5).is_file():
             raise JobError(
-                f"There are no results in {self.directory}: its run is not finished, or it is no output."
+                f"There are no results in {self.directory}: its run is not finished, or it is not the output "
+                "directory of a run."
             )
 
     def __len__(self) -> int:

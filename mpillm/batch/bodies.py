@@ -31,7 +31,7 @@ LINE_KEYS = frozenset(
 def decode_line(raw: bytes) -> dict[str, Any]:
     """Return the JSON object of a line, or say why there is none (RequestError)."""
     if raw.startswith(codecs.BOM_UTF8):
-        raise RequestError("the line begins with a byte order mark (of a file that was appended?); remove it")
+        raise RequestError("the line begins with a byte order mark (was a file appended?); remove it")
     try:
         value = msgspec.json.decode(raw)
     except UnicodeDecodeError:
@@ -41,13 +41,11 @@ def decode_line(raw: bytes) -> dict[str, Any]:
     except msgspec.MsgspecError as error:
         text = str(error).removeprefix("JSON is malformed: ")
         if (found := _PLACE.search(text)) and (word := _NO_VALUE.match(raw, int(found[1]))):
-            text = (
-                f"{word[0].decode()} is no value of it (byte {found[1]}); write null, true, false or a number"
-            )
+            text = f"{word[0].decode()} is not a JSON value (byte {found[1]}); write null, true, false or a number"
             raise RequestError(f"the line is not JSON: {text}") from None
         raise RequestError(f"the line is not JSON: {text[0].lower()}{text[1:]}") from None
     if not isinstance(value, dict):
-        raise RequestError('the line is no JSON object such as {"prompt": "..."}')
+        raise RequestError('the line is not a JSON object such as {"prompt": "..."}')
     return value
 
 
@@ -67,7 +65,7 @@ def refuse_repeated_keys(raw: bytes) -> None:
 def _unique(pairs: list[tuple[str, Any]]) -> None:
     if len(dict(pairs)) < len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise RequestError(f"the key {twice[:100]!r} is there twice")
+        raise RequestError(f"the key {twice[:100]!r} occurs twice")
 
 
 _UNIQUE = json.JSONDecoder(object_pairs_hook=_unique)
@@ -87,9 +85,9 @@ def custom_id_of(line: dict[str, Any]) -> str | None:
     if name is None:
         return None
     if not isinstance(name, str) or not name:
-        raise RequestError("custom_id must be a string that is not empty")
+        raise RequestError("custom_id must be a non-empty string")
     if len(name) > MAX_NAME:
-        raise RequestError(f"custom_id has {len(name)} characters, and {MAX_NAME} are the maximum")
+        raise RequestError(f"custom_id has {len(name)} characters; the maximum is {MAX_NAME}")
     return name
 
 
@@ -111,7 +109,7 @@ def _open(line: dict[str, Any]) -> tuple[type[Endpoint], dict[str, Any]]:
         return found[0], body
     for key in line:
         if key not in _BATCH_KEYS:
-            raise RequestError(f"the key {key!r} is unknown beside {', '.join(_BATCH_KEYS)}")
+            raise RequestError(f"the key {key!r} is unknown; the keys of a line are {', '.join(_BATCH_KEYS)}")
     if line.get("method", "POST") != "POST":
         raise RequestError(f"the method must be 'POST', not {short(line['method'])}")
     url = line.get("url")

@@ -77,8 +77,9 @@ class Lines:
                 del self._held[:written]
         except OSError as error:
             raise Interrupted(
-                f"What is known of the input's lines cannot be written ({error.strerror}): it takes about 100 bytes a "
-                "line where the output is; make space and run the same command again."
+                f"The index of the input's lines cannot be written ({error.strerror}): it takes about 100 "
+                "bytes for each line on the disk of the output directory; free some space and run the same "
+                "command again."
             ) from error
 
 

@@ -58,18 +58,18 @@ REFUSED = frozenset({
 # fmt: on
 
 _INSTEAD = {
-    "best_of": "; n gives several answers",
-    "chat_template": "; the model's own is used, chat_template_kwargs has its variables, and a text that was rendered "
-    "elsewhere is a prompt of /v1/completions",
-    "functions": "; tools has them",
-    "function_call": "; tool_choice has it",
-    "guided_whitespace_pattern": "; structured_outputs has a whitespace_pattern",
+    "best_of": "; use n for several answers",
+    "chat_template": "; the model's own template is used, with the variables in chat_template_kwargs. Send a text that "
+    "you rendered yourself to /v1/completions",
+    "functions": "; use tools",
+    "function_call": "; use tool_choice",
+    "guided_whitespace_pattern": "; use whitespace_pattern in structured_outputs",
     "logprob_token_ids": "; top_logprobs and logprobs give up to 1000 alternatives",
-    "max_new_tokens": "; it is called max_tokens",
-    "max_tokens_per_doc": "; truncate_prompt_tokens cuts a pair",
+    "max_new_tokens": "; use max_tokens",
+    "max_tokens_per_doc": "; use truncate_prompt_tokens",
     "messages": " here; they are for /v1/chat/completions and /v1/multiple_choice",
     "prompt_embeds": "; a prompt is a text or token ids",
-    "stream": "; a batch is answered as a whole",
+    "stream": "; a batch returns whole answers",
 }
 
 

@@ -136,7 +136,7 @@ def check(
             if progress is not None and len(batch) % PROGRESS_LINES == 0:
                 progress(offset + len(content))
     if not batch.lines:
-        raise JobError(f"The input {spec.input} holds no request.")
+        raise JobError(f"The input {spec.input} contains no requests.")
     batch.digest = seen.hexdigest()
     for index, line in enumerate(batch.lines) if unnamed else ():
         name = f"request-{line.number}"
@@ -202,7 +202,7 @@ def opened(path: Path) -> BinaryIO:
     """An input to read; JobError if it cannot be."""
     try:
         if not path.exists():
-            raise JobError(f"There is no input {path}.")
+            raise JobError(f"The input {path} does not exist.")
         if not path.is_file():
             raise JobError(f"The input {path} is not a file.")
         return path.open("rb")
@@ -237,9 +237,9 @@ def _not_lines(head: bytes, array: bool) -> str | None:
     first, _, rest = head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")
     first, rest = first.strip(), rest.lstrip()
     if not rest and first.partition(b"\r")[0].rstrip().endswith(b"}") and b"\r" in first:
-        return "has lines that end in carriage returns alone; make newlines of them: tr '\\r' '\\n'"
+        return "has lines that end in carriage returns only; convert them to newlines: tr '\\r' '\\n'"
     if array:
-        return "is a JSON array; write one object a line: jq -c '.[]'"
+        return "is a JSON array; write one object per line: jq -c '.[]'"
     if first == b"{" and rest.startswith((b'"', b"}")):
-        return "has objects that go over several lines; write one object a line: jq -c ."
+        return "has objects that span several lines; write one object per line: jq -c ."
     return None

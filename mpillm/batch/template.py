@@ -80,7 +80,8 @@ def _columns(value: Any, path: str) -> Iterator[str]:
                 yield found[1]
             elif len(found[0]) == 1:
                 raise JobError(
-                    f"{path} has a {found[0]!r} that belongs to no column name; write {found[0] * 2!r} for a brace."
+                    f"{path} has a {found[0]!r} that is not part of a column name; write {found[0] * 2!r} "
+                    "for a brace."
                 )
     elif isinstance(value, Mapping):
         for key, inner in value.items():

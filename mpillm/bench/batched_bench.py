@@ -28,7 +28,9 @@ class BatchedBench:
     def __init__(self, name: str, binary: Path, model: Path, threads: int, cores: Sequence[int]) -> None:
         """JobError if there is no such program."""
         if not (binary.is_file() and os.access(binary, os.X_OK)):
-            raise JobError(f"--against {name}={binary}: that is no program; name its llama-batched-bench.")
+            raise JobError(
+                f"--against {name}={binary}: this is not a program; give the path of llama-batched-bench."
+            )
         self._name, self._binary, self._model = name, binary.resolve(), model.resolve()
         self._threads, self._cores = threads, cores
 
@@ -60,7 +62,7 @@ class BatchedBench:
         return [seconds["T_PP s"]] + [seconds["T_TG s"] / steps] * (tokens - 1)
 
     def start(self, prompt: Sequence[int]) -> float:
-        raise JobError(f"{self._name} does not say how long a start takes: leave startup out of --what.")
+        raise JobError(f"{self._name} does not report the time of a start; leave startup out of --what.")
 
     def close(self) -> None:
         """Nothing runs in between."""

@@ -85,8 +85,9 @@ def measure(
                     maximum = min(session.limits.max_length, session.config.max_position)
                     if len(prompt) + TOKENS > maximum:
                         raise JobError(
-                            f"The model takes {maximum} tokens, and a text and its answer are {len(prompt) + TOKENS}; "
-                            "lower --context."
+                            f"The model takes {maximum} tokens, but a text with its answer has "
+                            " f"
+                            f"{len(prompt) + TOKENS}; lower --context."
                         )
                     for run in _measure(session, name, prompt, options.repeats):
                         yield run, (session.place.stages, session.place.shards)
@@ -95,7 +96,9 @@ def measure(
 def _encoder(session: Session, model: Path) -> Encode:
     tokenizer = model_of(session, model).text
     if tokenizer is None:
-        raise JobError(f"{model} has no tokenizer, and speculation is measured on texts; name another model.")
+        raise JobError(
+            f"{model} has no tokenizer, which the measurement of speculation needs; give another model."
+        )
     return tokenizer.encode
 
 

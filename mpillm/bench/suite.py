@@ -59,11 +59,11 @@ class BenchCommand:
             raise JobError("--weights is for --synthetic; a model that is named has its own.")
         if not binary and name != LLAMA_CPP:
             raise JobError(
-                f"mpillm bench cannot run against {name}; it knows {LLAMA_CPP}, and NAME=PATH of another program's "
+                f"mpillm bench cannot run against {name}; give {LLAMA_CPP}, or NAME=PATH of another program's "
                 "llama-batched-bench."
             )
         if binary and "startup" in options.what:
-            raise JobError(f"{name} does not say how long a start takes: leave startup out of --what.")
+            raise JobError(f"{name} does not report the time of a start; leave startup out of --what.")
 
 
 def bench(world: World, asked: BenchCommand, progress: Progress) -> Bench | None:

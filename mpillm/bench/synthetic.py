@@ -102,8 +102,8 @@ def require_room(path: Path, needed: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise JobError(
-            f"The synthetic model {path} takes {shown_bytes(needed)}, but {shown_bytes(free)} are free; make room, or "
-            "set MPILLM_CACHE to a directory with more."
+            f"The synthetic model {path} takes {shown_bytes(needed)}, but {shown_bytes(free)} are free; free "
+            "some space, or set MPILLM_CACHE to a directory with more."
         )
 
 

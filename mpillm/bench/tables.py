@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from mpillm.bench.result import Bench, Kernel, Run
 from mpillm.spec import shown_bytes
 from mpillm.store import readable
+from mpillm.words import count_of
 
 SHOWN = 4  # kernels of a run that are named
 
@@ -58,19 +59,19 @@ def run_line(run: Run) -> str:
         beside = f" with drafts {run.drafts}, {run.per_pass:.2f} tokens a pass"
     if run.disk_share is not None:
         beside += f", {_percent(run.disk_share)} of the disk's limit"
-    return f"{_what(run)}, {_threads(run.threads)}: {_speed(run)}{beside}"
+    return f"{_what(run)}, {count_of(run.threads, 'thread')}: {_speed(run)}{beside}"
 
 
 def _lines(made: Bench) -> Iterator[str]:
     machine = made.machine
-    layout = f"{made.stages} stage(s) x {made.shards} shard(s)"
-    yield f"mpillm {made.version}, {made.ranks} rank(s) on {made.hosts} host(s), {layout}"
+    layout = f"{count_of(made.stages, 'stage')} x {count_of(made.shards, 'shard')}"
+    yield f"mpillm {made.version}, {count_of(made.ranks, 'rank')} on {count_of(made.hosts, 'host')}, {layout}"
     yield f"model    {made.model} ({shown_bytes(made.model_bytes)})"
-    yield f"machine  {machine.cpu}, {machine.cores} cores, kernels {machine.kernels}"
+    yield f"machine  {machine.cpu}, {count_of(machine.cores, 'core')}, kernels {machine.kernels}"
     for threads, read in machine.read.items():
         int8 = machine.int8.get(threads)
         more = "" if int8 is None else f", {int8 / 1e9:.0f} GOP/s of 8-bit integers in registers"
-        yield f"limits   {_threads(threads)}: {read / 1e9:.1f} GB/s read from memory{more}"
+        yield f"limits   {count_of(threads, 'thread')}: {read / 1e9:.1f} GB/s read from memory{more}"
     if made.peer:
         yield f"peer     {made.peer}"
     yield from _part(KERNELS, map(_kernel_row, made.kernels))
@@ -86,7 +87,7 @@ def _lines(made: Bench) -> Iterator[str]:
         for run in others:
             if run.kernels:
                 shares = [f"{name} {100 * share:.1f} %" for name, share in list(run.kernels.items())[:SHOWN]]
-                yield f"{_what(run)}, {_threads(run.threads)}: {', '.join(shares)}"
+                yield f"{_what(run)}, {count_of(run.threads, 'thread')}: {', '.join(shares)}"
 
 
 def _part(head: Sequence[str], rows: Iterable[list[str]]) -> Iterator[str]:
@@ -167,10 +168,6 @@ def _what(run: Run) -> str:
 
 def _speed(run: Run) -> str:
     return f"{run.rate:.{1 if run.rate >= 10 else 2}f} tokens/s" if run.rate else _time(run.seconds)
-
-
-def _threads(count: int) -> str:
-    return f"{count} thread{'' if count == 1 else 's'}"
 
 
 def _time(seconds: float) -> str:

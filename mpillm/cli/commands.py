@@ -25,6 +25,7 @@ from mpillm.comm.program import guard
 from mpillm.comm.running import run_alone
 from mpillm.comm.world import World
 from mpillm.errors import Interrupted, JobError
+from mpillm.words import count_of
 
 PLANNED_RANKS = 1024  # whose layouts take some ten seconds
 NEXT_STEPS = """\
@@ -116,7 +117,8 @@ def _plan(options: argparse.Namespace) -> int:
     spec = load_job(options, planned=True)
     if options.input not in (None, UNREAD) and not spec.input_path.exists():
         print(
-            f"mpillm: There is no input {options.input}; this is a plan for a typical one.", file=sys.stderr
+            f"mpillm: The input {options.input} does not exist; this plan is for a typical input.",
+            file=sys.stderr,
         )
     if options.hosts is not None:
         machines = hosts.read(options.hosts, options.ranks)
@@ -124,18 +126,16 @@ def _plan(options: argparse.Namespace) -> int:
         machines = hosts.alike(options.ranks or 1, options.ranks_per_host, options.memory)
     if machines.ranks > PLANNED_RANKS:
         raise JobError(
-            f"plan tries the layouts of up to {PLANNED_RANKS} ranks, not of {machines.ranks}; plan a part of them: "
-            f"--ranks {PLANNED_RANKS}."
+            f"plan takes up to {PLANNED_RANKS} ranks, not {machines.ranks}; type --ranks {PLANNED_RANKS}."
         )
     if options.suggest is not None:
         print(suggestion.job_file(spec, machines, options.suggest))
         return 0
     made = plan.make(spec, machines.ranks, machines)
     if made.unread_lines:
-        lines = "line is no request" if made.unread_lines == 1 else "lines are no requests"
         print(
-            f"mpillm: {made.unread_lines} {lines} in {options.input or spec.input}: each line is a JSON object; "
-            "run answers it with an error.",
+            f"mpillm: {options.input or spec.input} has {count_of(made.unread_lines, 'line')} without a valid request; "
+            "run answers these with an error.",
             file=sys.stderr,
         )
     print(plan.as_json(made) if options.json else plan_text.as_text(made))
@@ -157,8 +157,8 @@ def _pack(world: World, options: argparse.Namespace) -> int:
     console = Console(lambda: world.rank == 0)
     made = pack.pack(world, options.source, options.target, options.weights, console)
     console.say(
-        f"{made.directory} is packed: {made.bytes / 1e6:.0f} MB in {made.files} files"
-        f"{f' ({made.kept} of them by earlier runs)' if made.kept else ''}, in {made.seconds:.1f} s."
+        f"{made.directory} is packed: {made.bytes / 1e6:.0f} MB in {count_of(made.files, 'file')}"
+        f"{f' ({made.kept} by earlier runs)' if made.kept else ''}, in {made.seconds:.1f} s."
     )
     return 0
 
@@ -176,8 +176,8 @@ def _models(options: argparse.Namespace) -> int:
 
     print("\n".join(models.listed()))
     for heading, names in (
-        ("Hugging Face directories run whose config.json names one of these architectures:", architectures()),
-        ("GGUF files run with one of these:", gguf_architectures()),
+        ("Supported architectures of Hugging Face directories (in config.json):", architectures()),
+        ("Supported architectures of GGUF files:", gguf_architectures()),
     ):
         print(f"\n{heading}")
         print(textwrap.fill(", ".join(names), 80, initial_indent="  ", subsequent_indent="  "))
@@ -206,8 +206,8 @@ def _merge(options: argparse.Namespace) -> int:
 
     made = merge.merge(options.parts, options.output)
     if made.renamed:
-        print("Parts have custom_ids in common, so every custom_id has its part's name in front.")
-    print(f"{options.output}: {made.requests} requests, {made.errors} of them ended in an error.")
+        print("The parts share custom_ids, so each custom_id begins with the name of its part.")
+    print(f"{options.output}: {count_of(made.requests, 'request')}, {made.errors} with an error.")
     return 0
 
 

@@ -18,6 +18,7 @@ from mpillm.cli.progress import BEFORE, LINES, LIVE, Live, ProgressLines, Rates
 from mpillm.cli.streams import visible
 from mpillm.run.progress import Bar
 from mpillm.store import report
+from mpillm.words import count_of
 
 FEW, SOME = 8, 3  # answers shown: all of a few, some of many
 LONGEST = 400  # characters of an answer shown
@@ -90,7 +91,7 @@ class Console:
         try:
             _show_answers(path, made.requests.total)
         except Exception as error:  # the results are on disk, and no display decides what came of the run
-            print(f"mpillm: The answers in {path} cannot be shown ({error}).", file=sys.stderr)
+            print(f"mpillm: The answers in {path} cannot be printed ({error}).", file=sys.stderr)
         # Two streams may arrive in any order, and the summary is the last thing to be read.
         stream = sys.stdout if terminal.both_streams_meet() else sys.stderr
         sys.stdout.flush()
@@ -150,7 +151,7 @@ def _score(choice: dict[str, Any]) -> str:
     ]
     if not logprobs:
         return _text(choice)
-    return f"logprob {sum(logprobs):.4f} of {len(logprobs)} tokens: {_text(choice)}"
+    return f"logprob {sum(logprobs):.4f} of {count_of(len(logprobs), 'token')}: {_text(choice)}"
 
 
 def _shortened(text: str) -> str:
@@ -166,4 +167,4 @@ def _embedding(embedding: list[float] | str) -> str:
     if isinstance(embedding, str):
         return f"an embedding of {len(embedding)} base64 characters"
     begin = ", ".join(f"{value:.4f}" for value in embedding[:4])
-    return f"embedding of {len(embedding)} values: {begin}, ..."
+    return f"embedding of {count_of(len(embedding), 'value')}: {begin}, ..."

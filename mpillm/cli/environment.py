@@ -32,7 +32,8 @@ def prepare() -> None:
         soft, _ = resource.getrlimit(limit)
         if soft != resource.RLIM_INFINITY and soft < minimum:
             raise JobError(
-                f"The limit of {name} is {soft >> 10} KiB, and a rank without a model needs {minimum >> 10}; raise it."
+                f"The limit of {name} is {soft >> 10} KiB, but a rank needs at least {minimum >> 10} KiB "
+                "without a model; raise it."
             )
     _tasks()
     try:
@@ -52,7 +53,7 @@ def _files() -> None:
     if soft != resource.RLIM_INFINITY and soft < MIN_FILES:
         if hard != resource.RLIM_INFINITY and hard < MIN_FILES:
             raise JobError(
-                f"The limit of open files (ulimit -n) is {soft}, and a rank needs {MIN_FILES}; raise it."
+                f"The limit of open files (ulimit -n) is {soft}, but a rank needs {MIN_FILES}; raise it."
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (MIN_FILES, hard))
 
@@ -64,8 +65,9 @@ def _tasks() -> None:
     running = sum(map(_threads, Path("/proc").glob("[0-9]*")))
     if soft - running < MIN_TASKS:
         raise JobError(
-            f"The limit of processes and threads (ulimit -u) is {soft}, {running} of them are running, and a rank "
-            f"needs {MIN_TASKS}; raise it."
+            f"The limit of processes and threads (ulimit -u) is {soft}, {running} are in use, and a "
+            f"rank "
+            f"needs {MIN_TASKS} more; raise it."
         )
 
 

@@ -13,10 +13,10 @@ GOING_ON = ("--resume", "--continue", "--restart", "--force", "--overwrite")
 # Options of other programs that ask for what there is in another way, or not at all.
 ELSEWHERE = {
     **dict.fromkeys(
-        ("--device", "--gpu", "--gpus", "--cuda", "--n-gpu-layers", "-ngl"), "mpillm computes on CPUs alone"
+        ("--device", "--gpu", "--gpus", "--cuda", "--n-gpu-layers", "-ngl"), "mpillm computes on CPUs only"
     ),
     **dict.fromkeys(
-        ("--prompt", "-p"), "mpillm chat asks a model; run answers a file of requests: --input requests.jsonl"
+        ("--prompt", "-p"), "to ask a model, type mpillm chat; run answers a file of requests: --input requests.jsonl"
     ),
     **dict.fromkeys(("--system", "--system-prompt"), "type /system TEXT in the conversation of mpillm chat"),
     "--stream": "chat and serve stream; a run writes finished answers to results.jsonl",
@@ -40,17 +40,17 @@ def sentence(
         following = words[words.index(word) + 1 :]
         value = value if equals or not following else following[0]
         if name in RANKS_OF_LAUNCHERS and command == "run":
-            return f"the number of ranks is the launcher's; type mpillm launch -n {value or 'N'} run ..."
+            return f"the launcher sets the number of ranks; type mpillm launch -n {value or 'N'} run ..."
         if name in RANKS_OF_LAUNCHERS and command in UNDER_MPIEXEC:
             started = f"mpiexec -n {value or 'N'} python -m mpillm {command}"
-            return f"the number of ranks is the launcher's; type {started} ..."
+            return f"the launcher sets the number of ranks; type {started} ..."
         if command == "run" and name in GOING_ON:
             return (
-                f"there is no option {name}: the same command goes on where it stopped, "
-                "and another --output begins anew"
+                f"there is no option {name}: the same command continues a stopped run, and another --output "
+                "starts a new one"
             )
         if command and word in before:
-            return f"{word} stands before the command; type mpillm {word} {command} ..."
+            return f"{word} must come before the command; type mpillm {word} {command} ..."
         letter = re.fullmatch(r"-([a-z])", name)
         if letter and (
             option := next((option for option in known if option.startswith(f"--{letter[1]}")), None)
@@ -60,9 +60,9 @@ def sentence(
             return f"there is no option {name}: {ELSEWHERE[name]}"
         if not word.startswith("-"):
             if " " in word and command == "chat":
-                return f"{word!r} is no option; type mpillm chat, and this at its prompt"
+                return f"{word!r} is not an option; run mpillm chat, and type it there"
             if "--model" in known and command != "run":
-                return f"{word!r} is no option; to name a model, type --model {word}"
+                return f"{word!r} is not an option; to choose a model, type --model {word}"
             continue
         if name.startswith("--") and (key := _key_called(name[2:])):
             return f"there is no option {name}; type --set {key}={value or 'VALUE'}"

@@ -29,9 +29,9 @@ def load_job(options: argparse.Namespace, planned: bool = False) -> Spec:
 
     job = getattr(options, "job", None)
     if job is not None and job.suffix in NO_JOBS:
-        raise JobError(f"{job} is no job file (TOML); to run its requests, type --input {job}.")
+        raise JobError(f"{job} is not a job file (TOML); to run its requests, type --input {job}.")
     if job is not None and _is_model(job):
-        raise JobError(f"{job} is a model, and no job file (TOML); type --model {job}.")
+        raise JobError(f"{job} is a model, not a job file (TOML); type --model {job}.")
     return spec.load(
         _job_file(options),
         getattr(options, "set", ()),

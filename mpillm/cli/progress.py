@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from mpillm.cli import terminal
 from mpillm.run.progress import ProgressState
+from mpillm.words import count_of
 
 LIVE, LINES = 0.2, 5.0  # seconds between two looks at a terminal, and between two lines elsewhere
 FORM = (
@@ -107,5 +108,6 @@ class ProgressLines:
             left = f", {tqdm.format_interval(seconds)} left"
         part = 100 * self._answered / self._total if self._total else 100
         self._say(
-            f"{self._answered} of {self._total} requests ({part:.0f} %), {self._rates}{left}{_waits_and_drafts(now)}"
+            f"{self._answered} of {count_of(self._total, 'request')} ({part:.0f} %), "
+            f"{self._rates}{left}{_waits_and_drafts(now)}"
         )

@@ -18,14 +18,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     """The arguments of `serve`."""
     _add_model(parser)
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)"
+        "--host", default="127.0.0.1", help="address to listen on (127.0.0.1: only this machine)"
     )
     parser.add_argument("--port", type=_port, default=8000, help="port to listen on (8000)")
     parser.add_argument(
         "--api-key",
         metavar="KEY",
         default=None,
-        help=f"what clients must send as Bearer KEY (${KEY}, or none)",
+        help=f"API key that clients must send (${KEY}, or none)",
     )
     parser.add_argument(
         "--data",
@@ -33,13 +33,15 @@ def add(parser: argparse.ArgumentParser) -> None:
         default=Path("out/serve"),
         help="directory of uploaded files and batches (out/serve)",
     )
-    parser.add_argument("--max-waiting", type=int, default=1024, help="requests that may wait (1024)")
+    parser.add_argument(
+        "--max-waiting", type=int, default=1024, help="maximum number of waiting requests (1024)"
+    )
 
 
 def _port(text: str) -> int:
     number = int(text)
     if not 0 <= number < 1 << 16:
-        raise argparse.ArgumentTypeError(f"{text} is no port; ports are 0 (any free one) to 65535")
+        raise argparse.ArgumentTypeError(f"{text} is not a port; ports are 0 (any free one) to 65535")
     return number
 
 
@@ -55,7 +57,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a key of a job, such as memory.kv=4GiB",
+        help="override a key of the job, such as memory.kv=4GiB",
     )
 
 

@@ -23,7 +23,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--hostfile",
         type=Path,
         metavar="FILE",
-        help="machines to use, one a line; lines may be added while it runs",
+        help="machines to use, one per line; lines may be added while it runs",
     )
     parser.add_argument(
         "--agent",
@@ -67,9 +67,9 @@ def run(options: argparse.Namespace, read: Callable[[list[str]], Spec]) -> int:
 def _no_run(words: list[str], ranks: int) -> str:
     """A sentence on words that do not begin with `run`."""
     if words and words[0].endswith(".toml"):
-        return f"launch wants the command before the job: mpillm launch -n {ranks} run {words[0]}."
+        return f"launch needs the command before the job: mpillm launch -n {ranks} run {words[0]}."
     if words and words[0] in ("doctor", "serve", "chat", "bench", "pack"):
-        return f"launch starts runs alone; type mpiexec -n {ranks} python -m mpillm {' '.join(words)}."
+        return f"launch starts only runs; type mpiexec -n {ranks} python -m mpillm {' '.join(words)}."
     return "launch starts runs: mpillm launch -n 2 run JOB.toml."
 
 

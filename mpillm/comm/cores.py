@@ -123,8 +123,8 @@ def binding(host: str, ranks: list[Cores]) -> str:
     if not used < there:
         return ""
     return (
-        f"On {host} mpiexec has bound the ranks to {len(used)} of {len(there)} cores, and the others stay idle: "
-        "add --bind-to none after mpiexec."
+        f"On {host}, mpiexec bound the ranks to {len(used)} of {len(there)} cores; the others are idle. Add "
+        "--bind-to none after mpiexec."
     )
 
 

@@ -103,8 +103,8 @@ def bounded(seconds: float, speaker: str) -> Iterator[None]:
 
     def give_up() -> None:
         sys.stderr.write(
-            f"{speaker} The ranks that are left have not agreed within {seconds:.3g} s how to go on; "
-            "the same command goes on from here.\n"
+            f"{speaker} The remaining ranks have not agreed within {seconds:.3g} s how to continue; run the "
+            "same command again to continue.\n"
         )
         sys.stderr.flush()
         os._exit(Interrupted.exit_code)

@@ -234,7 +234,7 @@ class Heartbeat:
                     self._add(_Peer(0, connection, self.limit))
                     return
         log.warning(
-            "[%d] no connection to rank 0 at %s; nothing ends this rank if that one falls silent",
+            "[%d] no connection to rank 0 at %s; this rank would not notice if rank 0 stopped responding",
             self._rank, addresses,
         )  # fmt: skip
 
@@ -244,27 +244,25 @@ class Heartbeat:
             time.sleep(0.1 * min(self._rank, 10))  # one report is enough when several ranks have lost rank 0
         who = f"Rank {lost.rank} on {self._hosts[lost.rank]}"
         if lost.closed:
-            self._report(f"{who} is gone")
+            self._report(f"{who} has ended")
         else:
             self._report(
-                f"{who} has not been heard of for {self.limit:g} s: it is stopped, its machine is gone, or the "
-                "network is cut"
+                f"{who} has not responded for {self.limit:g} s: it is stopped, its machine is down, or the "
+                "network is interrupted"
             )
         self.end_all(Interrupted.exit_code)
         os._exit(Interrupted.exit_code)
 
     def _end_hanging(self) -> None:
         """Report that this rank makes no progress, and end it."""
-        self._report(
-            f"This rank has neither computed, nor read, nor waited for others for {self.limit:g} s: it hangs"
-        )
+        self._report(f"This rank has made no progress for {self.limit:g} s: it hangs")
         if self._each_beat is not None:  # the others continue without a rank that is killed
             os.kill(os.getpid(), signal.SIGKILL)
         os._exit(Interrupted.exit_code)
 
     def _report(self, what: str) -> None:
         speaker = f"[{self._rank}@{self._hosts[self._rank]}]" if self._rank else "mpillm:"
-        sys.stderr.write(f"{speaker} {what}; the same command goes on from here.\n")
+        sys.stderr.write(f"{speaker} {what}; run the same command again to continue.\n")
         sys.stderr.flush()
 
 

@@ -117,8 +117,8 @@ def wrong_launcher(library: Library, launch: Launch) -> str:
     """Return the message for N worlds of one rank: the loaded library, the launcher, and the command that works."""
     started = f"{launch.launcher} ({launch.folder})" if launch.folder else launch.launcher
     return (
-        f"{started} started {launch.size} ranks, but this Python has loaded another MPI, {library}, so that every rank "
-        f"is alone. {_instead(library, launch)}"
+        f"{started} started {launch.size} ranks, but this Python has loaded another MPI, {library}, so the "
+        f"ranks do not see each other. {_instead(library, launch)}"
     )
 
 

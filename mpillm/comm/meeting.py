@@ -49,11 +49,16 @@ class Meeting:
     def _end(self) -> None:
         local = self._local
         if local.reports:
-            what = f"The ranks have not met within {self._limit:g} s: one does not start, its machine is gone, or "
-            what += "the network is cut"
+            what = (
+                f"Not all ranks connected within {self._limit:g} s: a rank does not start, its machine is "
+                "down, or "
+            )
+            what += "the network is interrupted"
             if local.incomplete:
-                what = f"The ranks had not met when one on {socket.gethostname()} was stopped or ended"
-            sys.stderr.write(f"mpillm: {what}; the same command goes on from here.\n")
+                what = (
+                    f"A rank on {socket.gethostname()} was stopped or ended before all ranks were connected"
+                )
+            sys.stderr.write(f"mpillm: {what}; run the same command again to continue.\n")
             sys.stderr.flush()
         # When a rank ends, the launcher may end all: the reporting rank must write first. It waits as well, because a
         # rank that looks late would take it for lost and report too.

@@ -14,6 +14,7 @@ from mpillm import version
 from mpillm.comm.cores import Cores, binding, node_cores
 from mpillm.comm.faults import Process
 from mpillm.comm.free_memory import free_memory
+from mpillm.words import count_of
 
 CLOCKS = 60.0  # seconds by which hosts' clocks may differ; ranks do not start at the same moment
 
@@ -95,7 +96,7 @@ class Nodes:
     def places(self) -> list[str]:
         """Each rank's host, with the cores that it may use there, in words."""
         return [
-            f"{rank.host}: {len(rank.cores.affinity)} cores, quota {rank.cores.quota:g}"
+            f"{rank.host}: {count_of(len(rank.cores.affinity), 'core')}, quota {rank.cores.quota:g}"
             for rank in self._ranks
         ]
 

@@ -76,7 +76,7 @@ def start() -> World:
     except (mpi.Exception, RankLost):
         if not faults.survivable(os.environ):
             raise
-    say("mpillm: A rank was lost before the ranks had met; the same command goes on from here.")
+    say("mpillm: A rank was lost before all ranks were connected; run the same command again to continue.")
     os._exit(Interrupted.exit_code)
 
 
@@ -112,9 +112,7 @@ def _import_mpi() -> ModuleType:
     try:
         import mpi4py
     except ModuleNotFoundError:
-        raise JobError(
-            "mpi4py is missing, which speaks MPI: pip install mpi4py in this environment."
-        ) from None
+        raise JobError("mpi4py is missing: pip install mpi4py in this environment.") from None
     mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
     try:
         with contextlib.suppress(RuntimeError):

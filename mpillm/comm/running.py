@@ -44,7 +44,7 @@ def run(world: World, program: Callable[[World], int]) -> int:
             code = found.code if isinstance(found.code, int) else int(found.code is not None)
         except BaseException as bug:
             if world.is_loss(bug):
-                world.abort("A rank was lost; the same command goes on from here.", Interrupted.exit_code)
+                world.abort("A rank was lost; run the same command again to continue.", Interrupted.exit_code)
             log.debug("%s", "".join(traceback.format_exception(bug)))
             if (error := of_system(bug)) is None:
                 world.abort(_in_a_line(bug), CRASHED)
@@ -77,18 +77,23 @@ def _leave(world: World, code: int, error: MpillmError | None) -> int:
                 arrived = _all_arrive(world, departure, error)
     except RankLost:  # does not matter any more: this rank has done its work, or has failed
         if error:
-            say(f"{world} {error}" if world.rank else f"mpillm: {error}")
+            _report(world, error)
         world.exit(error.exit_code if error else code)
     if error and not arrived:
         world.abort(str(error), error.exit_code)
     failed = departure.failed
     if error and departure.rank in failed[:1]:
-        say(f"{world} {error}" if world.rank else f"mpillm: {error}")
+        _report(world, error)
     final = departure.code
     if world.lost:
         world.exit(final)  # MPI_Finalize may wait for the dead
     world.end(final, orderly=not failed)
     return final
+
+
+def _report(world: World, error: MpillmError) -> None:
+    if text := str(error):
+        say(f"{world} {text}" if world.rank else f"mpillm: {text}")
 
 
 def _all_arrive(world: World, departure: Departure, error: MpillmError | None) -> bool:
@@ -100,14 +105,26 @@ def _all_arrive(world: World, departure: Departure, error: MpillmError | None) -
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) raise Interrupted once; launchers tend to send several signals."""
+    """SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) raise Interrupted once; launchers tend to send several signals.
+
+    SIGUSR2 is from a supervisor, which says itself why it stops the ranks: its Interrupted has no text.
+    """
 
     def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
         for name in caught:
             signal.signal(name, signal.SIG_IGN)
-        raise Interrupted(f"Stopped by {signal.Signals(number).name}; the same command goes on from here.")
+        if number == signal.SIGUSR2:
+            raise Interrupted
+        raise Interrupted(
+            f"Stopped by {signal.Signals(number).name}; run the same command again to continue."
+        )
 
-    caught: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    caught: Sequence[signal.Signals] = (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGUSR1,
+        signal.SIGUSR2,
+    )
     before = [signal.signal(name, interrupt) for name in caught]
     try:
         yield

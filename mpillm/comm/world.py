@@ -200,9 +200,10 @@ class World(Exchange):
     # The end.
 
     def abort(self, message: str, code: int) -> NoReturn:
-        """Write `[rank@host] message` to stderr and end all ranks at once; `code` becomes mpiexec's exit code."""
+        """Write `[rank@host] message` to stderr, if there is one, and end all ranks at once with exit code `code`."""
         sys.stdout.flush()
-        say(f"{self} {message}")
+        if message:
+            say(f"{self} {message}")
         if self._heartbeat is not None and self.survives:  # who sees this rank end would go on without it
             self._heartbeat.end_all(code)
         if self._all.Get_size() > 1:

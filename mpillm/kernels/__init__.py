@@ -153,5 +153,8 @@ if _forced:
 elif _compiled:
     set_path(available()[-1])
 else:
-    logging.getLogger(__name__).warning("the compiled kernels are missing (%s): NumPy serves, far slower; "
-                                        "MPILLM_KERNELS=numpy silences this", _why)  # fmt: skip
+    logging.getLogger(__name__).warning(
+        "the compiled kernels are missing (%s); NumPy computes instead, far slower "
+        "(MPILLM_KERNELS=numpy silences this warning)",
+        _why,
+    )

@@ -39,5 +39,5 @@ def installed_kernels(own: Path) -> tuple[Path | None, str]:
             continue
         if record.read_text().strip() == sources_digest(cython):
             return entry, ""
-        return None, f"those in {entry} were made of other sources: install this checkout again"
+        return None, f"those in {entry} were compiled from other sources: install this checkout again"
     return None, ""

@@ -30,7 +30,7 @@ def why_silent(agent: str, host: str) -> str:
             errors="replace",
         )
     except subprocess.TimeoutExpired:
-        return f"{words[0]} has not come back after {ANSWER:.0f} s"
+        return f"{words[0]} did not finish within {ANSWER:.0f} s"
     except OSError as error:
         return f"{words[0]}: {error.strerror}"
     if not done.returncode:

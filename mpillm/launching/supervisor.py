@@ -54,7 +54,7 @@ def ranks_that_work(spec: Spec, maximum: int) -> int:
         if not problems:
             return ranks
         refused = refused or problems[0]
-    raise LayoutError(refused or f"{maximum} ranks are none.")
+    raise LayoutError(refused or f"The number of ranks must be at least 1, not {maximum}.")
 
 
 class Supervisor:
@@ -117,7 +117,7 @@ class Supervisor:
             if outcome is not None and self._journal_size() > size:
                 return 1 if outcome.errors else 0
             if self._told:
-                self._say(f"Stopped by {self._told.name}; the same command goes on from here.")
+                self._say(f"Stopped by {self._told.name}; run the same command again to continue.")
                 return Interrupted.exit_code
             if first and code == JobError.exit_code:
                 return code  # rank 0 has said why
@@ -132,12 +132,15 @@ class Supervisor:
             fruitless = 0 if self._journal_size() > size else fruitless + 1
             if fruitless > len(BACK_OFF):
                 self._say(
-                    f"Gave up after {fruitless} starts that added nothing to the journal. When the cause above is "
-                    "mended, the same command goes on."
+                    f"Gave up after {fruitless} starts that added nothing to the journal. Remove the cause "
+                    "shown above, then run the same command again to continue."
                 )
                 return Interrupted.exit_code
             pause = BACK_OFF[max(0, fruitless - 1)]
-            self._say(f"The run ended before it was complete (mpiexec says {code}); again in {pause:g} s.")
+            self._say(
+                f"The run ended before it was complete (exit code {code} of mpiexec); the next start is in "
+                f"{pause:g} s."
+            )
             self._sleep(pause)
 
     @property
@@ -156,7 +159,7 @@ class Supervisor:
         hosts = read_hosts(self._settings.hostfile)
         silent = self._silent(hosts)
         for host, why in silent.items():
-            self._say(f"The host {host} does not answer ({why}); going on without it.")
+            self._say(f"The host {host} does not answer ({why}); continuing without it.")
         return [host for host in hosts if host.name not in silent] or hosts
 
     def _silent(self, hosts: list[HostSlots]) -> dict[str, str]:
@@ -203,8 +206,8 @@ class Supervisor:
                 if (self._told or changed) and give_up == float("inf"):
                     if not self._told:
                         grown = True
-                        self._say("The hostfile has changed; the run stops, and goes on with its hosts.")
-                    launcher.send_signal(signal.SIGUSR1)  # both MPIs pass it on; on SIGTERM they kill at once
+                        self._say("The hostfile has changed; the run starts again with its hosts.")
+                    launcher.send_signal(signal.SIGUSR2)  # both MPIs pass it on; on SIGTERM they kill at once
                     give_up = now + STOPPING
         finally:
             end_session(launcher)

@@ -49,7 +49,7 @@ class Adapters:
         try:
             for name, folder in sorted(folders.items()):
                 if name in (source.path.name, source.path.stem):
-                    raise JobError(f"An adapter is called {name!r}, as the model is; give it another name.")
+                    raise JobError(f"The adapter {name!r} has the name of the model; give it another name.")
                 self.files[name] = files = _open(name, folder, source)
                 self._additions.append(_additions(files, specs))
         except BaseException:
@@ -164,7 +164,7 @@ def _additions(files: AdapterFiles, specs: Mapping[Key, TensorSpec]) -> dict[Key
     found: dict[Key, _Addition] = {}
     for factors in files.factors:
         if ROLES[factors.parsed.roles[0]].ndim != 2:
-            raise ModelError(f"{files.path} adapts {factors.name[:80]!r}, which is no matrix.")
+            raise ModelError(f"{files.path} adapts {factors.name[:80]!r}, which is not a matrix.")
         for key, b in _parts(factors):
             spec = specs.get(key)
             if spec is None:

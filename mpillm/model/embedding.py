@@ -108,7 +108,7 @@ def _is_reranker(path: Path) -> bool:
 def _modules(folder: Path) -> list[dict[str, Any]]:
     modules = _read(folder / MODULES)
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
-        raise ModelError(f"{folder / MODULES} is no list of modules.")
+        raise ModelError(f"{folder / MODULES} is not a list of modules.")
     return modules
 
 
@@ -168,9 +168,7 @@ def _answers(config: Mapping[str, Any], path: Path) -> tuple[int | None, int]:
     """The tokens by which a model answers whether a document is relevant."""
     no, yes = config.get("false_token_id"), config.get("true_token_id")
     if type(yes) is not int or not (no is None or type(no) is int):
-        raise ModelError(
-            f"{path / 'config.json'} names no tokens that answer (true_token_id, false_token_id)."
-        )
+        raise ModelError(f"{path / 'config.json'} names no answer tokens (true_token_id, false_token_id).")
     return no, yes
 
 

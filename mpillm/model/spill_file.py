@@ -23,7 +23,7 @@ class SpillFile:
         """JobError if it cannot be had. `direct`: all transfers will be of whole pages, past the page cache."""
         if in_memory(folder):
             raise JobError(
-                f"memory.spill_dir = {folder} lies in memory itself; name a directory on a local disk of each node."
+                f"memory.spill_dir = {folder} is in memory; give a directory on a local disk of each node."
             )
         self.folder = folder
         try:
@@ -35,8 +35,8 @@ class SpillFile:
                 os.unlink(name)
         except OSError as error:
             raise JobError(
-                f"memory.spill_dir = {folder}: no file can be made there ({error.strerror}); name a directory on a "
-                "local disk of each node."
+                f"memory.spill_dir = {folder}: a file cannot be created there ({error.strerror}); give a "
+                "directory on a local disk of each node."
             ) from None
         try:
             os.posix_fallocate(self._file, 0, nbytes)
@@ -44,8 +44,8 @@ class SpillFile:
             os.close(self._file)
             free = shutil.disk_usage(folder).free
             raise JobError(
-                f"memory.kv_spill: {nbytes} bytes cannot be had in {folder} ({error.strerror}; {free} bytes are free); "
-                "ask for less, or name another memory.spill_dir."
+                f"memory.kv_spill: {nbytes} bytes cannot be allocated in {folder} ({error.strerror}; {free} "
+                "bytes are free); lower it, or give another memory.spill_dir."
             ) from None
 
     def read(self, offset: int, out: Bytes) -> None:

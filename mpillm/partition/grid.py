@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from mpillm.errors import LayoutError
+from mpillm.words import count_of
 
 PANELS = 8  # column panels of a matrix whose sums are folded; with it the largest number of shards
 VOCAB_UNIT = 16  # rows of the LM head are cut at the kernels' tile height ...
@@ -201,13 +202,13 @@ def choose(
     `ranks_per_host`, if known, has the lengths of the runs of consecutive ranks on one host, in rank order.
     """
     works = layouts(model, ranks)
-    refused = f"{_described(model)} cannot be laid out on {_count(ranks, 'rank')}"
+    refused = f"{_described(model)} cannot be laid out on {count_of(ranks, 'rank')}"
     if not works:
         raise LayoutError(f"{refused}; {_ranks_that_work(model, ranks)}.")
     fits = [pair for pair in works if stages in ("auto", pair[0]) and shards in ("auto", pair[1])]
     if not fits:
         given = ((stages, "stage"), (shards, "shard"))
-        asked = " x ".join(_count(number, kind) for number, kind in given if number != "auto")
+        asked = " x ".join(count_of(number, kind) for number, kind in given if number != "auto")
         raise LayoutError(
             f"{refused} as {asked} (ranks = stages x shards); what works: {_listed(works)}. "
             "Change [layout] or the number of ranks."
@@ -251,13 +252,9 @@ def _ranks_that_work(model: Divisible, ranks: int) -> str:
 
 
 def _described(model: Divisible) -> str:
-    layers, shards = _count(model.n_layers, "layer"), _count(model.max_shards, "shard")
+    layers, shards = count_of(model.n_layers, "layer"), count_of(model.max_shards, "shard")
     return f"A model with {layers} that can be cut into at most {shards}"
 
 
 def _listed(works: Sequence[tuple[int, int]]) -> str:
-    return ", ".join(f"{_count(stages, 'stage')} x {_count(shards, 'shard')}" for stages, shards in works)
-
-
-def _count(number: int | str, kind: str) -> str:
-    return f"{number} {kind}{'' if number == 1 else 's'}"
+    return ", ".join(f"{count_of(stages, 'stage')} x {count_of(shards, 'shard')}" for stages, shards in works)

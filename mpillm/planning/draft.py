@@ -53,8 +53,8 @@ def layout_of(section: DraftSection, source: Source, config: ModelConfig) -> Cac
     layout = rank_layouts(config, [WHOLE], KV_TYPE)[0]
     if not config.generates or _has_states(config) or not layout.windows:
         raise JobError(
-            f"draft.model {source.path} cannot draft: only models that generate text and keep no states can; "
-            "name another one, or none."
+            f"draft.model {source.path} cannot be a draft model: it must generate text and have no recurrent "
+            "states; give another model, or none."
         )
     if section.kv_bytes // layout.block_nbytes < len(layout.windows):
         block = shown_bytes(len(layout.windows) * layout.block_nbytes)

@@ -69,7 +69,7 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
         byte_size(self.memory)  # ValueError says what is wrong with it
         for kind in self.products or {}:
             if kind not in KINDS:
-                raise ValueError(f"products of {kind!r} are unknown; they are of {', '.join(KINDS)}")
+                raise ValueError(f"products of {kind!r} are unknown; the known ones are {', '.join(KINDS)}")
 
     @property
     def speed(self) -> Speed:
@@ -106,8 +106,8 @@ def read(path: Path, ranks: int | None = None) -> Machines:
         raise JobError(f"The file of hosts {path} cannot be read: {error.strerror}.") from None
     except ValueError as error:  # msgspec's and TOML's are such
         raise JobError(
-            f"The file of hosts {path} is wrong: {error}. It is one as doctor --output writes it; "
-            "a hostfile of mpiexec's is for launch --hostfile."
+            f"The file of hosts {path} is wrong: {error}. mpillm doctor --output writes such a file; a "
+            "hostfile for mpiexec belongs to launch --hostfile."
         ) from None
     machines = machines_of(found.hosts, ranks)
     if ranks is not None and machines.ranks < ranks:

@@ -23,7 +23,7 @@ from mpillm.planning.layout_rule import by_rule
 from mpillm.planning.machines import Machines
 from mpillm.planning.planner import Planner
 from mpillm.spec import Spec
-from mpillm.store.readable import count_of
+from mpillm.words import count_of
 
 CLEARLY = 1.02  # how many times as fast a layout must be to be taken instead of the rule's
 NAMED = 4  # kinds of replicas in a sentence

@@ -25,6 +25,7 @@ from mpillm.model.spill import HUGE, HUGE_PAGE, maximum_blocks, nbytes_in_file
 from mpillm.partition.grid import Place
 from mpillm.planning.input_needs import NO_INPUT, InputNeeds
 from mpillm.spec import Spec, enough, shown_bytes, unit_meant
+from mpillm.words import count_of
 
 SEQUENCES, TOKENS = 256, 512  # what "auto" means in [batch] while all weights are in memory
 MAX_TOKENS = 4096  # and at most while they are streamed
@@ -226,5 +227,5 @@ def cache_in_file(spec: Spec, layout: CacheLayout, n_blocks: int, n_slots: int) 
 
 def step_description(sequences: int, tokens: int, streamed: int) -> str:
     """A step's size in words; `streamed` is the number of bytes that the rank with the most reads for it."""
-    size = f"a step takes up to {sequences} sequences and {tokens} tokens"
+    size = f"a step has up to {count_of(sequences, 'sequence')} and {count_of(tokens, 'token')}"
     return f"{shown_bytes(streamed)} of weights are read for each step; {size}" if streamed else size

@@ -9,7 +9,7 @@ from mpillm.planning.layout import shapes_in_words
 from mpillm.planning.limits import step_description
 from mpillm.planning.plan import Plan
 from mpillm.spec import enough, shown_bytes
-from mpillm.store.readable import count_of
+from mpillm.words import count_of
 
 NAMED = 8  # hosts that are left out
 COLUMNS, LABEL = 80, 10  # of the text, and of the names before its lines
@@ -49,12 +49,12 @@ def _sentences(plan: Plan) -> Iterator[str]:
         yield f"          also possible: {'; '.join(possible)}"
     contexts = plan.kv_tokens / plan.max_context
     yield (
-        f"KV cache  {plan.kv_type}, holds {plan.kv_tokens} tokens: {contexts:.1f} requests of "
+        f"KV cache  {plan.kv_type}, holds {count_of(plan.kv_tokens, 'token')}: {contexts:.1f} requests of "
         f"{plan.max_context} tokens at once"
     )
     if in_file := max(rank.kv_in_file for rank in plan.ranks):
         yield (
-            f"          {plan.kv_tokens_in_memory} in memory; beyond, up to {shown_bytes(in_file)} a rank lie on disk"
+            f"          {plan.kv_tokens_in_memory} in memory; beyond, up to {shown_bytes(in_file)} a rank on disk"
         )
     minimum, streamed = (
         max(getattr(rank, key) for rank in plan.ranks) for key in ("weights_minimum", "weights_streamed")
@@ -69,9 +69,9 @@ def _sentences(plan: Plan) -> Iterator[str]:
     if plan.wire_of_shards:
         yield f"          {plan.wire_of_shards}"
     yield from _time(plan)
-    yield f"memory    of each rank, at most, in MiB; memory.weights must be {enough(minimum)} at least"
+    yield f"memory    of each rank, at most, in MiB; memory.weights must be at least {enough(minimum)}"
     if streamed:
-        yield "          read: of weights, from disk, for each step"
+        yield "          read: weights that each step reads from disk"
 
 
 def _rank_table(plan: Plan) -> Iterator[str]:
@@ -108,7 +108,7 @@ def _rank_table(plan: Plan) -> Iterator[str]:
 def _verdict(plan: Plan) -> Iterator[str]:
     together = shown_bytes(sum(rank.held for rank in plan.ranks))
     on_one = f": on one machine {together} for all of them" if len(plan.ranks) > 1 else ""
-    fits = f"It fits, where every rank finds the memory of its last column{on_one}."
+    fits = f"It fits if every rank has the free memory of its last column{on_one}."
     yield from plan.problems or [_wrapped(fits, indent=0)]
 
 
@@ -117,7 +117,9 @@ def _time(plan: Plan) -> Iterator[str]:
     time = plan.time
     known = "measured speeds" if time.measured else "assumed speeds: mpillm doctor --output measures them"
     sequences = count_of(time.requests, "sequence")
-    tokens = f"{sequences}, {time.prompt_tokens} prompt tokens and up to {time.generated_tokens} more"
+    tokens = (
+        f"{sequences}, {count_of(time.prompt_tokens, 'prompt token')} and up to {time.generated_tokens} more"
+    )
     yield f"time      {_duration(time.seconds)} for {'the input' if time.of_input else 'an input of'}"
     yield f"          {tokens}"
     yield f"          ({known})"

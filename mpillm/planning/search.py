@@ -86,7 +86,7 @@ def left_out(machines: Machines, without: Sequence[int], why: str) -> str:
     names, one = machines.host_names(), len(without) == 1
     more = [f"{len(without) - NAMED} more"] if len(without) > NAMED else []
     named = " and ".join([", ".join(names[host] for host in without[:NAMED]), *more])
-    return f"{named} {'is' if one else 'are'} left out and {'stands' if one else 'stand'} by: {why}."
+    return f"{named} {'is' if one else 'are'} left out and kept in reserve: {why}."
 
 
 def _said(machines: Machines, without: Sequence[int], times: float) -> str:
@@ -94,7 +94,7 @@ def _said(machines: Machines, without: Sequence[int], times: float) -> str:
     why = f"the run is {times:.1f} times as fast without {them}"
     if times < CLEARLY:
         why = f"the run is hardly faster with {them}"
-    return left_out(machines, without, f"by the model of a step's time {why}")
+    return left_out(machines, without, f"by the estimated time of a step {why}")
 
 
 def _by_rank(layouts: Layouts) -> bool:

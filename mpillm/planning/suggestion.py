@@ -20,7 +20,7 @@ from mpillm.planning.plan import laid_out
 from mpillm.planning.planner import Planner
 from mpillm.planning.rank_plan import RankPlan
 from mpillm.spec import UNREAD, OutputSection, Spec, shown_bytes
-from mpillm.store.readable import count_of
+from mpillm.words import count_of
 
 MIB = 2**20
 
@@ -47,8 +47,8 @@ def job_file(spec: Spec, machines: Machines, rate: float) -> str:
         )
         if best < rate:
             raise JobError(
-                f"No memory makes it {rate:g} tokens/s on {count_of(machines.ranks, 'rank')}: with all weights in "
-                f"memory it is {best:.1f}; use more or faster hosts."
+                f"No amount of memory gives {rate:g} tokens/s on {count_of(machines.ranks, 'rank')}: with "
+                f"all weights in memory the rate is {best:.1f}; use more or faster hosts."
             )
         low, high = -(-low // MIB), -(-high // MIB)
         while low < high:  # the least number of MiB that is fast enough

@@ -103,8 +103,8 @@ class Balance:
             return None
         others = statistics.mean(done[rank] for rank in ranks if rank != slowest)
         return Slowed(
-            f"Rank {slowest} on {self._session.world.hosts[slowest]} has computed in {done[slowest] / passed:.0%} of "
-            f"the last {passed:.0f} s, and the others in {others / passed:.0%}",
+            f"Rank {slowest} on {self._session.world.hosts[slowest]} computed for {done[slowest] / passed:.0%} of "
+            f"the last {passed:.0f} s, the others for {others / passed:.0%}",
             known,
             ratios,
         )
@@ -138,7 +138,7 @@ def what_was_slow(slowed: Slowed, session: Session, seconds: float) -> str:
         for replica in session.replicas
     )
     shape = f"{replicas_in_words(session.replicas)}, layers {', '.join(layers)}"
-    return f"{slowed.who}; after {seconds:.1f} s the run goes on as {shape}."
+    return f"{slowed.who}; after {seconds:.1f} s the run continues as {shape}."
 
 
 def is_failure(code: int) -> bool:

@@ -25,6 +25,7 @@ from mpillm.store.report import SHOWN_ERRORS, Tokens
 from mpillm.weights.finite import first_not_finite
 from mpillm.weights.identity import ModelChangedError
 from mpillm.weights.inventory import tensor_name
+from mpillm.words import count_of
 
 TIMES = 4096  # of the report's timeline, at most
 CHECK_EVERY = 1.0  # seconds between two checks of the output directory
@@ -227,14 +228,15 @@ class Computation:
                 for blocks in (limits.blocks_in_memory, limits.n_blocks)
             )
             yield (
-                f"The KV cache holds {in_memory} tokens in memory, and {in_all} with layers in {memory.spill_folder}."
+                f"The KV cache holds {count_of(in_memory, 'token')} in memory, and {in_all} with "
+                f"layers in {memory.spill_folder}."
             )
         elif memory.kv_spill_bytes:
             yield "memory.kv_spill is not needed, or costs more than it gains: the KV cache stays in memory."
 
     def _why_not_finite(self) -> str:
         count = self.journal.done.failed
-        what = f"The model's output is not finite (NaN or infinity) for {count} request(s)"
+        what = f"The model's output is not finite (NaN or infinity) for {count_of(count, 'request')}"
         key = first_not_finite(self.session.source)
         if key is not None:
             return f"{what}: in {self.job.path}, {tensor_name(key)} is not; fetch or convert the model again."

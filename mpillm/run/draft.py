@@ -66,9 +66,9 @@ def _check_vocabularies(draft: Source, draft_vocab: int, large: Source, large_vo
     if one is None or other is None:
         if (one is None) != (other is None) or draft_vocab != large_vocab:
             raise JobError(
-                f"draft.model {draft.path} has {'no tokenizer' if one is None else 'a tokenizer'} and a vocabulary of "
-                f"{draft_vocab}, {large.path} {'none' if other is None else 'one'} and {large_vocab}; a draft model "
-                "must have the model's own tokenizer."
+                f"draft.model {draft.path} has {'no tokenizer' if one is None else 'a tokenizer'} and a "
+                f"vocabulary of {draft_vocab}, {large.path} {'none' if other is None else 'one'} and "
+                f"{large_vocab}; a draft model must have the same tokenizer as the model."
             )
         return
     mine, its = one.vocabulary(), other.vocabulary()
@@ -76,6 +76,7 @@ def _check_vocabularies(draft: Source, draft_vocab: int, large: Source, large_vo
     if differ or not mine.keys() & its.keys():
         first = min(differ, default=0)
         raise JobError(
-            f"draft.model {draft.path} has another vocabulary than {large.path}: the token {first} is "
-            f"{mine.get(first)!r} there and {its.get(first)!r} here; a draft model must have the model's own tokenizer."
+            f"draft.model {draft.path} has a different vocabulary from {large.path}: the token {first} is "
+            f"{mine.get(first)!r} there and {its.get(first)!r} here; a draft model must have the same "
+            "tokenizer as the model."
         )

@@ -25,6 +25,7 @@ from mpillm.store.records import Counts, UsedLayout
 from mpillm.store.report import SHOWN_ERRORS
 from mpillm.store.same_job import MODEL_FILE
 from mpillm.weights.source import weight_types
+from mpillm.words import count_of
 
 
 class Phases:
@@ -141,8 +142,8 @@ def _layouts_that_differ(job: OpenedJob, journal: Journal, now: UsedLayout) -> I
         counts = [f"{count} as {layout}" for layout, count in answered.items()]
         counts += [f"{left} now as {now}"] if rest else []
         yield (
-            f"Requests are answered on several layouts: {', '.join(counts)}. With this [wire] the last digits of "
-            "results depend on it (f32 would not)."
+            f"Requests are answered on several layouts: {', '.join(counts)}. With this [wire] the last "
+            "digits of results depend on the layout (with f32 they would not)."
         )
 
 
@@ -151,4 +152,4 @@ def _other_models(job: OpenedJob) -> Iterator[str]:
     for name, count in job.input.models.items():
         if name not in (*job.spec.model_names, job.path.name, job.model.name, *job.model.adapters):
             beside = f"; its adapters are {', '.join(job.model.adapters)}" if job.model.adapters else ""
-            yield f"{count} request(s) name the model {name!r}; they are answered by {job.model.name}{beside}."
+            yield f"The model of {count_of(count, 'request')} is {name!r}; {job.model.name} answers instead{beside}."

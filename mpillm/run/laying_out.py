@@ -29,6 +29,7 @@ from mpillm.run import speed_notes
 from mpillm.run.origin import Origin
 from mpillm.spec import Spec
 from mpillm.weights.source import Source
+from mpillm.words import count_of
 
 # Seconds of a job on several hosts from which on measuring them is worth it: in a quarter of a second, for shares of
 # replicas alone, and in more than a second.
@@ -72,8 +73,8 @@ class LayoutChoice:
         world, spec = self._world, self._spec
         if not self._replicated and spec.layout.replicas not in ("auto", 1):
             raise JobError(
-                f"layout.replicas = {spec.layout.replicas} is for `mpillm run` alone; start one server for each "
-                "replica."
+                f"layout.replicas = {spec.layout.replicas} works only with `mpillm run`; start one server "
+                "for each replica."
             )
         found = world.on_rank_0(self._unmeasured)
         if self._worth_measuring(found):
@@ -107,7 +108,7 @@ class LayoutChoice:
     def _measured(self, threads: int, effort: float) -> Machines:
         """The machines with their speeds: noted when this model was run before on the same hosts, or measured now."""
         world = self._world
-        places = [f"{place}, {threads} threads" for place in world.nodes.places]
+        places = [f"{place}, {count_of(threads, 'thread')}" for place in world.nodes.places]
         places += [str(self._source.path.absolute()), kernels.path(), version.__version__]
         if (speeds := world.on_rank_0(lambda: speed_notes.find(places, effort))) is not None:
             return replace(self._machines(), speeds=speeds, measured=True)

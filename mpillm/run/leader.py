@@ -53,8 +53,8 @@ class Leader:
         for request in work.requests:
             if request.max_length > self._max_length:
                 raise Interrupted(
-                    f"Request {work.custom_id!r} does not fit into the KV cache of the ranks that are left; "
-                    "the same command goes on with as many ranks as before."
+                    f"Request {work.custom_id!r} does not fit into the KV cache of the remaining ranks; run "
+                    "the same command again with as many ranks as before."
                 )
             yield replace(request, resumed=partial.get(request.choice))
 

@@ -34,8 +34,8 @@ def explaining(losses: Losses) -> Iterator[None]:
         if not losses:
             raise
         raise Interrupted(
-            f"After the loss of {_lost_ranks(losses)} the others cannot go on: {error} "
-            "The same command goes on from here."
+            f"After the loss of {_lost_ranks(losses)} the others cannot continue: {error} Run the same "
+            "command again to continue."
         ) from error
 
 
@@ -44,11 +44,11 @@ def what_was_lost(losses: Losses, session: Session) -> str:
     now, before = session.layout, session.origin.layout
     seconds = time.monotonic() - losses[-1].noticed
     replicas = f"{len(session.replicas)} replicas of " if len(session.replicas) > 1 else ""
-    line = f"Lost {_lost_ranks(losses)}; the others went on after {seconds:.1f} s, as {replicas}{now}."
+    line = f"Lost {_lost_ranks(losses)}; the others continued after {seconds:.1f} s, as {replicas}{now}."
     if results_differ(now, before, session.spec.wire):
         line += (
-            f" What is computed from here on may differ in its last digits from what {before} would have given "
-            "([wire] f32 would not)."
+            f" Later results may differ in their last digits from those of {before} (with [wire] f32 they "
+            "would not)."
         )
     return line
 

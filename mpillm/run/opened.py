@@ -85,7 +85,8 @@ def _classifier(
     else:
         if len(words) not in (1, 2):
             raise ModelError(
-                f"scoring.tokens are {words}, but must be two, not relevant and relevant, or the latter alone."
+                f"scoring.tokens are {words}, but must be the token for relevant, or the tokens for not "
+                "relevant and relevant."
             )
         *others, yes = (_token(word, tokenizer) for word in words)
         no = others[0] if others else None

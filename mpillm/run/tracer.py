@@ -30,7 +30,7 @@ class Tracer:
         """Record in the block (collective); JobError if the file could not be written at the end."""
         with world.together():
             if world.rank == 0 and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
-                raise JobError(f"--trace {path} cannot be written: give a file in a directory that is there.")
+                raise JobError(f"--trace {path} cannot be written: give a file in an existing directory.")
         try:
             yield cls(path, world)
         finally:

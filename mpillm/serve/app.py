@@ -84,7 +84,7 @@ class _Guard:
                     return
             elif origin is not None and origin.partition(b"://")[2] != headers.get(b"host"):
                 wrong = answers.error(
-                    "Pages of other sites may not use this server.", 403, "permission_error"
+                    "Requests from pages of other sites are refused.", 403, "permission_error"
                 )
                 await JSONResponse(wrong, 403)(scope, receive, send)
                 return
@@ -123,7 +123,7 @@ class _Ask:
                 async for piece in _pieces(request, MAX_BODY):
                     body.write(piece)
             except OSError as error:
-                raise HTTPException(507, f"The request cannot be kept ({error.strerror}).") from None
+                raise HTTPException(507, f"The request cannot be stored ({error.strerror}).") from None
             asked = await loop.run_in_executor(service.preparing, service.prepare, self._url, body)
         work, streams = asked.work, asked.streams
         events: asyncio.Queue[tuple[int, int] | list[FinishedCompletion] | None] = asyncio.Queue()
@@ -184,7 +184,7 @@ class _Ask:
         try:
             await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
-                raise HTTPException(499, "The client has gone.")
+                raise HTTPException(499, "The client has disconnected.")
             found = answer.result()
             assert not isinstance(found, tuple)
             return found
@@ -268,9 +268,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     kind = "invalid_request_error" if error.status_code < 500 else "server_error"
     message, path = error.detail, request.url.path
     if error.status_code == 405:
-        message = f"{path[:100]} takes {(error.headers or {})['Allow']}, and not {request.method}."
+        message = f"{path[:100]} allows {(error.headers or {})['Allow']}, not {request.method}."
     elif message == "Not Found":
-        message = f"There is no {path[:100]}; /openapi.json has all URLs."
+        message = f"There is no {path[:100]}; /openapi.json lists all URLs."
     return JSONResponse(answers.error(message, error.status_code, kind), error.status_code, error.headers)
 
 

@@ -16,6 +16,7 @@ from mpillm.batch.pending import Pending
 from mpillm.batch.work import Work
 from mpillm.engine.request import FinishedCompletion, Request
 from mpillm.errors import MpillmError
+from mpillm.words import count_of
 
 WAITING_TOKENS = 1 << 20  # of prompts that wait: about 60 bytes each
 LOOK = 0.2  # seconds between two looks at whether a signal has come
@@ -106,9 +107,9 @@ class Arrivals:
             if self._closed:
                 raise Closed("The server is shutting down.")
             if len(self._waiting) >= self._capacity:
-                raise Full(f"{self._capacity} requests are waiting already; try again later.")
+                raise Full(f"The queue is full ({count_of(self._capacity, 'request')}); try again later.")
             if self._waiting and self._tokens + ticket.tokens > WAITING_TOKENS:
-                raise Full(f"Requests with {self._tokens} tokens are waiting already; try again later.")
+                raise Full(f"The queue is full ({count_of(self._tokens, 'token')}); try again later.")
             self._waiting.append(ticket)
             self._tokens += ticket.tokens
             self._changed.notify()

@@ -136,7 +136,7 @@ class Batches:
             checked = requests.check(path, self._spec, self._model)
             run = BatchRun(checked, Claim(self._descriptions.path(batch.id)), self._open_journal, self._model)
         except (MpillmError, KeyError) as error:
-            message = "The input file is gone." if isinstance(error, KeyError) else str(error)
+            message = "The input file was deleted." if isinstance(error, KeyError) else str(error)
             with self._changed:
                 self._set(batch, "failed", errors={"object": "list", "data": [{"message": message}]})
             return

@@ -30,13 +30,14 @@ from mpillm.serve.prepare import prepare
 from mpillm.serve.signals import first_signal_calls
 from mpillm.serve.typed import typed
 from mpillm.spec import Spec
+from mpillm.words import count_of
 
 HELP = """\
-/help          these lines
-/system TEXT   begin anew with a system message
-/reset         begin anew
+/help          show this help
+/system TEXT   start a new conversation with a system message
+/reset         start a new conversation
 /retry         answer the last message again
-/exit          end (so does the end of the input); Ctrl-C stops an answer"""
+/exit          leave (Ctrl-D does the same); Ctrl-C stops an answer"""
 
 
 def run(world: World, spec: Spec, progress: Progress) -> int:
@@ -170,7 +171,8 @@ class Conversation:
             self._cut = True
             limit = self._spec.sampling.max_tokens
             self._say(
-                f"The answer was cut after {limit} tokens; --set sampling.max_tokens={4 * limit} allows more."
+                f"The answer was cut after {count_of(limit, 'token')}; --set "
+                f"sampling.max_tokens={4 * limit} allows more."
             )
         return text
 

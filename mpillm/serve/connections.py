@@ -13,7 +13,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mpillm.serve import answers
 
-ENDED = "The server ends before the answer is complete."
+ENDED = "The server stopped before the answer was complete."
 
 
 class Connection(H11Protocol):
@@ -79,4 +79,4 @@ class Quiet:
 async def gone(_: Any, error: Exception) -> JSONResponse:
     """The answer, which nobody gets, to a request whose client has gone before its end."""
     assert isinstance(error, ClientDisconnect)
-    return JSONResponse(answers.error("The client has gone.", 499), 499)
+    return JSONResponse(answers.error("The client has disconnected.", 499), 499)

@@ -37,14 +37,12 @@ class Metrics:
         )
         self._prompt = Counter("mpillm_prompt_tokens", "Tokens of answered prompts", registry=self._registry)
         self._generated = Counter("mpillm_generated_tokens", "Generated tokens", registry=self._registry)
-        self._waiting = Gauge(
-            "mpillm_waiting", "Requests that the engine has not taken", registry=self._registry
-        )
-        self._running = Gauge("mpillm_running", "Choices that are computed", registry=self._registry)
+        self._waiting = Gauge("mpillm_waiting", "Requests that wait for the engine", registry=self._registry)
+        self._running = Gauge("mpillm_running", "Choices that are being computed", registry=self._registry)
         for name, text in (
             ("steps", "Steps of the engine"),
-            ("shared_tokens", "Tokens of prompts that another request had"),
-            ("preemptions", "Requests that gave their KV blocks away"),
+            ("shared_tokens", "Tokens of prompts that were shared with another request"),
+            ("preemptions", "Preemptions of sequences"),
         ):
             gauge = Gauge(f"mpillm_{name}", text, registry=self._registry)
             gauge.set_function(partial(getattr, totals, name))

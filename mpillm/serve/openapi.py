@@ -83,7 +83,7 @@ def _add_keys(schema: Described, streams: bool) -> None:
     """Keys that bodies may have beside the fields: of a stream, and those that change nothing."""
     keys = schema["properties"]
     for name in sorted(IGNORED - keys.keys()):
-        keys[name] = {"description": "taken and not looked at"}
+        keys[name] = {"description": "accepted and ignored"}
     keys["stream"] = {"type": ["boolean", "null"]} if streams else {"enum": [False, None]}
     keys["stream_options"] = {"type": ["object", "null"]}
 
@@ -97,25 +97,31 @@ def _others(of: dict[Any, Any]) -> Described:
     }
     id, name = (_parameter(word) for word in ("id", "name"))
     return {
-        "/v1/models": {"get": _operation("The model and its adapters.", answer=_list({"type": "object"}))},
-        "/v1/models/{name}": {"get": _operation("One of them.", name, answer={"type": "object"})},
+        "/v1/models": {
+            "get": _operation("List the model and its adapters.", answer=_list({"type": "object"}))
+        },
+        "/v1/models/{name}": {
+            "get": _operation("The model or one of its adapters.", name, answer={"type": "object"})
+        },
         "/v1/files": {
-            "post": _operation("Keep a file.", answer=file, body=form, kind="multipart/form-data"),
-            "get": _operation("All files, the newest first.", answer=_list(file)),
+            "post": _operation("Upload a file.", answer=file, body=form, kind="multipart/form-data"),
+            "get": _operation("List the files, the newest first.", answer=_list(file)),
         },
         "/v1/files/{id}": {
-            "get": _operation("What a file is.", id, answer=file),
-            "delete": _operation("Forget a file.", id, answer={"type": "object"}),
+            "get": _operation("Show the metadata of a file.", id, answer=file),
+            "delete": _operation("Delete a file.", id, answer={"type": "object"}),
         },
-        "/v1/files/{id}/content": {"get": _operation("A file itself.", id, answers="application/jsonl")},
+        "/v1/files/{id}/content": {
+            "get": _operation("Download the content of a file.", id, answers="application/jsonl")
+        },
         "/v1/batches": {
-            "post": _operation("Begin a batch.", answer=batch, body=of[Wanted]),
-            "get": _operation("All batches, the newest first.", answer=_list(batch)),
+            "post": _operation("Create a batch.", answer=batch, body=of[Wanted]),
+            "get": _operation("List the batches, the newest first.", answer=_list(batch)),
         },
-        "/v1/batches/{id}": {"get": _operation("How far a batch is.", id, answer=batch)},
-        "/v1/batches/{id}/cancel": {"post": _operation("End a batch before its time.", id, answer=batch)},
-        "/health": {"get": _operation("Whether the server answers.", key=False)},
-        "/metrics": {"get": _operation("Counts for Prometheus.", key=False, answers="text/plain")},
+        "/v1/batches/{id}": {"get": _operation("Show the status of a batch.", id, answer=batch)},
+        "/v1/batches/{id}/cancel": {"post": _operation("Cancel a batch.", id, answer=batch)},
+        "/health": {"get": _operation("Check that the server answers.", key=False)},
+        "/metrics": {"get": _operation("Metrics for Prometheus.", key=False, answers="text/plain")},
     }
 
 

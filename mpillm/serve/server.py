@@ -103,7 +103,8 @@ def _lead(
         web.start()
         try:
             progress.say(
-                f"{model.name} answers at http://{host}:{port} (a page, and OpenAI's /v1); Ctrl-C ends it."
+                f"{model.name} answers at http://{host}:{port} (web page, and OpenAI's API under /v1); "
+                "Ctrl-C stops it."
             )
             for finished in engine.run(arrivals, arrivals.more):
                 for completion in finished:
@@ -128,7 +129,7 @@ def _claim(data: Path) -> int:
         if try_lock(file, data):
             return file
     os.close(file)
-    raise JobError(f"Another server uses {data}; end it, or give another --data.")
+    raise JobError(f"Another server uses {data}; stop it, or give another --data.")
 
 
 def _listen(options: ServeOptions) -> socket.socket:

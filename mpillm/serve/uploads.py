@@ -46,7 +46,7 @@ def routes(files: FileStore, batches: Batches) -> list[Route]:
                     files.add, source.filename or "file", str(purpose or "batch"), source.file
                 )
         except MultiPartException as error:
-            raise HTTPException(400, f"The body is no form: {error.message}.") from None
+            raise HTTPException(400, f"The body is not a form: {error.message}.") from None
         return _json(made)
 
     async def list_files(_: Request) -> Response:

@@ -51,7 +51,7 @@ def instead_of(text: str, problem: str) -> str:
     line = text.splitlines()[int(found[1]) - 1].partition("#")[0].strip() if found else ""
     key, equals, value = (part.strip() for part in line.partition("="))
     if "overwrite" in problem:
-        return f"; {key} is there twice"
+        return f"; {key} occurs twice"
     if re.fullmatch(r"[\w-]+:.*", line):
         return f"; TOML has {line.partition(':')[0]} = VALUE, with quotes around a text"
     if equals and re.match(r"[\w./~$-]", value):

@@ -73,10 +73,10 @@ def checked(values: dict[str, Any], where: str) -> Spec:
     except msgspec.ValidationError as error:
         raise JobError(f"{where}: {explain(error, values)}.") from None
     if ADDRESS in spec.input:
-        raise JobError(f"The input {spec.input} is an address; fetch it first, and name the file.")
+        raise JobError(f"The input {spec.input} is a URL; download it first, and give the path of the file.")
     if ADDRESS in spec.output.path:
         raise JobError(
-            f"The output {spec.output.path} is an address; name a directory, and copy what it has later."
+            f"The output {spec.output.path} is a URL; give a directory, and copy the results later."
         )
     paths = {
         "model": "".join(spec.model_names),
@@ -86,10 +86,10 @@ def checked(values: dict[str, Any], where: str) -> Spec:
     }
     for key, path in (paths | {f"adapters.{name}": path for name, path in spec.adapters.items()}).items():
         if "\0" in path:
-            raise JobError(f"{where}: {key} holds a zero byte, which no path can.")
+            raise JobError(f"{where}: {key} contains a zero byte, which a path cannot contain.")
     for name in spec.model_names:
         if name in spec.adapters:
-            raise JobError(f"{where}: an adapter is called {name!r}, as the model is; give it another name.")
+            raise JobError(f"{where}: the adapter {name!r} has the name of the model; give it another name.")
     _refuse_overwriting(spec)
     return spec
 
@@ -99,7 +99,7 @@ def _read(path: Path) -> dict[str, Any]:
         text = path.read_bytes().decode("utf-8-sig")
         return toml(text)
     except FileNotFoundError:
-        raise JobError(f"There is no job file {path}; {other_job(path)}") from None
+        raise JobError(f"The job file {path} does not exist; {other_job(path)}") from None
     except OSError as error:
         raise JobError(f"The job file {path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:

@@ -18,12 +18,12 @@ def byte_size(value: str | int) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
     unit = _UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None:
-        raise ValueError(f"{shown_value(value)} is no size; write bytes as 2GiB, 512MiB or 500MB")
+        raise ValueError(f"{shown_value(value)} is not a size; write bytes as 2GiB, 512MiB or 500MB")
     size = float(match[1]) * unit
     if size < 1:
-        raise ValueError(f"{value!r} is no size; it must be at least one byte")
+        raise ValueError(f"{value!r} is not a size; it must be at least one byte")
     if size >= 2**63:
-        raise ValueError(f"{shown_value(value)} is no size; it must be less than 8 EiB")
+        raise ValueError(f"{shown_value(value)} is not a size; it must be less than 8 EiB")
     return int(size)
 
 

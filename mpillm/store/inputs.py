@@ -39,7 +39,8 @@ def prepare(spec: Spec, claim: Claim) -> None:
         return
     if str(path) == STDIN and launch.launched_by(os.environ) is not None:
         raise JobError(
-            "Standard input is read by a run without mpiexec, which does not pass its end on; write it to a file first."
+            "Standard input works only without mpiexec, which does not pass on its end; write the input to a "
+            "file first."
         )
     with claim.directory.replacing(INPUT) as file:
         forms.write_lines(path, file, partial(_check_columns, spec), claim.directory.unnamed)
@@ -74,7 +75,11 @@ def _check_columns(spec: Spec, columns: list[str]) -> None:
         return
     say = 'say in the job what to ask of a row, such as prompt = "Summarise: {text}".'
     if not {"body", *(endpoint.key for endpoint in ENDPOINTS)} & set(columns):
-        raise JobError(f"The input {spec.input} has the columns {has}, none of which is a request; {say}")
+        raise JobError(
+            f"The input {spec.input} has the columns {has}, none of which is a key of a request; {say}"
+        )
     other = next((name for name in columns if not is_index(name) and name not in LINE_KEYS), None)
     if other is not None:
-        raise JobError(f"The input {spec.input} has a column {other!r}, which is no key of a request; {say}")
+        raise JobError(
+            f"The input {spec.input} has a column {other!r}, which is not a key of a request; {say}"
+        )

@@ -47,6 +47,7 @@ from mpillm.store.records import (
 )
 from mpillm.store.same_job import refuse_changed_lines, refuse_other_job
 from mpillm.version import __version__
+from mpillm.words import count_of
 
 log = logging.getLogger(__name__)
 
@@ -119,8 +120,8 @@ class Journal(Descriptor):
             found = scan(self._file)
         if found.header is None:
             raise OutputError(
-                f"The journal {self.path} is damaged: nothing in it says which job it is of; "
-                "move it away, or give another output, to begin anew."
+                f"The journal {self.path} is damaged: it does not say which job it belongs to; to start "
+                "over, move it away or give another output."
             )
         for start, end in found.damage:
             self.damage.append(
@@ -141,7 +142,7 @@ class Journal(Descriptor):
         self._end = found.end
         if size > self._end:
             log.info(
-                "The journal's last record was not finished (%d bytes); it is dropped.", size - self._end
+                "The journal's last record was not finished (%d bytes); it was removed.", size - self._end
             )
             with explained(self.path):
                 os.ftruncate(self._file, self._end)
@@ -164,8 +165,8 @@ class Journal(Descriptor):
         found = scan(self._file)
         if dropped := before - len(found.done):
             self.damage.append(
-                f"The model's files were touched, or are other copies, since the journal {self.path} was written: "
-                f"the last {dropped} request(s) run again."
+                f"The model's files were modified or replaced since the journal {self.path} was written: "
+                f"the last {count_of(dropped, 'request')} will run again."
             )
         return found
 
@@ -230,8 +231,8 @@ class Journal(Descriptor):
         """Interrupted if the file was deleted or replaced; call this regularly."""
         if not self._directory.holds(JOURNAL, self._file):
             raise Interrupted(
-                f"The journal {self.path} was deleted or replaced during the run; put it back and run the same "
-                "command again, which begins anew without it."
+                f"The journal {self.path} was deleted or replaced during the run; put it back and run the "
+                "same command again, which starts over without it."
             )
 
     def finish(self, errors: int) -> None:

@@ -98,7 +98,7 @@ def _parts(given: Sequence[Path]) -> list[Path]:
     if len(given) == 1 and given[0].is_dir() and not (given[0] / JOURNAL).exists():
         found = sorted(path for path in given[0].iterdir() if (path / JOURNAL).exists())
         if not found:
-            raise JobError(f"{given[0]} holds no output directory of a run.")
+            raise JobError(f"{given[0]} contains no output directory of a run.")
     for part in found:
         missing = [name for name in FILES if not (part / name).is_file()]
         if missing:
@@ -131,7 +131,8 @@ def _metadata(parts: Sequence[Path]) -> dict[str, Any]:
         for key in sorted(first.keys() | attributes.keys()):
             if first.get(key) != attributes.get(key):
                 raise JobError(
-                    f"{parts[0]} and {part} are no parts of one job: their {key} differs "
+                    f"{parts[0]} and {part} are not parts of the same job: their {key} differs "
+                    " f"
                     f"({_shown(first.get(key))} and {_shown(attributes.get(key))})."
                 )
     return first

@@ -74,13 +74,13 @@ class Claim:
                 f"The output directory {self.path} was moved during the run; its journal is now {now / JOURNAL}: "
                 f"move the directory back, or give {now} as the output, and run the command again."
                 if now is not None
-                else f"The output directory {self.path} was deleted during the run, and the journal with it; "
-                "the same command begins anew."
+                else f"The output directory {self.path} was deleted during the run, with the journal; run the "
+                "same command again to start over."
             )
         if not self.directory.holds(LOCK, self._lock):
             raise Interrupted(
-                f"Files in the output directory {self.path} were deleted during the run ({LOCK} is gone); "
-                "the same command goes on with what is left of the journal."
+                f"Files in the output directory {self.path} were deleted during the run ({LOCK} is missing); "
+                "run the same command again to continue with what is left of the journal."
             )
 
     def _wait_for_lock(self, patience: float) -> None:
@@ -127,6 +127,7 @@ def _open_directory(path: Path) -> Directory:
     if foreign and JOURNAL not in names:
         directory.close()
         raise OutputError(
-            f"The output directory {path} holds {foreign[0]!r} and no journal of a run; give a new or an empty one."
+            f"The output directory {path} holds {foreign[0]!r} and no journal of a run; give a new or an "
+            "empty directory."
         )
     return directory

@@ -1,4 +1,4 @@
-"""Values as people and programs read them: numbers of things, and JSON also where paths are not UTF-8."""
+"""Values as people and programs read them: JSON also where paths are not UTF-8."""
 
 from __future__ import annotations
 
@@ -22,11 +22,6 @@ def path_of(text: str) -> Path:
         return path
     raw = re.sub(rb"\\x([89a-f][0-9a-f])", lambda found: bytes.fromhex(found[1].decode()), text.encode())
     return Path(os.fsdecode(raw))
-
-
-def count_of(number: int, kind: str) -> str:
-    """`1 rank`, `2 ranks`."""
-    return f"{number} {kind}{'' if number == 1 else 's'}"
 
 
 def as_json(value: Any) -> bytes:

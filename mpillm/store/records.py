@@ -22,6 +22,7 @@ import numpy as np
 from mpillm.batch.names import NumbersByName
 from mpillm.batch.work import Line
 from mpillm.engine.request import PartialCompletion
+from mpillm.words import count_of
 
 VERSION = 2
 KEY_BYTES = 8
@@ -87,7 +88,7 @@ class UsedLayout(msgspec.Struct, tag="layout", frozen=True):
     wire: Literal["q8_0", "f32"] = "q8_0"
 
     def __str__(self) -> str:
-        return f"{self.stages} stage(s) x {self.shards} shard(s)"
+        return f"{count_of(self.stages, 'stage')} x {count_of(self.shards, 'shard')}"
 
 
 class Counts(msgspec.Struct, tag="counts", frozen=True):

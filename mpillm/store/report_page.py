@@ -9,9 +9,10 @@ from typing import Any
 
 from mpillm.spec import shown_bytes
 from mpillm.store.directory import replacing
-from mpillm.store.readable import as_json, count_of, printable
+from mpillm.store.readable import as_json, printable
 from mpillm.store.report import RankStatistics, Report, read
 from mpillm.store.report_plots import MESSAGES, available, plots, write_figures
+from mpillm.words import count_of
 
 HTML = "report.html"
 NO_PLOTS = "The page has no plots: they need matplotlib (pip install 'mpillm[plots]')."
@@ -20,14 +21,15 @@ NO_PLOTS = "The page has no plots: they need matplotlib (pip install 'mpillm[plo
 def summary(report: Report) -> Iterator[str]:
     """The few lines that are said when a run ends."""
     done = report.requests
-    resumed = f" ({done.resumed} of them by earlier runs)" if done.resumed else ""
-    yield f"{count_of(done.total, 'request')}{resumed}: {done.ok} answered, {done.errors} ended in an error."
+    resumed = f" ({done.resumed} by earlier runs)" if done.resumed else ""
+    yield f"{count_of(done.total, 'request')}{resumed}: {done.ok} answered, {done.errors} with an error."
     tokens = report.tokens
     if tokens.computed:
-        generated = f", {report.rate():.1f} of them generated" if tokens.generated else ""
-        shared = f" ({tokens.shared} of them shared)" if tokens.shared else ""
+        generated = f", {report.rate():.1f} generated tokens/s" if tokens.generated else ""
+        shared = f" ({tokens.shared} shared)" if tokens.shared else ""
         yield (
-            f"{tokens.prompt} prompt{shared} and {tokens.generated} generated tokens in {report.seconds:.1f} s: "
+            f"{tokens.prompt} prompt{shared} and {count_of(tokens.generated, 'generated token')} in "
+            f"{report.seconds:.1f} s: "
             f"{report.total_rate():.1f} tokens/s while computing{generated}."
         )
     else:
@@ -35,49 +37,51 @@ def summary(report: Report) -> Iterator[str]:
     if report.earlier:
         everything = report.all_starts()
         yield (
-            f"All {len(report.earlier) + 1} starts of this command together: {everything.tokens.prompt} prompt and "
-            f"{everything.tokens.generated} generated tokens in {everything.seconds:.1f} s of computing."
+            f"All {len(report.earlier) + 1} starts of this command: {everything.tokens.prompt} prompt and "
+            f"{count_of(everything.tokens.generated, 'generated token')} in {everything.seconds:.1f} s of computing."
         )
     if not tokens.computed:
         return
     if report.batch.streamed:
         yield (
-            f"{report.batch.steps} steps of up to {report.batch.peak_sequences} sequences; "
-            f"weights read per token: {shown_bytes(report.weights_per_token())}; "
-            f"{100 * report.waited_for_weights():.0f} % of the time was waited for them."
+            f"{count_of(report.batch.steps, 'step')} of up to "
+            f"{count_of(report.batch.peak_sequences, 'sequence')}; weights "
+            f"read per token: {shown_bytes(report.weights_per_token())}; ranks waited for weights "
+            f"{100 * report.waited_for_weights():.0f} % of the time."
         )
     if drafted := report.batch.drafted:
         yield (
-            f"{drafted} tokens were drafted, and {report.batch.accepted} of them "
-            f"({100 * report.batch.accepted / drafted:.0f} %) were right: {report.tokens_per_turn():.2f} tokens of a "
-            "sequence for each pass."
+            f"Speculation: {report.batch.accepted} of {count_of(drafted, 'drafted token')} accepted "
+            f"({100 * report.batch.accepted / drafted:.0f} %); {report.tokens_per_turn():.2f} tokens per sequence and "
+            "pass."
         )
         if len(drafters := report.batch.drafters) > 1:
             parts = [f"{name} {accepted} of {count}" for name, (count, accepted) in drafters.items()]
-            yield f"Right by drafter: {', '.join(parts)}."
+            yield f"Accepted by drafter: {', '.join(parts)}."
     if planned := report.planned:
         yield (
-            f"Planned: {planned.of_computed:.1f} s of computing for these tokens, by the speeds of the hosts; it took "
-            f"{report.computing:.1f} s. Most of a step was to be {planned.limit}."
+            f"Computing took {report.computing:.1f} s; {planned.of_computed:.1f} s were planned for "
+            "these tokens. Expected "
+            f"limit of a step: {planned.limit}."
         )
     if (bubbles := report.bubbles()) is not None:
-        to_be = f", {100 * report.planned.bubble:.0f} % as planned" if report.planned else ""
-        yield f"A stage had nothing to do {100 * bubbles:.0f} % of the time of computing{to_be}."
+        to_be = f" (planned: {100 * report.planned.bubble:.0f} %)" if report.planned else ""
+        yield f"Stages were idle {100 * bubbles:.0f} % of the computing time{to_be}."
     if found := report.slowest():
         rank, why = found
-        yield f"The slowest rank was {rank.rank} on {rank.host}, which was {why} while others waited for it."
+        yield f"The slowest rank was rank {rank.rank} on {rank.host}: it was {why} while others waited for it."
     if measured := [rank for rank in report.ranks if rank.memory]:
         yield _memory_used(measured)
     hits, uses = report.expert_hits()
     if uses:
         read = sum(rank.experts["loaded"] for rank in report.ranks if rank.experts)
-        yield f"Experts: {100 * hits / uses:.1f} % of their uses found them in memory; {shown_bytes(read)} were read."
+        yield f"Experts: {100 * hits / uses:.1f} % were in memory when they were used; {shown_bytes(read)} were read."
     if any(rank.kv.get("layers_in_file") for rank in report.ranks):
         read, written = (sum(rank.kv.get(key, 0) for rank in report.ranks) for key in ("read", "written"))
         waited = max(rank.kv.get("stall_seconds", 0.0) for rank in report.ranks)
         yield (
-            f"KV cache on disk: {shown_bytes(read)} read, {shown_bytes(written)} written, at most {waited:.1f} s "
-            "waited for it."
+            f"KV cache on disk: {shown_bytes(read)} read, {shown_bytes(written)} written; a rank "
+            f"waited at most {waited:.1f} s for it."
         )
     formats = {"all_reduce": report.wire.get("activations"), "pipe": report.wire.get("between_stages")}
     wire = [
@@ -97,9 +101,9 @@ def _memory_used(ranks: Sequence[RankStatistics]) -> str:
         used.append((peak, planned))
         peaks, plans = hosts.get(rank.host, (0, 0))
         hosts[rank.host] = peaks + peak, plans + planned
-    line = "Memory: at most {} on a rank, of {} that were planned".format(*map(shown_bytes, max(used)))
+    line = "Memory: at most {} on a rank ({} planned)".format(*map(shown_bytes, max(used)))
     if len(hosts) < len(used):
-        line += "; {} on all ranks of a host, of {}".format(*map(shown_bytes, max(hosts.values())))
+        line += "; {} on all ranks of a host ({} planned)".format(*map(shown_bytes, max(hosts.values())))
     return f"{line}."
 
 
@@ -126,7 +130,7 @@ def cite(report: Report) -> str:
     facts = [f"mpillm {report.versions.get('mpillm', '?')}", f"model {model.get('name', '?')}"]
     if "fingerprint" in model:
         facts[-1] += f" ({model.get('weights', '')}, fingerprint {model['fingerprint']})"
-    facts += [f"{report.stages} stage(s) x {report.shards} shard(s)"]
+    facts += [f"{count_of(report.stages, 'stage')} x {count_of(report.shards, 'shard')}"]
     for section, values in (("sampling", job.get("sampling", {})), ("wire", report.wire)):
         facts += [f"{section}.{key} {value}" for key, value in values.items() if value not in (None, [])]
     return printable("; ".join(facts))
@@ -193,7 +197,7 @@ def _rank_table(report: Report) -> str:
         head += [kind + "hits", "misses", "stalls", "stalled s"]
     rows = []
     for rank in report.ranks:
-        place = f"stage {rank.stage}, shard {rank.shard}: {rank.layers} layers"
+        place = f"stage {rank.stage}, shard {rank.shard}: {count_of(rank.layers, 'layer')}"
         place = f"replica {rank.replica}, {place}" if report.replicas > 1 else place
         row = [rank.rank, rank.host, place, rank.threads, rank.kernels]
         caches = [rank.weights, rank.experts] if mixture else [rank.weights]

@@ -80,9 +80,7 @@ def plots(report: Report, directory: Path) -> Iterator[Plot]:
     seconds = dict(SECONDS)
     if report.replicas == 1:
         del seconds["requests"]
-    yield from _by_rank(
-        "seconds", "Where each rank's seconds went", seconds, report, _seconds_of, unit="seconds"
-    )
+    yield from _by_rank("seconds", "Time of each rank", seconds, report, _seconds_of, unit="seconds")
     yield from _by_rank("bytes", "Sent by each rank", MESSAGES, report, _sent, unit="bytes")
     yield from _by_rank(
         "weights",

@@ -65,13 +65,16 @@ def refuse_changed_lines(
         if len(name.key) != KEY_BYTES or not _are_in(now, _as_numbers(name.key)).all():
             raise OutputError(
                 _changed(
-                    journal, f"{what}: the line of {name.custom_id!r}, which is done, is changed or gone"
+                    journal,
+                    f"{what}: the line of {name.custom_id!r}, which is finished, was changed or removed",
                 )
             )
     for index in np.flatnonzero(~_are_in(now, _as_numbers(old))).tolist():
         line = next(islice(lines, index, None), None)
         called = "" if line is None else f" (now {line.custom_id!r})"
-        raise OutputError(_changed(journal, f"{what}: its request {index + 1}{called} is changed or gone"))
+        raise OutputError(
+            _changed(journal, f"{what}: its request {index + 1}{called} was changed or removed")
+        )
 
 
 def _changed(journal: Path, what: str) -> str:

@@ -19,6 +19,7 @@ from mpillm.store.directory import Directory, explained
 from mpillm.store.output import JOURNAL, LOCK, NO_LOCKS, owner_of
 from mpillm.store.records import KEY_BYTES, JournalHeader, Scan, scan
 from mpillm.store.same_job import MODEL_FILE
+from mpillm.words import count_of
 
 LOOK = 0.5  # seconds between two looks for a journal
 
@@ -57,20 +58,23 @@ class Status(msgspec.Struct, kw_only=True, frozen=True):
         yield f"  model     {self.model}"
         yield f"  started   {self.began[:19].replace('T', ' ')}, by mpillm {self.written_by}"
         part = f" ({100 * self.answered / self.total:.0f} %)" if self.total else ""
-        errors = f", {self.errors} of them ended in an error" if self.errors else ""
+        errors = f", {self.errors} with an error" if self.errors else ""
         yield f"  requests  {self.answered} of {self.total}{part}{errors}"
         if self.starts:
             starts = f", in {self.starts} starts" if self.starts > 1 else ""
-            tokens = f"{self.prompt_tokens} prompt and {self.generated_tokens} generated tokens"
+            tokens = f"{self.prompt_tokens} prompt and {count_of(self.generated_tokens, 'generated token')}"
             yield f"  computed  {tokens} in {_ago(self.seconds)}{starts}"
         if self.partial:
-            yield f"  partial   {self.partial} requests are saved in part"
+            yield f"  partial   {count_of(self.partial, 'unfinished request')} with saved tokens"
         if self.damaged:
-            yield f"  damage    {self.damaged} bytes of the journal; the requests in them run again"
+            yield (
+                f"  damage    {count_of(self.damaged, 'byte')} of the journal; the requests in this "
+                "part will run again"
+            )
         if self.state == "running":
             yield f"  written   {_ago(self.idle)} ago"
         elif self.state == "stopped":
-            yield f"  written   {_ago(self.idle)} ago; the command of the run goes on from here"
+            yield f"  written   {_ago(self.idle)} ago; run its command again to continue"
 
 
 def _ago(seconds: float) -> str:
@@ -108,13 +112,15 @@ class Reader:
             except NotADirectoryError:
                 raise JobError(f"{path} is a file; give the output directory of a run.") from None
             except FileNotFoundError:
-                raise NotBegun(f"There is no directory {path}; a run makes it when it starts.") from None
+                raise NotBegun(
+                    f"The directory {path} does not exist; a run creates it when it starts."
+                ) from None
         if JOURNAL not in self._directory.names():
             owner = self._owner()
             self._directory.close()
             if owner is not None:
                 raise Starting(f"The run in {path} is starting ({owner}); look again in a few seconds.")
-            raise NotBegun(f"The directory {path} is no output of a run: it holds no {JOURNAL}.")
+            raise NotBegun(f"The directory {path} is not the output directory of a run: it has no {JOURNAL}.")
 
     def look(self) -> Status:
         """The status now; OutputError if the journal cannot be read."""
@@ -130,7 +136,7 @@ class Reader:
                 os.close(file)
         if found.header is None:
             raise JobError(
-                f"The journal {self._path / JOURNAL} is damaged: nothing in it says which job it is of."
+                f"The journal {self._path / JOURNAL} is damaged: it does not say which job it belongs to."
             )
         total, counts = len(found.keys or b"") // KEY_BYTES, found.counts.values()
         state: Literal["running", "stopped", "complete"] = "complete" if found.finished else "stopped"
@@ -183,7 +189,7 @@ def when_begun(path: Path, say: Callable[[str], None]) -> Reader:
             return Reader(path)
         except (NotBegun, Starting):
             if not said:
-                say(f"No run has begun in {path} yet; waiting for one (Ctrl-C ends the waiting).")
+                say(f"No run has started in {path} yet; waiting for one (Ctrl-C stops waiting).")
             said = True
             time.sleep(LOOK)
 
@@ -199,7 +205,7 @@ def watch(reader: Reader, every: float, say: Callable[[str], None]) -> Status:
         if now.answered > first.answered:
             rate = (now.answered - first.answered) / spent
             pace = f", {60 * rate:.1f} a minute, {_ago((now.total - now.answered) / rate)} left"
-        say(f"{now.answered} of {now.total} requests ({part:.0f} %){pace}")
+        say(f"{now.answered} of {count_of(now.total, 'request')} ({part:.0f} %){pace}")
         time.sleep(every)
         now = reader.look()
     return now

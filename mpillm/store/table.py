@@ -51,7 +51,7 @@ def check_library(format: TableFormat) -> None:
         try:
             import pyarrow.parquet  # noqa: F401 - whether it is there
         except ImportError:
-            raise JobError("A table in Parquet needs a library: pip install 'mpillm[tables]'.") from None
+            raise JobError("A Parquet table needs a library: pip install 'mpillm[tables]'.") from None
 
 
 def file_name(format: TableFormat) -> str:
@@ -70,8 +70,8 @@ def export(run: Path, format: TableFormat, target: Path | None, lines: Path | No
     if lines is None:
         lines = run / INPUT if (run / INPUT).exists() else path_of(made.input.path) if made.input else None
     if lines is None or not lines.exists():
-        where = "is not known, as after a merge" if lines is None else f"is no longer at {lines}"
-        raise JobError(f"The input of {run} {where}; say where it is: --input FILE.")
+        where = "is not known, as after a merge" if lines is None else f"is not at {lines} any more"
+        raise JobError(f"The input of {run} {where}; give its path: --input FILE.")
     with Directory(run) as directory:
         digest = made.input.digest if made.input else None
         if target is None:
@@ -186,7 +186,7 @@ class _TableColumns:
         self.renames = self.renames or row.get("custom_id", answer["custom_id"]) != answer["custom_id"]
         if len(self.rows) > MAX_COLUMNS:
             raise JobError(
-                f"The input's rows have more than {MAX_COLUMNS} different columns; no table has so many."
+                f"The input's rows have more than {MAX_COLUMNS} different columns; a table cannot have so many."
             )
 
     def shown(self) -> dict[str, str]:

@@ -158,7 +158,7 @@ class ChatTemplate:
         try:
             return self._environment.from_string(self.source)
         except (jinja2.TemplateError, RecursionError) as error:
-            raise RequestError(f"The model's chat template is no template: {error}") from error
+            raise RequestError(f"The model's chat template is not valid: {error}") from error
 
     @cached_property
     def _contents(self) -> Contents:

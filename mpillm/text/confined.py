@@ -84,8 +84,8 @@ class ConfinedTemplate:
         _check_size([messages, options], max_chars)
         if self._given_up():
             raise RequestError(
-                f"The model's chat template had to be ended {self._deaths} times, for a plain chat as well; "
-                "it is not tried again"
+                f"The model's chat template was stopped {self._deaths} times, for a plain chat too; it is "
+                "not tried again"
             )
         try:
             answer = self._answer(self._question(what, messages, options, max_chars))
@@ -135,11 +135,11 @@ class ConfinedTemplate:
                 return answer
         if question["messages"] is PLAIN:
             raise Interrupted(
-                f"The process that applies the model's chat template was killed {MAX_KILLS} times (by the kernel, for "
-                "want of memory?); the same command goes on from here."
+                f"The process that applies the model's chat template was killed {MAX_KILLS} times (by the "
+                "kernel, for lack of memory?); run the same command again to continue."
             )
         self._answer(self._question("render", PLAIN, None, MAX_CHARS))
-        raise _LostError(f"its process was killed {MAX_KILLS} times (by the kernel, for want of memory?)")
+        raise _LostError(f"its process was killed {MAX_KILLS} times (by the kernel, for lack of memory?)")
 
 
 def _check_size(chat: Any, max_chars: int) -> None:

@@ -136,9 +136,9 @@ class Grammars:
         check_maximum("characters of the grammar", len(grammar), MAX_LENGTH)
         matcher = interruptible(lambda: LLMatcher(self._tokenizer, grammar, log_level=0), STACK)
         if matcher.is_error():
-            raise RequestError(f"no answer can be held to it: {_short(matcher.get_error())}")
+            raise RequestError(f"it cannot be enforced: {_short(matcher.get_error())}")
         if Matcher(matcher, self._words, self._end_ids).stuck:
-            raise RequestError("no answer can be held to it: nothing obeys it")
+            raise RequestError("it cannot be enforced: nothing obeys it")
         return matcher
 
 

@@ -87,7 +87,7 @@ def read_file(path: Path) -> TokenizerFile:
         if not 0 <= id < count:
             raise cursor.broken(f"{name} is {id}, but there are {count} tokens")
     if not all(tokens) or not all(map(_is_number, scores)):
-        raise cursor.broken("a token is empty, or its score is no number")
+        raise cursor.broken("a token is empty, or its score is not a number")
     return TokenizerFile(tokens, scores, bos, ends, values.get("add_bos", 1) == 1, template)
 
 

@@ -151,7 +151,7 @@ def _merges(ggml: TokenizerFields) -> list[tuple[str, str]]:
     for merge in ggml.strings("merges"):
         cut = merge.find(" ", 1)
         if cut < 0:
-            raise ggml.wrong("merges", f"holds {merge!r}, which is no pair")
+            raise ggml.wrong("merges", f"holds {merge!r}, which is not a pair")
         merges.append((merge[:cut], merge[cut + 1 :]))
     return merges
 

@@ -104,7 +104,7 @@ def _tiktoken(file: Path, config: dict[str, Any]) -> TokenizerParts:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
-            raise ModelError(f"{file}, line {number}, is no token in base64 with its rank.") from None
+            raise ModelError(f"{file}, line {number}, is not a token in base64 with its rank.") from None
     first = max(ranks.values(), default=-1) + 1
     special = dict(enumerate(_QWEN_SPECIAL, first)) if file.name == "qwen.tiktoken" else {}
     listed = {int(id): token["content"] for id, token in (config.get("added_tokens_decoder") or {}).items()}

@@ -34,7 +34,7 @@ class TokenizerFields:
         if value is None:
             return None
         if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
-            raise self.wrong(key, "is no list")
+            raise self.wrong(key, "is not a list")
         return list(value)
 
     def strings(self, key: str) -> list[str]:
@@ -42,7 +42,7 @@ class TokenizerFields:
         if value is None:
             raise self.wrong(key, "is missing")
         if not all(isinstance(item, str) for item in value):
-            raise self.wrong(key, "is no list of strings")
+            raise self.wrong(key, "is not a list of strings")
         return value
 
     def numbers(self, key: str, number: Callable[[Any], N], count: int, default: N) -> list[N]:
@@ -55,7 +55,7 @@ class TokenizerFields:
         try:
             return [number(item) for item in value]
         except (TypeError, ValueError) as error:
-            raise self.wrong(key, "holds something that is no number") from error
+            raise self.wrong(key, "contains something that is not a number") from error
 
     def id(self, key: str, count: int) -> int | None:
         value = self.get(key)

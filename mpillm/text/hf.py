@@ -77,7 +77,7 @@ def _object(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{file} is not JSON: {error}.") from error
     if not isinstance(value, dict):
-        raise ModelError(f"{file} holds no JSON object.")
+        raise ModelError(f"{file} is not a JSON object.")
     return value
 
 
@@ -152,7 +152,7 @@ def _end_ids(parts: TokenizerParts, folder: Path) -> frozenset[int]:
             if id is None or id == -1:  # both say that there is none
                 continue
             if type(id) is not int or id < 0:
-                raise ModelError(f"eos_token_id in {folder / name} is {id!r}, which is no token id.")
+                raise ModelError(f"eos_token_id in {folder / name} is {id!r}, which is not a token id.")
             ids.add(id)
         if ids:
             break

@@ -24,7 +24,7 @@ _PARTS = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\{(?P<count>\d+)(?:,\d*)?\}|.", r
 def check_maximum(what: str, count: int, maximum: int) -> None:
     """RequestError if there are more than that."""
     if count > maximum:
-        raise RequestError(f"there are {count} {what}, and {maximum} are the maximum")
+        raise RequestError(f"there are {count} {what}; the maximum is {maximum}")
 
 
 def check_pattern(pattern: str) -> None:
@@ -127,7 +127,7 @@ class _Ends:
             self._ending.update(name for name in left if self._ends(self._target(name), 0))
             left = [name for name in reversed(left) if name not in self._ending]
         if not self._ends(self._schema, 0):
-            raise RequestError("nothing that ends obeys the schema: a value of it must contain another one")
+            raise RequestError("no finite value obeys the schema: each value must contain another one")
 
     def _target(self, name: str) -> Any:
         """What a reference within the schema refers to; True, which anything obeys, if that is not known."""

@@ -155,7 +155,7 @@ class _Formats:
             or (isinstance(format, TriggeredTags) and not (format.at_least_one and format.stop_after_first))
         ):
             raise RequestError(
-                f"{type(format).__struct_config__.tag} must come last, or be all that stands in a tag"
+                f"{type(format).__struct_config__.tag} must come last, or be the only content of a tag"
             )
         match format:
             case ConstString():

@@ -20,6 +20,7 @@ from mpillm.planning.hosts import Host
 from mpillm.planning.measure import Measured
 from mpillm.planning.speed import KINDS, ROWS
 from mpillm.weights.identity import fingerprint
+from mpillm.words import count_of
 
 SLOW_LINK = 20e6  # bytes per second: less than a fifth of gigabit Ethernet
 UNEQUAL = 0.7  # of the fastest host's speed: below, it is worth a word
@@ -84,7 +85,7 @@ def examine(world: World, model: str | None) -> Diagnosis:
     links = probe.links(world)
     hosts = measure.hosts(world, measured, links)
     findings = [
-        f"MPI      {everyone[0].mpi}, {world.size} rank(s) on {len(hosts)} host(s)",
+        f"MPI      {everyone[0].mpi}, {count_of(world.size, 'rank')} on {count_of(len(hosts), 'host')}",
         *_model_found(everyone, path, measured, none_named),
         "",
         *_table(world, everyone, measured),
@@ -150,7 +151,7 @@ def _faults(world: World, everyone: Sequence[_RankFindings]) -> Iterator[str]:
     troubles = [one.trouble for one in everyone]
     for trouble in filter(None, dict.fromkeys(troubles)):
         rank, others = troubles.index(trouble), troubles.count(trouble) - 1
-        also = f" and {others} other(s)" if others else ""
+        also = f" and {count_of(others, 'other rank')}" if others else ""
         yield f"model: rank {rank} on {world.hosts[rank]}{also}: {trouble}"
     for rank, one in enumerate(everyone):
         where = f"rank {rank} on {world.hosts[rank]}"
@@ -170,7 +171,7 @@ def _about_nodes(world: World, everyone: Sequence[_RankFindings]) -> Iterator[st
         rank = next(ranks)
         one, host = everyone[rank], world.hosts[rank]
         if one.oversubscribed:
-            yield f"{host}: more threads than cores; ranks that wait sleep, but start fewer ranks if you can."
+            yield f"{host}: more threads than cores; start fewer ranks if you can."
         if one.kernels == "numpy":
             why = (
                 f"are missing ({one.why_no_kernels})"

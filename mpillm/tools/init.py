@@ -28,9 +28,9 @@ NEXT = {
     "slurm": ["cd {0} && sbatch slurm/one-node.sbatch jobs/quickstart.toml"],
 }
 SITE = """\
-# What jobs on this site need; run.sh reads it first.
+# Settings of this site; run.sh reads this file first.
 #
-# module load openmpi/5.0                              # the site's MPI, and for mpi4py which library it is:
+# module load openmpi/5.0                              # the site's MPI, and its library for mpi4py:
 # export MPI4PY_LIBMPI=/opt/site/openmpi/lib/libmpi.so
 
 : "${{MPILLM_VENV:={venv}}}"   # a virtual environment, or a conda environment
@@ -63,7 +63,9 @@ def init(what: str, target: Path) -> list[str]:
     site = target / "slurm" / "site.sh"
     for path in [*files, *([site] if what == "slurm" else [])]:
         if os.path.lexists(path):
-            raise OutputError(f"{path} is there already and is kept; remove it, or give another directory.")
+            raise OutputError(
+                f"{path} exists already and was not changed; remove it, or give another directory."
+            )
     for folder in (target, *target.parents):
         if folder.exists() and not folder.is_dir():
             raise OutputError(f"{folder} is a file; give another directory.")

@@ -65,7 +65,7 @@ def pack(world: World, source: str, target: Path, weights: PackedType, progress:
             opened = stack.enter_context(closing(_open(path, weights)))
             config = config_of(opened)
             if config.pooled:
-                raise JobError(f"{path} has a classifier, which packed models cannot have; run it as it is.")
+                raise JobError(f"{path} has a classifier, which pack does not support; run the model itself.")
             size, digest = fingerprint(opened)
             about = {
                 "source": printable(path.name),
@@ -111,11 +111,11 @@ def _open(path: Path, weights: PackedType) -> TensorSource:
     quantised = sorted({info.stored for info in matrices if info.type.quantised})
     if quantised:
         raise JobError(
-            f"{path} is quantised already ({', '.join(quantised)}), and what that lost does not come back; leave "
-            "--weights away to keep its own types, or pack the unquantised model."
+            f"{path} is quantised already ({', '.join(quantised)}), and packing cannot undo that; leave out "
+            "--weights to keep the types, or pack the unquantised model."
         )
     if weights == "bf12" and all(info.stored != "BF16" for info in matrices):
-        raise JobError(f"{path} has no matrices in BF16, which --weights bf12 is for; leave it away.")
+        raise JobError(f"{path} has no matrices in BF16, which --weights bf12 needs; leave it out.")
     return open_unpacked(path, weights)
 
 
@@ -136,7 +136,7 @@ def _claim(source: Path, target: Path, about: dict[str, str]) -> Iterator[None]:
     here, there = target.resolve(), source.resolve()
     if here == there or there in here.parents:
         raise OutputError(
-            f"{target} lies in the model {source}, which is never touched; pack to another directory."
+            f"{target} is inside the model {source}, which is never changed; pack to another directory."
         )
     with explained(target):
         target.mkdir(parents=True, exist_ok=True)
@@ -215,8 +215,8 @@ class _Files:
         free = shutil.disk_usage(self._target).free
         if needed and needed + SPARE > free:
             raise OutputError(
-                f"{self._target} needs {shown_bytes(needed + SPARE)} more, but its disk has {shown_bytes(free)} "
-                "free; make space."
+                f"{self._target} needs {shown_bytes(needed + SPARE)} more, but its disk has "
+                f"{shown_bytes(free)} free; free some space."
             )
 
     def _count(self, count: int) -> None:

@@ -129,8 +129,8 @@ class Watch:
 
 def _changed(path: Path) -> ModelChangedError:
     return ModelChangedError(
-        f"The model's file {path} has changed while the run was using it. Put it back as it was and run the same "
-        "command again: what was computed since the last successful check is computed again."
+        f"The model's file {path} has changed while the run was using it. Put it back as it was and run the "
+        "same command again: what was computed since the last successful check will be computed again."
     )
 
 

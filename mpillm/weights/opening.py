@@ -40,7 +40,7 @@ def open_unpacked(path: str | Path, families: Families, quantize: str = "none") 
         raise JobError(f"{path} is packed already; pack the model that it was made from.")
     if not os.path.exists(path):  # unlike Path.exists, False where a directory on the way is forbidden
         raise ModelError(
-            f"{path} does not exist or is out of reach; give a Hugging Face directory or a GGUF file."
+            f"{path} does not exist or cannot be accessed; give a Hugging Face directory or a GGUF file."
         )
     if not os.path.isdir(path):
         return _open_file(path, families, quantize)
@@ -78,11 +78,9 @@ def file_in(path: Path) -> Path | None:
         models = sorted(path.glob("*.m"))
     if len(models) > 1:
         kind = "GGUF files" if found else "models (.m)"
-        raise ModelError(
-            f"{path} holds {len(models)} {kind}; give one of them as the model, such as {models[0]}."
-        )
+        raise ModelError(f"{path} holds {len(models)} {kind}; give the path of one, such as {models[0]}.")
     if not models and not found and not (path / CONFIG).exists() and (below := _gguf_files(path, "*/*")):
-        raise ModelError(f"{path} has no model, but its folders have; give one of them, such as {below[0]}.")
+        raise ModelError(f"{path} has no model, but its folders have; give one, such as {below[0]}.")
     if found and not models:
         raise ModelError(f"{path} has {found[0].name}, but not the first part of it; fetch the other parts.")
     return models[0] if models else None

@@ -22,8 +22,8 @@ from mpillm.serve.metrics import Metrics
 
 PAGE = "reference.md"
 CODES = {
-    0: "All is done.",
-    1: "All is done, and some requests ended in an error.",
+    0: "The command has finished.",
+    1: "The run is complete, and some requests have an error.",
     70: "mpillm has a bug; the message says what to report.",
 }
 
@@ -43,13 +43,13 @@ def page() -> Iterator[str]:
         if choice.dest in HIDDEN:
             continue
         yield from _command(choice.dest, choice.help or "", subparsers.choices[choice.dest])
-    yield "## Keys of a job\n\nWhat they mean is in [the job file](formats.md#the-job-file).\n"
+    yield "## Keys of a job\n\n[The job file](formats.md#the-job-file) explains them.\n"
     yield "| key | default |\n|---|---|"
     defaults = spec.Spec(input=".", output=spec.OutputSection(path="."))
     for key in spec.known_keys():
         value = "none" if key in ("input", "output.path") else _toml(attrgetter(key)(defaults))
         yield f"| {_code([key])} | {_code([value])} |"
-    yield "\n## Endpoints\n\nOf a batch, and of `mpillm serve`. What the keys mean is in [requests](requests.md).\n"
+    yield "\n## Endpoints\n\nThose of a batch and of `mpillm serve`. [Requests](requests.md) explains the keys.\n"
     for endpoint in ENDPOINTS:
         fields = msgspec.structs.fields(endpoint)
         required = [field.name for field in fields if field.required]
@@ -72,13 +72,13 @@ def page() -> Iterator[str]:
 
 
 def _server() -> Iterator[str]:
-    yield "## URLs of the server\n\n`/openapi.json` has all that they take and give.\n"
+    yield "## URLs of the server\n\n`/openapi.json` describes their parameters and results.\n"
     yield "| URL | |\n|---|---|"
     for url, methods in openapi.document()["paths"].items():
         for method, operation in methods.items():
             if "summary" in operation:
                 yield f"| {_code([url])} | {method.upper()}: {operation['summary']} |"
-    yield "\n## Metrics of the server\n\nAs `/metrics` has them for Prometheus.\n\n| metric | |\n|---|---|"
+    yield "\n## Metrics of the server\n\n`/metrics` returns them for Prometheus.\n\n| metric | |\n|---|---|"
     yield from (f"| {_code([name])} | {text} |" for name, text in Metrics(Totals()).described())
 
 

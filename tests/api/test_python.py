@@ -157,7 +157,7 @@ def test_a_stream_of_an_llm_that_is_closed() -> None:
 def test_what_cannot_be_made_is_said(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no config\.json"):
         LLM(str(tmp_path))
-    with pytest.raises(JobError, match="'3 bananas' is no size"):
+    with pytest.raises(JobError, match="'3 bananas' is not a size"):
         LLM(str(CHAT), memory={"kv": "3 bananas"})
     with pytest.raises(JobError, match=r"unknown key 'sampling\.heat'"):
         LLM(str(CHAT), sampling={"heat": 1})

@@ -440,8 +440,8 @@ def test_structural_tags_that_are_wrong(tmp_path: Path) -> None:
         "format: object contains unknown field a": {**YES, "a": 1},
         "format.style": {"type": "json_schema", "json_schema": {}, "style": "qwen_xml"},
         "format.max_tokens": {"type": "any_text", "max_tokens": 3},
-        "any_text must come last, or be all that stands in a tag": {"type": "sequence", "elements": [{"type": "any_text"}, YES]},
-        "triggered_tags must come last, or be all that stands in a tag": {"type": "plus", "content": TAGGED},
+        "any_text must come last, or be the only content of a tag": {"type": "sequence", "elements": [{"type": "any_text"}, YES]},
+        "triggered_tags must come last, or be the only content of a tag": {"type": "plus", "content": TAGGED},
         "repeat has a min of 3 and a max of 2": {"type": "repeat", "min": 3, "max": 2, "content": YES},
         "tag 1 begins with none of the triggers": {**TAGGED, "triggers": ["<g="]},
         "no tag begins with the trigger '<g='": {**TAGGED, "triggers": ["<f=", "<g="]},
@@ -455,7 +455,7 @@ def test_structural_tags_that_are_wrong(tmp_path: Path) -> None:
     *said, last = errors(tmp_path, *bodies, {"prompt": "a", "response_format": both})
     for found, expected in zip(said, formats, strict=True):
         assert expected in found
-    assert "format stands without structures and triggers" in last
+    assert "give either format, or structures and triggers" in last
 
 
 def test_values_that_ask_for_nothing_stand_beside_others(model: Model, tmp_path: Path) -> None:

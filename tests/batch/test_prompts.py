@@ -116,7 +116,9 @@ def test_the_remedy_is_one_that_helps(tmp_path: Path) -> None:
         tmp_path, {"prompt": [5] * 30, "max_tokens": 3}, {"prompt": [5] * 32, "temperature": 1}, model=model
     )
     assert asks is not None
-    assert asks.endswith("max_tokens is 3, more than the context of 32; shorten one of them.")
+    assert asks.endswith(
+        "max_tokens is 3, more than the context of 32; lower max_tokens or shorten the prompt."
+    )
     assert fills is not None
     assert fills.endswith("has 32 tokens and fills the context; shorten it.")
 

@@ -104,42 +104,42 @@ def test_scoring_and_logprobs(tmp_path: Path) -> None:
 BAD = [
     (b"?", "the line is not JSON: invalid character (byte 0)"),
     (b'{"prompt": "a"', "the line is not JSON: input data was truncated"),
-    (b'{"prompt": "a", "seed": NaN}', "the line is not JSON: NaN is no value of it (byte 24); write null, true, false or a number"),
-    (b'{"prompt": "a", "seed": -Infinity}', "the line is not JSON: Infinity is no value of it (byte 25); write null, true, false or a number"),
-    (b'{"prompt": None}', "the line is not JSON: None is no value of it (byte 11); write null, true, false or a number"),
+    (b'{"prompt": "a", "seed": NaN}', "the line is not JSON: NaN is not a JSON value (byte 24); write null, true, false or a number"),
+    (b'{"prompt": "a", "seed": -Infinity}', "the line is not JSON: Infinity is not a JSON value (byte 25); write null, true, false or a number"),
+    (b'{"prompt": None}', "the line is not JSON: None is not a JSON value (byte 11); write null, true, false or a number"),
     (b'{"prompt": "a"} x', "the line is not JSON: trailing characters (byte 17)"),
     (b'{"prompt": "\xff"}', "the line is not UTF-8 text (byte 13)"),
     (b'{"prompt": ' + b"[" * 3000 + b"]" * 3000 + b"}", "the line is nested too deeply"),
-    (b"[1]", 'the line is no JSON object such as {"prompt": "..."}'),
+    (b"[1]", 'the line is not a JSON object such as {"prompt": "..."}'),
     ({}, "the line needs one of messages, prompt, input, choices, text_1 or query, or a url and a body"),
     ({"prompt": "a", "messages": CHAT}, "the line needs one of messages, prompt, input, choices, text_1 or query, or a url and a body"),
-    ({"custom_id": 3, "prompt": "a"}, "custom_id must be a string that is not empty"),
-    ({"custom_id": "", "prompt": "a"}, "custom_id must be a string that is not empty"),
+    ({"custom_id": 3, "prompt": "a"}, "custom_id must be a non-empty string"),
+    ({"custom_id": "", "prompt": "a"}, "custom_id must be a non-empty string"),
     (line({"prompt": "a"}, "/v1/images"), "the url '/v1/images' is unknown; there are /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/multiple_choice, /v1/score, /v1/rerank, /v1/classify"),
     ({"custom_id": "none", "body": {}}, "there is no url; there are /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/multiple_choice, /v1/score, /v1/rerank, /v1/classify"),
     (line({"prompt": "a"}) | {"method": "GET"}, "the method must be 'POST', not 'GET'"),
     (line([1]), "the body must be a JSON object"),
-    (line({"prompt": "a"}, extra=1), "the key 'extra' is unknown beside custom_id, method, url, body"),
+    (line({"prompt": "a"}, extra=1), "the key 'extra' is unknown; the keys of a line are custom_id, method, url, body"),
     (line({}), "the key 'prompt' is missing"),
     ({"prompt": "a", "strem": True}, "the key 'strem' is unknown (did you mean 'stream'?)"),
-    ({"prompt": "a", "max_new_tokens": 3}, "the key 'max_new_tokens' is unknown; it is called max_tokens"),
-    ({"prompt": "a", "stream": True}, "stream true is not supported; a batch is answered as a whole"),
+    ({"prompt": "a", "max_new_tokens": 3}, "the key 'max_new_tokens' is unknown; use max_tokens"),
+    ({"prompt": "a", "stream": True}, "stream true is not supported; a batch returns whole answers"),
     ({"prompt": "a", "presence_penalty": 2.5}, "presence_penalty: expected a number <= 2.0"),
     ({"prompt": "a", "frequency_penalty": -3}, "frequency_penalty: expected a number >= -2.0"),
-    ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias: 'x' is no token id"),
+    ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias: 'x' is not a token id"),
     ({"prompt": "a", "logit_bias": {"100000": 1}}, "the token id of logit_bias 100000 is not in the vocabulary (0 to {last})"),
     ({"prompt": "a", "allowed_token_ids": []}, "allowed_token_ids: expected a list of length >= 1"),
     ({"prompt": "a", "allowed_token_ids": [-7]}, "the allowed token id -7 is not in the vocabulary (0 to {last})"),
     ({"prompt": "a", "min_tokens": 9, "max_tokens": 8}, "min_tokens is 9, more than the 8 tokens that may follow the prompt"),
-    ({"prompt": "a", "best_of": 2, "n": 3}, "best_of is 2 and n is 3; best_of cannot be the smaller one"),
-    ({"messages": CHAT, "best_of": 2}, "best_of 2 is not supported; n gives several answers"),
-    ({"messages": CHAT, "continue_final_message": True, "add_generation_prompt": True}, "continue_final_message and add_generation_prompt exclude one another"),
+    ({"prompt": "a", "best_of": 2, "n": 3}, "best_of is 2 and n is 3; best_of must not be smaller than n"),
+    ({"messages": CHAT, "best_of": 2}, "best_of 2 is not supported; use n for several answers"),
+    ({"messages": CHAT, "continue_final_message": True, "add_generation_prompt": True}, "continue_final_message and add_generation_prompt cannot be used together"),
     ({"prompt": "a", "suffix": "b"}, "suffix 'b' is not supported"),
     ({"messages": CHAT, "tools": [{}]}, "tools[0]: object missing required field function"),
     ({"messages": CHAT, "ecoh": True}, "the key 'ecoh' is unknown (did you mean 'echo'?)"),
     ({"messages": CHAT, "top_logprobs": 2}, "top_logprobs needs logprobs: true"),
     ({"messages": CHAT, "logprobs": 2}, "logprobs: expected true or false or null, got a whole number"),
-    ({"messages": CHAT, "max_tokens": 0}, "max_tokens: 0 generates nothing; scoring is for /v1/completions with echo: true"),
+    ({"messages": CHAT, "max_tokens": 0}, "max_tokens: 0 generates nothing; to score a text, use /v1/completions with echo: true"),
     ({"messages": []}, "messages: expected a list of length >= 1"),
     ({"messages": [{"content": "a"}]}, "messages[0] needs a role such as 'user'"),
     ({"messages": [{"role": "user"}]}, "messages[0].content must be a string or a list of text parts"),
@@ -152,7 +152,7 @@ BAD = [
     ({"prompt": "a", "max_tokens": 0}, "max_tokens: 0 generates nothing; add echo: true to score the prompt"),
     ({"prompt": "a", "stop_token_ids": [-1]}, "the stop token id -1 is not in the vocabulary (0 to {last})"),
     ({"prompt": "a", "choices": []}, "choices: expected a list of length >= 1"),
-    ({"choices": ["a"]}, "the line needs either prompt or messages beside its choices"),
+    ({"choices": ["a"]}, "the line needs either prompt or messages with its choices"),
     ({"prompt": "a", "choices": [""]}, "choices[0]: expected a string of length >= 1"),
     ({"prompt": "a", "choices": [[100000]]}, "the token id at choices[0], 100000, is not in the vocabulary (0 to {last})"),
     ({"prompt": [1] * 39, "choices": [[1], [1, 2]]}, "the prompt with choices[1] has 41 tokens and memory.max_context is 40; shorten it or raise memory.max_context"),
@@ -166,7 +166,7 @@ BAD = [
     ({"input": "a", "encoding_format": "hex"}, "encoding_format: invalid enum value 'hex'"),
     ({"prompt": [1] * 41}, "the prompt has 41 tokens and memory.max_context is 40; shorten it or raise memory.max_context"),
     ({"input": [[1], [1] * 41]}, "prompt 2 of 2 has 41 tokens and memory.max_context is 40; shorten it or raise memory.max_context"),
-    ({"prompt": [1] * 30, "max_tokens": 11}, "the prompt has 30 tokens and max_tokens is 11, more than the context of 40; shorten one of them or raise memory.max_context"),
+    ({"prompt": [1] * 30, "max_tokens": 11}, "the prompt has 30 tokens and max_tokens is 11, more than the context of 40; lower max_tokens or shorten the prompt or raise memory.max_context"),
     ({"prompt": [1] * 40}, "the prompt has 40 tokens and fills the context; shorten it or raise memory.max_context"),
 ]  # fmt: skip
 
@@ -209,10 +209,10 @@ def test_what_the_model_or_the_kv_cache_cannot_take(tmp_path: Path) -> None:
         {"prompt": [1] * 4, "max_tokens": 4}, model=small,
     ) == [
         "Line 1: the prompt has 9 tokens and the model takes 8; shorten it.",
-        "Line 2: it needs 7 tokens x 1000 bytes = 7000 bytes of KV cache and memory.kv = 1GiB holds 6 tokens; "
+        "Line 2: it needs 7 tokens x 1000 bytes = 7000 bytes of KV cache, but memory.kv = 1GiB holds 6 tokens; "
         "raise memory.kv.",
         None,
-        "Line 4: it needs 7 tokens x 1000 bytes = 7000 bytes of KV cache and memory.kv = 1GiB holds 6 tokens; "
+        "Line 4: it needs 7 tokens x 1000 bytes = 7000 bytes of KV cache, but memory.kv = 1GiB holds 6 tokens; "
         "raise memory.kv.",
     ]  # fmt: skip
 
@@ -281,21 +281,21 @@ def test_one_line_that_looks_like_another_format_costs_no_other(tmp_path: Path) 
 )
 def test_keys_that_are_there_twice(raw: bytes, key: str, tmp_path: Path) -> None:
     found = errors(tmp_path, raw, {"prompt": "a"})
-    assert found == [f"Line 1: the key {key!r} is there twice.", None]
+    assert found == [f"Line 1: the key {key!r} occurs twice.", None]
 
 
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ({"prompt": [[5]] * 4096, "n": 1024}, "prompt has 4096 prompts and n is 1024: 4194304 sequences, and a line may ask for 4096"),
-        ({"prompt": ["the fox"] * 4097}, "prompt has 4097 prompts: 4097 sequences, and a line may ask for 4096"),
-        ({"input": ["a"] * 1_000_000}, "input has 1000000 prompts: 1000000 sequences, and a line may ask for 4096"),
-        ({"prompt": [[5] * 400] * 3000}, "prompt has more than 1048576 tokens; give its prompts to several lines"),
-        ({"prompt": [5], "n": 1024, "max_tokens": 100, "logprobs": 20}, "its answer may have 164 MiB, and 64 MiB are the maximum"),
-        ({"prompt": [[5] * 500] * 2000, "max_tokens": 0, "echo": True, "logprobs": 0}, "its answer may have 76 MiB"),
-        ({"messages": CHAT, "n": 512, "max_tokens": 100, "logprobs": True, "top_logprobs": 20}, "its answer may have 82 MiB"),
-        ({"input": [[5]] * 4096}, "its answer may have 176 MiB"),
-        ({"prompt": "a", "custom_id": "x" * 4097}, "custom_id has 4097 characters, and 4096 are the maximum"),
+        ({"prompt": [[5]] * 4096, "n": 1024}, "prompt has 4096 prompts and n is 1024: 4194304 sequences, but the maximum of a line is 4096"),
+        ({"prompt": ["the fox"] * 4097}, "prompt has 4097 prompts: 4097 sequences, but the maximum of a line is 4096"),
+        ({"input": ["a"] * 1_000_000}, "input has 1000000 prompts: 1000000 sequences, but the maximum of a line is 4096"),
+        ({"prompt": [[5] * 400] * 3000}, "prompt has more than 1048576 tokens; split the line"),
+        ({"prompt": [5], "n": 1024, "max_tokens": 100, "logprobs": 20}, "its answer may take 164 MiB; the maximum is 64 MiB"),
+        ({"prompt": [[5] * 500] * 2000, "max_tokens": 0, "echo": True, "logprobs": 0}, "its answer may take 76 MiB"),
+        ({"messages": CHAT, "n": 512, "max_tokens": 100, "logprobs": True, "top_logprobs": 20}, "its answer may take 82 MiB"),
+        ({"input": [[5]] * 4096}, "its answer may take 176 MiB"),
+        ({"prompt": "a", "custom_id": "x" * 4097}, "custom_id has 4097 characters; the maximum is 4096"),
         ({"prompt": "a", "x" * 4_000_000: 1}, "is unknown"),
     ],
 )  # fmt: skip
@@ -320,7 +320,7 @@ def test_many_names_of_models(tmp_path: Path) -> None:
 def test_a_repeated_key_among_many_is_found_quickly(tmp_path: Path) -> None:
     many = ",".join(f'"{n}":0' for n in range(300_000))
     raw = f'{{"prompt": "a", "k": {{{many},"299999":1}}}}'.encode()
-    assert errors(tmp_path, raw) == ["Line 1: the key '299999' is there twice."]
+    assert errors(tmp_path, raw) == ["Line 1: the key '299999' occurs twice."]
 
 
 def test_a_deep_chat_costs_no_other_line(tmp_path: Path) -> None:
@@ -334,7 +334,7 @@ def test_a_deep_chat_costs_no_other_line(tmp_path: Path) -> None:
 
 def test_inputs_that_are_none(tmp_path: Path) -> None:
     made = job(tmp_path)
-    with pytest.raises(JobError, match=r"^There is no input .*in\.jsonl\.$"):
+    with pytest.raises(JobError, match=r"^The input .*in\.jsonl does not exist\.$"):
         requests.check(made.input_path, made, WITH_TEXT)
     with pytest.raises(JobError, match="is not a file"):
         requests.check(tmp_path, made, WITH_TEXT)
@@ -362,11 +362,11 @@ def test_inputs_that_are_none(tmp_path: Path) -> None:
         (b"ARROW1\0\0" + b"x" * 99, r"is an Arrow \(Feather\) file; save it as Parquet"),
         ("text\na\n".encode("utf-16-le"), "is UTF-16; save it as UTF-8"),
         (f"{LINE}\r{LINE}\r".encode(), "carriage returns alone"),
-        (f"[{LINE},{LINE}]".encode(), "is a JSON array; write one object a line: jq"),
+        (f"[{LINE},{LINE}]".encode(), "is a JSON array; write one object per line: jq"),
         (f"[{LINE},\n{LINE}]\n".encode(), "is a JSON array"),
         (json.dumps([json.loads(LINE)] * 2, indent=2).encode(), "is a JSON array"),
         (b"\xef\xbb\xbf\r\n" + json.dumps([json.loads(LINE)] * 2, indent=1).encode(), "is a JSON array"),
-        (json.dumps(json.loads(LINE), indent=2).encode(), "has objects that go over several lines"),
+        (json.dumps(json.loads(LINE), indent=2).encode(), "has objects that span several lines"),
     ]:
         made.input_path.write_bytes(raw)
         with pytest.raises(JobError, match=words):

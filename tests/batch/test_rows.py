@@ -186,16 +186,16 @@ def test_arrays_are_read_piece_by_piece(chunk: int, tmp_path: Path, monkeypatch:
         ("in.json", b'[{"a": 1},]', "an element is missing at character 11"),
         ("in.json", b'[{"a": 1}', "a comma or the end is missing at character 10"),
         ("in.json", b'[{"a": 1}] {}', "something follows its end at character 12"),
-        ("in.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99, mtime=0)[:-9], "is damaged, or not whole (gzip: "),
-        ("in.jsonl.gz", b"\x1f\x8b" + b"x" * 99, "is damaged, or not whole (gzip: "),
-        ("in.jsonl.zst", zstandard.compress(random.Random(1).randbytes(999))[:-9], "it is not whole (zstd)"),
+        ("in.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99, mtime=0)[:-9], "is damaged or incomplete (gzip: "),
+        ("in.jsonl.gz", b"\x1f\x8b" + b"x" * 99, "is damaged or incomplete (gzip: "),
+        ("in.jsonl.zst", zstandard.compress(random.Random(1).randbytes(999))[:-9], "it is incomplete (zstd)"),
         ("in.jsonl.zst", b"\x28\xb5\x2f\xfd" + b"x" * 99, "it is damaged (zstd"),
-        ("in.parquet", b"PAR1 and nothing else", "is no Parquet file, or damaged: "),
-        ("in.csv", b"", "needs a first line that names its columns, each differently"),
-        ("in.csv", b"a,a\n1,2\n", "needs a first line that names its columns, each differently"),
-        ("in.csv", b",,\n1,2,3\n", "needs a first line that names its columns, each differently"),
-        ("in.csv", b"prompt,id\na,1\n", "has a column 'id', which is no key of a request; say in the job what to ask"),
-        ("in.csv", b"text,label\n1,2\n", "has the columns 'text', 'label', none of which is a request; say in the job"),
+        ("in.parquet", b"PAR1 and nothing else", "is damaged or not a Parquet file: "),
+        ("in.csv", b"", "needs a first line with a different name for each column"),
+        ("in.csv", b"a,a\n1,2\n", "needs a first line with a different name for each column"),
+        ("in.csv", b",,\n1,2,3\n", "needs a first line with a different name for each column"),
+        ("in.csv", b"prompt,id\na,1\n", "has a column 'id', which is not a key of a request; say in the job"),
+        ("in.csv", b"text,label\n1,2\n", "has the columns 'text', 'label', none of which is a key of a request; say"),
         ("in.csv", "prompt\na\n".encode("utf-16-le"), "is UTF-16; save it as UTF-8"),
         ("in.csv", "prompt\na\n".encode("utf-16-be"), "is UTF-16; save it as UTF-8"),
         ("in.dat", b"PAR1...", "is Parquet; give it as a file whose name ends in .parquet"),
@@ -434,7 +434,7 @@ def test_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert given(gzip.compress(b'[{"prompt": "c"}]')) == [b'{"prompt": "c"}']
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    with pytest.raises(JobError, match="Standard input is read by a run without mpiexec"):
+    with pytest.raises(JobError, match="Standard input works only without mpiexec"):
         given(b"")
 
 
@@ -478,7 +478,7 @@ def test_templates() -> None:
         with pytest.raises(RequestError, match=said):
             Template({"prompt": "{a}"}).line(lacking)
     with pytest.raises(
-        JobError, match=r"request.prompt has a '{' that belongs to no column name; write '{{'"
+        JobError, match=r"request.prompt has a '{' that is not part of a column name; write '{{'"
     ):
         Template({"prompt": 'Answer {"a": 1'})
 

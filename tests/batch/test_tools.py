@@ -283,7 +283,7 @@ def test_mistakes(model: Any, tmp_path: Path) -> None:
         assert error is not None
         assert words in error
     assert errors(tmp_path, {"messages": ASK, "tools": [WEATHER]}) == [
-        "Line 1: the model's chat template does not look at tools."
+        "Line 1: the model's chat template does not use tools."
     ]
     no_format = ("chat.tool_calls='none'",)
     body = {"messages": ASK, "tools": [WEATHER], "tool_choice": "required"}

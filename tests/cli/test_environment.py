@@ -41,13 +41,13 @@ def job(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("limit", "words"),
     [
-        ("-n 10", "The limit of open files (ulimit -n) is 10, and a rank needs 64; raise it."),
+        ("-n 10", "The limit of open files (ulimit -n) is 10, but a rank needs 64; raise it."),
         (
             "-v 100000",
-            "The limit of memory (ulimit -v) is 100000 KiB, and a rank without a model needs 262144",
+            "The limit of memory (ulimit -v) is 100000 KiB, but a rank needs at least 262144",
         ),
-        ("-d 100000", "The limit of data (ulimit -d) is 100000 KiB, and a rank without a model needs 163840"),
-        ("-s 256", "The limit of the stack (ulimit -s) is 256 KiB, and a rank without a model needs 1024"),
+        ("-d 100000", "The limit of data (ulimit -d) is 100000 KiB, but a rank needs at least 163840"),
+        ("-s 256", "The limit of the stack (ulimit -s) is 256 KiB, but a rank needs at least 1024"),
     ],
 )
 def test_limits_under_which_nothing_starts(limit: str, words: str, command: str, tmp_path: Path) -> None:

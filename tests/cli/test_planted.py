@@ -83,7 +83,7 @@ def test_init_writes_over_nothing(tmp_path: Path) -> None:
     (tmp_path / "slurm").mkdir()
     planted = tmp_path / "slurm" / "site.sh"
     planted.symlink_to(tmp_path / "nothing")
-    with pytest.raises(Exception, match="is there already and is kept"):
+    with pytest.raises(Exception, match="exists already and was not changed"):
         init.init("slurm", tmp_path)
     assert [one.name for one in (tmp_path / "slurm").iterdir()] == ["site.sh"]
     assert not (tmp_path / "nothing").exists()

@@ -156,7 +156,7 @@ def test_an_option_that_is_a_key(words: list[str], sentence: str, capsys: pytest
 def test_an_input_in_place_of_a_job(name: str) -> None:
     done = run_bounded([sys.executable, "-m", "mpillm", "plan", name])
     assert done.returncode == 2
-    assert f"{name} is no job file (TOML); to run its requests, type --input {name}." in done.stderr
+    assert f"{name} is not a job file (TOML); to run its requests, type --input {name}." in done.stderr
 
 
 def test_without_anything_help_says_what_to_do_next() -> None:

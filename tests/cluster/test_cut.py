@@ -63,8 +63,11 @@ def test_what_is_lost_costs_a_host(mpi: Mpi, tmp_path: Path, what: str) -> None:
         assert "Rank 1 on" in said
     else:  # Open MPI's exit code is that of a complete run
         code = 255 if mpi.name == "mpich" else 0
-        assert f"The run ended before it was complete (mpiexec says {code}); again in" in said
-    assert re.search(rf"The host {NETWORK}\.2 does not answer \(.+\); going on without it\.", said)
+        assert (
+            f"The run ended before it was complete (exit code {code} of mpiexec); the next start is in"
+            in said
+        )
+    assert re.search(rf"The host {NETWORK}\.2 does not answer \(.+\); continuing without it\.", said)
     assert run(mpi, 1, source, tmp_path / "undisturbed").returncode == 0
     assert (output / "results.jsonl").read_bytes() == (
         tmp_path / "undisturbed" / "results.jsonl"

@@ -36,7 +36,7 @@ CASES = {
     ),
     "no permission for the model": (
         f"{COPY} && chmod 700 {{model}}",
-        r"The model {model} cannot be looked at: Permission denied\." + ON,
+        r"The model {model} cannot be read: Permission denied\." + ON,
     ),
     "no permission for a file of the model": (
         f"{COPY} && chmod 600 {{model}}/model.safetensors",
@@ -48,7 +48,7 @@ CASES = {
     ),
     "no permission to write": (
         "mount --bind {folder}/locked {spill} && chown 1234 {spill} && chmod 700 {spill}",
-        r"memory\.spill_dir = {spill}: no file can be made there \(Permission denied\).+" + ON,
+        r"memory\.spill_dir = {spill}: a file cannot be created there \(Permission denied\).+" + ON,
     ),
 }
 # With so little memory each rank keeps a part of the KV cache in a file.

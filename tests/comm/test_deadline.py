@@ -29,7 +29,8 @@ def test_a_stopped_rank_ends_the_world(mpi: Mpi, victim: str) -> None:
     # MPICH's mpiexec may tell instead by which signal it ended the stopped one.
     assert done.returncode in ({75, 9} if mpi.name == "mpich" else {75})
     said = (
-        rf"Rank {victim} on \S+ has not been heard of for 1\.5 s: it is stopped, .*the same command goes on"
+        rf"Rank {victim} on \S+ has not responded for 1\.5 s: it is stopped, .*run the same command "
+        r"again to continue"
     )
     assert re.search(said, done.stderr), done.stderr
 
@@ -51,8 +52,7 @@ def test_a_rank_that_hangs_ends_the_world(mpi: Mpi, tmp_path: Path) -> None:
     (said,) = (line for line in done.stderr.splitlines() if "This rank" in line)
     assert said.startswith(speaker)
     assert said.endswith(
-        "This rank has neither computed, nor read, nor waited for others for 0.8 s: it hangs; "
-        "the same command goes on from here."
+        "This rank has made no progress for 0.8 s: it hangs; run the same command again to continue."
     )
 
 
@@ -68,7 +68,10 @@ def test_a_rank_that_is_lost_before_the_ranks_meet(openmpi: Mpi, how: str, when:
         env=openmpi.environment(MPILLM_DEADLINE="2", WHEN=when),
     )
     assert done.returncode == 75, done.stderr
-    said = r"^mpillm: The ranks had not met when one on \S+ was stopped or ended; the same command goes on from here\.$"
+    said = (
+        r"^mpillm: A rank on \S+ was stopped or ended before all ranks were connected; run the "
+        r"same command again to continue\.$"
+    )
     assert len(re.findall(said, done.stderr, re.MULTILINE)) == 1, done.stderr
 
 
@@ -77,7 +80,10 @@ def test_ranks_that_do_not_meet_end(mpi: Mpi) -> None:
     # Not shorter: MPICH's mpiexec ends the others only after a rank that has spoken to it.
     done = mpi.run(2, PROGRAM, "asleep_while_starting", env={"MPILLM_DEADLINE": "0.5"})
     assert done.returncode in ({75, 9} if mpi.name == "mpich" else {75})
-    assert "mpillm: The ranks have not met within 3 s: one does not start, its machine is gone" in done.stderr
+    assert (
+        "mpillm: Not all ranks connected within 3 s: a rank does not start, its machine is down"
+        in done.stderr
+    )
 
 
 def test_nobody_outlives_the_launcher(mpi: Mpi) -> None:

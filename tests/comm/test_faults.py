@@ -69,8 +69,8 @@ def test_an_agreement_that_does_not_come_ends_the_process() -> None:
     done = run_bounded([sys.executable, "-c", program])
     assert done.returncode == 75
     assert done.stderr == (
-        "[1@here] The ranks that are left have not agreed within 0.1 s how to go on; "
-        "the same command goes on from here.\n"
+        "[1@here] The remaining ranks have not agreed within 0.1 s how to continue; run the same command "
+        "again to continue.\n"
     )
 
 

@@ -55,9 +55,10 @@ def test_what_to_type_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (tmp_path / name).touch()
     library = Library("MPICH", (5, 0, 2), "", str(tmp_path / "lib/libmpi.so.12"))
     assert wrong_launcher(library, Launch("Open MPI's mpiexec", 4, 0, "/opt/openmpi/bin")) == (
-        "Open MPI's mpiexec (/opt/openmpi/bin) started 4 ranks, but this Python has loaded another MPI, MPICH 5.0.2 "
-        f"({library.path}), so that every rank is alone. Type: {tmp_path}/bin/mpiexec -n 4 python -m mpillm run "
-        "'my job.toml' (or set MPI4PY_LIBMPI to the libmpi.so that belongs to Open MPI's mpiexec)"
+        "Open MPI's mpiexec (/opt/openmpi/bin) started 4 ranks, but this Python has loaded another MPI, "
+        f"MPICH 5.0.2 ({library.path}), so the ranks do not see each other. Type: {tmp_path}/bin/mpiexec -n "
+        "4 python -m mpillm run 'my job.toml' (or set MPI4PY_LIBMPI to the libmpi.so that belongs to Open "
+        "MPI's mpiexec)"
     )
     sentence = wrong_launcher(OPENMPI, Launch("srun", 8, 0))
     assert sentence.startswith("srun started 8 ranks")

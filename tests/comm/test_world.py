@@ -38,8 +38,8 @@ def test_all_end_well(mpi: Mpi) -> None:
     ("under_way", 2, "mpillm: There is no such job."),
     ("other_version", 2, "mpillm: Rank 1 on "),
     ("agreed", 2, "mpillm: Rank 1 cannot read the model. (on rank 1 of 3, host "),
-    ("terminated", 75, "mpillm: Stopped by SIGTERM; the same command goes on from here."),
-    ("warned", 75, "mpillm: Stopped by SIGUSR1; the same command goes on from here."),
+    ("terminated", 75, "mpillm: Stopped by SIGTERM; run the same command again to continue."),
+    ("warned", 75, "mpillm: Stopped by SIGUSR1; run the same command again to continue."),
 ])  # fmt: skip
 def test_what_all_raise_is_said_once(mpi: Mpi, name: str, code: int, sentence: str) -> None:
     run = run_ending(mpi, 3, name)
@@ -104,8 +104,8 @@ def test_a_rank_that_mpiexec_bound_to_one_core_is_told(mpi: Mpi) -> None:
     run = run_bounded([mpiexec, "--bind-to", "core", *rest], env=mpi.environment())
     assert run.stdout.startswith("1 unset 1 1")
     cores = len(physical(os.sched_getaffinity(0), Path("/")))
-    assert f"mpiexec has bound the ranks to 1 of {cores} cores" in run.stdout
-    assert "add --bind-to none after mpiexec" in run.stdout
+    assert f"mpiexec bound the ranks to 1 of {cores} cores" in run.stdout
+    assert "Add --bind-to none after mpiexec" in run.stdout
 
 
 @pytest.mark.parametrize(("name", "code", "words"), [

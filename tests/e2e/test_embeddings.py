@@ -131,7 +131,7 @@ def test_what_is_not_supported_is_an_error_of_the_line(tmp_path: Path) -> None:
     ]
     bodies += [{"input": "a"}, {**bodies[0], "pooling": "last"}]
     refused, *answered = embed(model, tmp_path / "left_out_run", *bodies)
-    assert "leave prompts out of pooling (include_prompt), which is not supported" in refused
+    assert "exclude prompts from pooling (include_prompt), which is not supported" in refused
     assert all(len(vector) > 1 and not isinstance(vector, str) for vector in answered)
     (tmp_path / "model/modules.json").write_text("{")
     source = open_source(tmp_path / "model")

@@ -120,6 +120,10 @@ def test_who_stops_the_supervisor_stops_the_run(
         os.kill(supervisor.pid, number)
         supervisor.wait()
         assert supervisor.returncode == (75 if number == signal.SIGTERM else -number)
+        if number == signal.SIGTERM:
+            said = supervisor.communicate(timeout=HANGS)[1]
+            assert said.count("Stopped by") == 1, said  # by the supervisor, and not by a rank as well
+            assert "Stopped by SIGTERM; run the same command again to continue." in said
         assert_nobody_left(output)
 
 

@@ -78,7 +78,8 @@ def test_ranks_of_a_slow_host_stand_by(mpi: Mpi, job: list[str], tmp_path: Path)
     done = on_three_hosts(mpi, [*job[:model], *job[model + 2 :], "--set", table])
     assert done.returncode == 0, done.stderr
     assert (
-        len(re.findall(r"host1 is left out and stands by: .* times as fast without it\.", done.stderr)) == 1
+        len(re.findall(r"host1 is left out and kept in reserve: .* times as fast without it\.", done.stderr))
+        == 1
     )
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [(rank["rank"], rank["host"]) for rank in report["ranks"]] == [(0, "host0"), (1, "host2")]
@@ -123,5 +124,5 @@ def test_a_server_goes_without_a_slow_host(mpi: Mpi, job: list[str], tmp_path: P
         server.wait(HANGS)
     said = (tmp_path / "log").read_text()
     assert re.search(
-        r"host1(, host2| and host2)? (is|are) left out and stands? by: .* times as fast without", said
+        r"host1(, host2| and host2)? (is|are) left out and kept in reserve: .* times as fast without", said
     )

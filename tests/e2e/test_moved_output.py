@@ -55,7 +55,7 @@ def test_the_run_stops_and_says_where_its_journal_is(how: str, openmpi: Mpi, tmp
         for name in ("results.jsonl", "results.h5"):
             assert (away / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
     else:
-        assert "was deleted during the run, and the journal with it" in said
+        assert "was deleted during the run, with the journal" in said
     assert len(results(output)) == 4
 
 

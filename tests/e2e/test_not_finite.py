@@ -71,7 +71,7 @@ def test_lines_with_a_token_that_is_not_finite(
     source = write_lines(tmp_path / "in.jsonl", mixed(random.Random(ranks)))
     done = run(openmpi, ranks, source, tmp_path / "out", *settings, model=broken)
     assert done.returncode == 1, done.stderr
-    assert "is not finite (NaN or infinity) for 8 request(s): in" in done.stderr
+    assert "is not finite (NaN or infinity) for 8 requests: in" in done.stderr
     assert "embed is not; fetch or convert the model again." in done.stderr
     assert run(openmpi, ranks, source, tmp_path / "without", *settings, model=sound).returncode == 0
     pairs = list(zip(results(tmp_path / "out"), results(tmp_path / "without"), strict=True))

@@ -91,7 +91,7 @@ def test_goes_on_after(victim: str, number: signal.Signals, mpi: Mpi, tmp_path: 
     with h5py.File(output / "results.h5") as h5:
         assert everything.generated >= len(h5["tokens/ids"]) > made.tokens.generated
     assert everything.prompt > made.tokens.prompt
-    said = f"All 2 starts of this command together: {everything.prompt} prompt and {everything.generated} generated"
+    said = f"All 2 starts of this command: {everything.prompt} prompt and {everything.generated} generated"
     assert said in again.stderr
     assert made.batch.accepted > 0
     assert run(mpi, 1, source, tmp_path / "undisturbed", "batch.speculation=off").returncode == 0
@@ -175,13 +175,13 @@ def test_other_shards_are_avoided_or_said(openmpi: Mpi, tmp_path: Path) -> None:
         assert all(f"mpillm: {line}" in done.stderr for line in said[-1])
         layouts.append((report["stages"], report["shards"]))
     assert layouts == [(1, 1), (2, 1), (1, 2), (2, 1)]
-    words = "With this [wire] the last digits of results depend on it (f32 would not)."
+    words = "With this [wire] the last digits of results depend on the layout (with f32 they would not)."
     assert said[:2] == [[], []]
     assert said[2] == [
-        "Requests are answered on several layouts: 3 as 1 stage(s) x 1 shard(s), 2 as 2 stage(s) x 1 shard(s), "
-        f"1 now as 1 stage(s) x 2 shard(s). {words}"
+        "Requests are answered on several layouts: 3 as 1 stage x 1 shard, 2 as 2 stages x 1 shard, "
+        f"1 now as 1 stage x 2 shards. {words}"
     ]
-    assert "1 as 1 stage(s) x 2 shard(s), 2 now as 2 stage(s) x 1 shard(s)" in said[3][0]
+    assert "1 as 1 stage x 2 shards, 2 now as 2 stages x 1 shard" in said[3][0]
 
 
 def test_answers_outlive_the_memory_that_they_needed(openmpi: Mpi, tmp_path: Path) -> None:

@@ -53,8 +53,8 @@ def test_it_gets_fewer_layers(library: str, victim: str, tmp_path: Path) -> None
     done = mpi.run(2, PROGRAM, victim, *words)
     assert done.returncode == 0, done.stderr
     said = re.search(
-        rf"Rank {victim} on \S+ has computed in \d+% of the last \d+ s, and the others in \d+%; "
-        r"after \S+ s the run goes on as 2 stages x 1 shard, layers (\d-\d)\.",
+        rf"Rank {victim} on \S+ computed for \d+% of the last \d+ s, the others for \d+%; "
+        r"after \S+ s the run continues as 2 stages x 1 shard, layers (\d-\d)\.",
         done.stderr,
     )
     assert said, done.stderr

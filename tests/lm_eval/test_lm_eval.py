@@ -80,7 +80,7 @@ def test_what_a_model_of_the_harness_takes(tmp_path: Path) -> None:
     words = [sys.executable, "-c", TAKEN, str(model)]
     done = run_bounded(words, 100, clean_environment(HF_HUB_OFFLINE="1"), ROOT)
     assert done.returncode == 0, done.stderr
-    assert "goes on without its system message" in done.stderr
+    assert "continues without its system message" in done.stderr
     chat, plain, said, behind = json.loads(done.stdout.splitlines()[-1])
     assert (chat, plain) == ("the foxthink", "the foxaaa")
     assert len(behind) < len(said)

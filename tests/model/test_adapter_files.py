@@ -56,7 +56,7 @@ def put(name: str, value: Any) -> Callable[[Tensors], None]:
         ("have rank 4, but adapter_config.json says 5", {"r": 5}, None),
         ("lora_alpha is many", {"lora_alpha": "many"}, None),
         ("lora_alpha is None", {"alpha_pattern": 3}, None),
-        ("is no factor of a linear layer", {}, put("base_model.model.lm_head.weight", [[1.0]])),
+        ("is not a factor of a linear layer", {}, put("base_model.model.lm_head.weight", [[1.0]])),
         ("adapts embeddings", {}, rename("self_attn.q_proj.lora_", "embed_tokens.lora_embedding_")),
         ("embeddings and of the LM head are not", {}, rename("model.layers.0.self_attn.q_proj", "lm_head")),
         ("is DoRA's", {}, put(LAYER + "self_attn.q_proj.lora_magnitude_vector.weight", [1.0])),
@@ -67,7 +67,7 @@ def put(name: str, value: Any) -> Callable[[Tensors], None]:
         ("which the model does not have", {}, rename("q_proj", "query_key_value")),
         ("adapters of experts are not supported", {}, rename("mlp.gate_proj", "mlp.experts.0.gate_proj")),
         ("router of layer 0 are not supported in this model", {}, rename("mlp.gate_proj", "mlp.gate")),
-        ("is no matrix", {}, rename("self_attn.q_proj", "input_layernorm")),
+        ("is not a matrix", {}, rename("self_attn.q_proj", "input_layernorm")),
         ("values that are not finite", {}, put(Q, np.full((4, 24), np.nan))),
         ("but must be a matrix", {}, put(Q, np.ones(4))),
     ],
@@ -100,7 +100,7 @@ def test_recurrent_layers_are_not_adapted(tmp_path: Path) -> None:
 
 
 def test_an_adapter_is_not_called_as_the_model_is() -> None:
-    refused("An adapter is called 'chat', as the model is", FIXTURES / "adapters/chat_all", name="chat")
+    refused("The adapter 'chat' has the name of the model", FIXTURES / "adapters/chat_all", name="chat")
 
 
 GGUF_NAMES = {
@@ -192,7 +192,7 @@ def test_a_gguf_adapter_adds_to_the_files_own_matrices(name: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("words", "options"),
     [
-        ("is no LoRA adapter", {"kind": "model"}),
+        ("is not a LoRA adapter", {"kind": "model"}),
         ("for a model of architecture 'gemma3', which this one is not", {"architecture": "gemma3"}),
         ("which the model does not have", {"suffix": ".wait"}),
     ],

@@ -69,7 +69,7 @@ def test_dense_layers(function: str, expected: Any, tmp_path: Path) -> None:
 def test_tokens_that_answer(tmp_path: Path) -> None:
     said = settings_of(tmp_path / "1", ("LogitScore", {"true_token_id": 9, "false_token_id": 7}, {}))
     assert said.answers == (7, 9)
-    with pytest.raises(ModelError, match="names no tokens that answer"):
+    with pytest.raises(ModelError, match="names no answer tokens"):
         settings_of(tmp_path / "2", ("LogitScore", {"true_token_id": None}, {}))
     (tmp_path / "1/sentence_bert_config.json").write_text('{"max_seq_length": "long"}')
     with (

@@ -115,7 +115,7 @@ def test_an_odd_number_of_dimensions_turns(kind: str) -> None:
     assert rotary is not None
     assert rotary.dim == 6
     np.testing.assert_allclose(inv_freq(rotary.config, 6), 1e4 ** (-np.arange(0, 5, 2) / 5), rtol=1e-6)
-    with pytest.raises(ModelError, match="which makes 5 dimensions turn, an odd number"):
+    with pytest.raises(ModelError, match="which makes 5 dimensions rotate, an odd number"):
         read(kind, partial_rotary_factor=0.45, head_dim=12, rope_scaling={"type": "yarn", "factor": 2.0})
 
 

@@ -186,7 +186,7 @@ def test_a_class_that_files_call_otherwise() -> None:
     [
         ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads is 2, but latents are expanded for each"),
         ("deepseek_v3", {"topk_group": 1}, "num_experts_per_tok is 3, but 1 groups have 2 experts"),
-        ("deepseek_v3", {"n_group": 3}, "n_group is 3, but 8 experts are no such number of equal groups"),
+        ("deepseek_v3", {"n_group": 3}, "n_group is 3, but 8 experts cannot be divided into that many equal groups"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func is 'softmax', but DeepseekV3ForCausalLM"),
         ("deepseek_v3", {"qk_rope_head_dim": 7}, "qk_rope_head_dim is 7, but rope needs an even number"),
         ("deepseek_v3", {"architectures": ["DeepseekV32ForCausalLM"]}, "'DeepseekV32ForCausalLM' is not supported"),

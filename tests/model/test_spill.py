@@ -191,16 +191,14 @@ def test_where_no_file_can_be_is_said(tmp_path: Path) -> None:
     with pytest.raises(JobError) as caught:
         SpillFile(missing, 4096, direct=True)
     assert str(caught.value) == (
-        f"memory.spill_dir = {missing}: no file can be made there (No such file or directory); name a directory on a "
-        "local disk of each node."
+        f"memory.spill_dir = {missing}: a file cannot be created there (No such file or directory); give a "
+        "directory on a local disk of each node."
     )
     with pytest.raises(
-        JobError, match=r"^memory.kv_spill: \d+ bytes cannot be had in .* bytes are free\); ask for less"
+        JobError, match=r"^memory.kv_spill: \d+ bytes cannot be allocated in .* bytes are free\); lower it"
     ):
         SpillFile(tmp_path, 2**62, direct=True)
     assert list(tmp_path.iterdir()) == []
     if os.path.ismount("/dev/shm"):
-        with pytest.raises(
-            JobError, match=r"^memory.spill_dir = /dev/shm lies in memory itself; name a directory"
-        ):
+        with pytest.raises(JobError, match=r"^memory.spill_dir = /dev/shm is in memory; give a directory"):
             SpillFile(Path("/dev/shm"), 4096, direct=False)

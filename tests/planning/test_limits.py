@@ -93,9 +93,9 @@ def test_what_is_asked_for_is_kept() -> None:
 
 
 def test_it_is_said() -> None:
-    assert step_description(9, 70, 0) == "a step takes up to 9 sequences and 70 tokens"
+    assert step_description(9, 70, 0) == "a step has up to 9 sequences and 70 tokens"
     assert step_description(9, 70, 3 * 2**20) == (
-        "3.0 MiB of weights are read for each step; a step takes up to 9 sequences and 70 tokens"
+        "3.0 MiB of weights are read for each step; a step has up to 9 sequences and 70 tokens"
     )
 
 

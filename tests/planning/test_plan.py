@@ -133,10 +133,10 @@ def test_the_table() -> None:
     assert len(next(line for line in text.splitlines() if line.startswith("rank")).split("  ")) > 8
     together = shown_bytes(sum(rank.held for rank in made.ranks))
     assert said.endswith(
-        f"It fits, where every rank finds the memory of its last column: on one machine {together} for all of them."
+        f"It fits if every rank has the free memory of its last column: on one machine {together} for all of them."
     )
     alone = plan_text.as_text(planned("llama3", 1))
-    assert alone.endswith("It fits, where every rank finds the memory of its last column.")
+    assert alone.endswith("It fits if every rank has the free memory of its last column.")
     assert planned("llama3", 1).kv_type == "f32"
     assert planned("llama3", 1, "quantize=q8_0").kv_type == "f16"
 

@@ -142,7 +142,7 @@ def test_a_run_leaves_out_the_hosts_that_slow_it_down() -> None:
     machines = machines_of([host(FAST, name="one"), host(crawling, name="two"), host(FAST, name="three")])
     found, without, said = for_run(asked, machines)
     assert (shapes(found), without) == ([(2, 1)], [1])
-    assert said.startswith("two is left out and stands by: by the model of a step's time the run is ")
+    assert said.startswith("two is left out and kept in reserve: by the estimated time of a step the run is ")
     assert said.endswith(" times as fast without it.")
     # Rank 0's host is needed, however slow it is; so is one whose values go by the numbers of the ranks.
     first = machines_of([host(crawling, name="one"), host(FAST, name="two")])
@@ -151,7 +151,7 @@ def test_a_run_leaves_out_the_hosts_that_slow_it_down() -> None:
     assert for_run(numbered, machines)[1:] == ([], "")
     many = machines_of([host(FAST, name="one"), host(crawling, name="old", count=15)])
     found, without, said = for_run(layouts("layout.replicas=1"), many)
-    assert (len(without), "old (8) and 7 more are left out and stand by" in said) == (15, True)
+    assert (len(without), "old (8) and 7 more are left out and kept in reserve" in said) == (15, True)
     alike = machines_of([host(FAST, count=3)])
     assert for_run(layouts(), alike)[1:] == ([], "")
     assert for_run(asked, replace(machines, speeds=()))[1:] == ([], "")

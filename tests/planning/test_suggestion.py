@@ -25,5 +25,5 @@ def test_the_least_memory_for_a_rate_is_a_job() -> None:
     assert msgspec.structs.replace(kept, memory=memory) == asked, "all else is as it was asked for"
     sizes = [int(toml(text)["memory"]["weights"].removesuffix("MiB")) for text in (slow, fast)]
     assert sizes == sorted(sizes)
-    with pytest.raises(JobError, match="No memory makes it 1e\\+15 tokens/s on 1 rank"):
+    with pytest.raises(JobError, match="No amount of memory gives 1e\\+15 tokens/s on 1 rank"):
         suggestion.job_file(job, machines, 1e15)

@@ -22,12 +22,12 @@ def test_what_waits_is_bounded_in_requests_and_tokens(
         queue.submit(Ticket(work, lambda _: None))
 
     submit()
-    with pytest.raises(Full, match="Requests with 8 tokens are waiting already; try again later"):
+    with pytest.raises(Full, match=r"The queue is full \(8 tokens\); try again later"):
         submit()
     assert [len(next(queue).prompt) for _ in range(3)] == [8, 8, 8]
     submit()  # the first one does not wait any more
     monkeypatch.setattr(arrivals, "WAITING_TOKENS", 1000)
     submit()
     submit()
-    with pytest.raises(Full, match="3 requests are waiting already"):
+    with pytest.raises(Full, match=r"The queue is full \(3 requests\)"):
         submit()

@@ -81,7 +81,7 @@ def test_a_batch_beside_clients_and_across_a_restart(tmp_path: Path) -> None:
         failed = client.batches.create(
             input_file_id=empty.id, endpoint="/v1/completions", completion_window="24h"
         )
-        assert ended(client, failed.id).errors.data[0].message.endswith("holds no request.")
+        assert ended(client, failed.id).errors.data[0].message.endswith("contains no requests.")
         assert client.files.delete(file.id).deleted
         assert file.id not in {found.id for found in client.files.list()}
         for call in (

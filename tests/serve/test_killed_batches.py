@@ -115,4 +115,4 @@ def test_another_server_with_the_same_directory(tmp_path: Path) -> None:
             check=False,
         )
     assert other.returncode == 2
-    assert f"Another server uses {tmp_path / 'data'}; end it, or give another --data." in other.stderr
+    assert f"Another server uses {tmp_path / 'data'}; stop it, or give another --data." in other.stderr

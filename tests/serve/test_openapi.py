@@ -115,4 +115,4 @@ def test_another_method_is_refused_with_those_that_there_are(
 def test_a_url_that_is_not_there(server: tuple[str, Any]) -> None:
     url, http = server
     error = http.get(f"{url}/v1/chats").json()["error"]
-    assert (error["code"], error["message"]) == (404, "There is no /v1/chats; /openapi.json has all URLs.")
+    assert (error["code"], error["message"]) == (404, "There is no /v1/chats; /openapi.json lists all URLs.")

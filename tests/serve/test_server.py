@@ -139,7 +139,7 @@ def test_a_seed_gives_the_same_answer_again(client: openai.OpenAI) -> None:
     ("body", "status", "message"),
     [
         (b"{", 400, "the body is not JSON"),
-        (b"[1]", 400, "the body is no JSON object"),
+        (b"[1]", 400, "the body is not a JSON object"),
         (b'{"max_tokens": 3}', 400, "key 'messages' is missing"),
         (b'{"messages": [], "max_tokens": 3}', 400, "messages: expected a list"),
         (b'{"messages": [{"role": "user", "content": "a"}], "max_tokns": 3}', 400, "did you mean 'max_tokens'"),
@@ -233,7 +233,7 @@ def test_the_end(tmp_path: Path) -> None:
         short: dict[str, Any] = body | {"max_tokens": 1}
         assert client.completions.create(**short, extra_headers={"Origin": url}).choices
         for origin in ("http://elsewhere.example", "null"):
-            with pytest.raises(openai.PermissionDeniedError, match="Pages of other sites"):
+            with pytest.raises(openai.PermissionDeniedError, match="pages of other sites"):
                 client.completions.create(**short, extra_headers={"Origin": origin})
         with (
             client,
@@ -241,7 +241,7 @@ def test_the_end(tmp_path: Path) -> None:
         ):
             next(iter(stream))
             process.send_signal(signal.SIGINT)
-            with pytest.raises(openai.APIError, match="The server ends before the answer is complete"):
+            with pytest.raises(openai.APIError, match="The server stopped before the answer was complete"):
                 list(stream)
         assert process.wait() == 0
     assert "The server has ended." in (tmp_path / "log").read_text()

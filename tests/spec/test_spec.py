@@ -130,9 +130,9 @@ def test_overrides(tmp_path: Path, override: str, path: str, value: object) -> N
         ("quantize = 'q5'", ": quantize: expected one of 'none', 'q8_0', 'q4_0', not 'q5'."),
         ("[layout]\nstages = 'some'", ": layout.stages: expected one of 'auto', a whole number, not 'some'."),
         ("[layout]\nshards = 0", ": layout.shards: expected a whole number >= 1, not 0."),
-        ("[memory]\nweights = '2 gigs'", "weights: '2 gigs' is no size; write bytes as 2GiB, 512MiB or 500MB."),
-        ("[memory]\nkv = 'all'", ": memory.kv: 'all' is no size; write bytes as 2GiB, 512MiB or 500MB."),
-        ("[memory]\nkv = '0.1'", ": memory.kv: '0.1' is no size; it must be at least one byte."),
+        ("[memory]\nweights = '2 gigs'", "weights: '2 gigs' is not a size; write bytes as 2GiB, 512MiB or 500MB."),
+        ("[memory]\nkv = 'all'", ": memory.kv: 'all' is not a size; write bytes as 2GiB, 512MiB or 500MB."),
+        ("[memory]\nkv = '0.1'", ": memory.kv: '0.1' is not a size; it must be at least one byte."),
         ("model = ''", ": model: expected a string of length >= 1, not ''."),
     ],
 )  # fmt: skip
@@ -163,7 +163,9 @@ def test_wrong_overrides(tmp_path: Path) -> None:
 
 
 def test_paths_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(JobError, match=r"job\.toml: model holds a zero byte, which no path can\.$"):
+    with pytest.raises(
+        JobError, match=r"job\.toml: model contains a zero byte, which a path cannot contain\.$"
+    ):
         load(tmp_path, LEAST + 'model = "a\\u0000b"')
     (tmp_path / "job.toml").write_text('input = "~nobody-of-this-name/in.jsonl"\noutput = "out"\n')
     assert spec.load(tmp_path / "job.toml").input == str(tmp_path / "~nobody-of-this-name/in.jsonl")
@@ -175,7 +177,7 @@ def test_files_that_are_no_jobs(tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes(b"input = '\xe9'\n")
     with pytest.raises(JobError, match=r"is not UTF-8 text \(byte 9\)"):
         spec.load(tmp_path / "latin.toml")
-    with pytest.raises(JobError, match=r"^There is no job file .*absent\.toml; "):
+    with pytest.raises(JobError, match=r"^The job file .*absent\.toml does not exist; "):
         spec.load(tmp_path / "absent.toml")
     with pytest.raises(JobError, match="cannot be read: Is a directory"):
         spec.load(tmp_path)
@@ -193,7 +195,7 @@ NINES = "9" * 400
         ),
         (
             f'[memory]\nkv = "{NINES}GiB"',
-            r"memory\.kv: '9{39}\.\.\. \(405 characters\) is no size; .* 8 EiB\.$",
+            r"memory\.kv: '9{39}\.\.\. \(405 characters\) is not a size; .* 8 EiB\.$",
         ),
         ("[memory]\nkv = " + "9" * 5000, "is not TOML: a number in it has too many digits"),
         (f"[memory]\nmax_context = {NINES}", r"memory\.max_context: expected a whole number"),
@@ -313,7 +315,7 @@ def test_values_of_ranks_and_hosts() -> None:
     ]:
         with pytest.raises(JobError, match=words):
             job.on_rank(rank, host)
-    with pytest.raises(JobError, match=r"weights: 'much' is no size"):
+    with pytest.raises(JobError, match=r"weights: 'much' is not a size"):
         spec.load(None, ["memory.weights=['1GiB', 'much']"], input="in", output="out")
 
 

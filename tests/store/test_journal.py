@@ -67,13 +67,13 @@ def test_lines_may_be_added_anywhere_and_no_line_may_go(tmp_path: Path) -> None:
     finish(tmp_path, "a", "c")
     assert done(tmp_path, of=("new", *NAMES, "newer")) == ["a", "c"]
     for of, words in [
-        (("a", "b", "c", "d", "e"), r"its request 1 \(now 'a'\) is changed or gone; restore it or"),
+        (("a", "b", "c", "d", "e"), r"its request 1 \(now 'a'\) was changed or removed; restore it or"),
         (
             ("new", "b", "c", "d", "e", "newer"),
-            "the line of 'a', which is done, is changed or gone; restore it",
+            "the line of 'a', which is finished, was changed or removed; restore it",
         ),
-        (("new", "a", "b", "c", "newer"), r"its request 5 \(now 'newer'\) is changed or gone"),
-        (("new", "a", "b", "c"), "its request 5 is changed or gone"),
+        (("new", "a", "b", "c", "newer"), r"its request 5 \(now 'newer'\) was changed or removed"),
+        (("new", "a", "b", "c"), "its request 5 was changed or removed"),
     ]:
         with pytest.raises(OutputError, match=words):
             done(tmp_path, of=of)
@@ -82,7 +82,7 @@ def test_lines_may_be_added_anywhere_and_no_line_may_go(tmp_path: Path) -> None:
     ]
     with (
         Claim(tmp_path) as claim,
-        pytest.raises(OutputError, match="the line of 'a', which is done, is changed"),
+        pytest.raises(OutputError, match="the line of 'a', which is finished, was changed"),
     ):
         Journal(claim, IDENTITY, changed)
 
@@ -124,7 +124,9 @@ def test_a_full_disk_interrupts_and_the_run_goes_on_when_there_is_space(mounted:
                 said = error
                 break
         assert "There is no space left for" in str(said)
-        assert str(said).endswith("what was finished is safe: make space and run the same command again.")
+        assert str(said).endswith(
+            "finished requests are safe: free some space and run the same command again."
+        )
         assert said.exit_code == 75
         before = len(journal.done)
         filler.unlink()

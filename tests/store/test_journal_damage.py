@@ -128,7 +128,8 @@ def test_a_journal_without_any_header_and_a_newer_format(
     raw = path.read_bytes()
     path.write_bytes(bytes(len(raw)))
     with pytest.raises(
-        OutputError, match=r"nothing in it says which job it is of; move it away, or give another output"
+        OutputError,
+        match=r"it does not say which job it belongs to; to start over, move it",
     ):
         done(tmp_path)
     path.write_bytes(raw)

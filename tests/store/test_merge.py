@@ -109,7 +109,7 @@ def test_what_cannot_be_merged_is_named(runs: Path, tmp_path: Path) -> None:
     ):
         merge([runs / "whole", tmp_path / "begun"], tmp_path / "out")
     (tmp_path / "out").mkdir()
-    with pytest.raises(JobError, match="holds no output directory of a run"):
+    with pytest.raises(JobError, match="contains no output directory of a run"):
         merge([tmp_path / "out"], tmp_path / "out")
     with pytest.raises(JobError, match="given twice"):
         merge([runs / "whole", runs / "parts/../whole"], tmp_path / "out")
@@ -121,5 +121,5 @@ def test_what_cannot_be_merged_is_named(runs: Path, tmp_path: Path) -> None:
     assert (
         run_bounded([sys.executable, "-m", "mpillm", "run", *words], env=clean_environment()).returncode == 0
     )
-    with pytest.raises(JobError, match=r"are no parts of one job: their job differs .*max_tokens"):
+    with pytest.raises(JobError, match=r"are not parts of the same job: their job differs .*max_tokens"):
         merge([runs / "whole", other], tmp_path / "out")

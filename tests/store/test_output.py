@@ -80,7 +80,8 @@ def test_foreign_directories_and_files_are_left_alone(tmp_path: Path) -> None:
     with pytest.raises(OutputError) as caught:
         Claim(tmp_path)
     assert str(caught.value) == (
-        f"The output directory {tmp_path} holds 'thesis.tex' and no journal of a run; give a new or an empty one."
+        f"The output directory {tmp_path} holds 'thesis.tex' and no journal of a run; give a new or an empty "
+        "directory."
     )
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(OutputError, match=r"thesis\.tex is a file; give a directory\.$"):
@@ -206,11 +207,11 @@ def test_a_directory_that_is_deleted_or_emptied_is_noticed(tmp_path: Path) -> No
     out = tmp_path / "out"
     with Claim(out) as claim, Journal(claim, {}, lines("a")) as journal:
         (out / "journal.lock").unlink()
-        with pytest.raises(Interrupted, match=r"were deleted during the run \(journal.lock is gone\)"):
+        with pytest.raises(Interrupted, match=r"were deleted during the run \(journal.lock is missing\)"):
             claim.check()
         shutil.rmtree(out)
         for replaced in (False, True):
-            with pytest.raises(Interrupted, match="was deleted during the run, and the journal with it"):
+            with pytest.raises(Interrupted, match="was deleted during the run, with the journal"):
                 claim.check()
             out.mkdir(exist_ok=replaced)
         with pytest.raises(Interrupted):

@@ -75,8 +75,8 @@ def test_what_may_be_of_a_changed_model_is_dropped(tmp_path: Path) -> None:
     with Claim(tmp_path) as claim, opened(claim, "second") as journal:
         assert list(journal.finished()) == ["a", "b"]
         assert journal.damage == [
-            f"The model's files were touched, or are other copies, since the journal {tmp_path / 'journal'} was "
-            "written: the last 2 request(s) run again."
+            f"The model's files were modified or replaced since the journal {tmp_path / 'journal'} was "
+            "written: the last 2 requests will run again."
         ]
         journal.append(result("c"))
         journal.flush()

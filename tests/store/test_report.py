@@ -39,8 +39,8 @@ def made(**more: Any) -> report.Report:
 
 def test_the_last_lines_of_a_run() -> None:
     assert list(report_page.summary(made())) == [
-        "9 requests (4 of them by earlier runs): 8 answered, 1 ended in an error.",
-        "100 prompt and 50 generated tokens in 4.0 s: 75.0 tokens/s while computing, 25.0 of them generated.",
+        "9 requests (4 by earlier runs): 8 answered, 1 with an error.",
+        "100 prompt and 50 generated tokens in 4.0 s: 75.0 tokens/s while computing, 25.0 generated tokens/s.",
         "Sent for each token: sums over shards 6 B (f32).",
     ]
 
@@ -50,7 +50,7 @@ def test_a_start_that_finds_all_finished_says_so() -> None:
     run = made(earlier=[report.Start(seconds=2.0, tokens=report.Tokens(prompt=100, generated=50))])
     run.requests.resumed, run.tokens = 9, report.Tokens(prompt=0, generated=0)
     assert [line.partition(":")[0] for line in report_page.summary(run)] == [
-        "9 requests (9 of them by earlier runs)",
+        "9 requests (9 by earlier runs)",
         "Nothing was computed.",
         "All 2 starts of this command together",
     ]
@@ -108,14 +108,12 @@ def test_a_plot_says_what_there_is_to_see(tmp_path: Path) -> None:
 def test_what_drafts_gave() -> None:
     run = made()
     run.batch.turns, run.batch.drafted, run.batch.accepted = 20, 60, 30
-    said = (
-        "60 tokens were drafted, and 30 of them (50 %) were right: 2.50 tokens of a sequence for each pass."
-    )
+    said = "Speculation: 30 of 60 drafted tokens accepted (50 %); 2.50 tokens per sequence and pass."
     assert list(report_page.summary(run))[2:3] == [said]
     run.batch.drafters = {"answers": (20, 5), "prompt lookup": (40, 25)}
     assert list(report_page.summary(run))[2:4] == [
         said,
-        "Right by drafter: answers 5 of 20, prompt lookup 25 of 40.",
+        "Accepted by drafter: answers 5 of 20, prompt lookup 25 of 40.",
     ]
 
 
@@ -123,13 +121,12 @@ def test_planned_beside_measured_and_the_slowest_rank() -> None:
     planned = report.Planned(seconds=9.0, of_computed=1.5, limit="computing", bubble=0.25)
     run = made(planned=planned)
     assert list(report_page.summary(run))[2] == (
-        "Planned: 1.5 s of computing for these tokens, by the speeds of the hosts; it took 2.0 s. Most of a step was "
-        "to be computing."
+        "Computing took 2.0 s; 1.5 s were planned for these tokens. Expected limit of a step: computing."
     )
     run.stages, run.ranks[1].seconds["weights"] = 2, 3.0
     assert list(report_page.summary(run))[3:5] == [
-        "A stage had nothing to do 0 % of the time of computing, 25 % as planned.",
-        "The slowest rank was 1 on node<1>, which was waiting for weights while others waited for it.",
+        "Stages were idle 0 % of the computing time (planned: 25 %).",
+        "The slowest rank was rank 1 on node<1>: it was waiting for weights while others waited for it.",
     ]
 
 
@@ -141,15 +138,15 @@ def test_bubbles_are_what_stages_did_not_work() -> None:
     for rank, compute in zip(run.ranks, (0.9, 1.5), strict=True):
         rank.seconds = {"compute": compute, "all_reduce": 0.1, "pipe": 0.3, "step": 0.1}
     assert run.bubbles() == pytest.approx(0.35)
-    assert "A stage had nothing to do 35 % of the time of computing." in list(report_page.summary(run))
+    assert "Stages were idle 35 % of the computing time." in list(report_page.summary(run))
 
 
 def test_shared_tokens_are_said_and_are_no_work() -> None:
     shared = made()
     shared.tokens = report.Tokens(prompt=100, generated=50, shared=90)
     assert list(report_page.summary(shared))[1:] == [
-        "100 prompt (90 of them shared) and 50 generated tokens in 4.0 s: 30.0 tokens/s while computing, "
-        "25.0 of them generated.",
+        "100 prompt (90 shared) and 50 generated tokens in 4.0 s: 30.0 tokens/s while computing, "
+        "25.0 generated tokens/s.",
         "Sent for each token: sums over shards 15 B (f32).",
     ]
 
@@ -161,19 +158,20 @@ def test_what_streaming_costs_a_token() -> None:
         rank.weights["loaded"] = 75 * 2**20
         rank.seconds["weights"] = 1.0 / (1 + rank.rank)
     assert list(report_page.summary(streamed))[2] == (
-        "70 steps of up to 9 sequences; weights read per token: 1.0 MiB; 50 % of the time was waited for them."
+        "70 steps of up to 9 sequences; weights read per token: 1.0 MiB; ranks waited for weights 50 % of "
+        "the time."
     )
 
 
 @pytest.mark.parametrize(
-    ("hosts", "more"), [("ab", ""), ("aa", "; 5.0 MiB on all ranks of a host, of 9.0 MiB")]
+    ("hosts", "more"), [("ab", ""), ("aa", "; 5.0 MiB on all ranks of a host (9.0 MiB planned)")]
 )
 def test_the_memory_of_ranks_that_share_a_host_is_added_up(hosts: str, more: str) -> None:
     run = made()
     for rank, host in zip(run.ranks, hosts, strict=True):
         rank.host, rank.memory_peak = host, (3 - rank.rank) * 2**20
         rank.memory = {"weights": 4 * 2**20, "kv": rank.rank * 2**20}
-    expected = f"Memory: at most 3.0 MiB on a rank, of 4.0 MiB that were planned{more}."
+    expected = f"Memory: at most 3.0 MiB on a rank (4.0 MiB planned){more}."
     assert list(report_page.summary(run))[2] == expected
 
 
@@ -245,7 +243,7 @@ def test_the_line_to_cite() -> None:
     run = made()
     run.model["fingerprint"], run.model["weights"] = "abc", "Q4_0"
     assert report_page.cite(run) == (
-        "mpillm 0; model small & <b>old</b> (Q4_0, fingerprint abc); 1 stage(s) x 2 shard(s); sampling.seed 3; "
+        "mpillm 0; model small & <b>old</b> (Q4_0, fingerprint abc); 1 stage x 2 shards; sampling.seed 3; "
         "wire.activations f32"
     )
 

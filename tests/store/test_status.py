@@ -87,7 +87,7 @@ def test_a_run_is_seen_from_outside(openmpi: Mpi, tmp_path: Path) -> None:
         said, _ = one.communicate()
         assert one.returncode == 75
         assert ": stopped" in said
-        assert "the command of the run goes on from here" in said
+        assert "run its command again to continue" in said
     code, now = status(output)
     assert (code, now["state"]) == (75, "stopped")
     assert before <= int(str(now["answered"])) < 300
@@ -120,7 +120,7 @@ def test_new_records_alone_are_read_again(openmpi: Mpi, tmp_path: Path) -> None:
     journal.write_bytes(data)
     assert reader.look().answered == 3
     reader.close()
-    with pytest.raises(JobError, match="is no output of a run: it holds no journal"):
+    with pytest.raises(JobError, match="is not the output directory of a run: it has no journal"):
         Reader(tmp_path)
     with pytest.raises(JobError, match="There is no directory"):
         Reader(tmp_path / "nothing")
@@ -148,4 +148,4 @@ def test_what_differs_between_two_runs(openmpi: Mpi, tmp_path: Path) -> None:
     assert "embeddings differ by" in done.stdout
     done = mpillm("compare", one, less)
     assert done.returncode == 1
-    assert f"only in the first run: 1 requests, such as {lines[-1]['custom_id']}" in done.stdout
+    assert f"only in the first run: 1 request, such as {lines[-1]['custom_id']}" in done.stdout

@@ -53,7 +53,7 @@ def test_an_added_token_that_would_get_another_id(tmp_path: Path) -> None:
     [
         ("tokenizer_config.json", "{", "is not JSON"),
         ("tokenizer_config.json", "[" * 100_000, "is not JSON"),
-        ("tokenizer_config.json", "[]", "holds no JSON object"),
+        ("tokenizer_config.json", "[]", "is not a JSON object"),
         ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "is malformed"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "is malformed"),
         (
@@ -64,10 +64,10 @@ def test_an_added_token_that_would_get_another_id(tmp_path: Path) -> None:
         (
             "generation_config.json",
             '{"eos_token_id": "2"}',
-            r"eos_token_id in .* is '2', which is no token id",
+            r"eos_token_id in .* is '2', which is not a token id",
         ),
         ("config.json", '{"eos_token_id": [1, -2]}', r"eos_token_id in .*config\.json is -2"),
-        ("special_tokens_map.json", '"x"', "holds no JSON object"),
+        ("special_tokens_map.json", '"x"', "is not a JSON object"),
     ],
 )
 def test_files_beside_it(tmp_path: Path, name: str, text: str, words: str) -> None:
@@ -107,16 +107,16 @@ def put(key: str, value: Any) -> Callable[[dict[str, Any]], Any]:
         ),
         (without("tokens"), r"tokenizer\.ggml\.tokens in the GGUF file is missing"),
         (without("merges"), r"tokenizer\.ggml\.merges in the GGUF file is missing"),
-        (put("tokens", [1, 2]), "tokens in .* is no list of strings"),
-        (put("tokens", "abc"), "tokens in .* is no list"),
-        (put("tokens", 5), "tokens in .* is no list"),
+        (put("tokens", [1, 2]), "tokens in .* is not a list of strings"),
+        (put("tokens", "abc"), "tokens in .* is not a list"),
+        (put("tokens", 5), "tokens in .* is not a list"),
         (put("tokens", []), "token_type in .* one value for each of the 0 tokens"),
         (put("tokens", ["a", "b", "a"]), "lists the token 'a' twice"),
-        (put("merges", ["ab"]), "holds 'ab', which is no pair"),
+        (put("merges", ["ab"]), "holds 'ab', which is not a pair"),
         (put("merges", ["qqq zzz"]), "cannot be used: .*qqq"),
         (put("token_type", [1, 2]), "does not have one value for each of the 710 tokens"),
         (put("token_type", 3), "token_type in .* is no list"),
-        (put("token_type", ["x"] * 710), "holds something that is no number"),
+        (put("token_type", ["x"] * 710), "contains something that is not a number"),
         (put("eos_token_id", 710), "eos_token_id in .* is 710, but there are 710 tokens"),
         (put("bos_token_id", -2), "bos_token_id in .* is -2"),
         (put("bos_token_id", "x"), "bos_token_id in .* is x"),
@@ -134,7 +134,7 @@ def test_gguf_byte_level(change: Callable[[dict[str, Any]], Any], words: str) ->
     ("change", "words"),
     [
         (put("scores", [0.0]), "scores in .* does not have one value for each"),
-        (put("scores", ["x"] * 900), "holds something that is no number"),
+        (put("scores", ["x"] * 900), "contains something that is not a number"),
         (put("unknown_token_id", 900), "unknown_token_id in .* is 900"),
     ],
 )

@@ -25,7 +25,7 @@ from tests.text.chats import Make, named, user
         ("{{ raise_exception('only two turns') }}", "refuses these messages: only two turns"),
         ("{{ messages[7].content + 1 }}", "refuses these messages: list object has no element 7"),
         ("{{ 1 / 0 }}", "division by zero"),
-        ("{% for x in %}", "is no template: "),
+        ("{% for x in %}", "is not valid: "),
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
@@ -83,7 +83,7 @@ def test_a_template_that_does_not_end(make: Make, template: str, quick: None) ->
             tokenizer.encode_chat(user("x"))
     for _ in range(2):
         with pytest.raises(
-            RequestError, match=r"had to be ended 3 times, for a plain chat as well; it is not tried again$"
+            RequestError, match=r"was stopped 3 times, for a plain chat too; it is not tried again$"
         ):
             tokenizer.encode_chat(user("x"))
     assert render_chat(make("{{ messages[0].content }}"), user("x")) == "x"
@@ -182,8 +182,8 @@ def test_a_template_whose_process_is_killed(make: Make, monkeypatch: pytest.Monk
     with pytest.raises(Interrupted) as caught:
         render_chat(tokenizer, user("x"))
     assert str(caught.value) == (
-        "The process that applies the model's chat template was killed 1 times (by the kernel, for want of memory?); "
-        "the same command goes on from here."
+        "The process that applies the model's chat template was killed 1 times (by the kernel, for lack of "
+        "memory?); run the same command again to continue."
     )
 
 

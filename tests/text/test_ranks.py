@@ -130,5 +130,5 @@ def test_qwen(tmp_path: Path) -> None:
 
 def test_a_line_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "tiktoken.model").write_bytes(lines() + b"oops\n")
-    with pytest.raises(ModelError, match=f"line {len(RANKS) + 1}, is no token in base64 with its rank"):
+    with pytest.raises(ModelError, match=f"line {len(RANKS) + 1}, is not a token in base64 with its rank"):
         load_tokenizer(tmp_path)

@@ -29,7 +29,7 @@ def test_the_files_of_the_package_are_written(what: str, tmp_path: Path) -> None
     (first, *others) = before
     for path in others:
         path.unlink()
-    with pytest.raises(OutputError, match=f"{first.name} is there already and is kept"):
+    with pytest.raises(OutputError, match=f"{first.name} exists already and was not changed"):
         init.init(what, target)
     assert [path for path in target.rglob("*") if path.is_file()] == [first]
 

@@ -156,5 +156,5 @@ def test_narrow_panels_stay_as_they_are(tmp_path: Path) -> None:
 
 def test_a_model_without_bf16_is_refused(tmp_path: Path) -> None:
     model = written(Tiny(), tmp_path / "m", dtype="F16")
-    with pytest.raises(JobError, match="has no matrices in BF16, which --weights bf12 is for"):
+    with pytest.raises(JobError, match="has no matrices in BF16, which --weights bf12 needs"):
         packed(model, tmp_path / "bf12", "bf12")

@@ -33,7 +33,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     (foreign / "thesis.tex").write_text("")
     with pytest.raises(OutputError, match=r"holds 'thesis.tex' and no packed model; give a new or an empty"):
         packed("llama3", foreign)
-    with pytest.raises(OutputError, match="which is never touched; pack to another directory"):
+    with pytest.raises(OutputError, match="which is never changed; pack to another directory"):
         packed("llama3", model_path("llama3") / "inside")
     with pytest.raises(OutputError, match="is a file; give a directory to pack to"):
         packed("llama3", foreign / "thesis.tex")
@@ -42,9 +42,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         packed("llama3", tmp_path / "p", "q8_0")
     with pytest.raises(JobError, match="is packed already; pack the model that it was made from"):
         packed(tmp_path / "p", tmp_path / "q")
-    with pytest.raises(
-        JobError, match=r"is quantised already \(.*Q4_0.*\), and what that lost does not come back"
-    ):
+    with pytest.raises(JobError, match=r"is quantised already \(.*Q4_0.*\), and packing cannot undo that"):
         packed("llama_mixed.gguf", tmp_path / "q", "q8_0")
     with pytest.raises(JobError, match="is packed already; leave quantize"):
         open_source(tmp_path / "p", "q8_0")
@@ -60,7 +58,7 @@ def test_too_small_a_disk_is_found_before_anything_is_written(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(OutputError, match=r"needs .* more, but its disk has 1000 B free; make space"):
+    with pytest.raises(OutputError, match=r"needs .* more, but its disk has 1000 B free; free some space"):
         packed("llama3", tmp_path / "p")
     assert {path.name for path in (tmp_path / "p").iterdir()} == {UNFINISHED}
 
@@ -150,7 +148,7 @@ def test_a_full_disk_keeps_what_is_finished(mounted: Mount, monkeypatch: pytest.
     target = mounted("size=600k") / "p"
     usage = shutil.disk_usage(target.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**12))
-    with pytest.raises(Interrupted, match=r"There is no space left for .*what was finished is safe"):
+    with pytest.raises(Interrupted, match=r"There is no space left for .*finished requests are safe"):
         packed("llama3", target)
     with pytest.raises(ModelError, match="is not packed completely"):
         open_source(target)

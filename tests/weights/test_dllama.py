@@ -119,7 +119,7 @@ def test_a_directory_with_one_model(model: Path) -> None:
     with closing(open_source(model.parent)) as source:
         assert source.path == model
     shutil.copy(model, model.parent / "other.m")
-    with pytest.raises(ModelError, match=r"holds 2 models \(\.m\); give one of them"):
+    with pytest.raises(ModelError, match=r"holds 2 models \(\.m\); give the path of one"):
         open_source(model.parent)
 
 

@@ -198,7 +198,7 @@ def test_directories_of_gguf_files(tmp_path):
     write_gguf(tmp_path / "a.gguf", Tiny())
     assert open_source(tmp_path).path == tmp_path / "a.gguf"
     write_gguf(tmp_path / "b.gguf", Tiny())
-    with pytest.raises(ModelError, match="holds 2 GGUF files; give one of them"):
+    with pytest.raises(ModelError, match="holds 2 GGUF files; give the path of one"):
         open_source(tmp_path)
 
 

@@ -81,7 +81,7 @@ REFUSED = {
     "name length": (gguf_bytes([struct.pack("<Q", 2**62)]), f"a metadata field has a length of {2**62}"),
     "name end": (gguf_bytes([struct.pack("<Q", 2**20)]), "its header reaches beyond its end"),
     "name text": (gguf_bytes([field(b"\xff", U32, bytes(4))]), "the name of a metadata field is not UTF-8"),
-    "twice": (gguf_bytes([field(b"a", U32, bytes(4))] * 2), "metadata field 'a' is there twice"),
+    "twice": (gguf_bytes([field(b"a", U32, bytes(4))] * 2), "metadata field 'a' occurs twice"),
     "type": (gguf_bytes([field(b"a", 13, bytes(4))]), "metadata field 'a' has the unknown type 13"),
     "string": (gguf_bytes([field(b"a", STRING, struct.pack("<Q", 2**40))]), f"has a length of {2**40} bytes"),
     "nested": (gguf_bytes([field(b"a", ARRAY, struct.pack("<IQ", ARRAY, 1))]), "'a' is an array of arrays"),
@@ -142,7 +142,7 @@ REFUSED = {
     ),
     "tensor twice": (
         gguf_bytes(tensors=[tensor(b"t"), tensor(b"t", offset=32)]),
-        "tensor 't' is there twice",
+        "tensor 't' occurs twice",
     ),
 }
 

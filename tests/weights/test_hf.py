@@ -211,7 +211,7 @@ def test_refuses_bad_indexes(tmp_path):
 
 def test_refuses_bad_directories(tmp_path):
     with pytest.raises(
-        ModelError, match="does not exist or is out of reach; give a Hugging Face directory or a GGUF"
+        ModelError, match="does not exist or cannot be accessed; give a Hugging Face directory or a GGUF"
     ):
         open_source(tmp_path / "none")
     with pytest.raises(ModelError, match=r"has no config\.json: it is not a complete Hugging Face model"):

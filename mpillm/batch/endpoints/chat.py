@@ -63,12 +63,10 @@ class ChatCompletionsEndpoint(Generate, frozen=True, kw_only=True):
             raise RequestError("the model has no chat template; use a prompt with /v1/completions")
         reads = model.text.chat_reads
         if self.reasoning_effort is not None and not (reads("reasoning_effort") or reads("enable_thinking")):
-            raise RequestError(
-                "the model's chat template looks neither at reasoning_effort nor at enable_thinking"
-            )
+            raise RequestError("the model's chat template uses neither reasoning_effort nor enable_thinking")
         choose(read_tools(self.tools), self.tool_choice)
         if self.tools and not model.text.chat_reads("tools"):
-            raise RequestError("the model's chat template does not look at tools")
+            raise RequestError("the model's chat template does not use tools")
         encode = partial(
             model.text.encode_chat,
             chat_messages(self.messages),
@@ -91,14 +89,14 @@ class ChatCompletionsEndpoint(Generate, frozen=True, kw_only=True):
         )
         if requests[0].max_tokens == 0 and self.prompt_logprobs is None:
             raise RequestError(
-                "max_tokens: 0 generates nothing; scoring is for /v1/completions with echo: true"
+                "max_tokens: 0 generates nothing; to score a text, use /v1/completions with echo: true"
             )
         return requests
 
     def _options(self) -> dict[str, Any]:
         """The variables of the template."""
         if self.continue_final_message and self.add_generation_prompt:
-            raise RequestError("continue_final_message and add_generation_prompt exclude one another")
+            raise RequestError("continue_final_message and add_generation_prompt cannot be used together")
         _, choice = choose(read_tools(self.tools), self.tool_choice)
         own = {
             "tools": (self.tools or None) if choice != "none" else None,
@@ -194,8 +192,8 @@ class ChatCompletionsEndpoint(Generate, frozen=True, kw_only=True):
         found = self._format(spec, model)
         if tools and not found.has_calls:
             raise RequestError(
-                "the model's format of tool calls is not known, so no answer can be held to them; name it in the "
-                "job's chat.tool_calls"
+                "the model's format of tool calls is not known, so answers cannot be constrained to tool "
+                "calls; set the job's chat.tool_calls"
             )
         state = self._state(found, prompt, model.text)
         if not tools and not found.thinks(state):

@@ -55,7 +55,7 @@ class ChoicesEndpoint(Endpoint, frozen=True, kw_only=True):
         prompt, wholes = self._tokens(spec, model)
         if sum(map(len, wholes)) > MAX_PROMPT_TOKENS:
             raise RequestError(
-                f"the prompt with each choice has more than {MAX_PROMPT_TOKENS} tokens in all; give fewer choices"
+                f"the prompt with all choices has more than {MAX_PROMPT_TOKENS} tokens in all; give fewer choices"
             )
         common = min(len(prompt), *(_common(prompt, whole) for whole in wholes))
         if common == 0:
@@ -119,7 +119,7 @@ class ChoicesEndpoint(Endpoint, frozen=True, kw_only=True):
     def _tokens(self, spec: Spec, model: Model) -> tuple[TokenIds, list[TokenIds]]:
         """The prompt's tokens, and those of the prompt with each choice."""
         if (self.prompt is None) is (self.messages is None):
-            raise RequestError("the line needs either prompt or messages beside its choices")
+            raise RequestError("the line needs either prompt or messages with its choices")
         special = self.add_special_tokens
         if isinstance(self.prompt, str) and all(isinstance(choice, str) for choice in self.choices):
             # A token may reach over the border between the prompt and a choice, as in any text.

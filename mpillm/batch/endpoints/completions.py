@@ -45,7 +45,7 @@ class CompletionsEndpoint(Generate, frozen=True, kw_only=True):
     def requests(self, custom_id: str, spec: Spec, model: Model) -> tuple[Request, ...]:
         if self.best_of is not None and self.best_of < (self.n or 1):
             raise RequestError(
-                f"best_of is {self.best_of} and n is {self.n}; best_of cannot be the smaller one"
+                f"best_of is {self.best_of} and n is {self.n}; best_of must not be smaller than n"
             )
         prompts = read_prompts(
             "prompt",

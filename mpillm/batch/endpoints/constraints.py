@@ -38,7 +38,7 @@ def grammar_of(body: Any, spec: Spec, model: Model) -> str | None:
     if len(asked) > 1 and getattr(asked.get("response_format"), "type", None) == "text":
         del asked["response_format"]  # it asks for nothing
     if len(asked) > 1:
-        raise RequestError(f"{' and '.join(asked)} exclude one another")
+        raise RequestError(f"{' and '.join(asked)} cannot be used together")
     for key, value in asked.items():
         try:
             return _grammar(key, value, model)
@@ -103,7 +103,7 @@ def _format(asked: StructuralTags) -> Format:
         ]
         return TriggeredTags(triggers=asked.triggers, tags=tags)
     if asked.structures or asked.triggers:
-        raise RequestError("format stands without structures and triggers")
+        raise RequestError("give either format, or structures and triggers")
     try:
         found: Format = msgspec.convert(asked.format, Format)
         return found
@@ -123,4 +123,4 @@ def _read_tags(given: StructuralTags | str) -> StructuralTags:
         raise RequestError(f"structural_tag: {plain_words(str(error))}") from None
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         said = str(error).removeprefix("JSON is malformed: ")
-        raise RequestError(f"structural_tag is no JSON: {said}") from None
+        raise RequestError(f"structural_tag is not JSON: {said}") from None

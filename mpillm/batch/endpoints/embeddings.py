@@ -57,8 +57,8 @@ class EmbeddingsEndpoint(Endpoint, frozen=True, kw_only=True):
         if pooling == "auto":
             if settings.unsupported:
                 raise RequestError(
-                    f"the model's embeddings need {settings.unsupported}, which is not supported; "
-                    "pooling 'mean' or 'last' gives others"
+                    f"the model's embeddings need {settings.unsupported}, which is not supported; pooling "
+                    "'mean' or 'last' gives different embeddings"
                 )
             pooling = settings.pooling
         width = settings.width or model.hidden
@@ -68,8 +68,8 @@ class EmbeddingsEndpoint(Endpoint, frozen=True, kw_only=True):
         texts = self._texts(spec, settings)
         if texts != self.input and pooling != "last" and not settings.pools_prompts:
             raise RequestError(
-                "the model's files leave prompts out of pooling (include_prompt), which is not supported; "
-                "texts without a prompt are embedded, and prompt_name may name an empty one"
+                "the model's files exclude prompts from pooling (include_prompt), which is not supported; "
+                "embed texts without a prompt, or with a prompt_name whose prompt is empty"
             )
         prompts = read_prompts("input", texts, self.add_special_tokens, 1, spec, model, cut)
         each = width * (BASE64_BYTES if self.encoding_format == "base64" else JSON_BYTES)

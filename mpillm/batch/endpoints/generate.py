@@ -190,12 +190,10 @@ class Generate(Sampled, frozen=True, kw_only=True):
         if grammar is None:
             return None
         if model.text is None:
-            raise RequestError(
-                "an answer can only be held to a grammar with a tokenizer, and the model has none"
-            )
+            raise RequestError("a grammar needs a tokenizer, and the model has none")
         for key in ("min_tokens", "bad_words", "allowed_token_ids"):
             if getattr(self, key):
-                raise RequestError(f"{key} and a grammar (or a schema, or choices) exclude one another")
+                raise RequestError(f"{key} and a grammar (or a schema, or choices) cannot be used together")
         grammars = model.text.grammars(model.vocab, model.end_ids)
         grammars.check(grammar)
         return partial(grammars.matcher, grammar)

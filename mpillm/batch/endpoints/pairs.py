@@ -71,11 +71,13 @@ class Pairs(Endpoint, frozen=True, kw_only=True):
         if classifier.relevant is None:
             shown = ", ".join(classifier.labels[:4])
             raise RequestError(
-                f"the model has {len(classifier.labels)} labels ({shown}), and none of them says how relevant a "
-                "document is; /v1/classify gives all of them"
+                f"the model has {len(classifier.labels)} labels ({shown}), and none for the relevance of a "
+                "document; use /v1/classify"
             )
         if self.truncation_side == "left":
-            raise RequestError("truncation_side 'left' is not supported: of a pair the document's end is cut")
+            raise RequestError(
+                "truncation_side 'left' is not supported: a pair is cut at the end of its document"
+            )
         cut = cut_of(self.truncate_prompt_tokens, 0, "right", spec, model)
         made, total = [], 0
         for index, document in enumerate(documents):
@@ -84,9 +86,7 @@ class Pairs(Endpoint, frozen=True, kw_only=True):
             check_length(ids, which, spec, model)
             total += len(ids)
             if index and total > MAX_PROMPT_TOKENS:
-                raise RequestError(
-                    f"its pairs have more than {MAX_PROMPT_TOKENS} tokens; make several lines of it"
-                )
+                raise RequestError(f"its pairs have more than {MAX_PROMPT_TOKENS} tokens; split the line")
             made.append(
                 Request(
                     id=custom_id,
@@ -146,7 +146,7 @@ class Pairs(Endpoint, frozen=True, kw_only=True):
     ) -> tuple[TokenIds, int | None]:
         """A pair's tokens, and where the second segment begins."""
         if model.text is None:
-            raise RequestError("the model has no tokenizer, and pairs are texts")
+            raise RequestError("the model has no tokenizer, which pairs of texts need")
         template = spec.scoring.template or model.pair_template
         instruction = self.instruction or spec.scoring.instruction
         if template is not None:
@@ -160,7 +160,7 @@ class Pairs(Endpoint, frozen=True, kw_only=True):
             encode = partial(model.text.encode_chat, messages, {"add_generation_prompt": True})
             return encoded(encode, which, spec, model), None
         if instruction is not None:
-            raise RequestError("the model has no place for an instruction beside a query and a document")
+            raise RequestError("the model takes no instruction with a query and a document")
         seconds: list[int | None] = []
 
         def pair(max_tokens: int) -> list[int]:

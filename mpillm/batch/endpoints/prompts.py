@@ -13,6 +13,7 @@ from mpillm.batch.work import Model
 from mpillm.errors import RequestError
 from mpillm.spec import Spec
 from mpillm.text import End, TooLongError, encoded_at_once
+from mpillm.words import count_of
 
 TokenIds = tuple[int, ...]
 Truncated = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
@@ -38,7 +39,8 @@ class Cut:
         left = self.count - len(head) - len(tail)
         if left < 1:
             raise RequestError(
-                f"truncate_prompt_tokens {self.count} leaves nothing beside the tokenizer's own tokens"
+                f"truncate_prompt_tokens {self.count} leaves no room for text beside the tokenizer's special "
+                "tokens"
             )
         inner = ids[len(head) : len(ids) - len(tail)]
         return (*head, *(inner[-left:] if self.last else inner[:left]), *tail)
@@ -100,18 +102,16 @@ def read_prompts(
             )
         total += len(ids[-1])
         if index and total > MAX_PROMPT_TOKENS:
-            raise RequestError(
-                f"{key} has more than {MAX_PROMPT_TOKENS} tokens; give its prompts to several lines"
-            )
+            raise RequestError(f"{key} has more than {MAX_PROMPT_TOKENS} tokens; split the line")
     return ids
 
 
 def check_sequences(key: str, prompts: int, n: int) -> None:
     """RequestError if `n` choices of so many prompts are more than a line may ask for."""
     if prompts * n > MAX_SEQUENCES:
-        what = f"{key} has {prompts} prompts" + (f" and n is {n}" if n > 1 else "")
+        what = f"{key} has {count_of(prompts, 'prompt')}" + (f" and n is {n}" if n > 1 else "")
         raise RequestError(
-            f"{what}: {prompts * n} sequences, and a line may ask for {MAX_SEQUENCES}; make several lines of it"
+            f"{what}: {prompts * n} sequences, but the maximum of a line is {MAX_SEQUENCES}; split the line"
         )
 
 
@@ -119,8 +119,8 @@ def check_answer(nbytes: int) -> None:
     """RequestError if an answer of so many bytes, as estimated, is more than a line may ask for."""
     if nbytes > MAX_ANSWER:
         raise RequestError(
-            f"its answer may have {nbytes >> 20} MiB, and {MAX_ANSWER >> 20} MiB are the maximum; make several lines "
-            "of it, or ask for fewer choices, tokens or log-probabilities"
+            f"its answer may take {nbytes >> 20} MiB; the maximum is {MAX_ANSWER >> 20} MiB. Split the "
+            "line, or ask for fewer choices, tokens or log-probabilities"
         )
 
 
@@ -165,7 +165,7 @@ def check_length(ids: TokenIds, which: str, spec: Spec, model: Model) -> int:
         raise RequestError(f"{which} has no tokens")
     limit = context(spec, model)
     if len(ids) > limit:
-        raise _too_long(which, f"{len(ids)} tokens", spec, model)
+        raise _too_long(which, count_of(len(ids), "token"), spec, model)
     check_kv(len(ids), spec, model)
     return limit - len(ids)
 
@@ -175,12 +175,13 @@ def max_tokens(prompt: int, asked: int | None, available: int, which: str, spec:
     wanted = spec.sampling.max_tokens if asked is None else asked
     if asked is not None and asked > available:
         raise RequestError(
-            f"{which} has {prompt} tokens and max_tokens is {asked}, more than the context of {prompt + available}; "
-            f"shorten one of them{_or_raise(spec, model)}"
+            f"{which} has {count_of(prompt, 'token')} and max_tokens is {asked}, more than the "
+            f"context of "
+            f"{prompt + available}; lower max_tokens or shorten the prompt{_or_raise(spec, model)}"
         )
     if wanted and not available:
         raise RequestError(
-            f"{which} has {prompt} tokens and fills the context; shorten it{_or_raise(spec, model)}"
+            f"{which} has {count_of(prompt, 'token')} and fills the context; shorten it{_or_raise(spec, model)}"
         )
     return min(wanted, available)
 
@@ -205,6 +206,7 @@ def check_kv(tokens: int, spec: Spec, model: Model) -> None:
     """RequestError if so many tokens do not fit into the KV cache: then the request would never run."""
     if model.kv_tokens is not None and tokens > model.kv_tokens:
         raise RequestError(
-            f"it needs {tokens} tokens x {model.kv_token_bytes} bytes = {tokens * model.kv_token_bytes} bytes of "
-            f"KV cache and memory.kv = {spec.memory.kv} holds {model.kv_tokens} tokens; raise memory.kv"
+            f"it needs {count_of(tokens, 'token')} x {model.kv_token_bytes} bytes = "
+            f"{tokens * model.kv_token_bytes} bytes of "
+            f"KV cache, but memory.kv = {spec.memory.kv} holds {model.kv_tokens} tokens; raise memory.kv"
         )

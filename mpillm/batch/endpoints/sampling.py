@@ -59,7 +59,7 @@ class Sampled(Endpoint, frozen=True, kw_only=True):
         biases: dict[int, float] = {}
         for key, value in (self.logit_bias or {}).items():
             if not (key.isascii() and key.isdecimal()):
-                raise RequestError(f"logit_bias: {key[:60]!r} is no token id")
+                raise RequestError(f"logit_bias: {key[:60]!r} is not a token id")
             biases[int(key)] = min(max(value, -MAX_BIAS), MAX_BIAS)
         _check_ids("token id of logit_bias", biases, model)
         return tuple(sorted(biases.items()))

@@ -39,8 +39,8 @@ class ScoreEndpoint(Pairs, frozen=True, kw_only=True):
         queries, documents = ([one] if isinstance(one, str) else one for one in (first, second))
         if len(queries) not in (1, len(documents)):
             raise RequestError(
-                f"{names[0]} has {len(queries)} texts and {names[1]} {len(documents)}; give as many of both, or one "
-                "of the first"
+                f"{names[0]} has {len(queries)} texts and {names[1]} {len(documents)}; give as many of one "
+                "as of the other, or a single text of the first"
             )
         return queries, documents
 

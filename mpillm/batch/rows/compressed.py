@@ -33,7 +33,7 @@ def uncompressed(path: Path) -> Iterator[io.BufferedReader]:
             else:
                 yield raw
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise JobError(f"The input {path} is damaged, or not whole (gzip: {error}).") from None
+        raise JobError(f"The input {path} is damaged or incomplete (gzip: {error}).") from None
     except OSError as error:
         if error.errno in FULL:  # where the content goes
             raise
@@ -45,7 +45,7 @@ def _zstd(packed: BinaryIO) -> Iterator[bytes]:
     try:
         import zstandard
     except ImportError:
-        raise JobError("An input in zstd needs a library: pip install 'mpillm[tables]'.") from None
+        raise JobError("A zstd input needs a library: pip install 'mpillm[tables]'.") from None
     frame = None
     try:
         while chunk := packed.read(CHUNK):
@@ -56,7 +56,7 @@ def _zstd(packed: BinaryIO) -> Iterator[bytes]:
     except zstandard.ZstdError as error:
         raise OSError(f"it is damaged ({error})") from None
     if frame is not None:
-        raise OSError("it is not whole (zstd)")
+        raise OSError("it is incomplete (zstd)")
 
 
 class ChunkFile(io.RawIOBase):

@@ -36,7 +36,7 @@ def records(
         # As pandas calls a column without a name, such as that of row names which it writes itself.
         header = [name or f"Unnamed: {number}" for number, name in enumerate(header) if any(header)]
         if not header or len(set(header)) < len(header):
-            raise JobError(f"The input {path} needs a first line that names its columns, each differently.")
+            raise JobError(f"The input {path} needs a first line with a different name for each column.")
         check(header)
         while True:
             begin = lines.next_record()

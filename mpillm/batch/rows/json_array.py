@@ -187,7 +187,7 @@ class _Text:
     def wrong(self, what: str) -> JobError:
         """The error for what is wrong here."""
         where = self._before + self.at + 1
-        return JobError(f"The input {self._path} is no JSON array: {what} at character {where}.")
+        return JobError(f"The input {self._path} is not a JSON array: {what} at character {where}.")
 
     def _more(self) -> bool:
         """Read on; False at the end."""

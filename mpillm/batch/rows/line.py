@@ -20,7 +20,7 @@ def row_line(row: dict[str, Any]) -> bytes:
     try:
         return msgspec.json.encode(row, enc_hook=str)
     except (UnicodeEncodeError, ValueError, TypeError) as error:
-        what = "is not UTF-8 text" if isinstance(error, UnicodeEncodeError) else f"is no JSON: {error}"
+        what = "is not UTF-8 text" if isinstance(error, UnicodeEncodeError) else f"is not JSON: {error}"
         return wrong_row(f"the row {what}")
 
 

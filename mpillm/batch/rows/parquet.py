@@ -19,7 +19,7 @@ def rows(file: io.BufferedReader, path: Path, check: Callable[[list[str]], None]
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise JobError("An input in Parquet needs a library: pip install 'mpillm[tables]'.") from None
+        raise JobError("A Parquet input needs a library: pip install 'mpillm[tables]'.") from None
     try:
         metadata = parquet.read_metadata(file)
         # A text that a column has once in its dictionary stays one in memory, however many rows have it.
@@ -38,7 +38,7 @@ def rows(file: io.BufferedReader, path: Path, check: Callable[[list[str]], None]
                 for begin in range(0, len(batch), at_once):
                     yield from _lines(batch.slice(begin, at_once))
     except pyarrow.ArrowException as error:
-        raise JobError(f"The input {path} is no Parquet file, or damaged: {error}.") from None
+        raise JobError(f"The input {path} is damaged or not a Parquet file: {error}.") from None
 
 
 def _lines(batch: Any) -> Iterator[bytes]:

@@ -176,7 +176,7 @@ def read_partial_rotary(fields: Fields, sizes: Sizes, default: float, interleave
         return rotary
     # An odd number: one more turns, by the powers of the base that the odd number makes.
     if rotary.config.kind not in ("default", "linear"):
-        raise fields.fail("partial_rotary_factor", f"which makes {dim} dimensions turn, an odd number")
+        raise fields.fail("partial_rotary_factor", f"which makes {dim} dimensions rotate, an odd number")
     theta = rotary.config.theta ** ((dim + 1) / dim)
     return replace(rotary, config=replace(rotary.config, theta=theta))
 

@@ -213,7 +213,7 @@ def _full_sizes(fields: Fields, sizes: Sizes, types: list[str], same: bool) -> S
         kv_heads = own.integer("num_key_value_heads", 1, 2**16, default=sizes.n_kv_heads)
     if dim % 2 or sizes.n_heads % kv_heads:
         raise ModelError(
-            f"{fields.name}: full_attention layers have {kv_heads} KV heads of {dim} dimensions for {sizes.n_heads} "
-            "heads, which cannot be."
+            f"{fields.name}: full_attention layers have {kv_heads} KV heads of {dim} dimensions for "
+            f"{sizes.n_heads} heads, which is not possible."
         )
     return replace(sizes, head_dim=dim, n_kv_heads=kv_heads)

@@ -52,7 +52,7 @@ def read_routed_experts(
     fields.read |= set(names)
     groups = fields.integer("n_group", 1, 2**16, default=1)
     if count % groups:
-        raise fields.fail("n_group", f"but {count} experts are no such number of equal groups")
+        raise fields.fail("n_group", f"but {count} experts cannot be divided into that many equal groups")
     used = fields.integer("topk_group", 1, groups, default=1)
     chosen = read_chosen(fields, count)
     if chosen > used * (count // groups):

@@ -149,7 +149,7 @@ class _Writer:
             name = self._made[written] = self.lark.reserve()
             ways = [self._variant(one, depth) for one in variants(schema, self.shared)]
             if not ways:
-                raise RequestError("a schema refers to itself alone")
+                raise RequestError("a schema refers only to itself")
             self.lark.define(name, " | ".join(ways))
         return self._made[written]
 

@@ -119,7 +119,7 @@ def meet(server: socket.socket) -> list[Link]:
         count, own = root.numbers("II")
         if not 0 < count <= MOST_NODES or own >= count:
             raise StrangeRootError(
-                f"{root.who} speaks of worker {own} of {count}: it is no root of Distributed-Llama."
+                f"{root.who} speaks of worker {own} of {count}: it is not a root of Distributed-Llama."
             )
         others = [(root.string(), *root.numbers("i")) for _ in range(count - 1)]
         root.acknowledge()

@@ -11,6 +11,7 @@ from mpillm.tools.worker.arrays import Arrays
 from mpillm.tools.worker.graph import FROM_ROOT, SLICES, SLICES_TO_ROOT, Graph, read_graph
 from mpillm.tools.worker.link import Link, RootLostError, StrangeRootError, close, listen, meet
 from mpillm.tools.worker.operations import prepare
+from mpillm.words import count_of
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def serve(host: str, port: int, threads: int, say: Callable[[str], None]) -> Non
             graph = read_graph(links[0])
             say(f"Node {graph.node} of {graph.nodes} has its weights.")
             steps = work(graph, links, threads)
-            say(f"The root is done, after {steps} steps.")
+            say(f"The root has finished after {count_of(steps, 'step')}.")
         except RootLostError as lost:
             say(f"{lost} Start the root again.")
         finally:

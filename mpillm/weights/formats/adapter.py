@@ -52,7 +52,7 @@ class AdapterFiles:
 def pairs_of(file: MappedFile, found: Mapping[str, Mapping[str, Extent]]) -> dict[str, tuple[Extent, Extent]]:
     """Both factors, "A" and "B", of each module; ModelError if one is missing, or they cannot be multiplied."""
     if not found:
-        raise ModelError(f"{file.path} holds no tensors.")
+        raise ModelError(f"{file.path} contains no tensors.")
     pairs = {}
     for module, factors in found.items():
         if len(factors) < 2:

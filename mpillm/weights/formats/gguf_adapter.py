@@ -28,7 +28,9 @@ def open_gguf_adapter(path: Path, family: GgufFamily, config: dict[str, Any]) ->
         for name, tensor in tensors.items():
             match = _FACTOR.fullmatch(name)
             if match is None:
-                raise ModelError(f"{path}: tensor {name[:80]!r} is no factor of a matrix (.lora_a, .lora_b).")
+                raise ModelError(
+                    f"{path}: tensor {name[:80]!r}is not a factor of a matrix (.lora_a, .lora_b)."
+                )
             extent = Extent(file, name, tensor.offset, tensor.shape, tensor.stored)
             found.setdefault(match["tensor"], {})[match["factor"].upper()] = extent
         factors = []
@@ -57,7 +59,7 @@ def open_gguf_adapter(path: Path, family: GgufFamily, config: dict[str, Any]) ->
 def _alpha(path: Path, metadata: dict[str, Any], family: GgufFamily) -> float:
     """What the products are multiplied by, times their rank; ModelError if this is no adapter for the family."""
     if metadata.get("general.type") != "adapter" or metadata.get("adapter.type") != "lora":
-        raise ModelError(f"{path} is no LoRA adapter: its general.type and adapter.type do not say so.")
+        raise ModelError(f"{path} is not a LoRA adapter: its general.type and adapter.type do not say so.")
     if (kind := metadata.get("general.architecture")) not in (*family.gguf, *family.gguf_adapters):
         raise ModelError(
             f"{path} was made for a model of architecture {str(kind)[:60]!r}, which this one is not."

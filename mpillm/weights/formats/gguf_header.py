@@ -79,7 +79,7 @@ def read_header(file: MappedFile, whole: bool = True) -> GgufHeader:
     for _ in range(n_fields):
         name = cursor.string("the name of a metadata field")
         if name in metadata:
-            raise broken(file, f"metadata field {name[:80]!r} is there twice")
+            raise broken(file, f"metadata field {name[:80]!r} occurs twice")
         metadata[name] = cursor.value(cursor.integer("<I"), name)
     described = [cursor.tensor() for _ in range(n_tensors)]
     begin = -(-cursor.at // _alignment(file, metadata)) * _alignment(file, metadata)
@@ -207,7 +207,7 @@ def _placed(
     for name, shape, code, offset in described:
         shown = f"tensor {name[:80]!r}"
         if name in tensors:
-            raise broken(file, f"{shown} is there twice")
+            raise broken(file, f"{shown} occurs twice")
         stored = stored_in_gguf(code)
         if stored is None:
             raise ModelError(

@@ -95,7 +95,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON:
             raise ModelError(
-                f"{path} is larger than {MAX_JSON >> 20} MiB, which no such file is; fetch it again."
+                f"{path} is larger than {MAX_JSON >> 20} MiB, the maximum of such a file; fetch it again."
             )
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -153,7 +153,7 @@ def _tensors(path: Path, files: dict[str, MappedFile]) -> dict[str, tuple[Mapped
     for name, shard in _weight_map(path).items():
         if name not in headers[shard]:
             raise ModelError(
-                f"{path / INDEX} puts tensor {name[:80]!r} into {shard}, which does not hold it."
+                f"{path / INDEX} puts tensor {name[:80]!r} into {shard}, which does not contain it."
             )
         found[name] = (files[shard], headers[shard][name])
     return found

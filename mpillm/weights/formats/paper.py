@@ -90,4 +90,4 @@ class PaperSource:
         """Nothing is open."""
 
     def _refuse(self) -> NoReturn:
-        raise ModelError(f"{self.path} has a configuration and no weights; pull the model.")
+        raise ModelError(f"{self.path} has a configuration but no weights; pull the model.")

@@ -72,7 +72,7 @@ def open_peft(path: Path, family: GgufFamily, config: dict[str, Any]) -> Adapter
 def _read_config(path: Path) -> dict[str, Any]:
     """What adapter_config.json says, all of which is supported; else a ModelError."""
     if not os.path.exists(path / CONFIG):
-        raise ModelError(f"{path} has no {CONFIG}: it is no adapter of PEFT.")
+        raise ModelError(f"{path} has no {CONFIG}: it is not an adapter of PEFT.")
     said = read_json(path / CONFIG)
     kind = said.get("peft_type")
     if kind != "LORA":
@@ -107,7 +107,7 @@ def _what_else(name: str) -> str:
         return "adapts embeddings, which is not supported"
     if "lora_magnitude_vector" in name:
         return "is DoRA's, which is not supported"
-    return "is no factor of a linear layer (lora_A, lora_B), which alone are supported"
+    return "is not a factor of a linear layer (lora_A, lora_B); others are not supported"
 
 
 def _extent(file: MappedFile, name: str, tensor: SafetensorsTensor) -> Extent:

@@ -35,9 +35,7 @@ def open_packed_loader(
         slow_faults = network_kind(path) is not None
         kind = "read" if streamed or slow_faults or not can_populate() else "mmap"
     if kind == "mmap" and not can_populate():
-        raise JobError(
-            'memory.loader = "mmap" needs Linux 5.14 or newer; leave it "auto", or make it "read".'
-        )
+        raise JobError('memory.loader = "mmap" needs Linux 5.14 or newer; set it to "auto" or "read".')
     # The second of two fills the queue while the first waits for its last pieces.
     parallel = REQUESTS if pages[0].expert >= 0 else 2
     return MappedLoader(files, parallel) if kind == "mmap" else ReadLoader(files, parallel)

@@ -134,7 +134,9 @@ class PackedSource:
         wanted, inside = list(piece_records(panels, kind, layer)), set(names)
         if found != list(shapes) or wanted != [row for row in file.table if row.get("panel") in inside]:
             raise ModelError(
-                f"{file.path} is not laid out as its configuration asks for ({page_name(kind, layer)}); {PACK_AGAIN}."
+                f"{file.path} does not have the layout of its configuration "
+                f"({page_name(kind, layer)}); "
+                f"{PACK_AGAIN}."
             )
         return number, file.panels[names[0]].offset
 
@@ -157,7 +159,9 @@ class PackedSource:
         """Rows of the embedding table, as precise as they are stored: f32 [m, k]. Each is read from the file."""
         if key != Key(EMBED):
             raise ModelError(
-                f"{self.path} is packed, and {tensor_name(key)} cannot be read alone; run the model that was packed."
+                f"{self.path} is packed, and {tensor_name(key)} cannot be read on its own; run the "
+                "model "
+                "that was packed."
             )
         n, k = self.tensors[key].shape
         stored, file = self._embed_stored, self._embed_file

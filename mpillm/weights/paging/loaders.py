@@ -111,7 +111,7 @@ class MappingLoader(ParallelLoader):
             except OSError as error:
                 if error.errno in (errno.ENOMEM, errno.EAGAIN):
                     raise ModelError(
-                        f"There is no memory left to map {file.path} ({error.strerror})."
+                        f"There is not enough memory to map {file.path} ({error.strerror})."
                     ) from None
                 file.check()
                 raise ModelError(

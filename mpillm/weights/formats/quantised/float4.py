@@ -193,4 +193,4 @@ class BitsAndBytesMethod(Method):
                 return {"nested_offset": 0.0, "nested_blocksize": 1, **state}
         except (ValueError, KeyError, TypeError):
             pass
-        raise ModelError(f"{mark.file.path}: tensor {mark.name} is no state of bitsandbytes.")
+        raise ModelError(f"{mark.file.path}: tensor {mark.name} is not a state of bitsandbytes.")

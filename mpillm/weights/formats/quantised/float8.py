@@ -89,7 +89,7 @@ def float8(method: Method, values: Raw, scales: Raw, given: Sequence[tuple[int, 
             if scales.shape == shape:
                 return Float8(values, scales, covered)
     raise ModelError(
-        f"{method.path}: {scales.name} is {scales.dtype} {list(scales.shape)}, which are no scales of "
+        f"{method.path}: {scales.name} is {scales.dtype} {list(scales.shape)}, which are not scales of "
         f"{values.name} {list(values.shape)}."
     )
 
@@ -109,7 +109,9 @@ def block_of(method: Method, given: object) -> tuple[int, int]:
     if given is None:
         return 128, 128
     if not isinstance(given, list) or len(given) != 2 or not all(type(x) is int and x > 0 for x in given):
-        raise ModelError(f"{method.path}: {str(given)[:60]} is no size of the blocks of quantised weights.")
+        raise ModelError(
+            f"{method.path}: {str(given)[:60]} is not a size of the blocks of quantised weights."
+        )
     return given[0], given[1]
 
 
