@@ -155,5 +155,5 @@ def test_a_job_of_seconds_is_for_one_host(
     world: Any = World()
     made = LayoutChoice(world, job, nothing, nothing, NO_INPUT, None, True, True)._unmeasured()
     assert len(made.ranks) == len(made.chosen.replicas) == ranks
-    said = "b is left out and stands by: this run is too short for several hosts." if ranks == 1 else ""
+    said = "b is left out and kept in reserve: this run is too short for several hosts." if ranks == 1 else ""
     assert made.left_out == said
