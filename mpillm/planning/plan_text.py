@@ -107,7 +107,7 @@ def _rank_table(plan: Plan) -> Iterator[str]:
 
 def _verdict(plan: Plan) -> Iterator[str]:
     together = shown_bytes(sum(rank.held for rank in plan.ranks))
-    on_one = f": on one machine {together} for all of them" if len(plan.ranks) > 1 else ""
+    on_one = f" (on one machine: {together} in all)" if len(plan.ranks) > 1 else ""
     fits = f"It fits if every rank has the free memory of its last column{on_one}."
     yield from plan.problems or [_wrapped(fits, indent=0)]
 

@@ -339,7 +339,7 @@ def test_inputs_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="is not a file"):
         requests.check(tmp_path, made, WITH_TEXT)
     for raw, words in [
-        (b"\n \n", "holds no request"),
+        (b"\n \n", "contains no requests"),
         *(
             (LINE.encode(name), "is UTF-16; save it as UTF-8")
             for name in ("utf-16", "utf-16-le", "utf-16-be")

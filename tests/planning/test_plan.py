@@ -133,7 +133,7 @@ def test_the_table() -> None:
     assert len(next(line for line in text.splitlines() if line.startswith("rank")).split("  ")) > 8
     together = shown_bytes(sum(rank.held for rank in made.ranks))
     assert said.endswith(
-        f"It fits if every rank has the free memory of its last column: on one machine {together} for all of them."
+        f"It fits if every rank has the free memory of its last column (on one machine: {together} in all)."
     )
     alone = plan_text.as_text(planned("llama3", 1))
     assert alone.endswith("It fits if every rank has the free memory of its last column.")
