@@ -86,7 +86,6 @@ def measure(
                     if len(prompt) + TOKENS > maximum:
                         raise JobError(
                             f"The model takes {maximum} tokens, but a text with its answer has "
-                            " f"
                             f"{len(prompt) + TOKENS}; lower --context."
                         )
                     for run in _measure(session, name, prompt, options.repeats):

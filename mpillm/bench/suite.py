@@ -53,10 +53,10 @@ class BenchCommand:
         ):
             if given and not options.what & of:
                 raise JobError(
-                    f"{option} is for --what {' or '.join(sorted(of))}; leave it away, or name that."
+                    f"{option} is for --what {' or '.join(sorted(of))}; leave it out, or add that to --what."
                 )
         if self.weights and not self.synthetic:
-            raise JobError("--weights is for --synthetic; a model that is named has its own.")
+            raise JobError("--weights is only for --synthetic; leave it out.")
         if not binary and name != LLAMA_CPP:
             raise JobError(
                 f"mpillm bench cannot run against {name}; give {LLAMA_CPP}, or NAME=PATH of another program's "

@@ -132,7 +132,6 @@ def _metadata(parts: Sequence[Path]) -> dict[str, Any]:
             if first.get(key) != attributes.get(key):
                 raise JobError(
                     f"{parts[0]} and {part} are not parts of the same job: their {key} differs "
-                    " f"
                     f"({_shown(first.get(key))} and {_shown(attributes.get(key))})."
                 )
     return first

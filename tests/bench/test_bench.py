@@ -341,8 +341,8 @@ def machine_has_limits() -> bool:
             "--against is for --what batch or decode or prefill",
         ),
         (["--what", "decode", "--budget", "25%"], "--budget is for --what paging or speculation"),
-        (["--what", "paging", "--draft", "x"], "--draft is for --what speculation; leave it away"),
-        (["--weights", "q8_0"], "--weights is for --synthetic"),
+        (["--what", "paging", "--draft", "x"], "--draft is for --what speculation; leave it out"),
+        (["--weights", "q8_0"], "--weights is only for --synthetic; leave it out."),
         (
             [
                 "--synthetic",
