@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mpillm.errors import ModelError
 from mpillm.model.opening import open_source
-from mpillm.weights.formats.gguf_header import read_header
+from mpillm.weights.formats.gguf_header import _Cursor, read_header
 from mpillm.weights.io.mapped import MappedFile
 from tests.weights.build import Tiny, write_gguf
 
@@ -45,6 +45,26 @@ def test_header_agrees_with_the_library(tmp_path, alignment):
         assert mine.shape == tuple(reversed(tensor.shape.tolist()))
         assert (mine.stored.name, mine.nbytes) == (tensor.tensor_type.name, tensor.n_bytes)
         assert mine.offset == tensor.data_offset
+
+
+@pytest.mark.parametrize(
+    ("words", "at_once"),
+    [
+        (["a", "", "\u4e2d", "b" * 100] * 9, True),
+        (["a", "b" * 256, "c"] * 99, False),  # a length of two bytes
+        (["a", "b\0c", "d"], False),
+        (["b" * 200] * 3, False),
+    ],
+)
+def test_short_strings_are_decoded_at_once(tmp_path, monkeypatch, words, at_once):
+    values = b"".join(text(word.encode()) for word in words)
+    strings = field(b"s", ARRAY, struct.pack("<IQ", STRING, len(words)) + values)
+    (tmp_path / "m.gguf").write_bytes(gguf_bytes([strings], data=4096))
+    one_by_one = []
+    read = _Cursor._strings
+    monkeypatch.setattr(_Cursor, "_strings", lambda *given: one_by_one.append(1) or read(*given))
+    assert header_of(tmp_path / "m.gguf").metadata == {"s": words}
+    assert bool(one_by_one) != at_once
 
 
 def text(value: bytes) -> bytes:

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,13 @@ def test_small_tensors_count_whole_and_large_ones_by_samples_and_time(
     assert identity.summed({"": identity.identity(open_source(model))[path.name]}) == identity.summed(
         {"": before}
     )
+
+
+def test_no_matrix_of_a_small_model_is_hashed_whole(tmp_path: Path) -> None:
+    path, norm, matrix = tmp_path / "m.gguf", 576 * 4, 576 * 192 // 32 * 20  # SmolLM2's, in F32 and Q4_1
+    extents = [(path, 4096, norm), (path, 8192, matrix)]
+    source = SimpleNamespace(path=path, files=(path,), tokenizer={}, extents=lambda: iter(extents))
+    assert identity._files(source) == {path: [(0, 4096), (4096, norm)]}
 
 
 def test_a_change_while_it_is_used_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
