@@ -10,16 +10,17 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-OPENMPI = "Open MPI's mpiexec"
+OPENMPI, MPICH = "Open MPI's mpiexec", "MPICH's mpiexec"
 
 # The variables in which launchers pass the number of processes and a process's own number, most specific first.
 # (SLURM_NTASKS is also set in batch scripts, where Python may run without a launcher.)
 _LAUNCHERS = (
     (OPENMPI, "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-    ("MPICH's mpiexec", "PMI_SIZE", "PMI_RANK"),
+    (MPICH, "PMI_SIZE", "PMI_RANK"),
     ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
     ("PALS", "PALS_SIZE", "PALS_RANKID"),
     ("Flux", "FLUX_JOB_SIZE", "FLUX_TASK_RANK"),
@@ -79,6 +80,16 @@ def ranks_on_this_machine(environ: Mapping[str, str]) -> int:
     """Return the number of ranks on this machine according to the launcher; 0 if it does not tell."""
     said = (environ.get(name, "") for name in ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"))
     return next((int(number) for number in said if number.isdecimal()), 0)
+
+
+def end_all(started: Launch | None, code: int, environ: Mapping[str, str]) -> None:
+    """Have MPICH's mpiexec end all ranks when this one ends before MPI has begun: the others would wait for it.
+
+    The message is that of MPI_Abort, in version 1 of PMI. Open MPI's mpiexec ends them by itself.
+    """
+    if started is not None and started.launcher == MPICH and environ.get("PMI_FD", "").isdecimal():
+        with suppress(OSError):
+            os.write(int(environ["PMI_FD"]), b"cmd=abort exitcode=%d\n" % code)
 
 
 def starter_folder() -> str:

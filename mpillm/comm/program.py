@@ -38,7 +38,9 @@ def guard(program: Callable[[World], int]) -> int:
     try:
         world = start()
     except MpillmError as error:
-        say(f"mpillm: {error}{_where(launch.launched_by(os.environ))}")
+        started = launch.launched_by(os.environ)
+        say(f"mpillm: {error}{_where(started)}")
+        launch.end_all(started, error.exit_code, os.environ)
         return error.exit_code
     return run(world, program)
 
@@ -154,6 +156,6 @@ def _refuse(loaded: launch.Library, started: launch.Launch | None) -> NoReturn:
     if started.rank == 0:
         raise JobError(launch.wrong_launcher(loaded, started))
     time.sleep(SPEAK_FIRST)
-    if started.launcher != launch.OPENMPI:  # others do not end this rank when rank 0 ends
+    if started.launcher not in (launch.OPENMPI, launch.MPICH):  # does not end this rank when rank 0 ends
         raise SystemExit(JobError.exit_code)
     raise JobError(launch.other_library(loaded, started))

@@ -159,6 +159,22 @@ def test_a_rank_killed_on_another_host_is_survived(
     assert results(tmp_path) == reference(tmp_path, openmpi, job)
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_rank_killed_while_two_sums_are_under_way(
+    hosts: Hosts, mpich: Mpi, tmp_path: Path, ranks: int
+) -> None:
+    """MPICH ends the others, and the same command goes on, in lanes again."""
+    job, hostfile = write_job(tmp_path), tmp_path / "hosts"
+    hostfile.write_text(hosts.listed(mpich, ranks))
+    start = [*hosts.launcher(mpich, hostfile), "-n", str(ranks), sys.executable]
+    for sums in (48, 10**9):
+        plan = f"{ranks - 1}:sum:{sums}:SIGKILL"
+        program = [ROOT / "tests" / "e2e" / "dying.py", plan, "run", job, f"--set=layout.shards={ranks}"]
+        done = run_bounded(hosts.on_first([*start, *program], environment(mpich)), cwd=tmp_path)
+        assert (done.returncode == 0) == (sums > 48), done.stderr
+    assert results(tmp_path) == reference(tmp_path, mpich, job)
+
+
 def test_nothing_is_left(tmp_path: Path) -> None:
     """Hosts go with their block, even when it fails."""
     if tools.missing():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import sys
@@ -11,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from mpillm import version
+from mpillm.comm import nodes
 from tests.cluster import hosts as tools
 from tests.cluster.hosts import Hosts
 from tests.cluster.jobs import MODEL, write_job
-from tests.conftest import ROOT, Mpi, run_bounded
+from tests.cluster.test_hosts import environment
+from tests.conftest import FINDERS, Mpi, run_bounded
 
 pytestmark = [pytest.mark.hosts, pytest.mark.mpiexec]
 
@@ -25,6 +26,15 @@ CASES = {
     "another version": (
         f"mount --bind {{folder}}/version.py {version.__file__}",
         r"Rank 1 on {host} runs mpillm 0\.0\.7, and rank 0 on {first} .+; install the same version on every host\.",
+    ),
+    "another MPI": (
+        "{other_mpi}",
+        r".+'s mpiexec started this rank, but its Python has loaded another MPI, .+ on every host .+" + ON,
+    ),
+    "no MPI": ("mount --bind /dev/null {library}", r"No MPI library can be loaded \(.+" + ON),
+    "another time": (
+        f"mount --bind {{folder}}/nodes.py {nodes.__file__}",
+        r"The clock of {host} is 7\d\d\d seconds ahead of that of {first}: answers do not depend on it, .+",
     ),
     "another model": (
         f"mount --bind {MODEL.parent}/qwen3 {{model}}",
@@ -63,11 +73,24 @@ def small_disk(image: Path, where: Path) -> bool:
     return run_bounded(["unshare", "--mount", "sh", "-c", words]).returncode == 0
 
 
+def libraries(mpi: Mpi) -> dict[str, str]:
+    """The library that a rank loads, and what has it load that of the other MPI; both MPIs are there."""
+    openmpi, mpich = FINDERS["openmpi"](), FINDERS["mpich"]()
+    if openmpi is None or mpich is None:
+        pytest.skip("this takes both MPIs")
+    theirs, ours = Path(mpich.env["MPI4PY_LIBMPI"]), openmpi.mpiexec.parent.parent / "lib" / "libmpi.so.40"
+    if mpi.name == "openmpi":
+        return {"library": str(ours), "other_mpi": f"export MPI4PY_LIBMPI={theirs}"}
+    replaced = f"ln -s {ours.parent}/* {theirs.parent} && ln -sf {ours} {theirs}"
+    return {"library": str(theirs), "other_mpi": f"mount -t tmpfs tmpfs {theirs.parent} && {replaced}"}
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_wrong_on_a_host_is_said_with_its_name(openmpi: Mpi, tmp_path: Path, case: str) -> None:
+def test_what_is_wrong_on_a_host_is_said_with_its_name(mpi: Mpi, tmp_path: Path, case: str) -> None:
     if reason := tools.missing():
         pytest.skip(reason)
     before, said = CASES[case]
+    words = libraries(mpi) if "MPI" in case else {}
     places = {"folder": tmp_path, "model": tmp_path / "model", "spill": tmp_path / "spill"}
     shutil.copytree(MODEL, places["model"])
     for name in ("spill", "locked"):
@@ -76,18 +99,19 @@ def test_what_is_wrong_on_a_host_is_said_with_its_name(openmpi: Mpi, tmp_path: P
         pytest.skip("no file system can be mounted out of a file here")
     other = re.sub(r'"[^"]+"$', '"0.0.7"', Path(version.__file__).read_text(), flags=re.M)
     (tmp_path / "version.py").write_text(other)
+    ahead = Path(nodes.__file__).read_text().replace("time.time()", "time.time() + 7200")
+    (tmp_path / "nodes.py").write_text(ahead)
     job, hostfile = write_job(tmp_path), tmp_path / "hosts"
     settings = [f"model={places['model']}", f"memory.spill_dir={places['spill']}", "layout.shards=2", *TIGHT]
     program = [
         sys.executable, "-B", "-m", "mpillm", "run", job, *(f"--set={setting}" for setting in settings)
     ]  # fmt: skip
-    env = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "PYTHONPATH": str(ROOT), **openmpi.env}
     with Hosts(tmp_path, 2).up() as hosts:
-        hosts.before(2, before.format(**places))
-        hostfile.write_text("".join(f"{address} slots=1\n" for address in hosts.addresses))
-        command = [*hosts.launcher(openmpi, hostfile), "-n", "2", *program]
-        done = run_bounded(hosts.on_first(command, env), 60, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
+        hosts.before(2, before.format(**places, **words))
+        hostfile.write_text(hosts.listed(mpi, 2))
+        command = [*hosts.launcher(mpi, hostfile), "-n", "2", *program]
+        done = run_bounded(hosts.on_first(command, environment(mpi)), 60, cwd=tmp_path)
+    assert done.returncode == (0 if case == "another time" else 2), done.stderr
     names = {"host": f"{hosts.prefix}2", "first": f"{hosts.prefix}1"}
     pattern = said.format(**names, **{name: re.escape(str(path)) for name, path in places.items()})
     assert len(re.findall(f"^mpillm: {pattern}$", done.stderr, re.M)) == 1, done.stderr
