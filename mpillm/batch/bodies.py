@@ -105,7 +105,13 @@ def _open(line: dict[str, Any]) -> tuple[type[Endpoint], dict[str, Any]]:
         found = [one for one in ENDPOINTS if one.key in keys and keys <= set(one.__struct_fields__)]
         if len(found) != 1:
             *names, last = (endpoint.key for endpoint in ENDPOINTS if endpoint.key)
-            raise RequestError(f"the line needs one of {', '.join(names)} or {last}, or a url and a body")
+            text = next((key for key, value in body.items() if isinstance(value, str)), None)
+            other = (
+                f"; to make a prompt of {text}, add --set 'prompt={{{text}}}'" if text and not keys else ""
+            )
+            raise RequestError(
+                f"the line needs one of {', '.join(names)} or {last}, or a url and a body{other}"
+            )
         return found[0], body
     for key in line:
         if key not in _BATCH_KEYS:

@@ -233,7 +233,7 @@ def raw_lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes | None]]:
 
 
 def _not_lines(head: bytes, array: bool) -> str | None:
-    """What is said of an input that is JSON, but not an object a line, by its beginning."""
+    """What is said of an input that has not an object a line, by its beginning."""
     first, _, rest = head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")
     first, rest = first.strip(), rest.lstrip()
     if not rest and first.partition(b"\r")[0].rstrip().endswith(b"}") and b"\r" in first:
@@ -242,4 +242,9 @@ def _not_lines(head: bytes, array: bool) -> str | None:
         return "is a JSON array; write one object per line: jq -c '.[]'"
     if first == b"{" and rest.startswith((b'"', b"}")):
         return "has objects that span several lines; write one object per line: jq -c ."
-    return None
+    if b"{" in head or first[:1] in b'["':  # nothing, or JSON of other kinds
+        return None
+    for separator, suffix in ((b"\t", ".tsv"), (b",", ".csv"), (b";", ".csv")):
+        if 0 < first.count(separator) == rest.partition(b"\n")[0].count(separator):
+            return f"has no objects in its lines; if it is a table, give it a name that ends in {suffix}"
+    return "has texts in its lines, and no objects; make objects of them: jq -cR '{prompt: .}'"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,6 +88,9 @@ def checked(values: dict[str, Any], where: str) -> Spec:
     for key, path in (paths | {f"adapters.{name}": path for name, path in spec.adapters.items()}).items():
         if "\0" in path:
             raise JobError(f"{where}: {key} contains a zero byte, which a path cannot contain.")
+        if drive := re.match(r"([A-Za-z]):[/\\]+", path):
+            there = f"/mnt/{drive[1].lower()}/{path[drive.end() :]}".replace("\\", "/")
+            raise JobError(f"{where}: {key} {path!r} is a path of Windows; in its Linux (WSL) it is {there}.")
     for name in spec.model_names:
         if name in spec.adapters:
             raise JobError(f"{where}: the adapter {name!r} has the name of the model; give it another name.")

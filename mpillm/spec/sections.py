@@ -30,7 +30,7 @@ TableFormat = Literal["csv", "parquet", "jsonl"]
 Quantize = Literal["none", "q8_0", "q4_0"]
 # One value for all ranks, one for each of them, or one for each host ("default": for those that are not named).
 Size = str | Positive
-Threads = Auto | Positive
+Threads = Auto | Annotated[int, Meta(ge=1, le=1024)]
 
 ToolCalls = Literal[
     "auto", "none", "hermes", "qwen3_coder", "seed_oss", "glm", "minimax", "deepseek_v3", "deepseek_v31", "kimi",

@@ -106,6 +106,13 @@ MISTAKES = {
     "a block type": ("pack a b --weights q8", "did you mean q8_0?"),
     "an option without its value": ("run --model", "expected one argument; mpillm run --help lists all"),
     "two that exclude": ("launch -n 2 --hostfile a run", "not allowed with argument -n; mpillm launch --help"),
+    "a model on Windows": (
+        "plan --model 'C:\\models\\m.gguf'", "is a path of Windows; in its Linux (WSL) it is /mnt/c/models/m.gguf"
+    ),
+    "an output on Windows": (
+        "run --model x --input taken --output D:/out", "is a path of Windows; in its Linux (WSL) it is /mnt/d/out"
+    ),
+    "threads without end": ("plan --set layout.threads=9999", "layout.threads: expected a whole number <= 1024"),
     "a run that is not there": ("report nothing", "There is no finished run in nothing"),
 }  # fmt: skip
 

@@ -216,3 +216,9 @@ def test_damaged_files_are_refused_or_sound(tmp_path_factory, sound, data):
             source.read(key)
         source.read_f32(key)
     source.close()
+
+
+def test_a_file_of_a_hugging_face_model(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ModelError, match=f"is not a GGUF file; the model is its directory, {tmp_path}"):
+        header_of(tmp_path / "config.json")

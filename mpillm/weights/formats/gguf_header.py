@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import struct
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import gguf
@@ -65,7 +66,9 @@ def read_header(file: MappedFile, whole: bool = True) -> GgufHeader:
     """
     cursor = _Cursor(file)
     if file.size < 24 or file.view(0, 4).tobytes() != b"GGUF":
-        raise ModelError(f"{file.path} is not a GGUF file.")
+        parent = Path(file.path).absolute().parent
+        part = f"; the model is its directory, {parent}" if (parent / "config.json").exists() else ""
+        raise ModelError(f"{file.path} is not a GGUF file{part}.")
     cursor.at = 4
     version = cursor.integer("<I")
     if version & 0xFFFF == 0:
