@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mpillm.store.results import HDF5
 from mpillm.words import count_of
 
 SHOWN = 10  # requests that differ
+WORDS = 24  # characters of a text, from where it differs
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,10 @@ class Difference:
 
     custom_id: str
     what: str  # a sentence
+    texts: str = ""  # how the texts go on where they part, of the requests that are shown
 
     def __str__(self) -> str:
-        return f"{self.custom_id}: {self.what}"
+        return f"{self.custom_id}: {self.what}{self.texts}"
 
 
 @dataclass
@@ -74,7 +77,27 @@ def compare(first: Results, second: Results) -> Comparison:
                 made.equal += 1
             else:
                 made.different.append(Difference(name, told))
+    shown = made.different[:SHOWN]
+    texts = [_texts(run, {one.custom_id for one in shown}) for run in (first, second)]
+    made.different[:SHOWN] = [
+        replace(one, texts=_parting(*(of.get(one.custom_id) for of in texts))) for one in shown
+    ]
     return made
+
+
+def _texts(run: Results, wanted: set[str]) -> dict[str, str | None]:
+    """The texts of some requests, by their custom_id."""
+    rows = (row for row in run.rows() if row["custom_id"] in wanted)
+    return {row["custom_id"]: row["text"] for row in itertools.islice(rows, len(wanted))}
+
+
+def _parting(a: str | None, b: str | None) -> str:
+    """How two texts go on where they part; nothing if they do not."""
+    if not a or not b or a == b:
+        return ""
+    pairs = enumerate(zip(a, b, strict=False))
+    place = next((at for at, (x, y) in pairs if x != y), min(len(a), len(b)))
+    return f", {a[place : place + WORDS]!r} and {b[place : place + WORDS]!r}"
 
 
 def _settings(first: Results, second: Results) -> Iterator[str]:
@@ -112,6 +135,10 @@ def _answer(first: Results, i: int, second: Results, j: int, largest: dict[str, 
         for what, (x, y) in (("prompt's token", prompts), ("token", (first.tokens[a], second.tokens[b]))):
             place = _first_difference(x, y)
             if place is not None:
+                if what == "token":
+                    _distance(
+                        "log-probabilities", first.logprobs[a][:place], second.logprobs[b][:place], largest
+                    )
                 token = [ids[place] if place < len(ids) else "the end" for ids in (x, y)]
                 return f"{where}{what} {place}: {token[0]} and {token[1]}"
         if first.finish_reasons[a] != second.finish_reasons[b]:
@@ -142,8 +169,16 @@ def _values(
         x, y = one[a], two[b]
         if len(x) != len(y):
             return f"{where}{len(x)} and {len(y)} {group}"
-        if not np.array_equal(x, y, equal_nan=True):
-            distance = float(np.nanmax(np.abs(x.astype(np.float64) - y.astype(np.float64))))
-            largest[group] = max(largest.get(group, 0.0), distance)
+        distance = _distance(group, x, y, largest)
+        if distance is not None:
             told = told or f"{where}{group} differ by {distance:.3g} at most"
     return told
+
+
+def _distance(group: str, x: NDArray[Any], y: NDArray[Any], largest: dict[str, float]) -> float | None:
+    """The largest distance of two arrays' values, counted into `largest`; None if they are equal, or not as long."""
+    if len(x) != len(y) or np.array_equal(x, y, equal_nan=True):
+        return None
+    distance = float(np.nanmax(np.abs(x.astype(np.float64) - y.astype(np.float64))))
+    largest[group] = max(largest.get(group, 0.0), distance)
+    return distance
