@@ -23,7 +23,7 @@ from mpillm.engine.request import FinishedCompletion, PartialCompletion, Request
 from mpillm.engine.sampler import Candidates
 from mpillm.engine.scheduler import Scheduler
 from mpillm.engine.sequence import Sequence
-from mpillm.engine.speculation import Speculation
+from mpillm.engine.speculation import Speculation, may_draft
 from mpillm.engine.step import Hidden, Step
 from mpillm.engine.turn import Turn
 from mpillm.engine.worker import Worker
@@ -52,8 +52,8 @@ class Engine:
         self._shard_vocab = shard_vocab  # rows of the vocabulary on each shard of the last stage
         self._last_stage = _last_stage_ranks(worker.decoder.place)
         self._speculation: Speculation | None = None
-        if limits.speculation != "off" and limits.windows and not limits.n_slots:
-            share = worker.decoder.config.expert_share
+        share = worker.decoder.config.expert_share
+        if may_draft(limits.speculation, limits.windows, limits.n_slots, share, limits.max_sequences):
             self._speculation = Speculation(limits.speculation, limits.streams, share, draft_model)
         self._scheduler: Scheduler | None = None  # of the current run, or of the last one
         self._replies: dict[tuple[int, int], Reply] = {}  # by rank and step: received, not used yet

@@ -47,6 +47,18 @@ PATIENCE, PROBED = (
 NEARLY_ALL = 0.9  # of the experts
 
 
+def may_draft(mode: Mode, windows: Seq[int], slots: int, expert_share: float, rows: int) -> bool:
+    """Whether steps of up to `rows` rows can have drafts at all: never if a model keeps no tokens, or keeps states."""
+    if mode == "off" or not windows or slots:
+        return False
+    return mode != "auto" or uses_experts(expert_share, rows)
+
+
+def uses_experts(share: float, rows: int) -> bool:
+    """Whether so many rows, which go to a `share` of the experts each, use nearly all of them."""
+    return 1.0 - (1.0 - share) ** rows >= NEARLY_ALL
+
+
 class RowCost:
     """The part of a step's time that its rows cost, by a weighted least-squares line through the steps so far.
 
@@ -121,8 +133,7 @@ class Speculation:
         if self._mode != "auto":
             return True
         self._threshold = min(self._cost.part(rows) * MARGIN, 1.0)
-        experts = 1.0 - (1.0 - self._expert_share) ** rows
-        return self._threshold <= DEAR and experts >= NEARLY_ALL
+        return self._threshold <= DEAR and uses_experts(self._expert_share, rows)
 
     def ask_model(self, sequences: Seq[tuple[Sequence, int]], rows: int) -> None:
         """Have the draft model, if there is one, draft for those whose lookups promise less.

@@ -34,10 +34,12 @@ class Activations:
     def row_nbytes(self, place: Place) -> int:
         """Bytes for each row of a step, at most.
 
-        Float32: the hidden state, what a part of a layer makes of it, and its norm; then what the widest part takes.
-        Shards decode all parts of a sum beside each other. Through the whole step go cosines and sines of each RoPE.
+        Float32: the hidden state, what a part of a layer makes of it, and its norm, or both parts where they are beside
+        each other; then what the widest part takes. Shards decode all parts of a sum beside each other. Through the
+        whole step go cosines and sines of each RoPE.
         """
         config, d, shards = self.config, self.config.hidden, place.shards
+        beside = any(layer.parallel for layer in config.layers)
         widest = max(
             part.row_nbytes(place, config.block, d, self.copied)
             for layer in set(config.layers)
@@ -46,15 +48,15 @@ class Activations:
         summed = 2 * shards * d if shards > 1 else 0
         if config.adapters is not None:
             widest += config.adapters.row_nbytes(place)
-        return 4 * (4 * d + summed) + widest + NUMBERS + self.angles_nbytes
+        return 4 * ((3 + beside) * d + summed) + widest + NUMBERS + self.angles_nbytes
 
     def nbytes(self, place: Place, rows: int) -> int:
-        """Bytes for a step of so many rows, at most; a mixture's rows are many, for each goes to several experts."""
+        """Bytes for a step of so many rows, at most; a mixture's rows are more, for each goes to several experts."""
         config = self.config
         mixed = max(
             (
                 layer.mlp.mixed_row_nbytes(place, config.block, config.hidden, self.copied)
-                * min(MIXED_ROWS, rows * layer.mlp.count)
+                * max(min(MIXED_ROWS, rows * layer.mlp.count) - rows, 0)
                 for layer in set(config.layers)
                 if layer.mlp
             ),

@@ -79,6 +79,8 @@ def _nbytes(
 ) -> int:
     layout = layout_of(section, source, config)
     held = [page.nbytes for page in rank_plans(config, WHOLE, source)]
-    rows = memory.activations(activations_of(source, config), WHOLE, ROWS, positions=max_context)
+    rows = memory.activations(
+        activations_of(source, config), WHOLE, memory.Rows(ROWS, positions=max_context, copies=1)
+    )
     cache = blocks_of(section, max_context, layout, asked) * layout.block_nbytes
     return sum(held) + cache + rows + memory.loaded_model(source, held)

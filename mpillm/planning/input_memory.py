@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -24,9 +25,11 @@ from mpillm.batch.template import asker
 from mpillm.errors import RequestError
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.cache_layout import blocks_for
+from mpillm.planning import line_prompts
 from mpillm.planning.answer_length import AnswerLengths
-from mpillm.planning.grammar_memory import Asked, GrammarCounter
+from mpillm.planning.grammar_memory import GrammarCounter
 from mpillm.planning.input_needs import NO_INPUT, InputNeeds
+from mpillm.planning.line_prompts import ADJUSTS, IDS, Body, LineSize, prompts_in
 from mpillm.planning.token_count import BYTES_PER_TOKEN, NOTHING, Around, TokenCounter, Tokens
 from mpillm.spec import Spec
 from mpillm.store import inputs
@@ -48,39 +51,7 @@ TEMPLATE, CHAT = 24 * 2**20, 16
 # Tokens around what a chat says: one for so many bytes of the template, FRAMING at most, and for each message.
 TEMPLATE_TEXT, FRAMING, MESSAGE = 4, 512, 16
 
-_IDS = re.compile(rb"\s*\[[\[\s]*[-0-9]")
 _NOT_ASCII, _WIDE = re.compile(rb"[\x80-\xff]|\\u"), re.compile(rb"[\xf0-\xff]|\\u[dD]")
-
-
-class _Body(Asked):
-    """The keys that decide how much is kept."""
-
-    prompt: msgspec.Raw = msgspec.Raw()
-    input: msgspec.Raw = msgspec.Raw()
-    messages: msgspec.Raw = msgspec.Raw()
-    query: msgspec.Raw = msgspec.Raw()
-    queries: msgspec.Raw = msgspec.Raw()
-    documents: msgspec.Raw = msgspec.Raw()
-    items: msgspec.Raw = msgspec.Raw()
-    text_1: msgspec.Raw = msgspec.Raw()
-    text_2: msgspec.Raw = msgspec.Raw()
-    data_1: msgspec.Raw = msgspec.Raw()
-    data_2: msgspec.Raw = msgspec.Raw()
-    chat_template_kwargs: msgspec.Raw = msgspec.Raw()
-    choices: msgspec.Raw = msgspec.Raw()
-    n: int | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    logprobs: int | bool | None = None
-    top_logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    echo: bool | None = None
-    best_of: int | None = None
-
-
-class _LineSize(_Body):
-    body: _Body | None = None
-    custom_id: Any = None
 
 
 def input_needs(
@@ -93,10 +64,12 @@ def input_needs(
     context = spec.memory.max_context
     lines = names = checking = chat = answer = choice = largest = total = prompt_tokens = 0
     generated = longest = scored = unread = 0
-    scores, prompts, most = False, 0, 0
+    scores, prompts, most, alike = False, 0, 0, 0
     blocks: int | None = 0
-    shortest = context
-    decoder = msgspec.json.Decoder(_LineSize)
+    lengths = Counter[int]()
+    begun = set[int]()  # of prompts of ids
+    adjusts = line_prompts.adjusts(spec.sampling)
+    decoder = msgspec.json.Decoder(LineSize)
     asked = asker(spec)
     grammars, counter = GrammarCounter(spec), TokenCounter(load)
     held = AnswerLengths(spec, counter)
@@ -115,6 +88,7 @@ def input_needs(
                     unread += 1
                     continue
                 body = line.body or line
+                adjusts = adjusts or ADJUSTS.search(raw) is not None
                 if around.apart and not (body.messages or body.prompt or body.input):
                     body.input = _texts_of_pairs(body)
                 if body.messages:
@@ -131,7 +105,8 @@ def input_needs(
                 bound = held.most(body)
                 each, drawn = min(allowed, bound.tokens), min(allowed, bound.drawn)
                 new, longest = count * each, max(longest, drawn)
-                shortest = min(shortest, _shortest(body, count, tokens))
+                lengths.update(line_prompts.lengths(body, count, tokens))
+                alike += line_prompts.alike(body, count, tokens, begun)
                 prompt_tokens, generated = prompt_tokens + likely, generated + new
                 scored += likely * _scores(body)
                 scores |= _scores(body) or bool(body.choices)
@@ -141,14 +116,14 @@ def input_needs(
     except OSError:
         return NO_INPUT
     return InputNeeds(
-        lines, total, prompt_tokens, generated, scored, blocks, max(shortest, 1), longest, names,
+        lines, total, prompt_tokens, generated, scored, blocks, tuple(sorted(lengths.items())), longest, names,
         checking, chat, answer, choice, largest,
         ARROW if needs_arrow(spec.input_path) or spec.output.format == "parquet" else 0,
-        grammars.needs(), unread, prompts, most, scores,
+        grammars.needs(), unread, prompts, most, scores, adjusts, alike,
     )  # fmt: skip
 
 
-def _texts_of_pairs(body: _Body) -> msgspec.Raw:
+def _texts_of_pairs(body: Body) -> msgspec.Raw:
     """The texts of a line's queries and documents, each once, as the list that gets embeddings; empty without any."""
     texts: list[Any] = []
     for given in (getattr(body, name) for name in PAIR_KEYS):
@@ -159,7 +134,7 @@ def _texts_of_pairs(body: _Body) -> msgspec.Raw:
     return msgspec.Raw(msgspec.json.encode(texts)) if texts else msgspec.Raw()
 
 
-def _prompt_tokens(body: _Body, counter: TokenCounter, around: Around) -> Tokens:
+def _prompt_tokens(body: Body, counter: TokenCounter, around: Around) -> Tokens:
     """Of all prompts of a line, each once, with what the model puts around them."""
     if body.messages:
         texts, messages = (
@@ -171,18 +146,18 @@ def _prompt_tokens(body: _Body, counter: TokenCounter, around: Around) -> Tokens
         maximum = min(around.template // TEMPLATE_TEXT, FRAMING) + MESSAGE * messages
         maximum += 2 * len(body.tools)  # which may get more spaces
         maximum += len(body.documents) + len(body.chat_template_kwargs)
-        return Tokens(texts.likely + likely, texts.maximum + maximum, texts.texts, texts.shared)
+        return texts._replace(likely=texts.likely + likely, maximum=texts.maximum + maximum)
     given = bytes(body.input or body.prompt)
-    if _IDS.match(given):
+    if IDS.match(given):
         ids = given.count(b",") + 1
         return Tokens(ids, ids)
-    texts, prompts = counter.count(given), _prompts(given)
+    texts, prompts = counter.count(given), prompts_in(given)
     before = around.prompt if body.input else 0
     likely = texts.likely + prompts * before // BYTES_PER_TOKEN
-    return Tokens(likely, texts.maximum + prompts * before, texts.texts, texts.shared)
+    return texts._replace(likely=likely, maximum=texts.maximum + prompts * before)
 
 
-def _of_sequences(body: _Body, count: int, prompts: Tokens) -> tuple[int, int | None]:
+def _of_sequences(body: Body, count: int, prompts: Tokens) -> tuple[int, int | None]:
     """Prompt tokens of all sequences of a line: an estimate that has those of choices once, and at most (None: not
     known)."""
     if body.messages:
@@ -190,34 +165,20 @@ def _of_sequences(body: _Body, count: int, prompts: Tokens) -> tuple[int, int | 
     given = bytes(body.input or body.prompt)
     if not given:
         return 0, None
-    maximum = -(-count // _prompts(given)) * prompts.maximum
+    maximum = -(-count // prompts_in(given)) * prompts.maximum
     if body.choices:  # each is scored behind the whole prompt
         return count * prompts.likely, maximum + len(body.choices)
     return prompts.likely, maximum
 
 
-def _shortest(body: _Body, count: int, prompts: Tokens) -> int:
-    """Tokens of each prompt of a line at least: half of those of a chat, as templates leave some out."""
-    if body.choices:  # which are computed one after the other behind their prompt
-        return prompts.likely // count
-    if len(prompts.texts) == count and not body.messages:
-        return min(prompts.texts)
-    if count == 1:
-        return prompts.likely // 2
-    given = bytes(body.input or body.prompt)
-    if not _IDS.match(given) or _prompts(given) != count:  # texts, or choices that share a prompt
-        return 1
-    return min(bytes(one).count(b",") + 1 for one in msgspec.json.decode(given, type=list[msgspec.Raw]))
-
-
-def _blocks(body: _Body, count: int, prompts: Tokens, new: int, spec: Spec) -> int:
+def _blocks(body: Body, count: int, prompts: Tokens, new: int, spec: Spec) -> int:
     """Full blocks of a line's sequences, with `new` tokens of each answer, by an estimate: the run makes do with them.
 
     The last token of an answer is in no block. Prompts that begin alike share blocks, and so do the answers to one.
     """
     given = bytes(body.input or body.prompt)
     texts = prompts.texts if prompts.texts and not body.messages else ()
-    lines = len(texts) or (1 if body.messages else min(_prompts(given), count))
+    lines = len(texts) or (1 if body.messages else min(prompts_in(given), count))
     each = texts or (-(-prompts.likely // lines),) * lines
     copies, context = -(-count // lines), blocks_for(spec.memory.max_context)
     behind = len(body.choices) // copies if body.choices else max(new - 1, 0)
@@ -231,13 +192,13 @@ def _blocks(body: _Body, count: int, prompts: Tokens, new: int, spec: Spec) -> i
     return max(found - prompts.shared // KV_BLOCK, 0) if spec.batch.prefix_sharing else found
 
 
-def _new_tokens(body: _Body, spec: Spec) -> int:
+def _new_tokens(body: Body, spec: Spec) -> int:
     """That are generated for a sequence, at most."""
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     return min(max(spec.sampling.max_tokens if asked is None else asked, 0), spec.memory.max_context)
 
 
-def _scores(body: _Body) -> bool:
+def _scores(body: Body) -> bool:
     """Whether log-probabilities of the prompt are asked for."""
     echoed = bool(body.echo) and body.logprobs is not None and body.logprobs is not False
     return echoed or body.prompt_logprobs is not None
@@ -254,14 +215,14 @@ def checking_bytes(raw: bytes, context: int) -> int:
     return (2 + 3 * width) * length + values + tokens + CHARACTER * min(length, encoded_at_once(context))
 
 
-def _asked(body: _Body, spec: Spec, hidden: int, length: int) -> tuple[int, int, int]:
+def _asked(body: Body, spec: Spec, hidden: int, length: int) -> tuple[int, int, int]:
     """Choices, bytes that are kept of each, and bytes of the answer; `length` is the most tokens of the prompts."""
     context = spec.memory.max_context
     given = body.input or body.prompt or body.messages
-    prompts = _prompts(bytes(given)) if given is not body.messages else 1
+    prompts = prompts_in(bytes(given)) if given is not body.messages else 1
     prompt = PROMPT * min(-(-length // prompts), context)
     if body.choices:  # each is scored behind the whole prompt
-        prompts = _prompts(bytes(body.choices))
+        prompts = prompts_in(bytes(body.choices))
     if body.input:
         count = min(prompts, MAX_SEQUENCES)
         return count, prompt + 4 * hidden, count * hidden * JSON_BYTES
@@ -281,11 +242,3 @@ def _asked(body: _Body, spec: Spec, hidden: int, length: int) -> tuple[int, int,
 def _each(alternatives: int) -> int:
     """Log-probabilities for each token."""
     return 1 + min(max(alternatives, 0), MAX_LOGPROBS)
-
-
-def _prompts(raw: bytes) -> int:
-    """How many prompts a value of JSON holds."""
-    if not raw.startswith(b"["):
-        return 1
-    found: list[Any] = msgspec.json.decode(raw, type=list[msgspec.Raw])
-    return len(found) if found and bytes(found[0])[:1] in (b'"', b"[") else 1

@@ -31,7 +31,8 @@ class InputNeeds:
     scored_tokens: int = 0  # of the prompts': those of which logits are asked for
     # KV cache blocks that all sequences fill, in one group, without each one's last: an estimate; None if unknown.
     blocks: int | None = 0
-    shortest: int = 1  # tokens of a prompt at least
+    # Tokens of a prompt, and how many prompts have no more of them: all of them, the shortest first; unknown if empty.
+    lengths: tuple[tuple[int, int], ...] = ()
     longest_answer: int = sys.maxsize  # steps in which tokens of it are drawn, at most
     names: int = 0
     checking: int = 0
@@ -45,6 +46,8 @@ class InputNeeds:
     prompts: int = 0  # tokens of all prompts at most, if `blocks` is known,
     tokens: int = 0  # and of all sequences
     scores: bool = False  # some line asks for logits of more than the last token of a prompt
+    adjusts: bool = True  # some line may have tokens drawn from other logits than the model's
+    alike: int = sys.maxsize  # sequences, at most, whose first block is an earlier one's as well
 
     def outputs(self, sequences: int, tokens: int, drafted: int, micro_batches: int) -> int:
         """Rows with logits that a step can have at most, where a sequence draws one token and up to `drafted` drafts.
@@ -73,15 +76,26 @@ class InputNeeds:
     def at_once(self, sequences: int, tokens: int) -> int:
         """Sequences that have blocks at once, of up to so many that run, where a step has `tokens` rows.
 
-        Each step has a row of each that runs, and begins as many as have room in it besides, but for the one that goes
-        on in the next; they end as soon as they have their tokens. Those that share blocks with others need fewer
-        rows, but at least a block less, too.
+        Each step has a row of each that runs, and what is left is for prompts, the shortest ones at worst, of which
+        the last one may go on in the next; they end as soon as they have their tokens. Those that share blocks with
+        others need fewer rows, but at least a block less, too.
         """
-        most, running, steps = min(self.sequences, sequences), 0, 0
-        while running < most and steps < max(self.longest_answer, 1):
-            running += max(tokens - running, 0) // self.shortest + 1
+        most, running, rows, steps = min(self.sequences, sequences), 0, 0, 0
+        while running < min(most, tokens) and steps < max(self.longest_answer, 1):
+            rows += tokens - running
+            running = self._begun(rows) + 1
             steps += 1
         return min(running, most)
+
+    def _begun(self, rows: int) -> int:
+        """How many prompts so many rows are enough for, at most."""
+        found = 0
+        for tokens, count in self.lengths:
+            own = min(count, rows // tokens)
+            found, rows = found + own, rows - own * tokens
+            if own < count:
+                return found
+        return self.sequences
 
     def fill(self, blocks: int, groups: int, sequences: int, tokens: int) -> bool:
         """Whether so many blocks are enough even if no sequence has anything in common with another one."""

@@ -125,7 +125,7 @@ class CacheCapacity:
         if not asked.lines or asked.blocks is None:
             return self.blocks, self.states
         blocks = groups * asked.blocks_at_once(step.sequences * stages, step.tokens * stages)
-        return min(self.blocks, blocks), min(self.slots, asked.sequences) + self.saved
+        return min(self.blocks, blocks), min(self.slots, asked.sequences) + min(self.saved, asked.alike)
 
     def problem(self, spec: Spec, layouts: Sequence[CacheLayout]) -> str | None:
         """Why nothing can run; None if something can."""

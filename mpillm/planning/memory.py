@@ -8,27 +8,30 @@ from __future__ import annotations
 import re
 import resource
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from mpillm.engine import answer_index
 from mpillm.engine.reply import TILE
-from mpillm.engine.speculation import DRAWN_ROWS
+from mpillm.engine.speculation import DRAWN_ROWS, may_draft
 from mpillm.model.activations import Activations
 from mpillm.model.config import ModelConfig
 from mpillm.model.spill import HUGE, HUGE_PAGE
 from mpillm.partition.grid import Place, vocab_axis
 from mpillm.planning.input_needs import InputNeeds
-from mpillm.planning.limits import StepSize
+from mpillm.planning.limits import CacheCapacity, StepSize
 from mpillm.spec import Spec
 from mpillm.text.confined import template_process_peak
+from mpillm.weights.io.filesystem import network_kind
 from mpillm.weights.source import Source
 from mpillm.weights.text_files import text_fields, text_folder
 
 # Measured on x86-64 with Open MPI and MPICH: 45 MiB for Python and MPI, 40 for the libraries, 14 for a heap in use.
 PROCESS = 104 * 2**20
 OF_RANK_0 = 16 * 2**20  # of it: libraries for the input and the results, which other ranks do not load
+RESULTS = 12 * 2**20  # of that: what comes only when results.h5 is written, at the end
 # Bytes of a vocabulary's entry in the tokenizer, which rank 0 has (560 measured, 670 with a GGUF file's fields),
 WORD = 768
 FIELD = 256  # and among a GGUF file's fields, which all have
@@ -38,7 +41,6 @@ PAGE, TENSOR = 2048, 768  # of what is known of a page and of a tensor (1650 and
 LARGE_BUFFERS = (
     3  # of a step's rows, that lie in huge pages once they are large, with a part of one at their ends
 )
-LOGITS = 2  # copies of a tile of logits: as they are, and as masks and penalties make them
 
 
 class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,42 +59,92 @@ class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
         return self.weights + self.adapters + self.draft + self.kv + self.activations + self.process
 
 
-def activations(kind: Activations, place: Place, rows: int, outputs: int = TILE, positions: int = 0) -> int:
-    """Bytes of the rows of a step on a rank, including logits of `outputs` of them and messages under way.
+@dataclass(frozen=True)
+class Rows:
+    """What a step has at most: rows, those of them with logits, and tokens of a sequence.
 
-    Sequences have up to `positions` tokens, whose cosines and sines are kept, with both kinds of factors of LongRoPE.
+    There are two `copies` of logits where masks or penalties change them.
     """
-    config, found = kind.config, kind.nbytes(place, rows)
-    found += positions * (2 if config.short_length else 1) * kind.angles_nbytes
+
+    rows: int
+    outputs: int = TILE
+    positions: int = 0
+    copies: int = 2
+
+
+def activations(kind: Activations, place: Place, step: Rows) -> int:
+    """Bytes of the rows of a step on a rank, with their logits and messages under way.
+
+    The cosines and sines of all positions are kept, with both kinds of factors of LongRoPE.
+    """
+    config, rows, found = kind.config, step.rows, kind.nbytes(place, step.rows)
+    found += step.positions * (2 if config.short_length else 1) * kind.angles_nbytes
     if 4 * rows * config.hidden >= HUGE:
         found += LARGE_BUFFERS * HUGE_PAGE
-    if place.stage == place.stages - 1:
-        found += LOGITS * 4 * min(outputs, TILE) * len(vocab_axis(config.vocab).entries(place))
+    if place.is_last_stage:
+        found += logits(config, place, step)
         found += DRAWN_ROWS * 4 * config.hidden * place.stages  # kept until all tokens of a step are drawn
     if place.stages > 1:
         found += 2 * rows * 4 * config.hidden  # one message leaves, or comes, while the next is made
     return found
 
 
+def logits(config: ModelConfig, place: Place, step: Rows) -> int:
+    """Bytes of a tile of logits on a rank of the last stage."""
+    tile = min(step.outputs, TILE) * len(vocab_axis(config.vocab).entries(place))
+    return 4 * step.copies * tile if place.is_last_stage else 0
+
+
 def step_rows(
-    asked: InputNeeds, spec: Spec, step: StepSize, held: bool, max_context: int, micro_batches: int
-) -> tuple[int, int, int]:
-    """Rows of a step, those of them with logits, and tokens of a sequence, at most: no more than the input can ask for.
+    asked: InputNeeds,
+    spec: Spec,
+    config: ModelConfig,
+    step: StepSize,
+    cache: tuple[CacheCapacity, int, Sequence[int]],
+    stages: int,
+    streams: bool,
+) -> Rows:
+    """What a step has at most, no more than the input can ask for.
 
-    `held`: the cache holds all blocks that the input needs. Sequences are divided into `micro_batches` steps.
+    `cache` is what it can hold, the blocks that it has, and the windows of its groups; `streams`: some rank streams
+    weights, and may make one step of all sequences (see `Pace`); else they are divided into as many as `stages`.
     """
-    drafted = 0 if spec.batch.speculation == "off" and spec.draft.model is None else answer_index.LONGEST
-    rows = min(step.tokens, asked.rows(held, drafted))
-    outputs = asked.outputs(step.sequences, step.tokens, drafted, micro_batches)
-    return rows, outputs, min(max_context, asked.rows(False, 0))
+    capacity, blocks, windows = cache
+    running = min(
+        step.sequences, asked.at_once(step.sequences * stages, step.tokens * stages) or step.sequences
+    )
+    drafts = may_draft(spec.batch.speculation, windows, capacity.slots, config.expert_share, running)
+    drafted = answer_index.LONGEST if drafts else 0
+    held = asked.fill(blocks, len(windows), step.sequences * stages, step.tokens * stages)
+    return Rows(
+        min(step.tokens, asked.rows(held, drafted)),
+        asked.outputs(step.sequences, step.tokens, drafted, 1 if streams else stages),
+        min(spec.memory.context(config.max_position), asked.rows(False, 0)),
+        2 if asked.adjusts or not asked.lines else 1,
+    )
 
 
-def process(source: Source, config: ModelConfig, place: Place, pages: Sequence[int], kept: int) -> int:
+def taken_later(
+    spec: Spec, source: Source, config: ModelConfig, place: Place, step: Rows, streams: bool
+) -> int:
+    """Of what is planned for a rank, bytes that are taken only when what loading takes is given back.
+
+    Nothing where the rank `streams` weights, or they are read past the page cache: those threads keep their buffers.
+    """
+    if streams or spec.memory.loader == "read" or network_kind(source.path) is not None:
+        return 0
+    return logits(config, place, step) + (0 if place.rank else RESULTS)
+
+
+def process(
+    source: Source, config: ModelConfig, place: Place, pages: Sequence[int], kept: int, later: int
+) -> int:
     """Bytes of Python, MPI, the libraries, the tokenizer, what is known of the model and its `pages` of so many bytes.
 
     Rank 0 has `kept` bytes of the input and of answers besides (see `input_memory`), and an index of finished ones.
+    `later`: see `taken_later`.
     """
-    found = PROCESS + loaded_model(source, pages)
+    found = PROCESS + loaded_model(source, pages, later)
     fields = "tokenizer.ggml.tokens" in (text_fields(source.tokenizer) or {})
     folder = text_folder(source.tokenizer)
     if place.rank == 0:
@@ -101,10 +153,13 @@ def process(source: Source, config: ModelConfig, place: Place, pages: Sequence[i
     return found - OF_RANK_0 + (FIELD * config.vocab if fields else 0)
 
 
-def loaded_model(source: Source, pages: Sequence[int]) -> int:
-    """Bytes of what is known of a model and a rank's `pages` of so many bytes, and of what loading takes besides."""
+def loaded_model(source: Source, pages: Sequence[int], later: int = 0) -> int:
+    """Bytes of what is known of a model and a rank's `pages` of so many bytes, and of what loading takes besides.
+
+    `later`: see `taken_later`.
+    """
     known = TENSOR * len(source.tensors) + PAGE * len(pages)
-    return known + min(source.loading_nbytes, LOADING * sum(pages))
+    return known + max(min(source.loading_nbytes, LOADING * sum(pages)) - later, 0)
 
 
 def peak() -> int:

@@ -89,12 +89,8 @@ class Planner:
         max_context = spec.memory.context(config.max_position)
         n_blocks = cache_blocks(capacity, config, step, caches[0].windows, max_context, replica.stages, asked)
         kept = 0 if number else asked.kept(step.sequences * replica.stages, config.vocab)
-        groups, stages = len(caches[0].windows), replica.stages
-        held = asked.fill(n_blocks, groups, step.sequences * stages, step.tokens * stages)
-        apart = (
-            1 if any(read) else replica.stages
-        )  # streamed weights may make one micro-batch of all (see `Pace`)
-        rows = memory.step_rows(asked, spec, step, held, max_context, apart)
+        cached = capacity, n_blocks, caches[0].windows
+        rows = memory.step_rows(asked, spec, config, step, cached, replica.stages, any(read))
         drafting = draft.nbytes(spec, config, asked)
         plans = [
             _rank(
@@ -106,8 +102,8 @@ class Planner:
                 needed,
                 n_blocks,
                 share,
-                self._activations(place, *rows),
-                memory.process(self.source, config, place, share.pages, kept) + share.beyond,
+                self._activations(place, rows),
+                self._process(one, place, share, rows, kept) + share.beyond,
                 0 if place.rank else drafting,
             )
             for one, place, cache, share in zip(specs, places, caches, shares, strict=True)
@@ -153,11 +149,16 @@ class Planner:
             self._known.update(zip(unknown, found, strict=True))
         return [self._known[key] for key in keys]
 
-    def _activations(self, place: Place, rows: int, outputs: int, positions: int) -> int:
-        key = ("activations", rows, outputs, positions, place.stages, *self._like(place))
+    def _activations(self, place: Place, rows: memory.Rows) -> int:
+        key = ("activations", rows, place.stages, *self._like(place))
         if key not in self._known:
-            self._known[key] = memory.activations(self._rows, place, rows, outputs, positions)
+            self._known[key] = memory.activations(self._rows, place, rows)
         return int(self._known[key])
+
+    def _process(self, spec: Spec, place: Place, share: WeightsShare, rows: memory.Rows, kept: int) -> int:
+        streams = share.streamed > 0
+        later = memory.taken_later(spec, self.source, self.config, place, rows, streams)
+        return memory.process(self.source, self.config, place, share.pages, kept, later)
 
     def _like(self, place: Place) -> tuple[Any, ...]:
         """What places have in common that hold alike layers."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from socket import gethostname
 from typing import Any
 
@@ -18,15 +19,41 @@ from mpillm.planning.machines import Machines
 from mpillm.planning.needs import needs_of
 from mpillm.planning.plan import laid_out
 from mpillm.planning.planner import Planner
-from mpillm.planning.rank_plan import RankPlan
+from mpillm.planning.rank_plan import RankPlan, ReplicaPlan
 from mpillm.spec import UNREAD, OutputSection, Spec, shown_bytes
 from mpillm.words import count_of
 
 MIB = 2**20
 
 
+@dataclass(frozen=True)
+class _Found:
+    """A job, its rate in tokens/s, and what its ranks hold."""
+
+    spec: Spec
+    rate: float
+    measured: bool
+    plans: Sequence[ReplicaPlan]
+
+    @property
+    def ranks(self) -> list[RankPlan]:
+        return [rank for plan in self.plans for rank in plan.ranks]
+
+    @property
+    def held(self) -> int:
+        """Bytes of the rank that holds most."""
+        return max(rank.held for rank in self.ranks)
+
+    @property
+    def takes_longest(self) -> bool:
+        """Whether the KV cache holds a request of the longest context, or the model keeps no tokens."""
+        return all(
+            not plan.caches[0].windows or plan.cached_tokens >= plan.max_context for plan in self.plans
+        )
+
+
 def job_file(spec: Spec, machines: Machines, rate: float) -> str:
-    """Return the text of a job file with the least memory.weights for `rate` tokens/s.
+    """Return the text of a job file with the least memory for `rate` tokens/s.
 
     Raises JobError if no memory is enough, MpillmError if the model cannot be read.
     """
@@ -36,31 +63,63 @@ def job_file(spec: Spec, machines: Machines, rate: float) -> str:
     ):
         asked, planner = needs_of(spec, config, source), Planner(source, config)
 
-        def made(weights: int | str) -> tuple[float, list[RankPlan]]:
-            job = msgspec.structs.replace(spec, memory=msgspec.structs.replace(spec.memory, weights=weights))
+        def made(weights: int | str, kv: int) -> _Found:
+            memory = msgspec.structs.replace(spec.memory, weights=weights, kv=kv or spec.memory.kv)
+            job = msgspec.structs.replace(spec, memory=memory)
             found = laid_out(job, planner, machines, asked)
-            return found.time.rate, [rank for plan in found.plans for rank in plan.ranks]
+            return _Found(job, found.time.rate, found.time.measured, found.plans)
 
-        best, ranks = made("all")
-        low, high = (
-            max(getattr(rank, key) for rank in ranks) for key in ("weights_minimum", "weights_share")
-        )
-        if best < rate:
+        best = made("all", 0)
+        if best.rate < rate:
             raise JobError(
                 f"No amount of memory gives {rate:g} tokens/s on {count_of(machines.ranks, 'rank')}: with "
-                f"all weights in memory the rate is {best:.1f}; use more or faster hosts."
+                f"all weights in memory the rate is {best.rate:.1f}; use more or faster hosts."
             )
-        low, high = -(-low // MIB), -(-high // MIB)
-        while low < high:  # the least number of MiB that is fast enough
-            middle = (low + high) // 2
-            low, high = (low, middle) if made(middle * MIB)[0] >= rate else (middle + 1, high)
-        found, ranks = made(high * MIB)
-    held = shown_bytes(max(rank.held for rank in ranks))
+        chosen = min(
+            (_least_weights(made, kv, rate) for kv in _caches(made, best, rate)), key=lambda one: one.held
+        )
+    return _text(chosen, machines.ranks)
+
+
+def _caches(made: Callable[[int | str, int], _Found], best: _Found, rate: float) -> Iterator[int]:
+    """Values of memory.kv that may do: what the job says (0), and ever the half of it, in bytes."""
+    yield 0
+    kv = best.spec.memory.kv
+    size = best.spec.memory.kv_bytes // 2 if isinstance(kv, (str, int)) else 0
+    while size >= MIB:
+        size = size // MIB * MIB
+        found = made("all", size)
+        if found.rate < rate or not found.takes_longest:
+            return
+        yield size
+        size //= 2
+
+
+def _least_weights(made: Callable[[int | str, int], _Found], kv: int, rate: float) -> _Found:
+    """The job with the least memory.weights, in whole MiB, that is fast enough."""
+    ranks = made("all", kv).ranks
+    low, high = (
+        -(-max(getattr(rank, key) for rank in ranks) // MIB) for key in ("weights_minimum", "weights_share")
+    )
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if made(middle * MIB, kv).rate >= rate else (middle + 1, high)
+    return made(high * MIB, kv)
+
+
+def _text(found: _Found, ranks: int) -> str:
+    """The job file."""
+    spec, speeds = found.spec, "measured" if found.measured else "assumed"
+    said = (
+        f"# {found.rate:.1f} tokens/s on {count_of(ranks, 'rank')}, by {speeds} speeds; a rank takes up to "
+        f"{shown_bytes(found.held)} in all."
+    )
     values = msgspec.to_builtins(spec)
     if spec.input == UNREAD:
         values["input"] = "requests.jsonl"
-    values["memory"]["weights"] = f"{high}MiB"
-    said = f"# {found:.1f} tokens/s on {count_of(machines.ranks, 'rank')}; a rank takes up to {held} in all."
+    for key in ("weights", "kv"):
+        if isinstance(value := values["memory"][key], int):
+            values["memory"][key] = f"{value // MIB}MiB" if value % MIB == 0 else value
     usual = msgspec.to_builtins(Spec(model="", input="", output=OutputSection(path="")))
     if spec.output == OutputSection(path=spec.output.path):
         values["output"] = spec.output.path

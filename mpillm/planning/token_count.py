@@ -20,13 +20,14 @@ SPECIAL = 4  # tokens that one puts around a text
 class Tokens(NamedTuple):
     """The number of tokens: an estimate, and the most there can be; and of each text, if all were counted.
 
-    `shared` of the likely ones fill blocks of the KV cache that begin as earlier ones did.
+    `shared` of the likely ones fill blocks of the KV cache that begin as earlier ones did, in `alike` of the texts.
     """
 
     likely: int
     maximum: int
     texts: tuple[int, ...] = ()
     shared: int = 0
+    alike: int = 0
 
 
 class Around(NamedTuple):
@@ -83,8 +84,8 @@ class TokenCounter:
     def _found(self, texts: list[list[int]], chat: bool) -> Tokens:
         lengths = tuple(map(len, texts))
         whole = [[id for ids in texts for id in ids]] if chat else texts
-        shared = KV_BLOCK * sum(map(self._known_blocks, whole))
-        return Tokens(sum(lengths), sum(lengths), lengths, shared)
+        known = list(map(self._known_blocks, whole))
+        return Tokens(sum(lengths), sum(lengths), lengths, KV_BLOCK * sum(known), sum(map(bool, known)))
 
     def _known_blocks(self, ids: list[int]) -> int:
         """How many blocks of a text begin as earlier ones did; the others are known from now on."""

@@ -61,22 +61,22 @@ def _kv_statistics(session: Session) -> dict[str, float]:
 def _planned_memory(session: Session) -> memory.RankMemory:
     """What this rank was to hold at most."""
     weights, config, place, limits = session.weights, session.config, session.place, session.limits
-    sequences, tokens = limits.max_sequences * limits.micro_batches, limits.max_tokens * limits.micro_batches
+    sequences = limits.max_sequences * limits.micro_batches
     kept = session.needs.kept(sequences, config.vocab) if session.world.rank == 0 else 0
     capacity = CacheCapacity(limits.n_blocks, limits.blocks_in_memory, limits.n_slots, limits.n_saved)
     step = StepSize(limits.max_sequences, limits.max_tokens)
     needed = capacity.needed(len(limits.windows), session.needs, step, limits.micro_batches)
-    held = session.needs.fill(limits.n_blocks, len(limits.windows), sequences, tokens)
-    max_context = session.spec.memory.context(config.max_position)
-    apart = 1 if limits.streams else limits.micro_batches
-    rows = memory.step_rows(session.needs, session.spec, step, held, max_context, apart)
+    cached, stages = (capacity, limits.n_blocks, limits.windows), limits.micro_batches
+    rows = memory.step_rows(session.needs, session.spec, config, step, cached, stages, limits.streams)
+    later = memory.taken_later(session.spec, session.source, config, place, rows, weights.streamed > 0)
+    pages = [page.nbytes for page in weights.pages]
     return memory.RankMemory(
         weights=min(weights.total, weights.budget),
         adapters=session.adapters.nbytes(place),
         draft=0 if place.rank else draft.nbytes(session.spec, config, session.needs),
         kv=cache_in_memory(session.spec, session.caches[place.rank], *needed, capacity.blocks),
-        activations=memory.activations(session.activations, place, *rows),
-        process=memory.process(session.source, config, place, [page.nbytes for page in weights.pages], kept),
+        activations=memory.activations(session.activations, place, rows),
+        process=memory.process(session.source, config, place, pages, kept, later),
     )
 
 

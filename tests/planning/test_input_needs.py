@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from mpillm import spec
@@ -135,26 +136,54 @@ def test_the_cache_is_planned_for_what_the_input_can_need() -> None:
     step = StepSize(4, 10)
     assert capacity.needed(2, InputNeeds(lines=1, sequences=3, blocks=20), step, 2) == (46, 5)
     assert capacity.needed(2, InputNeeds(lines=1, sequences=30, blocks=20), step, 2) == (56, 12)
-    short = InputNeeds(lines=1, sequences=30, blocks=20, shortest=8, longest_answer=2)
-    assert capacity.needed(2, short, step, 2) == (52, 12), (
-        "2 of 8 tokens begin in a step, 1 goes on; each takes 2"
+    short = InputNeeds(lines=1, sequences=30, blocks=20, lengths=((8, 30),), longest_answer=2)
+    assert capacity.needed(2, short, step, 2) == (50, 12), (
+        "4 of 8 tokens begin in 2 steps, 1 goes on; each takes 2"
     )
     assert capacity.needed(2, InputNeeds(lines=1, sequences=30, blocks=90), step, 2) == (100, 12)
     for nothing in (InputNeeds(), InputNeeds(lines=1, blocks=None)):
         assert capacity.needed(2, nothing, step, 2) == (100, 12)
-    assert replace(short, tokens=20 * KV_BLOCK).fill(52, 2, 8, 20)
-    assert not replace(short, tokens=21 * KV_BLOCK).fill(52, 2, 8, 20), "where nothing is shared"
+    assert replace(short, tokens=20 * KV_BLOCK).fill(50, 2, 8, 20)
+    assert not replace(short, tokens=21 * KV_BLOCK).fill(50, 2, 8, 20), "where nothing is shared"
 
 
 def test_sequences_that_run_leave_less_room_for_others() -> None:
-    asked = InputNeeds(lines=99, sequences=99, blocks=0, shortest=10, longest_answer=3)
-    assert [replace(asked, longest_answer=steps).at_once(64, 50) for steps in (0, 1, 2, 3, 99)] == [
-        6,
-        6,
-        11,
-        15,
-        64,
-    ]
+    asked = InputNeeds(lines=99, sequences=99, blocks=0, lengths=((10, 99),), longest_answer=3)
+    at_once = [replace(asked, longest_answer=steps).at_once(64, 50) for steps in (0, 1, 2, 3, 99)]
+    assert at_once == [6, 6, 10, 14, 50], "a row each is left for those that run"
+    few_short = replace(asked, lengths=((5, 4), (40, 95)))
+    assert few_short.at_once(64, 50) == 7 == 4 + 2 + 1, "the shortest first, and one that goes on later"
+    assert replace(asked, lengths=()).at_once(64, 50) == 64, "of any length"
+
+
+def test_states_are_saved_only_where_prompts_may_begin_alike(tmp_path: Path) -> None:
+    job = spec.load(None, input=str(tmp_path / "in.jsonl"), output=str(tmp_path / "out"))
+    long, other = ([number, *range(40)] for number in (1, 2))
+
+    def alike(*bodies: dict[str, object]) -> int:
+        (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, bodies)))
+        return input_needs(job, 64, load=Bytes).alike  # type: ignore[arg-type, unused-ignore]
+
+    assert alike({"prompt": long}, {"prompt": other}, {"prompt": [[5, 6], [5, 6]]}) == 0
+    assert alike({"prompt": long}, {"prompt": [other, long]}, {"prompt": other, "n": 3}) == 4
+    assert alike({"prompt": "a" * 40}, {"prompt": ["b" * 40, "a" * 50]}, {"prompt": "a"}) == 1
+    assert alike({"messages": [{"role": "user", "content": "a"}]}) == 1, "a template may begin all alike"
+    capacity = CacheCapacity(blocks=100, blocks_in_memory=100, slots=10, saved=4)
+    for sequences, found in ((0, 3), (1, 4), (9, 7)):
+        asked = InputNeeds(lines=1, sequences=3, blocks=20, alike=sequences)
+        assert capacity.needed(2, asked, StepSize(4, 10), 2)[1] == found
+
+
+def test_logits_are_planned_twice_where_they_are_changed(tmp_path: Path) -> None:
+    job = spec.load(None, input=str(tmp_path / "in.jsonl"), output=str(tmp_path / "out"))
+    (tmp_path / "in.jsonl").write_text('{"prompt": [5], "max_tokens": 1}\n')
+    assert not input_needs(job, 64).adjusts
+    warm = msgspec.structs.replace(job.sampling, presence_penalty=0.5)
+    assert input_needs(msgspec.structs.replace(job, sampling=warm), 64).adjusts
+    for key in ("logit_bias", "repetition_penalty", "guided_regex", "min_tokens"):
+        (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": [5], key: 1}))
+        assert input_needs(job, 64).adjusts, key
+    assert InputNeeds().adjusts
 
 
 def test_rows_and_logits_are_planned_for_what_the_input_can_ask_for() -> None:
@@ -172,19 +201,19 @@ def test_rows_and_logits_are_planned_for_what_the_input_can_ask_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "shortest"),
+    ("text", "lengths"),
     [
-        ('{"input": [[5, 6, 7], [8, 9]]}', 2),
-        ('{"input": [[5, 6, 7], [8, 9]], "n": 2}\n{"prompt": [[5, 6, 7], [8, 9]], "n": 2}', 1),
-        ('{"input": ["a b c d", "e f g h"]}', 1),
+        ('{"input": [[5, 6, 7], [8, 9]]}', ((2, 1), (3, 1))),
+        ('{"input": [[5, 6], [8, 9]], "n": 2}\n{"prompt": [[5, 6, 7], [8, 9]], "n": 2}', ((1, 4), (2, 2))),
+        ('{"input": ["a b c d", "e f g h"]}', ((1, 2),)),
     ],
 )
-def test_prompts_of_a_line_are_as_short_as_its_shortest_list(
-    text: str, shortest: int, tmp_path: Path
+def test_prompts_of_a_line_are_as_long_as_its_lists(
+    text: str, lengths: tuple[tuple[int, int], ...], tmp_path: Path
 ) -> None:
     job = spec.load(None, input=str(tmp_path / "in.jsonl"), output=str(tmp_path / "out"))
     (tmp_path / "in.jsonl").write_text(text)
-    assert input_needs(job, 64).shortest == shortest
+    assert input_needs(job, 64).lengths == lengths
 
 
 @pytest.mark.parametrize(

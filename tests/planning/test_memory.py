@@ -43,7 +43,8 @@ def test_the_ends_of_streamed_buffers_are_planned_beside_the_budget(tmp_path: Pa
     budget = sum(page.nbytes for page in pages) // 2
 
     def process(*asked: str) -> int:
-        return plan.make(load(None, asked, model=str(path), input="in", output="out"), 1).ranks[0].process
+        given = ["memory.loader=read", *asked]  # whose threads keep their buffers, streamed or not
+        return plan.make(load(None, given, model=str(path), input="in", output="out"), 1).ranks[0].process
 
     beyond = process(f"memory.weights={budget}") - process()
     assert budget > HUGE

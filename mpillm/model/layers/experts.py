@@ -149,7 +149,9 @@ class ExpertsSpec:
             widest += 4 * 4 * hidden
         if self.latent:
             widest += 4 * 2 * self.latent + int(copied * (hidden + self.latent))
-        return max(widest, self.shared.row_nbytes(place, block, hidden, copied) if self.shared else 0)
+        if self.shared:  # while what the mixture makes is kept
+            widest = max(widest, 4 * hidden + self.shared.row_nbytes(place, block, hidden, copied))
+        return widest
 
     def mixed_row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
         """Bytes that a row of an expert takes at most."""

@@ -71,12 +71,10 @@ class TensorSource:
 
     @property
     def loading_nbytes(self) -> int:
-        """Bytes that loading takes at most, besides the pages: matrices of the stored type are packed undecoded."""
+        """Bytes that loading takes at most, besides the pages: most matrices are packed without being decoded."""
         matrices = [(key, extent.stored) for key, extent in self._extents.items() if len(extent.shape) > 1]
-        undecoded = all(
-            stored.own and stored.type == self.tensors[key].type.multiplied_as for key, stored in matrices
-        )
-        return UNDER_WAY if undecoded else LOADING_NBYTES
+        packed = all(_packed_as_stored(stored, self.tensors[key].type) for key, stored in matrices)
+        return UNDER_WAY if packed else LOADING_NBYTES
 
     def extents(self) -> Iterator[tuple[Path, int, int]]:
         """Where all tensors lie in the files: file, offset and bytes."""
@@ -112,8 +110,7 @@ class TensorSource:
         """Rows and columns of a matrix as they lie in the file, not copied, if `kernels.pack` can take them so."""
         extent, type = self._extents[key], self.tensors[key].type
         stored, head = extent.stored, self.head_rows(key)
-        same = stored.own and type.multiplied_as == stored.type
-        if not same and (stored.block > 1 or type not in QUANTIZE.values()):
+        if not _packed_as_stored(stored, type):
             return Rows(type, self.read(key, rows, cols), 0)
         if head and (rows.start % head or rows.stop % head):
             raw, head = extent.rows(rows), 0
@@ -241,6 +238,12 @@ class TensorSource:
         """Unmap the files; arrays that `read` returned must not be used any more."""
         for file in self.mapped:
             file.close()
+
+
+def _packed_as_stored(stored: Stored, type: BlockType) -> bool:
+    """Whether `kernels.pack` makes matrices of a type of what is stored."""
+    same = stored.own and type.multiplied_as == stored.type
+    return same or (stored.block == 1 and type in QUANTIZE.values())
 
 
 def _blocks(stored: Stored, raw: Bytes, cols: range) -> Bytes:

@@ -1,0 +1,110 @@
+"""What the body of a line says of its prompts: how many there are, how long, and which begin alike."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+import msgspec
+
+from mpillm.kernels import KV_BLOCK
+from mpillm.planning.grammar_memory import Asked
+from mpillm.planning.token_count import Tokens
+from mpillm.spec import SamplingSection
+
+TOLD_APART = 1 << 16  # first blocks of ids
+LONG = 4096  # tokens of a prompt from which on it is not told apart how many they are
+
+# Keys with which tokens may be drawn from other logits than the model's.
+ADJUSTS = re.compile(
+    rb'"(?:logit_bias|bad_words|min_tokens|allowed_token_ids|\w+_penalty|response_format|structured_outputs|guided_\w+'
+    rb'|tools)"'
+)
+IDS = re.compile(rb"\s*\[[\[\s]*[-0-9]")
+
+
+class Body(Asked):
+    """The keys that decide how much is kept."""
+
+    prompt: msgspec.Raw = msgspec.Raw()
+    input: msgspec.Raw = msgspec.Raw()
+    messages: msgspec.Raw = msgspec.Raw()
+    query: msgspec.Raw = msgspec.Raw()
+    queries: msgspec.Raw = msgspec.Raw()
+    documents: msgspec.Raw = msgspec.Raw()
+    items: msgspec.Raw = msgspec.Raw()
+    text_1: msgspec.Raw = msgspec.Raw()
+    text_2: msgspec.Raw = msgspec.Raw()
+    data_1: msgspec.Raw = msgspec.Raw()
+    data_2: msgspec.Raw = msgspec.Raw()
+    chat_template_kwargs: msgspec.Raw = msgspec.Raw()
+    choices: msgspec.Raw = msgspec.Raw()
+    n: int | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: int | bool | None = None
+    top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    echo: bool | None = None
+    best_of: int | None = None
+
+
+class LineSize(Body):
+    body: Body | None = None
+    custom_id: Any = None
+
+
+def prompts_in(raw: bytes) -> int:
+    """How many prompts a value of JSON holds."""
+    if not raw.startswith(b"["):
+        return 1
+    found: list[Any] = msgspec.json.decode(raw, type=list[msgspec.Raw])
+    return len(found) if found and bytes(found[0])[:1] in (b'"', b"[") else 1
+
+
+def lengths(body: Body, count: int, prompts: Tokens) -> Counter[int]:
+    """Tokens of each prompt of a line at least: half of those of a chat, as templates leave some out."""
+    given = bytes(body.input or body.prompt)
+    if body.choices:  # which are computed one after the other behind their prompt
+        found = Counter({prompts.likely // count: count})
+    elif len(prompts.texts) == count and not body.messages:
+        found = Counter(prompts.texts)
+    elif count == 1:
+        found = Counter([prompts.likely // 2])
+    elif not IDS.match(given) or prompts_in(given) != count:  # texts, or choices that share a prompt
+        found = Counter({1: count})
+    else:
+        found = Counter(
+            bytes(one).count(b",") + 1 for one in msgspec.json.decode(given, type=list[msgspec.Raw])
+        )
+    bounded = Counter[int]()
+    for tokens, number in found.items():
+        bounded[min(max(tokens, 1), LONG)] += number
+    return bounded
+
+
+def alike(body: Body, count: int, prompts: Tokens, begun: set[int]) -> int:
+    """Sequences of a line whose first block may be that of an earlier one; `begun` has hashes of ids, and gets more."""
+    given = bytes(body.input or body.prompt)
+    if prompts.texts and not body.messages:
+        return count - len(prompts.texts) + prompts.alike
+    if not IDS.match(given):
+        return count
+    lists = prompts_in(given) > 1 or given.replace(b" ", b"").startswith(b"[[")
+    several = list(map(bytes, msgspec.json.decode(given, type=list[msgspec.Raw]))) if lists else [given]
+    found = 0
+    for ids in several:
+        first = ids.strip(b" []").split(b",", KV_BLOCK)
+        if len(first) > KV_BLOCK:  # its last token is computed in any case
+            key = hash(tuple(map(bytes.strip, first[:KV_BLOCK])))
+            new = key not in begun and len(begun) < TOLD_APART
+            found += -(-count // len(several)) - new
+            begun.update([key] if new else [])
+    return found
+
+
+def adjusts(sampling: SamplingSection) -> bool:
+    """Whether a job has tokens drawn from other logits than the model's."""
+    penalties = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
+    return bool(penalties or sampling.response_format or sampling.structured_outputs)
