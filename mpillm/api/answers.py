@@ -1,4 +1,4 @@
-"""Typed answers: what callers of `LLM` get for a request, made of the journal's kind of record."""
+"""Typed answers of `LLM`, made from records of the journal."""
 
 from __future__ import annotations
 
@@ -21,49 +21,49 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """An answer of any kind. `body` is that of results.jsonl, as JSON has it."""
+    """An answer of any kind. `body` is the body in results.jsonl, as JSON values."""
 
-    index: int  #: of the request among those of its call, from 0
+    index: int  #: number of the request within its call, from 0
     custom_id: str
     error: str | None = None  #: why there is no answer
     body: dict[str, Any] = field(repr=False)
 
     def check(self) -> None:
-        """Raise RequestError if the request ended in an error."""
+        """Raise RequestError if the request has an error."""
         if self.error is not None:
             raise RequestError(self.error)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """One text that was generated for a prompt."""
+    """One generated text of a prompt."""
 
     text: str
     tokens: Ids = field(repr=False)  #: [tokens]
-    logprobs: Floats | None = field(repr=False, default=None)  #: [tokens], natural logarithm, if asked for
+    logprobs: Floats | None = field(repr=False, default=None)  #: [tokens], natural logarithm, if requested
     finish_reason: str  #: "stop", "length" or "tool_calls"
-    reasoning: str | None = None  #: what the model thought before, if its format tells it apart
-    #: of a chat, as OpenAI's messages have them: `id`, and `function` with `name` and `arguments`, a string of JSON
+    reasoning: str | None = None  #: the reasoning before the content, if the format of the model separates it
+    #: of a chat, in the form of OpenAI's messages: `id`, and `function` with `name` and `arguments`, a JSON string
     tool_calls: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation(Answer):
-    """The texts that were generated for a request: `n` for each of its prompts."""
+    """The generated texts of a request: `n` for each of its prompts."""
 
     prompt_tokens: tuple[Ids, ...] = field(repr=False, default=())  #: of each prompt
     completions: tuple[Completion, ...] = ()
 
     @property
     def text(self) -> str:
-        """The first text; RequestError if the request ended in an error."""
+        """The first text; raises RequestError if the request has an error."""
         self.check()
         return self.completions[0].text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score(Answer):
-    """Log-probabilities of a prompt's own tokens; of its first prompt, if a request has several."""
+    """Log-probabilities of the tokens of a prompt (of the first prompt, if a request has several)."""
 
     tokens: Ids = field(repr=False, default_factory=lambda: np.empty(0, np.int32))  #: [tokens]
     #: [tokens - 1], of `tokens[1:]`, natural logarithm
@@ -79,14 +79,14 @@ class Score(Answer):
 
     @property
     def total(self) -> float:
-        """Their sum; RequestError if the request ended in an error."""
+        """The sum of the log-probabilities; raises RequestError if the request has an error."""
         self.check()
         return float(self.logprobs.sum(dtype=np.float64))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Embedding(Answer):
-    """Vectors of a request's texts."""
+    """The vectors of the texts of a request."""
 
     #: [texts, hidden]
     vectors: Floats = field(repr=False, default_factory=lambda: np.empty((0, 0), np.float32))
@@ -97,7 +97,7 @@ class Embedding(Answer):
 
     @property
     def vector(self) -> Floats:
-        """The first one, [hidden]; RequestError if the request ended in an error."""
+        """The first vector, [hidden]; raises RequestError if the request has an error."""
         self.check()
         first: Floats = self.vectors[0]
         return first
@@ -105,14 +105,14 @@ class Embedding(Answer):
 
 @dataclass(frozen=True, kw_only=True)
 class Relevance(Answer):
-    """How relevant a request's documents are to its query, or each to its own."""
+    """The relevance of documents to a query, or to one query each."""
 
-    #: [documents], in the request's order; those that `top_n` left out are NaN
+    #: [documents], in the order of the request; NaN for documents that `top_n` leaves out
     scores: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
 
     @property
     def ranking(self) -> list[int]:
-        """The documents' indices, the most relevant first; RequestError if the request ended in an error."""
+        """Indices of the documents, the most relevant first; raises RequestError if the request has an error."""
         self.check()
         order = np.argsort(-self.scores, kind="stable")
         return [int(index) for index in order if not np.isnan(self.scores[index])]
@@ -120,21 +120,21 @@ class Relevance(Answer):
 
 @dataclass(frozen=True, kw_only=True)
 class Classification(Answer):
-    """The labels of a request's texts."""
+    """The labels of the texts of a request."""
 
-    labels: tuple[str, ...] = ()  #: the likeliest label of each text
+    labels: tuple[str, ...] = ()  #: the most likely label of each text
     #: [texts, labels of the model]
     probabilities: NDArray[np.float64] = field(repr=False, default_factory=lambda: np.empty((0, 0)))
 
     @property
     def label(self) -> str:
-        """The first text's; RequestError if the request ended in an error."""
+        """The label of the first text; raises RequestError if the request has an error."""
         self.check()
         return self.labels[0]
 
 
 def answer_of(index: int, result: Result) -> Answer:
-    """The typed answer of a record; what it is follows from what it holds."""
+    """The typed answer of a record; its type depends on the fields of the record."""
     body = msgspec.json.decode(result.line)["response"]["body"]
     common: dict[str, Any] = {"index": index, "custom_id": result.custom_id, "body": body}
     if result.status != 200:

@@ -26,9 +26,9 @@ class Job:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, **keys: Any) -> None:
-        """`keys` win over the file: `model`, `input`, `output`, `quantize`, or tables such as `memory={"kv": "1GiB"}`.
+        """`keys` override the file: `model`, `input`, `output`, `quantize`, or tables such as `memory={"kv": "1GiB"}`.
 
-        JobError says what is wrong with the job.
+        Raises JobError if the job is wrong.
         """
         self._words = [] if path is None else [os.fspath(path)]
         names = {name: os.fspath(keys.pop(name)) for name in ("model", "input", "output") if name in keys}
@@ -40,14 +40,14 @@ class Job:
 
     @property
     def directory(self) -> Path:
-        """Where the results will be."""
+        """The directory of the results."""
         return self.spec.output_path
 
     def run(self, ranks: int = 1) -> Results:
-        """Run the job on so many ranks of this machine, or go on with it; return the results.
+        """Run the job on `ranks` ranks of this machine, or continue it; return the results.
 
-        Requests that end in an error are among them. Ranks that fail are started again. MpillmError says why the job
-        cannot run; Interrupted, or Ctrl-C, that it stopped: the same call goes on from there.
+        The results include requests with an error. Ranks that fail are started again. Raises MpillmError if the job
+        cannot run, and Interrupted (or KeyboardInterrupt after Ctrl-C) if it stopped; the same call continues it.
         """
         words = [sys.executable, "-m", "mpillm", "launch", "-n", str(ranks), "run", *self._words]
         # A session of its own: Ctrl-C is passed on once, and then waited for.

@@ -1,4 +1,4 @@
-"""`LLM`: a model that answers from Python, on ranks that it starts by itself or on those of the caller's program."""
+"""`LLM`: a model in Python, on ranks that it starts or on the ranks of the caller's MPI program."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ A = TypeVar("A", bound=Answer)
 class LLM:
     """A model that stays loaded and answers batches of requests.
 
-    In a script or a notebook it starts `ranks` processes on this machine (through mpiexec if there are several), which
-    end with `close`, with the `with` block, or with this process. In a program that mpiexec has started, every rank
-    makes the same calls, the model is laid out over all of them (or over `comm`), rank 0's requests are answered, and
-    every rank gets all answers; MPI is never finalised.
+    In a script or a notebook it starts `ranks` processes on this machine (with mpiexec if there are several). They end
+    with `close`, with the `with` block, or with this process. In a program that mpiexec started, every rank makes the
+    same calls. The model is divided among all ranks (or those of `comm`), the requests of rank 0 are answered, and
+    every rank gets all answers. `LLM` never finalises MPI.
 
-    Answers are those of `mpillm run` with the same lines and settings, to the byte, however many ranks compute them
-    where `wire` is exact.
+    Answers have the same bytes as those of `mpillm run` with the same lines and settings. If `wire` is f32, they do not
+    depend on the number of ranks.
 
     >>> with LLM("smollm2-135m", ranks=2) as llm:
     ...     print(llm.chat([{"role": "user", "content": "Why is the sky blue?"}])[0].text)
@@ -57,8 +57,8 @@ class LLM:
         """Load a model: a catalogue name, a Hugging Face directory, a GGUF file, or hf:owner/name.
 
         `settings` are those of a job file: `quantize="q8_0"`, or a table such as `memory={"kv": "256MiB"}`,
-        `sampling={"temperature": 0.8}`, `layout={"stages": 2}`. MpillmError says what is wrong with the model, with a
-        setting, or with the ranks.
+        `sampling={"temperature": 0.8}`, `layout={"stages": 2}`. Raises MpillmError if the model, a setting or
+        the number of ranks is wrong.
         """
         from mpillm import spec
         from mpillm.comm import program
@@ -93,24 +93,24 @@ class LLM:
 
     @property
     def model(self) -> str:
-        """The model's name, as answers give it."""
+        """The name of the model, as in answers."""
         return self._backend.model
 
     @property
     def layout(self) -> str:
-        """Stages and shards, in words."""
+        """Stages and shards, as text."""
         return self._backend.layout
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **body: Any) -> list[Generation]:
-        """Go on from each prompt; `body` has keys of /v1/completions (`max_tokens`, `temperature`, `n`, `stop`, ...).
+        """Continue each prompt; `body` has keys of /v1/completions (`max_tokens`, `temperature`, `n`, `stop`, ...).
 
-        Answers are in the order of the prompts. One that ended in an error says so in `error`, and raises it when its
-        `text` is read.
+        Answers are in the order of the prompts. If a request is wrong, `error` of its answer has the reason, and
+        reading its `text` raises RequestError.
         """
         return _kind(Generation, self._answers(self._prompts(prompts, body)))
 
     def chat(self, messages: Messages | Sequence[Messages], **body: Any) -> list[Generation]:
-        """Answer one chat or several; `body` has keys of /v1/chat/completions."""
+        """Answer one or several chats; `body` has keys of /v1/chat/completions."""
         chats: list[Any] = list(messages)
         if chats and isinstance(chats[0], Mapping):
             chats = [chats]
@@ -131,10 +131,10 @@ class LLM:
         documents: str | Sequence[str] | None = None,
         **body: Any,
     ) -> list[Score] | Relevance:
-        """Log-probabilities of each prompt's own tokens, from the second one on.
+        """Return the log-probabilities of the tokens of each prompt, from the second token on.
 
-        With `documents`, prompts are queries, one for all documents or one for each, and the answer is how relevant
-        the documents are; `body` then has keys of /v1/score.
+        With `documents`, the prompts are queries: one for all documents, or one for each. The answer is the relevance
+        of the documents, and `body` has keys of /v1/score.
         """
         if documents is not None:
             asked = {"text_1": prompts, "text_2": documents, **body}
@@ -143,16 +143,16 @@ class LLM:
         return _kind(Score, self._answers(self._prompts(prompts, asked)))
 
     def embed(self, texts: Prompt | Sequence[Prompt], **body: Any) -> list[Embedding]:
-        """A vector of each text; `body` has keys of /v1/embeddings (`pooling`, `normalize`, ...)."""
+        """Return a vector for each text; `body` has keys of /v1/embeddings (`pooling`, `normalize`, ...)."""
         asked = {"encoding_format": "base64", **body}
         return _kind(Embedding, self._answers(self._prompts(texts, asked, key="input")))
 
     def rerank(self, query: str, documents: Sequence[str], **body: Any) -> Relevance:
-        """How relevant each document is to a query; `body` has keys of /v1/rerank (`top_n`, ...)."""
+        """Return how relevant each document is to a query; `body` has keys of /v1/rerank (`top_n`, ...)."""
         return self._one(Relevance, "/v1/rerank", {"query": query, "documents": documents, **body})
 
     def classify(self, texts: Prompt | Sequence[Prompt], **body: Any) -> list[Classification]:
-        """The label of each text by a model that has a classifier; `body` has keys of /v1/classify."""
+        """Return the label of each text, from a model with a classifier; `body` has keys of /v1/classify."""
         lines = self._prompts(texts, body, key="input")
         asked = [_line({"url": "/v1/classify", "body": json.loads(line)}) for line in lines]
         return _kind(Classification, self._answers(asked))
@@ -164,11 +164,11 @@ class LLM:
     def stream(
         self, requests: Iterable[Prompt | Messages | Mapping[str, Any]], **body: Any
     ) -> Iterator[Answer]:
-        """Yield each request's answer when it is finished; `index` says which one it is.
+        """Yield the answers in the order in which they finish; `index` is the number of the request.
 
-        A request is a prompt, the messages of a chat, or a line of the batch format as a dictionary (then it may be of
-        any kind, and `body` does not count). The iterator may be closed before its end. Until then calls of other
-        threads wait, and another call of the same thread raises JobError.
+        A request is a prompt, the messages of a chat, or a line of the batch format as a dictionary (for any endpoint,
+        without the keys of `body`). You may close the iterator before its end. Until then calls of other threads wait,
+        and another call of the same thread raises JobError.
         """
         lines = [_request(request, body) for request in several(requests)]
         return self._stream(lines)
@@ -201,7 +201,7 @@ class LLM:
         return [_line({key: prompt, **body}) for prompt in several(prompts)]
 
     def close(self) -> None:
-        """End the ranks, or let go of the model in the caller's ranks. A later call loads it again."""
+        """End the ranks, or release the model in the caller's ranks. A later call loads it again."""
         self._backend.close()
 
     def __enter__(self) -> LLM:

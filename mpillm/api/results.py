@@ -21,7 +21,7 @@ from mpillm.store.table import as_cell, row_of
 
 
 class Ragged:
-    """Rows of different lengths, which lie one behind the other in one array."""
+    """Rows of different lengths, stored one after the other in one array."""
 
     def __init__(self, values: NDArray[Any], offsets: NDArray[np.int64]) -> None:
         self.values = values  #: all rows, [offsets[-1]]
@@ -44,7 +44,7 @@ class Results:
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        """Open an output directory; JobError if it holds no results (yet)."""
+        """Open an output directory; raises JobError if it has no results (yet)."""
         self.directory = Path(directory)
         if not (self.directory / JSONL).is_file() or not (self.directory / HDF5).is_file():
             raise JobError(
@@ -101,35 +101,35 @@ class Results:
 
     @cached_property
     def tokens(self) -> Ragged:
-        """Token ids that each choice has generated."""
+        """Generated token ids of each choice."""
         return self._ragged("tokens", "ids")
 
     @cached_property
     def logprobs(self) -> Ragged:
-        """Their natural log-probabilities, where they were asked for."""
+        """Natural log-probabilities of the generated tokens, if requested."""
         return self._ragged("logprobs", "values")
 
     @cached_property
     def prompt_logprobs(self) -> Ragged:
-        """Natural log-probabilities of a prompt's tokens from the second one on, where they were asked for."""
+        """Natural log-probabilities of the tokens of each prompt from the second one on, if requested."""
         return self._ragged("prompt_logprobs", "values")
 
     @cached_property
     def embeddings(self) -> Ragged:
-        """Vectors as they are answered, of each input."""
+        """The vector of each input, as in the answer."""
         return self._ragged("embeddings", "values")
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """A row for each request, one by one, with the columns of `mpillm.store.table.row_of`: custom_id, status,
-        error, text, and so on; None is what an answer has not.
+        error, text, and so on; None for fields that an answer does not have.
         """
         for line in self:
             yield row_of(line)
 
     def frame(self, library: Literal["pandas", "polars"] | None = None) -> Any:
-        """`rows` as a DataFrame of pandas or polars; of the one that is installed, pandas if both are.
+        """`rows` as a DataFrame of pandas or polars; by default of the installed one, pandas if both are.
 
-        A `text` that is a choice of token ids is JSON, as in tables. ImportError if neither is.
+        A `text` that is a choice of token ids is JSON, as in tables. Raises ImportError if neither is installed.
         """
         name = library or next((name for name in ("pandas", "polars") if find_spec(name)), None)
         if name is None:
@@ -155,7 +155,7 @@ class Results:
 
 
 def read_results(directory: str | os.PathLike[str]) -> Results:
-    """The results of a finished run; JobError if there are none in `directory`."""
+    """The results of a finished run; raises JobError if `directory` has none."""
     return Results(directory)
 
 

@@ -174,7 +174,7 @@ class World(Exchange):
 
         They keep their order, but spare ranks come last. Returns the names of the lost ranks. All earlier messages are
         gone. The others may compute for `busy` seconds before they notice; if they do not call this after that, this
-        process ends, and the same command goes on.
+        process ends, and the same command continues the run.
         """
         before, hosts, spare = self._all.Get_group(), self._hosts_of_all, self.spare
         with faults.bounded(self._heartbeat.limit + busy if self._heartbeat else 0.0, str(self)):

@@ -25,7 +25,7 @@ Losses = tuple[Loss, ...]  # since the run began; on rank 0 those that it has no
 
 @contextmanager
 def explaining(losses: Losses) -> Iterator[None]:
-    """What fails after a loss, but would not without it, interrupts the run: the same command goes on."""
+    """What fails after a loss, but would not without it, interrupts the run: the same command continues it."""
     try:
         yield
     except Interrupted:

@@ -57,7 +57,7 @@ class PackResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def pack(world: World, source: str, target: Path, weights: PackedType, progress: PackProgress) -> PackResult:
-    """Pack a model into a directory (collective). MpillmError says what is wrong; the same command goes on."""
+    """Pack a model into a directory (collective). MpillmError says what is wrong; the same command continues it."""
     start = time.monotonic()
     path = world.on_rank_0(lambda: models.resolve(source, progress.downloading))
     with contextlib.ExitStack() as stack:

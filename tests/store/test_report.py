@@ -52,7 +52,7 @@ def test_a_start_that_finds_all_finished_says_so() -> None:
     assert [line.partition(":")[0] for line in report_page.summary(run)] == [
         "9 requests (9 by earlier runs)",
         "Nothing was computed.",
-        "All 2 starts of this command together",
+        "All 2 starts of this command",
     ]
 
 
@@ -115,6 +115,8 @@ def test_what_drafts_gave() -> None:
         said,
         "Accepted by drafter: answers 5 of 20, prompt lookup 25 of 40.",
     ]
+    run.batch.drafted, run.batch.accepted = 1, 0
+    assert "Speculation: 0 of 1 drafted token accepted (0 %)" in "".join(report_page.summary(run))
 
 
 def test_planned_beside_measured_and_the_slowest_rank() -> None:
