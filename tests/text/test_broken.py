@@ -115,7 +115,7 @@ def put(key: str, value: Any) -> Callable[[dict[str, Any]], Any]:
         (put("merges", ["ab"]), "holds 'ab', which is not a pair"),
         (put("merges", ["qqq zzz"]), "cannot be used: .*qqq"),
         (put("token_type", [1, 2]), "does not have one value for each of the 710 tokens"),
-        (put("token_type", 3), "token_type in .* is no list"),
+        (put("token_type", 3), "token_type in .* is not a list"),
         (put("token_type", ["x"] * 710), "contains something that is not a number"),
         (put("eos_token_id", 710), "eos_token_id in .* is 710, but there are 710 tokens"),
         (put("bos_token_id", -2), "bos_token_id in .* is -2"),
