@@ -190,11 +190,11 @@ def _page(name: str, report: Report, drawn: Sequence[tuple[str, str]], missing: 
 
 
 def _rank_table(report: Report) -> str:
-    head = ["rank", "host", "place", "threads", "kernels", "weights: share", "budget", "held at most"]
-    head += ["KV cache", "planned", "process"]
+    head = ["rank", "host", "place", "threads", "kernels", "share of weights", "budget", "held at most"]
+    head += ["KV cache", "planned", "used at most"]
     mixture = any(rank.experts for rank in report.ranks)
     for kind in ("", "experts: ") if mixture else ("",):
-        head += [kind + "hits", "misses", "stalls", "stalled s"]
+        head += [kind + "found", "loaded", "waits", "seconds waited"]
     rows = []
     for rank in report.ranks:
         place = f"stage {rank.stage}, shard {rank.shard}: {count_of(rank.layers, 'layer')}"

@@ -194,7 +194,8 @@ def _distributions(directory: Path) -> Iterator[Plot]:
             "answers": np.diff(h5["tokens/offsets"][:]),
         }
         waited, ran = timings["seconds_waiting"][:], timings["seconds_running"][:]
-    found = {name: values for name, values in lengths.items() if values.any()}
+    # Scored texts and embeddings have answers of no tokens.
+    found = {name: values[values > 0] for name, values in lengths.items() if values.any()}
     yield from _histogram("lengths", "Lengths of prompts and answers", found, "tokens")
     took = {"waiting": waited, "from the first step to the last": ran}
     yield from _histogram("latencies", "Seconds that answers took", took, "seconds")
@@ -218,7 +219,7 @@ def _draw_line(axes: Axes, plot: Plot) -> None:
     axes.plot(x, y)
     axes.set_xlabel(plot.columns[0])
     axes.set_ylabel(plot.columns[1])
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=0, top=1.05 * max(*y, 1e-9))  # else a line at the top is cut in half
 
 
 def _draw_stacked(axes: Axes, plot: Plot) -> None:
