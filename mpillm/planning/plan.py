@@ -31,6 +31,7 @@ from mpillm.planning.wire import shards_cross_hosts, wire_in_words
 from mpillm.spec import Spec, shown_bytes
 from mpillm.store import readable
 from mpillm.weights.source import Source, weight_types
+from mpillm.words import count_of
 
 GIB = 2**30
 
@@ -61,6 +62,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     wire_f32: float  # what all of it would be as float32
     wire_of_shards: str  # how they send what they sum, and why
     ranks: list[RankPlan]
+    free: list[int]  # bytes of memory for each rank; empty if it is not known where they are
     time: Estimate
     gains: dict[str, float]  # how many times as fast it is with more of something
     problems: list[str]
@@ -127,6 +129,7 @@ def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machine
         wire_f32=sum(wire_bytes(config, stages, shards, BlockType.F32, BlockType.F32, shared).values()),
         wire_of_shards=wire_in_words(chosen.wire, shards, chosen.wire_reason) if shards > 1 else "",
         ranks=plans,
+        free=[] if sys.maxsize in machines.free else list(machines.free),
         time=time,
         gains={} if wrong else dict(_gains(spec, planner, machines, asked, time)),
         problems=list(dict.fromkeys([*wrong, *_too_large(machines, plans)])),
@@ -139,15 +142,18 @@ def laid_out(spec: Spec, planner: Planner, machines: Machines, asked: InputNeeds
 
 
 def _too_large(machines: Machines, plans: list[RankPlan]) -> Iterator[str]:
-    """A sentence for each rank that would hold more than is free."""
-    for rank in plans:
-        if rank.held > machines.free[rank.rank]:
-            where = f" on {machines.names[rank.rank]}" if machines.names else ""
-            free = shown_bytes(machines.free[rank.rank])
-            yield (
-                f"Rank {rank.rank}{where} would hold {shown_bytes(rank.held)}, and {free} are free; "
-                "lower memory.weights or memory.kv, or use more ranks."
-            )
+    """A sentence if ranks would hold more than is free: on the one that lacks most, and how many others there are."""
+    lacking = {rank.rank: rank for rank in plans if rank.held > machines.free[rank.rank]}
+    if not lacking:
+        return
+    rank = max(lacking.values(), key=lambda one: one.held - machines.free[one.rank])
+    where = f" on {machines.names[rank.rank]}" if machines.names else ""
+    others = f" (and {count_of(len(lacking) - 1, 'other rank')} too much as well)" if len(lacking) > 1 else ""
+    free = shown_bytes(machines.free[rank.rank])
+    yield (
+        f"Rank {rank.rank}{where} would hold {shown_bytes(rank.held)}, and {free} are free{others}; "
+        "lower memory.weights or memory.kv, or use more ranks."
+    )
 
 
 def _gains(

@@ -86,8 +86,9 @@ def test_wire_bytes() -> None:
 
 def test_lines_of_the_input_take_memory_on_the_first_rank(tmp_path: Path) -> None:
     (tmp_path / "in").write_text('{"prompt": "a", "max_tokens": 0}\n' * 3000)
-    asked = spec.load(None, [], model=str(MODELS / "llama3"), input=str(tmp_path / "in"), output="out")
-    with_input, without = plan.make(asked, 2), planned("llama3", 2)
+    read = "memory.loader=read"  # whose buffers stay, however many logits there are
+    asked = spec.load(None, [read], model=str(MODELS / "llama3"), input=str(tmp_path / "in"), output="out")
+    with_input, without = plan.make(asked, 2), planned("llama3", 2, read)
     more = [one.process - other.process for one, other in zip(with_input.ranks, without.ranks, strict=True)]
     prompts = (with_input.stages * with_input.step_sequences + 1) * (3 + SPECIAL) * input_memory.PROMPT
     assert more == [input_needs.line_bytes(3000) + 3000 * input_needs.WRITTEN + prompts, 0]
@@ -110,7 +111,7 @@ def test_what_does_not_fit_is_said() -> None:
     assert weights.startswith("memory.weights = 1KiB is too small: some rank needs at least ")
     assert weights.endswith("for two neighbouring pages; raise it or use more shards.")
     assert kv.startswith("memory.kv = 1KiB is too small: 32 tokens take ")
-    assert plan_text.as_text(made).endswith(f"{weights}\n{kv}")
+    assert " ".join(plan_text.as_text(made).split()).endswith(f"{weights} {kv}")
     with pytest.raises(LayoutError, match="cannot be laid out on 7 ranks"):
         planned("llama3", 7)
 
@@ -314,6 +315,17 @@ def test_what_hosts_do_not_have_is_a_problem() -> None:
     (problem,) = made.problems
     assert problem.startswith("Rank 0 on tiny would hold ")
     assert "and 1.0 MiB are free; lower memory.weights or memory.kv, or use more ranks." in problem
+    several = plan_text.as_text(on([Host(memory="1MiB", count=2)], "layout.stages=2"))
+    assert "1.0 MiB are free (and 1 other rank too much as well); lower" in " ".join(several.split())
+    assert max(map(len, several.splitlines())) <= plan_text.COLUMNS
+
+
+def test_what_fits_is_judged_by_what_hosts_have() -> None:
+    made = on([Host(memory="64GiB"), Host(memory="8GiB")])
+    held = shown_bytes(made.ranks[1].held)
+    assert f"free memory: rank 1 takes most of it, {held} of 8.0 GiB (on" in " ".join(
+        plan_text.as_text(made).split()
+    )
 
 
 def test_the_table_fits_a_terminal(tmp_path: Path) -> None:
