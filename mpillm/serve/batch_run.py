@@ -40,7 +40,7 @@ class BatchRun:
     ) -> None:
         self._batch, self._claim, self._model = batch, claim, model
         self.cancelled = False
-        self._under_way: set[str] = set()
+        self._under_way: dict[str, Ticket] = {}
         self._all_taken = False
         with contextlib.ExitStack() as unless_made:
             unless_made.callback(claim.close)
@@ -58,19 +58,21 @@ class BatchRun:
         """A ticket for each line that is not answered; `ended` is called once all are."""
         self._ended = ended
         for work in self._batch.ordered_works(done=self._journal.done):
-            if self.cancelled:
-                break
             ticket = Ticket(work, partial(self._take, work))
-            self._under_way.add(work.custom_id)
+            self._under_way[work.custom_id] = ticket
+            if self.cancelled:
+                del self._under_way[work.custom_id]
+                break
             yield ticket
         self._all_taken = True
         self._look_for_end()
 
     def _take(self, work: Work, completions: list[FinishedCompletion] | None) -> None:
-        self._under_way.remove(work.custom_id)
-        if completions is None:  # the server ends
+        ticket = self._under_way.pop(work.custom_id)
+        if completions is None:  # the server ends, or the batch does before this line has begun
             return
-        self._journal.append(results.ended(work, completions, self._model))
+        if not ticket.cancelled:
+            self._journal.append(results.ended(work, completions, self._model))
         self._look_for_end()
 
     def _look_for_end(self) -> None:
@@ -80,8 +82,10 @@ class BatchRun:
             self._ended()
 
     def cancel(self) -> None:
-        """Take no more lines; those that run are finished."""
+        """Take no more lines; those that run end with their next token, without an answer."""
         self.cancelled = True
+        for ticket in list(self._under_way.values()):
+            ticket.cancel()
 
     def commit(self) -> None:
         """Bring what is finished to disk, if it is time."""

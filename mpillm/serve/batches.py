@@ -29,6 +29,10 @@ from mpillm.store.output import Claim
 ENDED = ("completed", "failed", "cancelled")
 
 
+class InUse(MpillmError):
+    """A file is the input of a batch that has not ended."""
+
+
 class BatchObject(msgspec.Struct, kw_only=True):
     """A batch as OpenAI describes it; times are seconds since 1970."""
 
@@ -81,7 +85,6 @@ class Batches:
 
     def add(self, input_file_id: str, endpoint: str, metadata: dict[str, str] | None) -> BatchObject:
         """Begin a batch; KeyError if there is no such file."""
-        self._files.content(input_file_id)
         made = BatchObject(
             id=f"batch-{uuid.uuid4().hex[:24]}",
             endpoint=endpoint,
@@ -89,7 +92,9 @@ class Batches:
             created_at=int(time.time()),
             metadata=metadata,
         )
-        self._descriptions.write(made)
+        with self._changed:  # the file stays
+            self._files.content(input_file_id)
+            self._descriptions.write(made)
         self._pool.submit(self._begin, made)
         return made
 
@@ -109,6 +114,14 @@ class Batches:
             if run is not None:
                 run.cancel()
             return batch
+
+    def delete_file(self, name: str) -> None:
+        """Forget a file; KeyError if there is none, InUse if a batch reads it."""
+        with self._changed:
+            for batch in self.all():
+                if batch.input_file_id == name and batch.status not in ENDED:
+                    raise InUse(f"The batch {batch.id} reads {name}; cancel it first, or wait for its end.")
+            self._files.delete(name)
 
     def commit(self) -> None:
         """Bring what is finished to disk; the engine's thread calls it after every step."""

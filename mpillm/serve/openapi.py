@@ -14,7 +14,7 @@ from mpillm.batch.other_keys import IGNORED
 from mpillm.batch.work import Endpoint
 from mpillm.serve.batches import BatchObject
 from mpillm.serve.files import File
-from mpillm.serve.uploads import Wanted
+from mpillm.serve.uploads import PURPOSE, Wanted
 from mpillm.version import __version__
 
 Described = dict[str, Any]
@@ -93,7 +93,7 @@ def _others(of: dict[Any, Any]) -> Described:
     form = {
         "type": "object",
         "required": ["file"],
-        "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"type": "string"}},
+        "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"enum": [PURPOSE]}},
     }
     id, name = (_parameter(word) for word in ("id", "name"))
     return {

@@ -86,7 +86,8 @@ def _lead(
         batches = Batches(
             data / "batches", files, arrivals, spec, model, partial(open_journal, session, spec)
         )
-    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns when a client goes amid its answer
+    for library in ("asyncio", "python_multipart"):  # which warn of what clients do
+        logging.getLogger(library).setLevel(logging.ERROR)
     config = uvicorn.Config(
         make_app(service, [*routes(files, batches), openapi.route(bool(options.api_key))]),
         http=Connection,

@@ -16,10 +16,11 @@ from starlette.routing import Route
 
 from mpillm.batch.endpoints import ENDPOINTS
 from mpillm.serve.app import read_body
-from mpillm.serve.batches import Batches
+from mpillm.serve.batches import Batches, InUse
 from mpillm.serve.files import FileStore
 
 MAX_REQUEST = 1 << 20  # bytes of a body that begins a batch
+PURPOSE = "batch"  # of all files that clients send
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -42,9 +43,9 @@ def routes(files: FileStore, batches: Batches) -> list[Route]:
                 source, purpose = form.get("file"), form.get("purpose")
                 if not isinstance(source, UploadFile):
                     raise HTTPException(400, "The form needs a file.")
-                made = await run_in_threadpool(
-                    files.add, source.filename or "file", str(purpose or "batch"), source.file
-                )
+                if purpose not in (None, PURPOSE):
+                    raise HTTPException(400, f"The purpose of a file must be {PURPOSE!r}.")
+                made = await run_in_threadpool(files.add, source.filename or "file", PURPOSE, source.file)
         except MultiPartException as error:
             raise HTTPException(400, f"The body is not a form: {error.message}.") from None
         return _json(made)
@@ -63,7 +64,10 @@ def routes(files: FileStore, batches: Batches) -> list[Route]:
 
     async def delete(request: Request) -> Response:
         name = request.path_params["id"]
-        files.delete(name)
+        try:
+            await run_in_threadpool(batches.delete_file, name)
+        except InUse as error:
+            raise HTTPException(409, str(error)) from None
         return _json({"id": name, "object": "file", "deleted": True})
 
     async def begin(request: Request) -> Response:

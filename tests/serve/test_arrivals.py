@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import pytest
 
 from mpillm.serve import arrivals
 from mpillm.serve.arrivals import Arrivals, Full, Ticket
-from tests.job_helpers import works
+from mpillm.serve.batch_run import BatchRun
+from mpillm.store.journal import Journal
+from mpillm.store.output import Claim
+from tests.job_helpers import WITH_TEXT, checked, completion, works
 
 
 def test_what_waits_is_bounded_in_requests_and_tokens(
@@ -31,3 +35,30 @@ def test_what_waits_is_bounded_in_requests_and_tokens(
     submit()
     with pytest.raises(Full, match=r"The queue is full \(3 requests\)"):
         submit()
+
+
+class Kept(list[Any]):
+    """The journal of a batch, in memory."""
+
+    done: ClassVar[dict[str, Any]] = {}
+
+    def flush(self) -> None:
+        """There is no disk."""
+
+
+def test_a_cancelled_batch_ends_with_the_next_token_and_has_no_half_answers(tmp_path: Path) -> None:
+    batch = checked(tmp_path, [{"prompt": [5, 6], "max_tokens": 100}] * 3)
+    journal, ends = Kept(), []
+    run = BatchRun(batch, Claim(tmp_path / "run"), lambda *_: cast("Journal", journal), WITH_TEXT)
+    tickets = run.tickets(lambda: ends.append("end"))
+    first, second = next(tickets), next(tickets)
+    (whole,), (half,) = first.requests(), second.requests()
+    first.take(completion(whole, [7] * 100))
+    assert half.watch is not None
+    assert not half.watch(7)
+    run.cancel()
+    assert half.watch(7), "it ends with this token"
+    assert (list(tickets), ends) == ([], [])
+    second.take(completion(half, [7, 7]))
+    assert ends == ["end"]
+    assert len(journal) == 1

@@ -72,9 +72,17 @@ def test_a_batch_beside_clients_and_across_a_restart(tmp_path: Path) -> None:
         assert [found.id for found in client.batches.list()] == [made.id]
 
         # One that is cancelled, one whose input is no input, and what is not there.
-        again = client.batches.create(
-            input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
+        body = {"prompt": "the fox", "max_tokens": 500, "ignore_eos": True}
+        long = client.files.create(
+            file=("long.jsonl", f"{json.dumps(body)}\n".encode() * 5000), purpose="batch"
         )
+        again = client.batches.create(
+            input_file_id=long.id, endpoint="/v1/completions", completion_window="24h"
+        )
+        with pytest.raises(
+            openai.ConflictError, match=f"The batch {again.id} reads {long.id}; cancel it first"
+        ):
+            client.files.delete(long.id)
         assert client.batches.cancel(again.id).status == "cancelling"
         assert ended(client, again.id).status == "cancelled"
         empty = client.files.create(file=("empty.jsonl", b""), purpose="batch")
@@ -82,7 +90,10 @@ def test_a_batch_beside_clients_and_across_a_restart(tmp_path: Path) -> None:
             input_file_id=empty.id, endpoint="/v1/completions", completion_window="24h"
         )
         assert ended(client, failed.id).errors.data[0].message.endswith("contains no requests.")
+        assert client.files.delete(long.id).deleted
         assert client.files.delete(file.id).deleted
+        with pytest.raises(openai.BadRequestError, match="The purpose of a file must be 'batch'"):
+            client.files.create(file=("a.jsonl", b"a"), purpose="evals")
         assert file.id not in {found.id for found in client.files.list()}
         for call in (
             lambda: client.files.retrieve(file.id),
