@@ -41,7 +41,7 @@ class BatchRun:
         self._batch, self._claim, self._model = batch, claim, model
         self.cancelled = False
         self._under_way: dict[str, Ticket] = {}
-        self._all_taken = False
+        self._all_taken = self._over = False  # every line has become a ticket; `ended` was called
         with contextlib.ExitStack() as unless_made:
             unless_made.callback(claim.close)
             self._journal = open_journal(batch, claim)
@@ -57,28 +57,38 @@ class BatchRun:
     def tickets(self, ended: Callable[[], object]) -> Iterator[Ticket]:
         """A ticket for each line that is not answered; `ended` is called once all are."""
         self._ended = ended
-        for work in self._batch.ordered_works(done=self._journal.done):
+        return self._tickets()
+
+    def _tickets(self) -> Iterator[Ticket]:
+        for work in () if self._over else self._batch.ordered_works(done=self._journal.done):
             ticket = Ticket(work, partial(self._take, work))
             self._under_way[work.custom_id] = ticket
             if self.cancelled:
                 del self._under_way[work.custom_id]
                 break
             yield ticket
+            if self._over:
+                return
         self._all_taken = True
         self._look_for_end()
 
     def _take(self, work: Work, completions: list[FinishedCompletion] | None) -> None:
+        if completions is None:
+            if self.cancelled:  # before this line has begun
+                del self._under_way[work.custom_id]
+            return  # else the server ends, and the batch does not
         ticket = self._under_way.pop(work.custom_id)
-        if completions is None:  # the server ends, or the batch does before this line has begun
-            return
         if not ticket.cancelled:
             self._journal.append(results.ended(work, completions, self._model))
         self._look_for_end()
 
     def _look_for_end(self) -> None:
-        if self._all_taken and not self._under_way:
+        if self._over or self._under_way:
+            return
+        counts = self.counts()
+        if self._all_taken or self.cancelled or counts.completed + counts.failed == counts.total:
+            self._over = True
             self._journal.flush()
-            self._all_taken = False
             self._ended()
 
     def cancel(self) -> None:
@@ -88,8 +98,10 @@ class BatchRun:
             ticket.cancel()
 
     def commit(self) -> None:
-        """Bring what is finished to disk, if it is time."""
-        self._journal.commit()
+        """Bring what is finished to disk, if it is time; end a batch that waits behind others with nothing to do."""
+        if not self._over:
+            self._journal.commit()
+            self._look_for_end()
 
     def write(self) -> tuple[Path, Path]:
         """Write the results; the files of those that were answered, and of the others."""

@@ -153,13 +153,14 @@ class Batches:
             with self._changed:
                 self._set(batch, "failed", errors={"object": "list", "data": [{"message": message}]})
             return
+        tickets = run.tickets(lambda: self._pool.submit(self._end, batch.id))
         with self._changed:
             if self.read(batch.id).status == "cancelling":
                 run.cancel()
             else:
                 self._set(batch, "in_progress")
             self._running[batch.id] = run
-        self._arrivals.add_background(run.tickets(lambda: self._pool.submit(self._end, batch.id)))
+        self._arrivals.add_background(tickets)
 
     def _end(self, name: str) -> None:
         with self._changed:

@@ -12,6 +12,7 @@ from mpillm.serve.arrivals import Arrivals, Full, Ticket
 from mpillm.serve.batch_run import BatchRun
 from mpillm.store.journal import Journal
 from mpillm.store.output import Claim
+from mpillm.store.records import Done
 from tests.job_helpers import WITH_TEXT, checked, completion, works
 
 
@@ -40,10 +41,12 @@ def test_what_waits_is_bounded_in_requests_and_tokens(
 class Kept(list[Any]):
     """The journal of a batch, in memory."""
 
-    done: ClassVar[dict[str, Any]] = {}
+    done: ClassVar[Any] = Done()
 
     def flush(self) -> None:
         """There is no disk."""
+
+    commit = flush
 
 
 def test_a_cancelled_batch_ends_with_the_next_token_and_has_no_half_answers(tmp_path: Path) -> None:
@@ -62,3 +65,26 @@ def test_a_cancelled_batch_ends_with_the_next_token_and_has_no_half_answers(tmp_
     second.take(completion(half, [7, 7]))
     assert ends == ["end"]
     assert len(journal) == 1
+
+
+def test_a_cancelled_batch_that_waits_behind_another_ends_at_once(tmp_path: Path) -> None:
+    batch = checked(tmp_path, [{"prompt": [5, 6], "max_tokens": 100}] * 3)
+    journal, ends = Kept(), []
+    run = BatchRun(batch, Claim(tmp_path / "run"), lambda *_: cast("Journal", journal), WITH_TEXT)
+    tickets = run.tickets(lambda: ends.append("end"))
+    run.commit()
+    assert ends == []
+    run.cancel()
+    run.commit()
+    assert (ends, list(tickets), ends) == (["end"], [], ["end"])
+
+
+def test_a_batch_does_not_end_with_the_server(tmp_path: Path) -> None:
+    batch = checked(tmp_path, [{"prompt": [5, 6], "max_tokens": 100}] * 3)
+    journal, ends = Kept(), []
+    run = BatchRun(batch, Claim(tmp_path / "run"), lambda *_: cast("Journal", journal), WITH_TEXT)
+    for ticket in list(run.tickets(lambda: ends.append("end"))):
+        ticket.cancel()
+        ticket.fail()
+    run.commit()
+    assert (ends, journal) == ([], [])

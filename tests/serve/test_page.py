@@ -14,6 +14,7 @@ import pytest
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.ui import WebDriverWait
 
@@ -132,9 +133,13 @@ def test_chat_and_batches(browser: WebDriver, server: str, tmp_path: Path) -> No
     write("#text", "the fox")
     press("#send")
     wait.until(lambda _: browser.find_elements(By.CSS_SELECTOR, ".message.error"))
-    assert find(".message.error") == "The API key is missing or wrong."
+    assert find(".message.error") == "The API key is missing or wrong. Type it under Settings."
+    assert browser.find_element(By.ID, "text").get_property("value") == "the fox", (
+        "it need not be typed again"
+    )
     press("[data-view=settings]")
-    write("#key", KEY)
+    write("#key", KEY + Keys.TAB)
+    wait.until(lambda _: find("#name") == HTML)
     # An answer takes half of the context unless one says less.
     press("[data-view=chat]")
     press("#reset")
@@ -208,9 +213,20 @@ def test_chat_and_batches(browser: WebDriver, server: str, tmp_path: Path) -> No
     assert too_faint(browser) == []
     assert browser.execute_script("return document.querySelectorAll('img, main script, main a').length") == 0
     assert browser.execute_script("return window.hacked === undefined")
+    # A button keeps the focus when the page asks again.
+    browser.execute_script(
+        """
+        document.querySelector("#list button").focus();
+        window.asked = performance.getEntriesByType("resource").length;
+        """
+    )
+    wait.until(
+        lambda _: browser.execute_script("return performance.getEntriesByType('resource').length > asked + 3")
+    )
+    assert browser.execute_script("return document.activeElement.textContent") == "Answers"
     press("#list td:last-child button")
-    wait.until(lambda _: list(tmp_path.glob("file-*.jsonl")))
-    (download,) = tmp_path.glob("file-*.jsonl")
+    wait.until(lambda _: list(tmp_path.glob("batch-*_output.jsonl")))
+    (download,) = tmp_path.glob("batch-*_output.jsonl")
     wait.until(lambda _: len(download.read_text().splitlines()) == 2)
     errors = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert all("401" in entry["message"] for entry in errors), errors

@@ -1,8 +1,9 @@
 const $ = (id) => document.getElementById(id);
 const messages = [];
+const rows = new Map();  // of batches, by their ids
 let running = null;
 
-for (const id of ["key", "system", "temperature", "tokens"]) {
+for (const id of ["key", "name", "system", "temperature", "tokens"]) {
   $(id).value = sessionStorage.getItem(id) ?? $(id).value;
   $(id).addEventListener("change", () => { sessionStorage.setItem(id, $(id).value); refresh(); });
 }
@@ -13,7 +14,8 @@ async function call(path, options = {}) {
   const response = await fetch(path, { ...options, headers });
   if (!response.ok) {
     const body = await response.json().catch(() => null);
-    throw new Error(body?.error?.message ?? `The server answered ${response.status}.`);
+    const hint = response.status === 401 ? " Type it under Settings." : "";
+    throw new Error((body?.error?.message ?? `The server answered ${response.status}.`) + hint);
   }
   return response;
 }
@@ -25,6 +27,14 @@ function show(role, text = "") {
   $("messages").append(element);
   element.scrollIntoView({ block: "end" });
   return element;
+}
+
+// Whoever reads further up stays there.
+function follow(element, change) {
+  const page = document.documentElement;
+  const atEnd = page.scrollHeight - page.clientHeight - page.scrollTop < 80;
+  change();
+  if (atEnd) element.scrollIntoView({ block: "end" });
 }
 
 async function* events(response) {
@@ -42,44 +52,57 @@ async function* events(response) {
   }
 }
 
-// A short context has room for the prompt as well.
-async function usualTokens() {
+async function loadModels() {
   const { data } = await (await call("v1/models")).json();
-  return Math.min(512, Math.ceil(data[0].max_model_len / 2));
+  if ($("name").length !== data.length) {
+    $("name").replaceChildren(...data.map((model) => new Option(model.id)));
+    $("name").value = sessionStorage.getItem("name") ?? data[0].id;
+    if (!$("name").value) $("name").value = data[0].id;
+  }
+  $("context").textContent = `A prompt and its answer have up to ${data[0].max_model_len} tokens.`;
+  // A short context has room for the prompt as well.
+  $("tokens").placeholder = Math.min(512, Math.ceil(data[0].max_model_len / 2));
 }
 
-async function answer() {
+async function answer(question) {
   const thought = show("thought"), element = show("assistant", "…");
   let text = "";
   running = new AbortController();
   $("stop").hidden = false;
   $("send").disabled = true;
   try {
+    await loadModels();
     const system = $("system").value.trim();
     const response = await call("v1/chat/completions", {
       method: "POST",
       signal: running.signal,
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify({
+        model: $("name").value,
         messages: [...(system ? [{ role: "system", content: system }] : []), ...messages],
         temperature: Number($("temperature").value),
-        max_tokens: Number($("tokens").value) || await usualTokens(),
+        max_tokens: Number($("tokens").value) || Number($("tokens").placeholder),
         stream: true,
       }),
     });
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
       const delta = event.choices[0]?.delta ?? {};
-      if (delta.reasoning_content) thought.textContent += delta.reasoning_content;
-      if (delta.content) { text += delta.content; element.textContent = text; element.scrollIntoView({ block: "end" }); }
+      if (delta.reasoning_content) follow(element, () => thought.append(delta.reasoning_content));
+      if (delta.content) follow(element, () => { text += delta.content; element.textContent = text; });
     }
   } catch (error) {
     if (error.name !== "AbortError") show("error", error.message);
   }
   if (!thought.textContent) thought.remove();
   if (text) messages.push({ role: "assistant", content: text });
-  else { element.remove(); messages.pop(); }
+  else {  // the question goes back to where it was typed
+    element.remove();
+    question.remove();
+    $("text").value ||= messages.pop()?.content ?? "";
+  }
   running = null;
+  if (document.activeElement === $("stop")) $("text").focus();
   $("stop").hidden = true;
   $("send").disabled = false;
 }
@@ -89,9 +112,8 @@ $("ask").addEventListener("submit", (event) => {
   const text = $("text").value.trim();
   if (!text || running) return;
   messages.push({ role: "user", content: text });
-  show("user", text);
   $("text").value = "";
-  answer();
+  answer(show("user", text));
 });
 $("text").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); $("ask").requestSubmit(); }
@@ -121,11 +143,11 @@ $("upload").addEventListener("submit", async (event) => {
   refresh();
 });
 
-async function download(id) {
+async function download(id, name) {
   const blob = await (await call(`v1/files/${id}/content`)).blob();
   const link = document.createElement("a");
   link.href = URL.createObjectURL(blob);
-  link.download = `${id}.jsonl`;
+  link.download = name;
   link.click();
   URL.revokeObjectURL(link.href);
 }
@@ -138,20 +160,41 @@ function button(text, action) {
   return element;
 }
 
+// The row of a batch, which is made anew only if there is something new: else a button would lose the focus.
 function row(batch) {
-  const line = document.createElement("tr");
+  const news = JSON.stringify(batch), old = rows.get(batch.id);
+  if (old?.news === news) return old.line;
+  const line = old?.line ?? document.createElement("tr");
+  const focused = [...line.querySelectorAll("button")].find((one) => one === document.activeElement)?.textContent;
+  fill(line, batch);
+  rows.set(batch.id, { line, news });
+  queueMicrotask(() => [...line.querySelectorAll("button")].find((one) => one.textContent === focused)?.focus());
+  return line;
+}
+
+function fill(line, batch) {
+  line.replaceChildren();
   const cells = [0, 1, 2, 3].map(() => line.appendChild(document.createElement("td")));
   const { total, completed, failed } = batch.request_counts;
   cells[0].textContent = batch.metadata?.name ?? batch.id;
   cells[1].textContent = batch.errors?.data[0]?.message ?? batch.status.replace("_", " ");
   const bar = document.createElement("progress");
-  [bar.max, bar.value] = [total || 1, completed + failed];
+  [bar.max, bar.value, bar.ariaLabel] = [total || 1, completed + failed, "finished requests"];
   cells[2].append(bar, ` ${completed + failed} of ${total}${failed ? `, ${failed} failed` : ""}`);
-  if (batch.output_file_id) cells[3].append(button("Answers", () => download(batch.output_file_id)));
-  if (batch.error_file_id) cells[3].append(button("Errors", () => download(batch.error_file_id)));
+  if (batch.output_file_id)
+    cells[3].append(button("Answers", () => download(batch.output_file_id, `${batch.id}_output.jsonl`)));
+  if (batch.error_file_id)
+    cells[3].append(button("Errors", () => download(batch.error_file_id, `${batch.id}_errors.jsonl`)));
   if (["validating", "in_progress"].includes(batch.status))
     cells[3].append(button("Cancel", () => call(`v1/batches/${batch.id}/cancel`, { method: "POST" })));
-  return line;
+  for (const one of cells[3].children) one.ariaDescription = cells[0].textContent;
+}
+
+async function listBatches() {
+  const { data } = await (await call("v1/batches")).json();
+  const lines = data.map(row), list = $("list");
+  if (lines.some((line, index) => list.children[index] !== line)) list.replaceChildren(...lines);
+  $("none").hidden = lines.length > 0;
 }
 
 async function refresh() {
@@ -159,11 +202,11 @@ async function refresh() {
     const health = await (await call("health")).json();
     $("model").textContent = health.model;
     $("state").textContent = `mpillm ${health.version}: ${health.running} running, ${health.waiting} waiting`;
-    if (!$("batches").hidden) {
-      const found = await (await call("v1/batches")).json();
-      $("list").replaceChildren(...found.data.map(row));
-    }
+    if (!$("batches").hidden) await listBatches();
+    if (!$("settings").hidden) await loadModels();
+    $("state").className = "";
   } catch (error) {
+    $("state").className = "error";
     $("state").textContent = error.message === "Failed to fetch" ? "The server does not answer." : error.message;
   }
 }
