@@ -97,9 +97,9 @@ def test_killed_near_the_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.mpiexec
-def test_killed_near_the_end_on_two_ranks(openmpi: Mpi, tmp_path: Path) -> None:
+def test_killed_near_the_end_on_two_ranks(mpi: Mpi, tmp_path: Path) -> None:
     kills = (KILLS[0], *KILLS[5:10:2])
-    killed_again_and_again(tmp_path, openmpi.command(2), openmpi.environment(), kills)
+    killed_again_and_again(tmp_path, mpi.command(2), mpi.environment(), kills)
 
 
 def test_another_server_with_the_same_directory(tmp_path: Path) -> None:
