@@ -51,7 +51,7 @@ def test_lines_are_those_that_were_put_in(held: int, monkeypatch: pytest.MonkeyP
 def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity, "HELD", 1)
     made = Lines(lambda: os.open("/dev/full", os.O_RDWR))
-    with pytest.raises(Interrupted, match=r"No space left on device.*about 100 bytes a line"):
+    with pytest.raises(Interrupted, match=r"No space left on device.*about 100 bytes for each line"):
         made.append(a_line(random.Random(1), 1))
 
 

@@ -90,7 +90,7 @@ def test_what_cannot_be_shown_is_no_error_of_the_run(
     source.write_text(json.dumps(line) + "\n")
     Console().finish(made(), tmp_path)
     said = capsys.readouterr().err
-    assert f"The answers in {source} cannot be shown" in said
+    assert f"The answers in {source} cannot be printed" in said
 
 
 def test_choices_are_shown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

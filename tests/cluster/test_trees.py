@@ -54,7 +54,7 @@ CASES = {
     ),
     "no space": (
         "mount -o loop {folder}/disk {spill} && head -c 1000000 /dev/zero > {spill}/all 2>/dev/null; true",
-        r"memory\.kv_spill: \d+ bytes cannot be had in {spill} \(No space left on device; .+" + ON,
+        r"memory\.kv_spill: \d+ bytes cannot be allocated in {spill} \(No space left on device; .+" + ON,
     ),
     "no permission to write": (
         "mount --bind {folder}/locked {spill} && chown 1234 {spill} && chmod 700 {spill}",

@@ -30,7 +30,7 @@ def source(tmp_path: Path) -> Path:
         ("layout.shards=3", ["cannot be laid out on 2 ranks", "what works: ", "1 stage x 2 shards"]),
         ("memory.weights=100", ["needs at least", "bytes"]),
         ("memory.kv=64", ["memory.kv = 64 is too small: 32 tokens take "]),
-        ("model=nothing-like-it", ["'nothing-like-it' is no file"]),
+        ("model=nothing-like-it", ["'nothing-like-it' is not a file"]),
     ],
 )
 def test_a_wrong_setting(setting: str, words: list[str], openmpi: Mpi, source: Path, tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_a_wrong_job_file(openmpi: Mpi, tmp_path: Path) -> None:
     job.write_text('input = "x"\nmodel = = 3\n')
     assert_one_sentence(openmpi.run(2, "-m", "mpillm", "run", str(job)), 2, "is not TOML", "line 2")
     missing = openmpi.run(1, "-m", "mpillm", "run", str(tmp_path / "none.toml"))
-    assert_one_sentence(missing, 2, "There is no job file")
+    assert_one_sentence(missing, 2, "does not exist")
 
 
 def test_input_and_output_are_the_same(openmpi: Mpi, source: Path) -> None:

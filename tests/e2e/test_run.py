@@ -205,7 +205,7 @@ def test_one_request_leaves_each_of_two_stages_idle_half_of_the_time(openmpi: Mp
     found = read(tmp_path / "out").bubbles()
     assert found is not None
     assert 0.5 <= found < 1
-    assert f"A stage had nothing to do {100 * found:.0f} % of the time of computing" in done.stderr
+    assert f"Stages were idle {100 * found:.0f} % of the computing time" in done.stderr
 
 
 def test_same_bytes_with_more_layers_on_a_faster_host(openmpi: Mpi, tmp_path: Path) -> None:

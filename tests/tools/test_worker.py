@@ -184,7 +184,7 @@ GONE = r"has closed its connection|The connection to .* broke \((Connection rese
 WRONG: list[tuple[Any, type[MpillmError], str]] = [
     (lost, RootLostError, GONE),
     (lost_between_steps, RootLostError, GONE),
-    (web_browser, StrangeRootError, "it is no root of Distributed-Llama"),
+    (web_browser, StrangeRootError, "it is not a root of Distributed-Llama"),
     (other_version, StrangeRootError, "it is of another version"),
     (unknown_operation, StrangeRootError, r"the operation 40 \(product\), which is unknown"),
     (unknown_type, StrangeRootError, "uses the float type 9"),
