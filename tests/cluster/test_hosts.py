@@ -155,7 +155,9 @@ def test_a_rank_killed_on_another_host_is_survived(
     command = [*hosts.launcher(openmpi, hostfile), "--with-ft", "ulfm", "-n", str(ranks), *program]
     done = run_bounded(hosts.on_first(command, environment(openmpi)), 90, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"mpillm: Lost rank {victim} on {hosts.prefix}{int(victim) + 1}; the others continued" in done.stderr
+    assert (
+        f"mpillm: Lost rank {victim} on {hosts.prefix}{int(victim) + 1}; the others continued" in done.stderr
+    )
     assert results(tmp_path) == reference(tmp_path, openmpi, job)
 
 

@@ -123,7 +123,7 @@ def test_new_records_alone_are_read_again(openmpi: Mpi, tmp_path: Path) -> None:
     reader.close()
     with pytest.raises(JobError, match="is not the output directory of a run: it has no journal"):
         Reader(tmp_path)
-    with pytest.raises(JobError, match="The directory .* does not exist"):
+    with pytest.raises(JobError, match=r"The directory .* does not exist"):
         Reader(tmp_path / "nothing")
     with (
         contextlib.closing(Claim(tmp_path / "new")),
