@@ -19,6 +19,7 @@ from mpillm.run.job import OpenedJob, open_journal, unanswered
 from mpillm.run.leader import Given, Leader
 from mpillm.run.progress import Bar, ProgressState
 from mpillm.run.session import Session
+from mpillm.run.sharing import Sharing
 from mpillm.store.journal import Journal
 from mpillm.store.records import Counts, Result
 from mpillm.store.report import SHOWN_ERRORS, Tokens
@@ -38,12 +39,18 @@ class Computation:
         """`totals` are those of the computation that this one continues, or new ones."""
         self.job, self.session, self.journal = job, session, journal
         journal.counted = self._counted
+        # Before the leader, which begins to load the weights: while that goes on all else is slow.
+        choice, machines, chosen = session.choice, session.machines, session.chosen
+        steps = choice.replica_steps(machines, chosen) if len(session.replicas) > 1 else []
+        sharing = Sharing(steps, choice.shares(machines, chosen))
+        self._balance = Balance(session) if watched(session) else None
         self._leader = Leader(session, job.spec, lambda: job.model, self._keep, totals)
         lines = (Unfinished(line, journal.partial(line)) for line in job.input.unanswered(journal.done))
         count = unanswered(job.input, journal)
-        self._balance = Balance(session) if watched(session) else None
         busy = self._balance.note if self._balance is not None else None
-        self._dispatcher = Dispatcher(session, self._leader, lines, count, self._assigned, self._keep, busy)
+        self._dispatcher = Dispatcher(
+            session, self._leader, sharing, lines, count, self._assigned, self._keep, busy
+        )
         self._unanswered = count
         self._began = self._checked = time.monotonic()
 

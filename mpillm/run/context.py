@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from datetime import datetime
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from mpillm.run.progress import Progress
 from mpillm.run.session import Session
 from mpillm.run.tracer import Tracer
 from mpillm.spec import Spec
-from mpillm.store.journal_facts import began, first_layout
+from mpillm.store.journal_facts import first_layout
 from mpillm.store.output import PATIENCE, Claim
 
 TAKEOVER = 15.0  # seconds in which the lock of a lost rank 0 must be gone
@@ -45,11 +46,8 @@ class RankContext:
         patience = TAKEOVER if self.world.lost else PATIENCE
         return self.stack.enter_context(Claim(self.spec.output_path, patience))
 
-    def assistant(self, session: Session, path: Path) -> Assistant | None:
-        """What the leaders of other replicas than rank 0's compute with (collective)."""
-        if len(session.replicas) == 1:
-            return None
-        since = self.world.on_rank_0(lambda: began(self.claim))
+    def assistant(self, session: Session, path: Path, since: datetime) -> Assistant | None:
+        """What the leaders of other replicas than rank 0's compute with; the run began at the time `since`."""
         if session.place.rank or self.world.rank == 0:
             return None
         return Assistant(session, self.spec, cache(lambda: model_of(session, path, lambda: since)))

@@ -51,6 +51,7 @@ class Dispatcher:
         self,
         session: Session,
         leader: Leader,
+        sharing: Sharing,
         lines: Iterator[Unfinished],
         count: int,
         assigned: Callable[[Unfinished], Assigned],
@@ -66,11 +67,8 @@ class Dispatcher:
         self._returned: deque[Unfinished] = deque()  # come before `lines`
         self._assigned, self._keep, self._busy = assigned, keep, busy
         self._leaders = [replica.first for replica in session.replicas]
-        choice, machines, chosen = session.choice, session.machines, session.chosen
-        shares = choice.shares(machines, chosen)
-        self._shares = dict(zip(self._leaders, shares, strict=True))
-        several = len(self._leaders) > 1
-        self._sharing = Sharing(choice.replica_steps(machines, chosen)) if several else None
+        self._sharing = sharing
+        self._shares = dict(zip(self._leaders, sharing.planned, strict=True))
         self._asked = set[int]()  # who has not yet given back what it was asked for
         self._held = dict.fromkeys(self._leaders, 0)  # lines that are not answered, by leader
         # Before rank 0's first step, which loads the weights, they get what they can compute at once.
@@ -159,12 +157,11 @@ class Dispatcher:
             self._held[leader] -= isinstance(record, Result)
         self._totals[leader] = message.totals
         self._wanted[leader] += message.wanted
-        if self._sharing is not None:
-            self._sharing.note(self._leaders.index(leader), message.standing)
+        self._sharing.note(self._leaders.index(leader), message.standing)
 
     def _share_anew(self) -> None:
         """Let replicas hold as many lines as they have turned out to be fast, where that is due."""
-        if self._sharing is None or self._asked or not self._sharing.due:
+        if self._asked or not self._sharing.due:
             return
         self._sharing.note(0, self._own.standing())
         held = list(self._held.values())

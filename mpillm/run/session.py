@@ -43,7 +43,7 @@ from mpillm.text import Tokenizer, load_tokenizer
 from mpillm.weights.finite import check_vectors
 from mpillm.weights.identity import Watch, summed
 from mpillm.weights.io.lost_pages import say_when_lost
-from mpillm.weights.paging.weights import Weights
+from mpillm.weights.paging.weights import Weights, check_budget, streamed
 from mpillm.weights.source import rank_plans
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Session:
             self._lay_out()
             if not world.spare:
                 self._take_place()
-                self._make_worker()
+                self._prepare_worker()
             self._open_files = unless_made.pop_all()
 
     def _open_model(self, model: Path) -> None:
@@ -146,39 +146,59 @@ class Session:
             words = wire_in_words(self.wire, self.place.shards, self.chosen.wire_reason)
             self.warnings.append(f"{words[0].upper()}{words[1:]}.")
 
-    def _make_worker(self) -> None:
-        """Make what holds weights, KV cache and connections, within the budgets (collective)."""
+    def _prepare_worker(self) -> None:
+        """Make what the worker needs besides weights: KV cache and connections, within the budgets (collective)."""
         world, spec, ranks = self.world, self.spec, self._ranks
-        self.counters = MessageCounters()
+        self.counters, memory = MessageCounters(), spec.memory
         with world.together():
-            plans = rank_plans(self.config, self.place, self.source)
-            self.weights = Weights(
-                plans,
-                lambda pages, streamed: self.source.open_loader(
-                    spec.memory.loader, self.threads, pages, streamed
-                ),
-                spec.memory.weights_bytes,
-                spec.memory.policy,
-                self.config.expert_share,
-            )
-            self._open_files.callback(self.weights.close)
+            self._plans = rank_plans(self.config, self.place, self.source)
+            if (budget := memory.weights_bytes) is not None:
+                check_budget(self._plans, budget)
+            own = streamed(self._plans, budget, memory.policy)
             self._factors = self.adapters.load(self.place)
-            self.caches = rank_layouts(self.config, self._places, spec.memory.kv_type)
-        self.streamed = world.gather(self.weights.streamed)[ranks.start : ranks.stop]
+            self.caches = rank_layouts(self.config, self._places, memory.kv_type)
+        self.streamed = world.gather(own)[ranks.start : ranks.stop]
         with world.together():
             self.limits = self._limits()
         self._kv_tokens = min(world.gather(self.limits.max_length))
         self.channel = Channel(world, self.counters, ranks)
-        self.worker = Worker(self._decoder(), self.limits.micro_batches, self.threads)
+        shared = shared_rows(world, self.place, 4 * self.config.hidden * self.limits.max_tokens)
+        stage = self.replicas[self.replica].stage_ranks[self.place.stage]
+        rate, crowded = link(self.machines, stage).wire, world.nodes.crowded(stage)
+        self._group = Group(world, self.place, self.wire, self.counters, self.threads, shared, rate, crowded)
         with world.together():
+            cache, count = self.caches[self.place.rank], (self.limits.n_blocks, self.limits.n_states)
+            self.kv = KVCache(cache, *count, memory.kv_bytes, memory.spill_folder)
+            self._open_files.callback(self.kv.close)
             self.draft_model = self._open_draft_model()
+
+    @cached_property
+    def weights(self) -> Weights:
+        """This rank's weights. From here on threads load them: before that all ranks agree, which these would delay."""
+        memory = self.spec.memory
+        found = Weights(
+            self._plans,
+            lambda *what: self.source.open_loader(memory.loader, self.threads, *what),
+            memory.weights_bytes,
+            memory.policy,
+            self.config.expert_share,
+        )
+        self._open_files.callback(found.close)
+        return found
+
+    @cached_property
+    def worker(self) -> Worker:
+        """What computes this rank's part of steps."""
+        place = self.place
         log.info(
-            "%s replica %d of %d, stage %d of %d, shard %d of %d, %d threads, kernels %s, weights %.1f MiB",
-            world, self.replica, len(self.replicas), self.place.stage, self.place.stages, self.place.shard,
-            self.place.shards, self.threads, kernels.path(), self.weights.total / 2**20,
+            "%s %s, replica %d of %d (%s), %d threads, kernels %s, weights %.1f MiB", self.world, place, self.replica,
+            len(self.replicas), self.reason, self.threads, kernels.path(), self.weights.total / 2**20,
         )  # fmt: skip
-        if world.rank == 0:
-            log.info("%s layout: %s", world, self.reason)
+        pipe = Pipe(self.world, place, self.spec.wire.between_stages, self.counters, self.threads)
+        decoder = Decoder(
+            self.config, place, self.source, self.weights, self.kv, self._group, pipe, self.threads, self._factors
+        )  # fmt: skip
+        return Worker(decoder, self.limits.micro_batches, self.threads)
 
     def estimate(self, demand: Demand | None) -> Estimate:
         """Estimate the time of a demand from the machines' speeds; None stands for the demand of the input."""
@@ -276,21 +296,4 @@ class Session:
             self.streamed,
             kv,
             self.needs,
-        )
-
-    def _decoder(self) -> Decoder:
-        config, place, between_stages = self.config, self.place, self.spec.wire.between_stages
-        with self.world.together():
-            budget, folder = self.spec.memory.kv_bytes, self.spec.memory.spill_folder
-            n_blocks, n_states = self.limits.n_blocks, self.limits.n_states
-            self.kv = KVCache(self.caches[place.rank], n_blocks, n_states, budget, folder)
-            self._open_files.callback(self.kv.close)
-        row = 4 * config.hidden
-        shared = shared_rows(self.world, place, row * self.limits.max_tokens)
-        stage = self.replicas[self.replica].stage_ranks[place.stage]
-        rate, crowded = link(self.machines, stage).wire, self.world.nodes.crowded(stage)
-        group = Group(self.world, place, self.wire, self.counters, self.threads, shared, rate, crowded)
-        pipe = Pipe(self.world, place, between_stages, self.counters, self.threads)
-        return Decoder(
-            config, place, self.source, self.weights, self.kv, group, pipe, self.threads, self._factors
         )

@@ -24,9 +24,9 @@ PRECISION = 0.01  # of the time in which all end
 class Sharing:
     """What rank 0 knows of the replicas, by their numbers."""
 
-    def __init__(self, steps: Sequence[ReplicaSteps]) -> None:
-        """`steps` are their times by the model."""
-        self._steps = steps
+    def __init__(self, steps: Sequence[ReplicaSteps], planned: Sequence[float]) -> None:
+        """`steps` are their times by the model, and `planned` the shares of the lines by it."""
+        self._steps, self.planned = steps, planned
         self._since: dict[int, Standing] = {}  # the beginning of each one's window
         self._last: dict[int, Standing] = {}
         self._slower: dict[int, float] = {}  # how many times as long as by the model its steps take
@@ -35,7 +35,7 @@ class Sharing:
     @property
     def due(self) -> bool:
         """Whether it is time for another look."""
-        return time.monotonic() > self._looked + LOOK
+        return len(self._steps) > 1 and time.monotonic() > self._looked + LOOK
 
     def note(self, replica: int, now: Standing) -> None:
         """A replica is so far. Its first step loads the weights, and does not count."""

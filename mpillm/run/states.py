@@ -31,6 +31,7 @@ from mpillm.run.origin import Origin
 from mpillm.run.session import Session
 from mpillm.run.statistics import rank_statistics
 from mpillm.store import inputs, report
+from mpillm.store.journal_facts import began
 
 
 @dataclass(frozen=True)
@@ -244,11 +245,12 @@ def begin(
     After a loss, `origin` is what the run began with, and `before` is the computation of this rank that the loss has
     interrupted, if any. `slowed` says why it was interrupted without a loss.
     """
-    world, since = rank.world, time.monotonic()
+    world, entered = rank.world, time.monotonic()
     with ExitStack() as unless_begun, explaining(losses):
         with world.together():
             if world.rank == 0:
                 inputs.prepare(rank.spec, rank.claim)
+        since = world.on_rank_0(lambda: began(rank.claim))
         path = model_path(world, rank.spec, rank.progress)
         spec, shards = rank.kept(origin)
         session = Session(world, spec, path, origin, shards, replicated=True, leave_out=True)
@@ -259,10 +261,10 @@ def begin(
         with world.together():
             if world.rank == 0:
                 computation = rank.computation(session, path, before)
-        assistant = rank.assistant(session, path)
+        assistant = rank.assistant(session, path, since)
         if computation is not None and losses:
             computation.job.warn(what_was_lost(losses, session))
         if computation is not None and slowed is not None:
-            computation.job.warn(what_was_slow(slowed, session, time.monotonic() - since))
+            computation.job.warn(what_was_slow(slowed, session, time.monotonic() - entered))
         unless_begun.pop_all()
     return Leading(computation) if computation is not None else Following(session, assistant, losses)

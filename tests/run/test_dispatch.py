@@ -11,6 +11,7 @@ from mpillm.batch.work import Line
 from mpillm.run import dispatch
 from mpillm.run.dispatch import Dispatcher
 from mpillm.run.dispatch_messages import FROM_RANK_0, Assigned, Unfinished
+from mpillm.run.sharing import Sharing
 
 
 class FakeMailbox:
@@ -38,9 +39,6 @@ def test_the_first_lines_come_unasked(
         world=SimpleNamespace(hosts=("a", "b"), size=2),
         counters=None,
         replicas=[SimpleNamespace(first=0), SimpleNamespace(first=1)],
-        choice=SimpleNamespace(shares=lambda *_: [0.5, 0.5], replica_steps=lambda *_: []),
-        machines=None,
-        chosen=None,
         limits=SimpleNamespace(max_sequences=at_once, micro_batches=1),
     )
     queue = [Unfinished(Line(number, 0, 2, str(number), bytes(16)), {}) for number in range(1, lines + 1)]
@@ -48,6 +46,7 @@ def test_the_first_lines_come_unasked(
     dispatcher = Dispatcher(
         session,
         leader,
+        Sharing([], [0.5, 0.5]),
         iter(queue),
         lines,
         lambda given: Assigned(given.line, b"{}", {}),

@@ -15,7 +15,7 @@ FLAT = ReplicaSteps(64, ROWS, [0.1] * len(ROWS))  # as where the weights are rea
 
 def sharing(steps: ReplicaSteps, *slower: float, lines: int, left: int = 100) -> Sharing:
     """Replicas whose steps take so many times as long as by the model; each holds `lines` with `left` rows each."""
-    made = Sharing([steps] * len(slower))
+    made = Sharing([steps] * len(slower), ())
     for replica, times in enumerate(slower):
         for at in (1, 11):
             took = times * steps.seconds(lines) * at
@@ -51,7 +51,7 @@ def test_nobody_gives_back_what_is_nearly_done() -> None:
 
 def test_speeds_must_be_known() -> None:
     """The first step loads the weights. A replica without lines may be done before its speed is known."""
-    made = Sharing([LINEAR] * 2)
+    made = Sharing([LINEAR] * 2, ())
     for steps in (1, 11):
         made.note(0, Standing(steps, 24 * steps, 0.24 * steps, 24, 2400))
     assert made.targets([24, 24], 0) is None  # it has told nothing

@@ -35,13 +35,7 @@ class Weights:
         common, mixture = split(plans)
         self.total = _nbytes(plans)
         self.budget = self.total if budget is None else budget
-        minimum = minimum_budget(plans)
-        if self.budget < minimum:
-            raise JobError(
-                f"memory.weights is {self.budget} bytes, but this rank needs at least {minimum} bytes for the two "
-                f"largest neighbouring pages{' and two experts' if mixture else ''} (of {self.total} for all); "
-                "raise it, or use more ranks."
-            )
+        check_budget(plans, self.budget)
         for_common, for_experts = budgets(plans, self.budget)
         self.cycle = WeightCache(
             common, open_loader(common, for_common < _nbytes(common)), for_common, policy
@@ -100,6 +94,17 @@ class Weights:
     @property
     def _counters(self) -> list[CacheCounters]:
         return [self.cycle.counters, *([self.experts.counters] if self.experts else [])]
+
+
+def check_budget(plans: Sequence[PagePlan], budget: int) -> None:
+    """JobError if a budget is too small for these pages."""
+    minimum = minimum_budget(plans)
+    if budget < minimum:
+        experts_too = " and two experts" if split(plans)[1] else ""
+        raise JobError(
+            f"memory.weights is {budget} bytes, but this rank needs at least {minimum} bytes for the two "
+            f"largest neighbouring pages{experts_too} (of {_nbytes(plans)} for all); raise it, or use more ranks."
+        )
 
 
 def split(plans: Sequence[PagePlan]) -> tuple[list[PagePlan], list[PagePlan]]:
