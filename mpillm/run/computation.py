@@ -39,7 +39,6 @@ class Computation:
         """`totals` are those of the computation that this one continues, or new ones."""
         self.job, self.session, self.journal = job, session, journal
         journal.counted = self._counted
-        # Before the leader, which begins to load the weights: while that goes on all else is slow.
         choice, machines, chosen = session.choice, session.machines, session.chosen
         steps = choice.replica_steps(machines, chosen) if len(session.replicas) > 1 else []
         sharing = Sharing(steps, choice.shares(machines, chosen))

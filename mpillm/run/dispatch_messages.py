@@ -51,7 +51,8 @@ class Standing(msgspec.Struct, frozen=True, array_like=True):
     rows: int  # of them
     seconds: float  # in which it had anything to do
     lines: int  # that it holds
-    left: int  # rows of them that are still to be computed, at most
+    whole: int  # rows of them, at most
+    left: int  # of these that are still to be computed
 
 
 class News(msgspec.Struct, tag="news", frozen=True):

@@ -94,22 +94,24 @@ class Leader:
 
     def standing(self, waiting: int = 0) -> Standing:
         """How far it is; so many lines that it holds besides are like the others."""
-        totals, left = self.engine.totals, 0
+        totals, whole = self.engine.totals, 0
         for pending in self._pending.values():
             done = {completion.request.choice for completion in pending.completions}
-            left += sum(
+            whole += sum(
                 len(request.prompt) + request.max_tokens
                 for request in pending.work.requests
                 if request.choice not in done
             )
-        left -= sum(one.computed for one in self.engine.unfinished)
+        left = whole - sum(one.computed for one in self.engine.unfinished)
         lines = len(self._pending)
+        alike = (lines + waiting) / max(lines, 1)
         return Standing(
             steps=totals.steps,
             rows=totals.prompt_tokens + totals.recomputed_tokens + totals.turns + totals.drafted_tokens,
             seconds=time.monotonic() - self._began - self._idle,
             lines=lines + waiting,
-            left=max(left, 0) * (lines + waiting) // max(lines, 1),
+            whole=int(whole * alike),
+            left=int(max(left, 0) * alike),
         )
 
     def give_back(self, count: int) -> list[Unfinished]:

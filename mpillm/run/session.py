@@ -78,7 +78,7 @@ class Session:
             self._lay_out()
             if not world.spare:
                 self._take_place()
-                self._prepare_worker()
+                self._make_worker()
             self._open_files = unless_made.pop_all()
 
     def _open_model(self, model: Path) -> None:
@@ -146,16 +146,16 @@ class Session:
             words = wire_in_words(self.wire, self.place.shards, self.chosen.wire_reason)
             self.warnings.append(f"{words[0].upper()}{words[1:]}.")
 
-    def _prepare_worker(self) -> None:
-        """Make what the worker needs besides weights: KV cache and connections, within the budgets (collective)."""
+    def _make_worker(self) -> None:
+        """Make what holds weights, KV cache and connections, within the budgets (collective)."""
         world, spec, ranks = self.world, self.spec, self._ranks
         self.counters, memory = MessageCounters(), spec.memory
         with world.together():
-            self._plans = rank_plans(self.config, self.place, self.source)
+            plans = rank_plans(self.config, self.place, self.source)
             if (budget := memory.weights_bytes) is not None:
-                check_budget(self._plans, budget)
-            own = streamed(self._plans, budget, memory.policy)
-            self._factors = self.adapters.load(self.place)
+                check_budget(plans, budget)
+            own = streamed(plans, budget, memory.policy)
+            factors = self.adapters.load(self.place)
             self.caches = rank_layouts(self.config, self._places, memory.kv_type)
         self.streamed = world.gather(own)[ranks.start : ranks.stop]
         with world.together():
@@ -165,40 +165,30 @@ class Session:
         shared = shared_rows(world, self.place, 4 * self.config.hidden * self.limits.max_tokens)
         stage = self.replicas[self.replica].stage_ranks[self.place.stage]
         rate, crowded = link(self.machines, stage).wire, world.nodes.crowded(stage)
-        self._group = Group(world, self.place, self.wire, self.counters, self.threads, shared, rate, crowded)
+        group = Group(world, self.place, self.wire, self.counters, self.threads, shared, rate, crowded)
         with world.together():
             cache, count = self.caches[self.place.rank], (self.limits.n_blocks, self.limits.n_states)
             self.kv = KVCache(cache, *count, memory.kv_bytes, memory.spill_folder)
             self._open_files.callback(self.kv.close)
             self.draft_model = self._open_draft_model()
-
-    @cached_property
-    def weights(self) -> Weights:
-        """This rank's weights. From here on threads load them: before that all ranks agree, which these would delay."""
-        memory = self.spec.memory
-        found = Weights(
-            self._plans,
+        # The weights come last: threads begin to load them, and a slow rank would keep the others waiting meanwhile.
+        self.weights = Weights(
+            plans,
             lambda *what: self.source.open_loader(memory.loader, self.threads, *what),
-            memory.weights_bytes,
+            budget,
             memory.policy,
             self.config.expert_share,
         )
-        self._open_files.callback(found.close)
-        return found
-
-    @cached_property
-    def worker(self) -> Worker:
-        """What computes this rank's part of steps."""
-        place = self.place
+        self._open_files.callback(self.weights.close)
+        pipe = Pipe(world, self.place, spec.wire.between_stages, self.counters, self.threads)
+        decoder = Decoder(
+            self.config, self.place, self.source, self.weights, self.kv, group, pipe, self.threads, factors
+        )
+        self.worker = Worker(decoder, self.limits.micro_batches, self.threads)
         log.info(
-            "%s %s, replica %d of %d (%s), %d threads, kernels %s, weights %.1f MiB", self.world, place, self.replica,
+            "%s %s, replica %d of %d (%s), %d threads, kernels %s, weights %.1f MiB", world, self.place, self.replica,
             len(self.replicas), self.reason, self.threads, kernels.path(), self.weights.total / 2**20,
         )  # fmt: skip
-        pipe = Pipe(self.world, place, self.spec.wire.between_stages, self.counters, self.threads)
-        decoder = Decoder(
-            self.config, place, self.source, self.weights, self.kv, self._group, pipe, self.threads, self._factors
-        )  # fmt: skip
-        return Worker(decoder, self.limits.micro_batches, self.threads)
 
     def estimate(self, demand: Demand | None) -> Estimate:
         """Estimate the time of a demand from the machines' speeds; None stands for the demand of the input."""

@@ -17,7 +17,7 @@ from mpillm.run.dispatch_messages import Standing
 LOOK = 0.5  # seconds between two looks
 STEPS, SECONDS = 3, 0.5  # that a replica computes at least before its speed is known
 KEPT = 0.5  # the weight of what was known before
-GAIN, COST = 1.1, 0.5  # how many times as early all must end, and seconds: lines begin again with a long step
+GAIN, COST = 1.15, 0.5  # how many times as early all must end (plans may be off by 15 %), and seconds
 PRECISION = 0.01  # of the time in which all end
 
 
@@ -66,20 +66,21 @@ class Sharing:
             return None
         # Who is done before it could be measured is as fast as any.
         slower = dict.fromkeys(unknown, min(self._slower.values())) | self._slower
-        each = [self._last[replica].left / max(self._last[replica].lines, 1) for replica in range(len(held))]
-        new = max(each)
+        last = [self._last[replica] for replica in range(len(held))]
+        each = [one.left / max(one.lines, 1) for one in last]
+        # Whoever gets a line computes its prompt, and what was generated, once more.
+        new, deepest = max(one.whole / max(one.lines, 1) for one in last), max(each)
 
         def seconds(replica: int, lines: int) -> float:
-            """What a replica needs for so many lines; those that it does not hold yet have as many rows as any."""
+            """What a replica needs for so many lines; those that it does not hold yet are as long as any."""
             if not lines:
                 return 0.0
             if not self._last[replica].steps:
                 return math.inf
             steps, more = self._steps[replica], max(lines - held[replica], 0)
             at_once = min(lines, steps.maximum)
-            rounds = max(
-                ((lines - more) * each[replica] + more * new) / at_once, new if more else each[replica]
-            )
+            rows = (lines - more) * each[replica] + more * new
+            rounds = max(rows / at_once, deepest if more else each[replica])
             return rounds * steps.seconds(at_once) * slower[replica]
 
         found = _divided(seconds, held, waiting)

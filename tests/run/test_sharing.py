@@ -13,13 +13,16 @@ LINEAR = ReplicaSteps(64, ROWS, [0.01 * rows for rows in ROWS])
 FLAT = ReplicaSteps(64, ROWS, [0.1] * len(ROWS))  # as where the weights are read for any number of rows
 
 
-def sharing(steps: ReplicaSteps, *slower: float, lines: int, left: int = 100) -> Sharing:
-    """Replicas whose steps take so many times as long as by the model; each holds `lines` with `left` rows each."""
+def sharing(steps: ReplicaSteps, *slower: float, lines: int, left: int = 100, whole: int = 100) -> Sharing:
+    """Replicas whose steps take so many times as long as by the model.
+
+    Each holds `lines` of `whole` rows, `left` of which are still to be computed.
+    """
     made = Sharing([steps] * len(slower), ())
     for replica, times in enumerate(slower):
         for at in (1, 11):
             took = times * steps.seconds(lines) * at
-            made.note(replica, Standing(at, lines * at, took, lines, lines * left))
+            made.note(replica, Standing(at, lines * at, took, lines, lines * whole, lines * left))
     return made
 
 
@@ -49,13 +52,19 @@ def test_nobody_gives_back_what_is_nearly_done() -> None:
     assert sharing(LINEAR, 1, 3, lines=24, left=1).targets([24, 24], 0) is None
 
 
+def test_whoever_gets_a_line_computes_it_from_its_beginning() -> None:
+    begun = sharing(LINEAR, 1, 3, lines=24, left=50).targets([24, 24], 0)
+    assert begun == pytest.approx([34, 14], abs=1)
+    assert sharing(LINEAR, 1, 3, lines=24, left=5).targets([24, 24], 0) is None
+
+
 def test_speeds_must_be_known() -> None:
     """The first step loads the weights. A replica without lines may be done before its speed is known."""
     made = Sharing([LINEAR] * 2, ())
     for steps in (1, 11):
-        made.note(0, Standing(steps, 24 * steps, 0.24 * steps, 24, 2400))
+        made.note(0, Standing(steps, 24 * steps, 0.24 * steps, 24, 2400, 2400))
     assert made.targets([24, 24], 0) is None  # it has told nothing
-    made.note(1, Standing(1, 512, 5.0, 24, 2400))
+    made.note(1, Standing(1, 512, 5.0, 24, 2400, 2400))
     assert made.targets([24, 24], 0) is None
     assert made.targets([24, 0], 24) is None
     assert made.targets([24, 0], 0) == pytest.approx([12, 12], abs=1)
