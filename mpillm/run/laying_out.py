@@ -79,8 +79,7 @@ class LayoutChoice:
         found = world.on_rank_0(self._unmeasured)
         if self._worth_measuring(found):
             for effort, least in ((measure.QUICKLY, SHORT), (1.0, LONG)):
-                # Answers of another wire are worth more than a glance.
-                if found.seconds > least or (effort == 1.0 and found.chosen.inexact):
+                if found.seconds > least:
                     machines = self._measured(threads, effort)
                     worth = 1.0 if effort == 1.0 else WORTH
                     found = world.on_rank_0(partial(self._search, spec, machines, worth))

@@ -37,13 +37,12 @@ class World:
 
 
 @pytest.mark.parametrize(
-    ("assumed", "measured", "inexact", "efforts"),
+    ("assumed", "measured", "efforts"),
     [
-        (0.5, 0.5, False, []),
-        (5.0, 4.0, False, [measure.QUICKLY]),
-        (5.0, 4.0, True, [measure.QUICKLY, 1.0]),  # Q8_0 is not sent by a quick measurement alone
-        (5.0, 50.0, False, [measure.QUICKLY, 1.0]),  # the hosts are slower than assumed
-        (50.0, 4.0, False, [measure.QUICKLY]),
+        (0.5, 0.5, []),
+        (5.0, 4.0, [measure.QUICKLY]),
+        (5.0, 50.0, [measure.QUICKLY, 1.0]),  # the hosts are slower than assumed
+        (50.0, 4.0, [measure.QUICKLY]),
     ],
 )
 def test_short_jobs_are_measured_briefly(
@@ -51,7 +50,6 @@ def test_short_jobs_are_measured_briefly(
     monkeypatch: pytest.MonkeyPatch,
     assumed: float,
     measured: float,
-    inexact: bool,
     efforts: list[float],
 ) -> None:
     """By the assumed speeds a job takes some seconds, and by those that were measured others."""
@@ -59,8 +57,7 @@ def test_short_jobs_are_measured_briefly(
     pipeline = Chosen((Replica(0, 2, 1),), "")
 
     def searched(self: LayoutChoice, job: spec.Spec, machines: Machines, worth: float = 1.0) -> LaidOut:
-        chosen = replace(pipeline, inexact=inexact and bool(made))
-        return LaidOut(chosen, TWO_HOSTS, range(2), measured if made else assumed)
+        return LaidOut(pipeline, TWO_HOSTS, range(2), measured if made else assumed)
 
     def machines(world: World, source: None, threads: int, effort: float, budget: None) -> Machines:
         made.append(effort)
