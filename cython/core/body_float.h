@@ -33,7 +33,15 @@ enum { FLOAT_ROWS = VEC_ROWS > 4 ? 8 : 4 /* of x at a time, at most */ };
 #define STREAMS_OF(type, T) STREAMS(T)
 #endif
 
-/* A step of the columns: 32 of BF16, else 16. */
+MK_INLINE vf float_row(const int type, const int halves, const int half, const uint8_t *w) {
+    return type == MK_F16 ? vf_load_f16((const void *)w)
+           : halves == 1  ? vf_load((const void *)w)
+           : half         ? vf_even((const void *)w)
+                          : vf_odd((const void *)w);
+}
+
+/* A step of the columns: 32 of BF16, else 16. Beside one row of x, a row of W is loaded where it is used: NEON has no
+ * registers for four of them and their sums. */
 MK_INLINE void float_step(const int type, const int R, const int T, const uint8_t *const *w, const uint8_t *x,
                           long x_stride, vf *acc) {
     const int bytes = type == MK_BF16 ? BF16_STEP : 64, halves = bytes / 64;
@@ -42,21 +50,19 @@ MK_INLINE void float_step(const int type, const int R, const int T, const uint8_
         vf rows[MAX_STREAMS];
         UNROLL
         for (int r = 0; r < R; r++)
-            rows[r] = type == MK_F16 ? vf_load_f16((const void *)w[r])
-                      : halves == 1  ? vf_load((const void *)w[r])
-                      : half         ? vf_even((const void *)w[r])
-                                     : vf_odd((const void *)w[r]);
+            if (T > 1) rows[r] = float_row(type, halves, half, w[r]);
         UNROLL
         for (int t = 0; t < T; t++) {
             vf values = vf_load((const void *)(ROW(T, t, x, x_stride, bytes) + 64 * half));
             if (R > 1) values = vf_keep(values);
             UNROLL
             for (int r = 0; r < R; r++) {
+                const vf row = T > 1 ? rows[r] : float_row(type, halves, half, w[r]);
                 vf *to = &acc[r * T + t];
 #ifdef VEC_BF16
-                *to = type == MK_BF16 ? vf_pairs(rows[r], values, *to) : vf_fma(rows[r], values, *to);
+                *to = type == MK_BF16 ? vf_pairs(row, values, *to) : vf_fma(row, values, *to);
 #else
-                *to = vf_fma(rows[r], values, *to);
+                *to = vf_fma(row, values, *to);
 #endif
             }
         }

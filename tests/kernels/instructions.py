@@ -23,13 +23,14 @@ FLAGS = ["-std=c11", "-ffp-contract=off", "-fno-math-errno", "-pthread"]
 
 
 def build(to: Path, path: str) -> Path:
-    """The program of products.c in a directory; only the kernels of `path` are optimised, as setup.py does."""
+    """The program of products.c in a directory; only the kernels of `path`, and those of NEON that other paths
+    share, are optimised, as setup.py does."""
     core = ROOT / "cython" / "core"
     sources = [*sorted(core.glob("*.c")), Path(__file__).with_name("products.c")]
 
     def compile(source: Path) -> str:
         target = str(to / f"{source.stem}.o")
-        level = "-O3" if source.stem in (f"path_{path}", "run", "api") else "-O0"
+        level = "-O3" if source.stem in (f"path_{path}", "path_neon", "run", "api") else "-O0"
         subprocess.run(
             [COMPILER, level, *FLAGS, "-I", str(core), "-c", str(source), "-o", target], check=True
         )

@@ -11,6 +11,7 @@ from tests.kernels import instructions
 
 pytestmark = pytest.mark.timeout(1800)
 BOUNDS = {  # type, rows of activations: instructions for 64 products, gcc 12's and a tenth
+    ("BF16", 1): 70.0,
     ("Q8_0", 1): 12.0,
     ("Q8_0", 32): 9.1,
     ("Q4_K", 1): 20.0,
