@@ -1,4 +1,4 @@
-"""Without a compiler the package still installs, NumPy serves, and one line says so; OpenMP is used where it is."""
+"""Without a compiler the package still installs, NumPy computes, and one line says so; OpenMP is used where it is."""
 
 from __future__ import annotations
 
@@ -106,12 +106,12 @@ def test_the_small_modules_compile_for_arm(module: str, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
 
 
-def test_one_line_says_that_numpy_serves() -> None:
+def test_one_line_says_that_numpy_computes() -> None:
     done = run(sys.executable, "-c", IMPORT, MPILLM_KERNELS="")
     assert done.stdout == "numpy\n"
     (line,) = done.stderr.splitlines()
     assert "the compiled kernels are missing" in line
-    assert "NumPy serves" in line
+    assert "NumPy computes instead" in line
 
 
 def test_numpy_by_choice_says_nothing() -> None:
