@@ -8,6 +8,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+LOOK = 0.5  # seconds until a signal is handled at the latest
+
 
 def interruptible(work: Callable[[], T], stack: int = 0) -> T:
     """What `work` returns or raises; the work must let other threads run, as a library's may.
@@ -32,7 +34,10 @@ def interruptible(work: Callable[[], T], stack: int = 0) -> T:
         thread.start()
     finally:
         threading.stack_size(before)
-    thread.join()
+    while (
+        thread.is_alive()
+    ):  # a signal between Python's look for signals and its wait is handled after the wait
+        thread.join(LOOK)
     if failed:
         raise failed[0]
     return found[0]

@@ -102,7 +102,7 @@ def test_a_draft_model_must_have_the_models_tokens(tmp_path: Path) -> None:
             return rank_statistics(session).memory["draft"]
 
     assert opened("same") == opened("more") > 0
-    with pytest.raises(JobError, match=r"another vocabulary .* token 2 is 'c' there and 'b' here"):
+    with pytest.raises(JobError, match=r"different vocabulary .* token 2 is 'c' there and 'b' here"):
         opened("other")
     (models["same"] / "tokenizer.json").unlink()
     with pytest.raises(JobError, match="has no tokenizer and a vocabulary of 300"):
@@ -110,5 +110,5 @@ def test_a_draft_model_must_have_the_models_tokens(tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r"draft.kv = 100 is too small: 32 tokens take .*; raise it"):
         opened("more", kv=100)
     models["states"] = model_path("qwen3_next")
-    with pytest.raises(JobError, match="no states"):
+    with pytest.raises(JobError, match="no recurrent states"):
         opened("states")

@@ -73,6 +73,22 @@ def test_a_text_that_is_encoded_for_ever(monkeypatch: pytest.MonkeyPatch) -> Non
     endless.never.set()
 
 
+def test_a_wait_for_work_ends_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal that comes between Python's look for signals and a wait without end would never be handled."""
+    waits, join = list[float | None](), threading.Thread.join
+
+    def joined(thread: threading.Thread, timeout: float | None = None) -> None:
+        waits.append(timeout)
+        join(thread, timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", joined)
+    done = threading.Event()
+    threading.Timer(1.2, done.set).start()
+    interruptible(done.wait)
+    assert len(waits) > 1
+    assert None not in waits
+
+
 def test_a_template_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, waits, receive = load_tokenizer(CHAT), threading.Event(), confined.receive
     assert tokenizer is not None

@@ -198,7 +198,7 @@ def test_refuses_bad_indexes(tmp_path):
     ):
         open_source(path)
     index_of(path, good | {"model.layers.9.mlp.up_proj.weight": shard})
-    with pytest.raises(ModelError, match=f"into {shard}, which does not hold it"):
+    with pytest.raises(ModelError, match=f"into {shard}, which does not contain it"):
         open_source(path)
     for weight_map in ({}, [1], None):
         index_of(path, weight_map)
