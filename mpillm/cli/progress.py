@@ -14,10 +14,9 @@ from mpillm.run.progress import ProgressState
 from mpillm.words import count_of
 
 LIVE, LINES = 0.2, 5.0  # seconds between two looks at a terminal, and between two lines elsewhere
-FORM = (
-    "{n_fmt}/{total_fmt} requests {percentage:3.0f}% [{elapsed}<{remaining}{postfix}] {bar}"  # tqdm's words
-)
-BEFORE = FORM.replace("<{remaining}", "")  # the first answer, which tells how much time is left
+FORM = "{n_fmt}/{total_fmt} requests {percentage:3.0f}% [{elapsed}<LEFT{postfix}] {bar}"  # tqdm's words
+BEFORE = FORM.replace("<LEFT", "")  # anything tells how much time is left
+TELLING = 0.05  # part of all requests, and at most one, whose time tells how much is left
 BESIDE = " requests 100% [0:00:00<0:00:00, "  # of a live line, between its numbers
 WINDOW = 10.0  # seconds that the rate of now is taken over
 
@@ -49,6 +48,25 @@ class Rates:
         return f"{overall:.0f} tokens/s ({lately:.0f} now)"
 
 
+class TimeLeft:
+    """How much time a run needs still, by the time that it has taken for requests and parts of them."""
+
+    def __init__(self, total: int, done: int) -> None:
+        """`done` of the `total` requests were answered before."""
+        self._total, self._done = total, done
+        self._begun: float | None = None  # and so much of others was computed
+
+    def text(self, answered: int, begun: float, elapsed: float) -> str:
+        """The time left; empty as long as nothing tells it."""
+        if self._begun is None:
+            self._begun = begun
+        computed = answered - self._done + max(begun - self._begun, 0.0)
+        if computed < min(TELLING * self._total, 1.0):
+            return ""
+        left = max(self._total - answered - begun, 0.0)
+        return tqdm.format_interval(elapsed * left / computed) if computed else ""
+
+
 def _waits_and_drafts(state: ProgressState, capacity: float = float("inf")) -> str:
     """What the run has waited for, and what drafts gave, as far as there is room; empty if next to nothing."""
     parts = [] if state.hits is None else [f"hits {100 * state.hits:.0f} %"]
@@ -70,15 +88,16 @@ class Live:
     def __init__(self, bar: tqdm, rates: Rates) -> None:
         """The bar has the form `BEFORE`, and a postfix with rates."""
         self._bar, self._rates, self._shown = bar, rates, 0.0
+        self._left = TimeLeft(bar.total, bar.initial)
 
     def update(self, answered: int, state: Callable[[], ProgressState]) -> None:
         self._bar.n += answered
-        if self._bar.n > self._bar.initial:
-            self._bar.bar_format = FORM
         if time.monotonic() < self._shown + LIVE and self._bar.n < self._bar.total:
             return
         now = state()
         self._rates.add(now.tokens)
+        if left := self._left.text(self._bar.n, now.begun, self._rates.elapsed):
+            self._bar.bar_format = FORM.replace("LEFT", left)
         width = terminal.columns(sys.stderr)
         capacity = float("inf")
         if width is not None:  # else the end of a line that is too long would be cut off
@@ -93,7 +112,7 @@ class ProgressLines:
 
     def __init__(self, total: int, say: Callable[[str], None], done: int, rates: Rates) -> None:
         """`done` of the requests were answered before."""
-        self._total, self._say, self._before = total, say, done
+        self._total, self._say, self._left = total, say, TimeLeft(total, done)
         self._answered, self._rates, self._said = done, rates, time.monotonic()
 
     def update(self, answered: int, state: Callable[[], ProgressState]) -> None:
@@ -102,12 +121,9 @@ class ProgressLines:
             return
         self._said, now = time.monotonic(), state()
         self._rates.add(now.tokens)
-        left = ""
-        if now_answered := self._answered - self._before:
-            seconds = self._rates.elapsed * (self._total - self._answered) / now_answered
-            left = f", {tqdm.format_interval(seconds)} left"
+        left = self._left.text(self._answered, now.begun, self._rates.elapsed)
         part = 100 * self._answered / self._total if self._total else 100
         self._say(
             f"{self._answered} of {count_of(self._total, 'request')} ({part:.0f} %), "
-            f"{self._rates}{left}{_waits_and_drafts(now)}"
+            f"{self._rates}{f', {left} left' * bool(left)}{_waits_and_drafts(now)}"
         )

@@ -219,6 +219,7 @@ class Computation:
             stalled=weights.stall_seconds / elapsed,
             waited=sum(count["seconds"] for count in session.counters.as_dict().values()) / elapsed,
             per_pass=totals.generated_tokens / totals.turns if totals.accepted_tokens else None,
+            begun=self._dispatcher.begun,
         )
 
     def _capacity(self) -> Iterator[str]:

@@ -159,6 +159,11 @@ class Dispatcher:
         self._wanted[leader] += message.wanted
         self._sharing.note(self._leaders.index(leader), message.standing)
 
+    @property
+    def begun(self) -> float:
+        """How many lines' worth is computed of lines without an answer."""
+        return self._sharing.begun(self._own.standing())
+
     def _share_anew(self) -> None:
         """Let replicas hold as many lines as they have turned out to be fast, where that is due."""
         if self._asked or not self._sharing.due:

@@ -19,6 +19,7 @@ class ProgressState:
     waited: float  # part of the time in which it waited for other ranks
     # Tokens of a sequence for each pass that drew any; None if no drafts helped.
     per_pass: float | None = None
+    begun: float = 0.0  # requests' worth that is computed of requests without an answer
 
 
 class Bar(Protocol):

@@ -37,6 +37,11 @@ class Sharing:
         """Whether it is time for another look."""
         return len(self._steps) > 1 and time.monotonic() > self._looked + LOOK
 
+    def begun(self, own: Standing) -> float:
+        """How many lines' worth is computed of those that replicas hold; rank 0's own is so far."""
+        standing = {**self._last, 0: own}.values()
+        return sum(one.lines * (1 - one.left / one.whole) for one in standing if one.whole)
+
     def note(self, replica: int, now: Standing) -> None:
         """A replica is so far. Its first step loads the weights, and does not count."""
         self._last[replica] = now

@@ -55,6 +55,18 @@ def test_a_run_that_goes_on_counts_what_was_answered_before(monkeypatch: pytest.
     ]
 
 
+def test_parts_of_requests_tell_how_much_time_is_left() -> None:
+    """All requests of a batch end late: 30 seconds have computed half of 40."""
+    left = progress.TimeLeft(40, 0)
+    assert not left.text(0, 0.0, 1.0)
+    assert left.text(0, 20.0, 30.0) == left.text(1, 19.0, 30.0) == "00:30"
+    assert left.text(40, 0.0, 60.0) == "00:00"
+    resumed = progress.TimeLeft(40, 10)  # and 5 requests' worth of others
+    assert not resumed.text(10, 5.0, 1.0)
+    assert resumed.text(10, 15.0, 10.0) == "00:15"
+    assert progress.TimeLeft(1, 0).text(0, 0.0, 1.0) == ""
+
+
 def test_the_rate_of_now_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])

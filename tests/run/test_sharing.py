@@ -74,3 +74,11 @@ def test_what_was_moved_must_be_seen_before_more_is() -> None:
     made = sharing(LINEAR, 1, 3, lines=24)
     assert made.targets([24, 24], 0) is not None
     assert made.targets([24, 24], 0) is None
+
+
+def test_how_much_is_begun() -> None:
+    """With one replica, which is never measured, as well."""
+    own = Standing(10, 100, 1.0, 8, 800, 200)
+    assert Sharing([], ()).begun(own) == 6.0
+    assert sharing(LINEAR, 1, 3, lines=24, left=50).begun(own) == 6.0 + 12.0
+    assert Sharing([], ()).begun(Standing(0, 0, 0.0, 0, 0, 0)) == 0.0
