@@ -41,8 +41,8 @@ class TensorReader(Protocol):
     def head_rows(self, key: Key) -> int:
         """Rows of a head of a matrix whose rows lie in llama.cpp's order; 0 for all others."""
 
-    def stored_row_bytes(self, key: Key) -> int:
-        """Bytes of a row of a matrix in its file."""
+    def working_row_bytes(self, key: Key) -> int:
+        """Bytes that a row of a matrix takes while it is read, beside what is delivered."""
 
     def release(self, key: Key, rows: range | None = None) -> None:
         """Release the memory that reading these rows has taken."""
@@ -118,7 +118,7 @@ def _tasks(
         )
         head = source.head_rows(key) or 1
         unit = math.lcm(TILE_ROWS, head)
-        limit = max(chunk // (max(type.row_bytes(len(cols)), source.stored_row_bytes(key)) * unit), 1) * unit
+        limit = max(chunk // (max(type.row_bytes(len(cols)), source.working_row_bytes(key)) * unit), 1) * unit
         first = 0
         while first < len(rows):
             free = limit - sum(len(portion.rows) for portion in together)

@@ -347,8 +347,8 @@ def test_requests_of_any_size_pack_the_same(
     packed(name, tmp_path / "q", weights)
     with closing(open_unpacked(model_path(name))) as source:
         matrices = [key for key, info in source.tensors.items() if len(info.shape) == 2]
-        tile = max(max(16, source.head_rows(key)) * source.stored_row_bytes(key) for key in matrices)
-        pages = math.lcm(4096, source.stored_row_bytes(Key("embed")))
+        tile = max(max(16, source.head_rows(key)) * source.working_row_bytes(key) for key in matrices)
+        pages = math.lcm(4096, source.working_row_bytes(Key("embed")))
     assert max(requests) <= max(maximum, tile, pages)
     assert content(tmp_path / "p") == content(tmp_path / "q")
 

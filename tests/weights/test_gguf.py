@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from contextlib import closing
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
@@ -10,8 +14,10 @@ from mpillm import kernels
 from mpillm.errors import JobError, ModelError
 from mpillm.kernels.types import BlockType
 from mpillm.model.opening import open_source
+from mpillm.weights.formats.loaders import LOADING_NBYTES
 from mpillm.weights.formats.stored import stored_in_gguf
 from mpillm.weights.opening import file_in
+from mpillm.weights.plan import PagePlan, plan_entry
 from mpillm.weights.roles import Key, hf_name
 from mpillm.weights.source import column_unit
 from tests.weights.build import Tiny, through, write_gguf
@@ -52,6 +58,23 @@ def test_own_types_are_delivered_as_they_are(tmp_path, arch, kind):
     assert column_unit(source) == block.block
 
 
+def write_embedding(path: Path, blocks: np.ndarray, kind: gguf.GGMLQuantizationType) -> Path:
+    """A file whose only matrix is that of the tokens, in these blocks."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    hidden = blocks.shape[1] // size * block
+    writer = gguf.GGUFWriter(path, "llama")
+    sizes = {"block_count": 1, "context_length": 8, "embedding_length": hidden, "feed_forward_length": 8}
+    for name, value in (sizes | {"attention.head_count": 4}).items():
+        writer.add_uint32(f"llama.{name}", value)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_tensor("token_embd.weight", blocks, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def decodable() -> list[str]:
     kinds = (stored_in_gguf(int(kind)) for kind in gguf.GGMLQuantizationType)
     return sorted(kind.name for kind in kinds if kind and not kind.own)
@@ -74,17 +97,7 @@ def test_other_types_become_q8_0(tmp_path, kind):
     model = Tiny(hidden=512, vocab=40, n_layers=1)
     raw = random.integers(0, 256, (40, 512 // gguf.GGML_QUANT_SIZES[stored][0] * size), np.uint8)
     values = gguf.quants.dequantize(raw & np.uint8(0x3B), stored)
-    path = tmp_path / "m.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    sizes = {"block_count": 1, "context_length": 8, "embedding_length": 512, "feed_forward_length": 8}
-    for name, value in (sizes | {"attention.head_count": 4}).items():
-        writer.add_uint32(f"llama.{name}", value)
-    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
-    writer.add_tensor("token_embd.weight", raw & np.uint8(0x3B), raw_dtype=stored)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    path = write_embedding(tmp_path / "m.gguf", raw & np.uint8(0x3B), stored)
     source = open_source(path)
     info = source.tensors[Key("head")]
     assert (info.stored, info.type, info.shape) == (kind, BlockType.Q8_0, (model.vocab, 512))
@@ -94,6 +107,26 @@ def test_other_types_become_q8_0(tmp_path, kind):
     kernels.quantize(BlockType.Q8_0, values, expected, 1)
     assert (source.read(Key("head")) == expected).all()
     assert (source.read(Key("head"), range(4, 21), range(96, 288)) == expected[4:21, 3 * 34 : 9 * 34]).all()
+
+
+@pytest.mark.parametrize("threads", [1, 4, 16])
+def test_decoding_by_the_library_takes_what_is_planned(tmp_path: Path, threads: int) -> None:
+    """All threads together hold no more float values than the plan counts, whatever few bits they are stored in."""
+    stored = gguf.GGMLQuantizationType.TQ2_0
+    block, size = gguf.GGML_QUANT_SIZES[stored]
+    raw = np.zeros((12_000, 2048 // block * size), np.uint8)
+    path = write_embedding(tmp_path / "m.gguf", raw, stored)
+    with closing(open_source(path)) as source:
+        key = Key("head")
+        entry = plan_entry(key, range(12_000), range(2048), (0, 2048), BlockType.Q8_0, 0)
+        page = PagePlan("head", (entry,), entry.nbytes)
+        with closing(source.open_loader("auto", threads, [page], False)) as loader:
+            buffer = loader.allocate(page, [])
+            tracemalloc.start()
+            loader.load(page, buffer)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+    assert peak < LOADING_NBYTES
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3moe"])

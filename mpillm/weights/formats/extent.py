@@ -45,6 +45,11 @@ class Extent:
         return self.stored.row_bytes(self.k)
 
     @property
+    def working_row_bytes(self) -> int:
+        """Bytes that a row takes while it is read."""
+        return self.stored.working_row_bytes(self.k)
+
+    @property
     def nbytes(self) -> int:
         return self.n * self.row_bytes
 

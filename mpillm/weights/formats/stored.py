@@ -39,25 +39,27 @@ class Stored:
         """Bytes of a row of k values in the file, which `fits` (checked when the file is opened)."""
         return -(-k // self.block) * self.block_bytes
 
+    def working_row_bytes(self, k: int) -> int:
+        """Bytes that a row of k values takes while it is read; the library holds float32 values three times."""
+        return self.row_bytes(k) if self.own else 4 * k * 4
+
     def fits(self, k: int) -> bool:
         """Whether a row may have k values: whole blocks, but for scaled ones, which no file has and we fill up."""
         return k % self.block == 0 or (self.own and self.type.scaled)
 
     def decode(self, raw: Bytes, k: int, threads: int) -> Floats:
         """Values [n, k] of n stored rows."""
-        out = np.empty((len(raw), k), np.float32)
         if self.own:
+            out = np.empty((len(raw), k), np.float32)
             kernels.dequantize(self.type, np.ascontiguousarray(raw), k, out, threads)
-        else:
-            import gguf.quants
+            return out
+        import gguf.quants
 
-            with np.errstate(
-                all="ignore"
-            ):  # a damaged block's scale may be anything: its values are then infinite
-                out[...] = gguf.quants.dequantize(
-                    np.ascontiguousarray(raw), gguf.GGMLQuantizationType(self.code)
-                )
-        return out
+        kind = gguf.GGMLQuantizationType(self.code)
+        with np.errstate(
+            all="ignore"
+        ):  # a damaged block's scale may be anything: its values are then infinite
+            return gguf.quants.dequantize(np.ascontiguousarray(raw), kind).astype(np.float32, copy=False)
 
 
 OWN: dict[str, Stored] = {

@@ -158,7 +158,7 @@ class TensorSource:
         if len(extent.shape) == 1:
             yield self.read_f32(key)
             return
-        step = max(PIECE // extent.row_bytes, 1)
+        step = max(PIECE // extent.working_row_bytes, 1)
         for first in range(0, extent.n, step):
             rows = range(first, min(first + step, extent.n))
             yield _values(extent, extent.rows(rows), range(extent.k), threads=1)
@@ -203,9 +203,9 @@ class TensorSource:
         extent = self._extents[key]
         return extent.stored, extent.rows(rows)
 
-    def stored_row_bytes(self, key: Key) -> int:
-        """Bytes of a row of a matrix in its file."""
-        return self._extents[key].row_bytes
+    def working_row_bytes(self, key: Key) -> int:
+        """Bytes that a row of a matrix takes while it is read, beside what is delivered."""
+        return self._extents[key].working_row_bytes
 
     def read_past_cache(self) -> None:
         """From now on rows of matrices are read past the page cache, and nothing is kept of them there."""
