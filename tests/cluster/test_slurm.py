@@ -189,7 +189,7 @@ def test_array(stub: Path, slurm: Slurm) -> None:
     for name, end in zip(("000", "001"), ends, strict=False):
         words = ["run", "job.toml", "--input", f"parts/{name}.jsonl", "--output", f"out/all/{name}"]
         assert f"words={[*words, '--set', 'sampling.seed=3']}" in end.log
-    assert "parts has 2 .jsonl files, and none for array task 2" in ends[2].log
+    assert "parts has 2 .jsonl files, none for array task 2" in ends[2].log
 
 
 @one_mpi
@@ -200,7 +200,7 @@ def test_array(stub: Path, slurm: Slurm) -> None:
             {"MPILLM_VENV": "/nowhere"},
             "no virtual environment at /nowhere; type 'make install' in the checkout",
         ),
-        ({"MPILLM_LAUNCHER": "aprun"}, "MPILLM_LAUNCHER=aprun: it is srun or mpiexec"),
+        ({"MPILLM_LAUNCHER": "aprun"}, "MPILLM_LAUNCHER=aprun is not a launcher; set it to srun or mpiexec"),
     ],
 )
 def test_what_is_wrong_is_said(stub: Path, submit: Submit, env: dict[str, str], says: str) -> None:
