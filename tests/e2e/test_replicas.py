@@ -81,7 +81,9 @@ def test_the_others_compute_what_a_lost_replica_had(
     env = openmpi.environment(MPILLM_DEADLINE="8")
     done = run_bounded([mpiexec, "--with-ft", "ulfm", *start], env=env)
     assert done.returncode == 1, done.stderr
-    assert re.search(r"^mpillm: Lost rank [012] on .* continued after ", done.stderr, re.MULTILINE), done.stderr
+    assert re.search(r"^mpillm: Lost rank [012] on .* continued after ", done.stderr, re.MULTILINE), (
+        done.stderr
+    )
     assert_same_results(alone, tmp_path / "out")
     assert report(tmp_path / "out")["replicas"] == left
 
