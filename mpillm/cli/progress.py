@@ -56,11 +56,15 @@ class TimeLeft:
         self._total, self._done = total, done
         self._begun: float | None = None  # and so much of others was computed
 
+    def begin(self, begun: Callable[[], float]) -> None:
+        """Note, the first time, what was computed before."""
+        if self._begun is None:
+            self._begun = begun()
+
     def text(self, answered: int, begun: float, elapsed: float) -> str:
         """The time left; empty as long as nothing tells it."""
-        if self._begun is None:
-            self._begun = begun
-        computed = answered - self._done + max(begun - self._begun, 0.0)
+        self.begin(lambda: begun)
+        computed = answered - self._done + begun - (self._begun or 0.0)
         if computed < min(TELLING * self._total, 1.0):
             return ""
         left = max(self._total - answered - begun, 0.0)
@@ -117,6 +121,7 @@ class ProgressLines:
 
     def update(self, answered: int, state: Callable[[], ProgressState]) -> None:
         self._answered += answered
+        self._left.begin(lambda: state().begun)
         if time.monotonic() < self._said + LINES:
             return
         self._said, now = time.monotonic(), state()

@@ -38,6 +38,9 @@ FIELD = 256  # and among a GGUF file's fields, which all have
 # Loading a small model takes so many times the bytes of its pages, because rows may become float32.
 LOADING = 8
 PAGE, TENSOR = 2048, 768  # of what is known of a page and of a tensor (1650 and 640 measured)
+STREAMING = (
+    4 * 2**20
+)  # beside their pieces, of threads that read an unpacked model all the time (2 MiB measured)
 LARGE_BUFFERS = (
     3  # of a step's rows, that lie in huge pages once they are large, with a part of one at their ends
 )
@@ -137,14 +140,22 @@ def taken_later(
 
 
 def process(
-    source: Source, config: ModelConfig, place: Place, pages: Sequence[int], kept: int, later: int
+    source: Source,
+    config: ModelConfig,
+    place: Place,
+    pages: Sequence[int],
+    kept: int,
+    later: int,
+    streams: bool,
 ) -> int:
     """Bytes of Python, MPI, the libraries, the tokenizer, what is known of the model and its `pages` of so many bytes.
 
     Rank 0 has `kept` bytes of the input and of answers besides (see `input_memory`), and an index of finished ones.
-    `later`: see `taken_later`.
+    `later` and `streams`: see `taken_later`.
     """
     found = PROCESS + loaded_model(source, pages, later)
+    if streams and source.loading_nbytes:
+        found += STREAMING
     fields = "tokenizer.ggml.tokens" in (text_fields(source.tokenizer) or {})
     folder = text_folder(source.tokenizer)
     if place.rank == 0:

@@ -158,7 +158,7 @@ class Planner:
     def _process(self, spec: Spec, place: Place, share: WeightsShare, rows: memory.Rows, kept: int) -> int:
         streams = share.streamed > 0
         later = memory.taken_later(spec, self.source, self.config, place, rows, streams)
-        return memory.process(self.source, self.config, place, share.pages, kept, later)
+        return memory.process(self.source, self.config, place, share.pages, kept, later, streams)
 
     def _like(self, place: Place) -> tuple[Any, ...]:
         """What places have in common that hold alike layers."""

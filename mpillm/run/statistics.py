@@ -68,7 +68,8 @@ def _planned_memory(session: Session) -> memory.RankMemory:
     needed = capacity.needed(len(limits.windows), session.needs, step, limits.micro_batches)
     cached, stages = (capacity, limits.n_blocks, limits.windows), limits.micro_batches
     rows = memory.step_rows(session.needs, session.spec, config, step, cached, stages, limits.streams)
-    later = memory.taken_later(session.spec, session.source, config, place, rows, weights.streamed > 0)
+    streams = weights.streamed > 0
+    later = memory.taken_later(session.spec, session.source, config, place, rows, streams)
     pages = [page.nbytes for page in weights.pages]
     return memory.RankMemory(
         weights=min(weights.total, weights.budget),
@@ -76,7 +77,7 @@ def _planned_memory(session: Session) -> memory.RankMemory:
         draft=0 if place.rank else draft.nbytes(session.spec, config, session.needs),
         kv=cache_in_memory(session.spec, session.caches[place.rank], *needed, capacity.blocks),
         activations=memory.activations(session.activations, place, rows),
-        process=memory.process(session.source, config, place, pages, kept, later),
+        process=memory.process(session.source, config, place, pages, kept, later, streams),
     )
 
 

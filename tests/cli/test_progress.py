@@ -64,6 +64,7 @@ def test_parts_of_requests_tell_how_much_time_is_left() -> None:
     resumed = progress.TimeLeft(40, 10)  # and 5 requests' worth of others
     assert not resumed.text(10, 5.0, 1.0)
     assert resumed.text(10, 15.0, 10.0) == "00:15"
+    assert resumed.text(30, 5.0, 10.0) == "00:02"  # of the 20 since, 5 were computed before
     assert progress.TimeLeft(1, 0).text(0, 0.0, 1.0) == ""
 
 
