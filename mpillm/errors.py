@@ -39,6 +39,10 @@ class RequestError(MpillmError):
     exit_code = 1
 
 
+class UnsuitedError(RequestError):
+    """The model lacks what such a request needs, whatever its values: a tokenizer, a chat template, a classifier."""
+
+
 class NotFiniteError(MpillmError):
     """The model's output for a request is NaN or infinite; the request has no answer."""
 
@@ -52,6 +56,10 @@ class Interrupted(MpillmError):
     """The run was interrupted; the same command continues it."""
 
     exit_code = 75
+
+
+class NoSpace(Interrupted):
+    """A disk is full; the same goes on when there is space."""
 
 
 _AGAIN = "and run the same command again"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,14 @@ assert TEXT is not None
 END = TEXT.encode("</s>", False, parse_special=True)[0]
 WITH_TEXT = Model(vocab=TEXT.vocab_size, max_position=512, end_ids=frozenset({END}), text=TEXT)
 WITHOUT_TEXT = Model(vocab=100, max_position=512, end_ids=frozenset({0}))
+
+
+def without_tokenizer(folder: Path) -> Path:
+    """The small model in `folder`, with neither a tokenizer nor a chat template."""
+    for path in CHAT.iterdir():
+        if path.name not in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(path, folder)
+    return folder
 
 
 def job(folder: Path, *overrides: str) -> Spec:

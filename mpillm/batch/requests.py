@@ -22,7 +22,7 @@ from mpillm.batch.rows.json_array import begins_array
 from mpillm.batch.rows.line import MAX_LINE, ROW_ERROR
 from mpillm.batch.template import asker
 from mpillm.batch.work import Line, Model, Work, work_of
-from mpillm.errors import JobError, RequestError
+from mpillm.errors import JobError, RequestError, UnsuitedError
 from mpillm.foreign import what_it_is
 from mpillm.spec import Spec
 
@@ -42,6 +42,7 @@ class CheckedInput:
     lines: Lines = field(default_factory=Lines)
     digest: str = ""  # a hash of all lines
     bad: int = 0  # lines that are wrong
+    unsuited: str | None = None  # what the model lacks for the first line that asks for what it cannot do
     models: dict[str, int] = field(default_factory=dict)  # model names that lines carry: how many lines
     order: Order = field(default_factory=Order)  # in which to compute the lines
     unit: str = "Line"  # what messages call a line
@@ -137,6 +138,8 @@ def check(
                 progress(offset + len(content))
     if not batch.lines:
         raise JobError(f"The input {spec.input} contains no requests.")
+    if batch.bad == len(batch) and batch.unsuited is not None:
+        raise JobError(f"{model.name} can answer no request of {spec.input}; {batch.unsuited}.")
     batch.digest = seen.hexdigest()
     for index, line in enumerate(batch.lines) if unnamed else ():
         name = f"request-{line.number}"
@@ -178,6 +181,8 @@ def _check_line(line: Line, raw: bytes | None, named: NumbersByName, batch: Chec
         said = str(problem).rstrip(".")
         said = said if len(said) <= MAX_ERROR else f"{said[:MAX_ERROR]}..."
         batch.order.add(None)
+        if isinstance(problem, UnsuitedError) and batch.unsuited is None:
+            batch.unsuited = f"{batch.unit.lower()} {line.number}: {said}"
         return replace(line, error=f"{batch.unit} {line.number}: {said}.")
     batch.order.add(work)
     if (model := work.endpoint.model) is not None:

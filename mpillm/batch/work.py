@@ -11,7 +11,7 @@ import msgspec
 from numpy.typing import ArrayLike
 
 from mpillm.engine.request import FinishedCompletion, Request
-from mpillm.errors import RequestError
+from mpillm.errors import UnsuitedError
 from mpillm.model.batch import NO_ADAPTER
 from mpillm.model.embedding import EmbeddingSettings
 from mpillm.model.pooled import Classifier
@@ -135,7 +135,9 @@ def work_of(line: Line, endpoint: Endpoint, spec: Spec, model: Model) -> Work:
     """The work of a body; RequestError if it asks for nothing that the model can do."""
     if endpoint.needs_head and not model.generates:
         can = "classifies" if model.classifier is not None else "makes embeddings"
-        raise RequestError(f"the model has no LM head: it {can}, and {endpoint.url} needs one that generates")
+        raise UnsuitedError(
+            f"the model has no LM head: it {can}, and {endpoint.url} needs one that generates"
+        )
     requests = endpoint.requests(line.custom_id, spec, model)
     if number := model.number_of(endpoint.model):
         requests = tuple(replace(request, adapter=number) for request in requests)

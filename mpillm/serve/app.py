@@ -23,7 +23,7 @@ from mpillm.batch.answers import check_finite
 from mpillm.batch.endpoints import ENDPOINTS
 from mpillm.batch.endpoints.prompts import context
 from mpillm.engine.request import FinishedCompletion
-from mpillm.errors import NOT_FINITE, NotFiniteError, RequestError
+from mpillm.errors import FULL, NOT_FINITE, MpillmError, NoSpace, NotFiniteError, RequestError
 from mpillm.serve import answers
 from mpillm.serve.arrivals import Closed, Full, Ticket
 from mpillm.serve.connections import ENDED, Quiet, gone
@@ -57,6 +57,8 @@ def make_app(service: ServerState, more_routes: list[Route]) -> ASGIApp:
             HTTPException: _http_error,
             RequestError: _request_error,
             ClientDisconnect: gone,
+            MpillmError: _not_written,
+            OSError: _not_written,
             Exception: _bug,
         },
     )
@@ -119,11 +121,8 @@ class _Ask:
     async def _answer(self, request: Request) -> Response:
         service, loop = self._service, asyncio.get_running_loop()
         with tempfile.SpooledTemporaryFile(max_size=IN_MEMORY, dir=str(service.spec.output_path)) as body:
-            try:
-                async for piece in _pieces(request, MAX_BODY):
-                    body.write(piece)
-            except OSError as error:
-                raise HTTPException(507, f"The request cannot be stored ({error.strerror}).") from None
+            async for piece in _pieces(request, MAX_BODY):
+                body.write(piece)
             asked = await loop.run_in_executor(service.preparing, service.prepare, self._url, body)
         work, streams = asked.work, asked.streams
         events: asyncio.Queue[tuple[int, int] | list[FinishedCompletion] | None] = asyncio.Queue()
@@ -277,6 +276,16 @@ async def _http_error(request: Request, error: Exception) -> Response:
 async def _request_error(_: Request, error: Exception) -> Response:
     said = str(error).replace("the line", "the body", 1)  # which is what a client's line is
     return JSONResponse(answers.error(f"{said}.", 400), 400)
+
+
+async def _not_written(request: Request, error: Exception) -> Response:
+    """What the server's disk did not take."""
+    if isinstance(error, NoSpace) or (isinstance(error, OSError) and error.errno in FULL):
+        said = "The server's disk is full, so nothing was stored; try again when there is space."
+        return JSONResponse(answers.error(said, 507, "server_error"), 507)
+    if not isinstance(error, MpillmError):
+        return await _bug(request, error)
+    return JSONResponse(answers.error(str(error), 500, "server_error"), 500)
 
 
 async def _bug(_: Request, error: Exception) -> Response:

@@ -170,12 +170,18 @@ class Arrivals:
             with self._changed, contextlib.suppress(ValueError):  # closed meanwhile
                 self._background.remove(tickets)
 
-    def more(self) -> bool:
-        """Wait until a request is there; False once the queue is closed."""
-        with self._changed:
-            while not (self._waiting or self._background or self._closed):
-                self._changed.wait(LOOK)
-            return not self._closed
+    def more(self, look: Callable[[], object] | None = None) -> bool:
+        """Wait until a request is there; False once the queue is closed. `look` is called every now and then."""
+        while True:
+            with self._changed:
+                if not (self._waiting or self._background or self._closed):
+                    self._changed.wait(LOOK)
+                if self._closed:
+                    return False
+                if self._waiting or self._background:
+                    return True
+            if look is not None:
+                look()
 
     def take(self, completion: FinishedCompletion) -> None:
         """Hand a finished choice to the request that it belongs to."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,11 +15,16 @@ from mpillm.batch import requests
 from mpillm.batch.answers import bad_line
 from mpillm.batch.work import Model, Work
 from mpillm.engine.request import FinishedCompletion
+from mpillm.errors import MpillmError, NoSpace
 from mpillm.serve.arrivals import Ticket
 from mpillm.store import results
 from mpillm.store.directory import replacing
 from mpillm.store.journal import Journal
 from mpillm.store.output import Claim
+
+log = logging.getLogger(__name__)
+
+RETRY = 2.0  # seconds between two attempts to write to a full disk
 
 
 class RequestCounts(msgspec.Struct, kw_only=True):
@@ -29,7 +36,7 @@ class RequestCounts(msgspec.Struct, kw_only=True):
 
 
 class BatchRun:
-    """A batch that is computed. `tickets` and `commit` are for the engine's thread."""
+    """A batch that is computed. Its tickets and `commit` are for the engine's thread."""
 
     def __init__(
         self,
@@ -40,8 +47,10 @@ class BatchRun:
     ) -> None:
         self._batch, self._claim, self._model = batch, claim, model
         self.cancelled = False
+        self.waits = False  # for space on the disk
+        self._retry = 0.0  # time.monotonic() until which it does
         self._under_way: dict[str, Ticket] = {}
-        self._all_taken = self._over = False  # every line has become a ticket; `ended` was called
+        self._all_taken = self._over = False  # every line has become a ticket; the end was told
         with contextlib.ExitStack() as unless_made:
             unless_made.callback(claim.close)
             self._journal = open_journal(batch, claim)
@@ -54,23 +63,21 @@ class BatchRun:
         failed = bad + self._journal.done.failed
         return RequestCounts(total=len(self._batch), completed=bad + done - failed, failed=failed)
 
-    def tickets(self, ended: Callable[[], object]) -> Iterator[Ticket]:
-        """A ticket for each line that is not answered; `ended` is called once all are."""
-        self._ended = ended
-        return self._tickets()
+    def begin(self, add: Callable[[Iterator[Ticket]], object], ended: Callable[[], object]) -> None:
+        """Give `add` a ticket for each line that is not answered; `commit` calls `ended` once all are."""
+        self._add, self._ended = add, ended
+        add(self._tickets())
 
     def _tickets(self) -> Iterator[Ticket]:
-        for work in () if self._over else self._batch.ordered_works(done=self._journal.done):
+        for work in self._batch.ordered_works(done=self._journal.done):
+            if work.custom_id in self._under_way:
+                continue
+            if self.cancelled or self.waits:
+                return
             ticket = Ticket(work, partial(self._take, work))
             self._under_way[work.custom_id] = ticket
-            if self.cancelled:
-                del self._under_way[work.custom_id]
-                break
             yield ticket
-            if self._over:
-                return
         self._all_taken = True
-        self._look_for_end()
 
     def _take(self, work: Work, completions: list[FinishedCompletion] | None) -> None:
         if completions is None:
@@ -80,16 +87,6 @@ class BatchRun:
         ticket = self._under_way.pop(work.custom_id)
         if not ticket.cancelled:
             self._journal.append(results.ended(work, completions, self._model))
-        self._look_for_end()
-
-    def _look_for_end(self) -> None:
-        if self._over or self._under_way:
-            return
-        counts = self.counts()
-        if self._all_taken or self.cancelled or counts.completed + counts.failed == counts.total:
-            self._over = True
-            self._journal.flush()
-            self._ended()
 
     def cancel(self) -> None:
         """Take no more lines; those that run end with their next token, without an answer."""
@@ -97,11 +94,39 @@ class BatchRun:
         for ticket in list(self._under_way.values()):
             ticket.cancel()
 
+    def give_up(self) -> None:
+        """End without results."""
+        self._over = True
+        self.cancel()
+
     def commit(self) -> None:
-        """Bring what is finished to disk, if it is time; end a batch that waits behind others with nothing to do."""
-        if not self._over:
-            self._journal.commit()
-            self._look_for_end()
+        """Bring what is finished to disk, if it is time, and say that the batch has ended, if it has.
+
+        While the disk is full no more lines begin, and what is finished waits. OutputError if writing fails otherwise.
+        """
+        if self._over or time.monotonic() < self._retry:
+            return
+        counts = self.counts()
+        all_answered = (
+            counts.completed + counts.failed == counts.total
+        )  # behind others, tickets are not asked for
+        ends = not self._under_way and (self._all_taken or self.cancelled or all_answered)
+        try:
+            self._journal.flush() if ends or self.waits else self._journal.commit()
+        except NoSpace as error:
+            self._retry = time.monotonic() + RETRY
+            if not self.waits:
+                log.warning("%s", error)
+                self.waits = True
+            return
+        if self.waits:
+            self.waits = False
+            if not self.cancelled:
+                self._add(self._tickets())
+                return
+        if ends:
+            self._over = True
+            self._ended()
 
     def write(self) -> tuple[Path, Path]:
         """Write the results; the files of those that were answered, and of the others."""
@@ -117,7 +142,10 @@ class BatchRun:
         return answered, failed
 
     def close(self) -> None:
-        """Close its files."""
-        self._journal.flush()
+        """Close its files; what cannot be written is computed again."""
+        try:
+            self._journal.flush()
+        except MpillmError as error:
+            log.warning("%s", error)
         self._journal.close()
         self._claim.close()

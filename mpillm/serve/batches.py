@@ -6,11 +6,14 @@ output directory, as `mpillm run` leaves it, for each batch. A batch goes on fro
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +21,17 @@ import msgspec
 
 from mpillm.batch import requests
 from mpillm.batch.work import Model
-from mpillm.errors import MpillmError
+from mpillm.errors import JobError, MpillmError, NoSpace
 from mpillm.serve.arrivals import Arrivals
-from mpillm.serve.batch_run import BatchRun, RequestCounts
+from mpillm.serve.batch_run import RETRY, BatchRun, RequestCounts
 from mpillm.serve.files import Descriptions, FileStore
 from mpillm.spec import Spec
 from mpillm.store.journal import Journal
 from mpillm.store.output import Claim
 
+log = logging.getLogger(__name__)
+
+FULL_DISK = "The server's disk is full; the batch goes on when there is space."
 ENDED = ("completed", "failed", "cancelled")
 
 
@@ -79,9 +85,11 @@ class Batches:
         self._changed = threading.RLock()
         # Inputs are checked, and results written, one after the other.
         self._pool = ThreadPoolExecutor(1, "batches")
+        self._closing = threading.Event()
+        self._waiting: set[str] = set()  # batches whose next step waits for space on the disk
         for batch in reversed(self.all()):
             if batch.status not in ENDED:
-                self._pool.submit(self._begin, batch)
+                self._submit(self._begin, batch.id)
 
     def add(self, input_file_id: str, endpoint: str, metadata: dict[str, str] | None) -> BatchObject:
         """Begin a batch; KeyError if there is no such file."""
@@ -95,13 +103,17 @@ class Batches:
         with self._changed:  # the file stays
             self._files.content(input_file_id)
             self._descriptions.write(made)
-        self._pool.submit(self._begin, made)
+        self._submit(self._begin, made.id)
         return made
 
     def now(self, batch: BatchObject) -> BatchObject:
-        """The batch with what is finished of it by now."""
+        """The batch with what is finished of it by now, and with what it waits for."""
         run = self._running.get(batch.id)
-        return batch if run is None else msgspec.structs.replace(batch, request_counts=run.counts())
+        if run is not None:
+            batch = msgspec.structs.replace(batch, request_counts=run.counts())
+        if batch.id in self._waiting or (run is not None and run.waits):
+            batch = msgspec.structs.replace(batch, errors=_errors(FULL_DISK))
+        return batch
 
     def cancel(self, name: str) -> BatchObject:
         """End a batch before its time; KeyError if there is none."""
@@ -126,11 +138,16 @@ class Batches:
     def commit(self) -> None:
         """Bring what is finished to disk; the engine's thread calls it after every step."""
         with self._changed:
-            for run in self._running.values():
-                run.commit()
+            for name, run in self._running.items():
+                try:
+                    run.commit()
+                except MpillmError as error:
+                    run.give_up()
+                    self._submit(partial(self._fail, str(error)), name)
 
     def close(self) -> None:
         """Stop where everything is; the next start goes on from there."""
+        self._closing.set()
         self._pool.shutdown(cancel_futures=True)
         for run in list(self._running.values()):
             run.close()
@@ -143,24 +160,59 @@ class Batches:
             setattr(batch, key, value)
         self._descriptions.write(batch)
 
-    def _begin(self, batch: BatchObject) -> None:
-        try:
-            path = self._files.content(batch.input_file_id)
-            checked = requests.check(path, self._spec, self._model)
-            run = BatchRun(checked, Claim(self._descriptions.path(batch.id)), self._open_journal, self._model)
-        except (MpillmError, KeyError) as error:
-            message = "The input file was deleted." if isinstance(error, KeyError) else str(error)
-            with self._changed:
-                self._set(batch, "failed", errors={"object": "list", "data": [{"message": message}]})
-            return
-        tickets = run.tickets(lambda: self._pool.submit(self._end, batch.id))
+    def _submit(self, step: Callable[[str], None], name: str) -> None:
+        """Let the pool do a step of a batch: again while the disk is full; a batch fails if the step does otherwise."""
+        self._pool.submit(self._do, step, name)
+
+    def _do(self, step: Callable[[str], None], name: str) -> None:
+        failed = False
+        while not self._closing.is_set():
+            try:
+                step(name)
+                self._waiting.discard(name)
+                return
+            except NoSpace as error:
+                if name not in self._waiting:
+                    log.warning("%s", error)
+                self._waiting.add(name)
+                self._closing.wait(RETRY)
+            except Exception as error:
+                known = isinstance(error, MpillmError)
+                message = str(error) if known else f"{type(error).__name__}: {error}"
+                log.error("The batch %s has failed: %s", name, message, exc_info=not known)
+                if failed:  # and that cannot be written
+                    return
+                failed, step = True, partial(self._fail, message)
+
+    def _fail(self, message: str, name: str) -> None:
         with self._changed:
-            if self.read(batch.id).status == "cancelling":
-                run.cancel()
-            else:
-                self._set(batch, "in_progress")
-            self._running[batch.id] = run
-        self._arrivals.add_background(tickets)
+            self._set(self.read(name), "failed", errors=_errors(message))
+            run = self._running.pop(name, None)
+        if run is not None:
+            run.close()
+
+    def _begin(self, name: str) -> None:
+        batch = self.read(name)
+        try:
+            title = self._files.read(batch.input_file_id).filename
+            path = self._files.content(batch.input_file_id)
+        except KeyError:
+            raise JobError("The input file was deleted.") from None
+        try:
+            checked = requests.check(path, msgspec.structs.replace(self._spec, input=title), self._model)
+        except JobError as error:
+            raise JobError(str(error).replace(str(path), title)) from None
+        run = BatchRun(checked, Claim(self._descriptions.path(name)), self._open_journal, self._model)
+        with contextlib.ExitStack() as unless_begun:
+            unless_begun.callback(run.close)
+            with self._changed:
+                if self.read(name).status == "cancelling":
+                    run.cancel()
+                else:
+                    self._set(batch, "in_progress")
+                self._running[name] = run
+            unless_begun.pop_all()
+        run.begin(self._arrivals.add_background, lambda: self._submit(self._end, name))
 
     def _end(self, name: str) -> None:
         with self._changed:
@@ -180,3 +232,7 @@ class Batches:
             self._set(batch, "cancelled" if run.cancelled else "completed")
             del self._running[name]
         run.close()
+
+
+def _errors(message: str) -> dict[str, Any]:
+    return {"object": "list", "data": [{"message": message}]}

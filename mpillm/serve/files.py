@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
+from mpillm.errors import MpillmError
 from mpillm.store.directory import Directory, replacing
 
 _ID = re.compile(r"(file|batch)-[0-9a-f]{24}")
@@ -81,10 +82,16 @@ class FileStore:
             filename=name[:255] or "file",
             purpose=purpose,
         )
-        with replacing(self._descriptions.path(made.id)) as file:
+        path = self._descriptions.path(made.id)
+        with replacing(path) as file:
             while piece := source.read(_COPY):
                 made.bytes += file.write(piece)
-        self._descriptions.write(made)
+        try:
+            self._descriptions.write(made)
+        except MpillmError:
+            if not path.with_suffix(".json").exists():
+                path.unlink()
+            raise
         return made
 
     def content(self, name: str) -> Path:

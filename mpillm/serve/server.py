@@ -107,7 +107,7 @@ def _lead(
                 f"{model.name} answers at http://{host}:{port} (web page, and OpenAI's API under /v1); "
                 "Ctrl-C stops it."
             )
-            for finished in engine.run(arrivals, arrivals.more):
+            for finished in engine.run(arrivals, lambda: arrivals.more(batches.commit)):
                 for completion in finished:
                     arrivals.take(completion)
                 batches.commit()

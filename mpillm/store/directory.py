@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
-from mpillm.errors import FULL, Interrupted, MpillmError, OutputError
+from mpillm.errors import FULL, MpillmError, NoSpace, OutputError
 
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{16}\.tmp")
 SYNC_BYTES = 1 << 24  # bytes of one fsync, during which the process handles no signal
@@ -152,7 +152,7 @@ def replacing(path: Path) -> Iterator[io.BufferedRandom]:
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn an OSError inside into the sentence for it: a full disk is Interrupted, anything else OutputError."""
+    """Turn an OSError inside into the sentence for it: a full disk is NoSpace, anything else OutputError."""
     try:
         yield
     except OSError as error:
@@ -162,7 +162,7 @@ def explained(path: Path) -> Iterator[None]:
 def explanation(path: Path, error: OSError) -> MpillmError:
     """The sentence for a failed write to `path`."""
     if error.errno in FULL:
-        return Interrupted(
+        return NoSpace(
             f"There is no space left for {path} ({error.strerror}); finished requests are safe: free some "
             "space and run the same command again."
         )

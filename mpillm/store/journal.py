@@ -205,7 +205,7 @@ class Journal(Descriptor):
     def flush(self) -> int:
         """Write what was appended to the disk in one go, and return the number of requests that it finishes.
 
-        Interrupted if the disk is full: nothing is lost, and a later flush may succeed.
+        NoSpace if the disk is full: nothing is lost, and a later flush may succeed.
         """
         if not self._waiting:
             return 0

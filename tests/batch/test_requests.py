@@ -196,8 +196,10 @@ def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
         {"prompt": [1, 2]},
         model=WITHOUT_TEXT,
     ) == [
-        "Line 1: prompt is a string and the model has no tokenizer; give token ids.",
-        "Line 2: the model has no tokenizer; give token ids as the prompt of /v1/completions.",
+        "Line 1: prompt is a string and the model has no tokenizer; give token ids, or put its "
+        "tokenizer.json beside it.",
+        "Line 2: the model has no tokenizer; give token ids as the prompt of /v1/completions, or put its "
+        "tokenizer.json beside it.",
         "Line 3: stop strings need a tokenizer, and the model has none; use stop_token_ids.",
         None,
     ]

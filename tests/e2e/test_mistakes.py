@@ -12,6 +12,7 @@ import pytest
 
 from tests.conftest import Mpi, run_bounded
 from tests.e2e.jobs import CHAT, assert_one_sentence, command, mixed_lines, results, run, write_lines
+from tests.job_helpers import without_tokenizer
 
 pytestmark = pytest.mark.mpiexec
 
@@ -87,11 +88,13 @@ def test_a_configuration_that_would_change_the_result(openmpi: Mpi, source: Path
     assert_one_sentence(done, 2, "final_logit_softcapping")
 
 
-def test_no_tokenizer_and_prompts_of_token_ids(openmpi: Mpi, tmp_path: Path) -> None:
-    bare = tmp_path / "model"
-    shutil.copytree(CHAT, bare)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (bare / name).unlink(missing_ok=True)
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model without a tokenizer."""
+    return without_tokenizer(tmp_path_factory.mktemp("bare"))
+
+
+def test_no_tokenizer_and_prompts_of_token_ids(openmpi: Mpi, bare: Path, tmp_path: Path) -> None:
     lines = [{"prompt": [5, 6, 7], "max_tokens": 3}, {"prompt": "text"}]
     done = run(openmpi, 1, write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out", model=bare)
     assert done.returncode == 1
@@ -100,6 +103,17 @@ def test_no_tokenizer_and_prompts_of_token_ids(openmpi: Mpi, tmp_path: Path) -> 
     assert len(words) == 3
     assert all(word.startswith("token_id:") for word in words)
     assert "no tokenizer" in bad["error"]["message"]
+
+
+def test_no_tokenizer_and_nothing_but_texts(openmpi: Mpi, bare: Path, tmp_path: Path) -> None:
+    """No line can work, so none is computed, and the output is free for an input that can."""
+    lines = [{"prompt": "text"}, {"messages": [{"role": "user", "content": "text"}]}]
+    source = write_lines(tmp_path / "in.jsonl", lines)
+    done = run(openmpi, 2, source, tmp_path / "out", model=bare)
+    said = f"can answer no request of {source}; line 1: prompt is a string and the model has no tokenizer"
+    assert_one_sentence(done, 2, said, "give token ids, or put its tokenizer.json beside it")
+    write_lines(source, [{"prompt": [5, 6, 7], "max_tokens": 3}])
+    assert run(openmpi, 2, source, tmp_path / "out", model=bare).returncode == 0
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -52,8 +53,10 @@ class Kept(list[Any]):
 def test_a_cancelled_batch_ends_with_the_next_token_and_has_no_half_answers(tmp_path: Path) -> None:
     batch = checked(tmp_path, [{"prompt": [5, 6], "max_tokens": 100}] * 3)
     journal, ends = Kept(), []
+    added: list[Iterator[Ticket]] = []
     run = BatchRun(batch, Claim(tmp_path / "run"), lambda *_: cast("Journal", journal), WITH_TEXT)
-    tickets = run.tickets(lambda: ends.append("end"))
+    run.begin(added.append, lambda: ends.append("end"))
+    (tickets,) = added
     first, second = next(tickets), next(tickets)
     (whole,), (half,) = first.requests(), second.requests()
     first.take(completion(whole, [7] * 100))
@@ -63,6 +66,7 @@ def test_a_cancelled_batch_ends_with_the_next_token_and_has_no_half_answers(tmp_
     assert half.watch(7), "it ends with this token"
     assert (list(tickets), ends) == ([], [])
     second.take(completion(half, [7, 7]))
+    run.commit()
     assert ends == ["end"]
     assert len(journal) == 1
 
@@ -70,8 +74,10 @@ def test_a_cancelled_batch_ends_with_the_next_token_and_has_no_half_answers(tmp_
 def test_a_cancelled_batch_that_waits_behind_another_ends_at_once(tmp_path: Path) -> None:
     batch = checked(tmp_path, [{"prompt": [5, 6], "max_tokens": 100}] * 3)
     journal, ends = Kept(), []
+    added: list[Iterator[Ticket]] = []
     run = BatchRun(batch, Claim(tmp_path / "run"), lambda *_: cast("Journal", journal), WITH_TEXT)
-    tickets = run.tickets(lambda: ends.append("end"))
+    run.begin(added.append, lambda: ends.append("end"))
+    (tickets,) = added
     run.commit()
     assert ends == []
     run.cancel()
@@ -82,8 +88,10 @@ def test_a_cancelled_batch_that_waits_behind_another_ends_at_once(tmp_path: Path
 def test_a_batch_does_not_end_with_the_server(tmp_path: Path) -> None:
     batch = checked(tmp_path, [{"prompt": [5, 6], "max_tokens": 100}] * 3)
     journal, ends = Kept(), []
+    added: list[Iterator[Ticket]] = []
     run = BatchRun(batch, Claim(tmp_path / "run"), lambda *_: cast("Journal", journal), WITH_TEXT)
-    for ticket in list(run.tickets(lambda: ends.append("end"))):
+    run.begin(added.append, lambda: ends.append("end"))
+    for ticket in list(added[0]):
         ticket.cancel()
         ticket.fail()
     run.commit()

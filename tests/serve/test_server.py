@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from tests.conftest import Mpi, clean_environment, run_bounded
-from tests.job_helpers import CHAT
+from tests.job_helpers import CHAT, without_tokenizer
 from tests.model.golden import FIXTURES
 from tests.serve import load
 from tests.serve.serving import serving
@@ -209,6 +209,35 @@ def test_64_clients_half_of_which_vanish(client: openai.OpenAI, server: str, tmp
     assert [text for text in found if text is not None] == expected[::2]
     load.wait_until_idle(client, server)
     assert load.measure_other(client, bodies[:2]) > 0, "what --against asks of another server"
+
+
+def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
+    """Token ids are answered; texts, and a batch of nothing else, are refused with what to do."""
+    (tmp_path / "bare").mkdir()
+    bare = without_tokenizer(tmp_path / "bare")
+    with (
+        serving(tmp_path, [sys.executable], clean_environment(), model=bare) as (url, _),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        text = client.completions.create(model="bare", prompt=[5, 6], max_tokens=2).choices[0].text
+        assert text.count("token_id:") == 2
+        with pytest.raises(openai.BadRequestError, match="no tokenizer; give token ids, or put its"):
+            client.completions.create(model="bare", prompt="text", max_tokens=2)
+        message: Any = {"role": "user", "content": "text"}
+        with pytest.raises(openai.BadRequestError, match="token ids as the prompt of /v1/completions"):
+            client.chat.completions.create(model="bare", messages=[message])
+        for source, said in (
+            (b'{"prompt": "text"}', "bare can answer no request of in.jsonl; line 1: prompt is a string and"),
+            (b"", "The input in.jsonl contains no requests."),
+            (b"[1,\n 2]", "The input in.jsonl is a JSON array; write one object per line"),
+        ):
+            file = client.files.create(file=("in.jsonl", source), purpose="batch")
+            made = client.batches.create(
+                input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
+            )
+            while (state := client.batches.retrieve(made.id)).status != "failed":
+                time.sleep(0.02)
+            assert state.errors.data[0].message.startswith(said)
 
 
 @pytest.mark.mpiexec

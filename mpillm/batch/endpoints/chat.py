@@ -17,7 +17,7 @@ from mpillm.batch.endpoints.sampling import Tokens
 from mpillm.batch.endpoints.tools import NamedChoice, ToolChoice, calls_shown, choose, read_calls, read_tools
 from mpillm.batch.work import Model, Work
 from mpillm.engine.request import FinishedCompletion, Request
-from mpillm.errors import RequestError
+from mpillm.errors import RequestError, UnsuitedError
 from mpillm.spec import Spec
 from mpillm.text import Tokenizer
 from mpillm.text.chat_formats.base import ParsedAnswer
@@ -58,9 +58,12 @@ class ChatCompletionsEndpoint(Generate, frozen=True, kw_only=True):
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs: true")
         if model.text is None:
-            raise RequestError("the model has no tokenizer; give token ids as the prompt of /v1/completions")
+            raise UnsuitedError(
+                "the model has no tokenizer; give token ids as the prompt of /v1/completions, or put its "
+                "tokenizer.json beside it"
+            )
         if not model.text.has_chat:
-            raise RequestError("the model has no chat template; use a prompt with /v1/completions")
+            raise UnsuitedError("the model has no chat template; use a prompt with /v1/completions")
         reads = model.text.chat_reads
         if self.reasoning_effort is not None and not (reads("reasoning_effort") or reads("enable_thinking")):
             raise RequestError("the model's chat template uses neither reasoning_effort nor enable_thinking")

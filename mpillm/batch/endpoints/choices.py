@@ -24,7 +24,7 @@ from mpillm.batch.endpoints.prompts import (
 from mpillm.batch.work import Endpoint, Model, ResultColumn, Work, hashed_id
 from mpillm.engine import exact
 from mpillm.engine.request import FinishedCompletion, Request
-from mpillm.errors import RequestError
+from mpillm.errors import RequestError, UnsuitedError
 from mpillm.spec import Spec
 
 Alternative = Annotated[str, Meta(min_length=1)] | Annotated[list[int], Meta(min_length=1)]
@@ -128,7 +128,7 @@ class ChoicesEndpoint(Endpoint, frozen=True, kw_only=True):
             return prompt, read_prompts("choices", texts, special, 1, spec, model)
         if self.messages is not None:
             if model.text is None or not model.text.has_chat:
-                raise RequestError("the model has no chat template; give a prompt")
+                raise UnsuitedError("the model has no chat template; give a prompt")
             encode = partial(
                 model.text.encode_chat,
                 chat_messages(self.messages),

@@ -22,7 +22,7 @@ from mpillm.batch.endpoints.prompts import (
 from mpillm.batch.work import Endpoint, Model, ResultColumn, Work, hashed_id
 from mpillm.engine.pooled import decide, logits_of
 from mpillm.engine.request import FinishedCompletion, Request
-from mpillm.errors import RequestError
+from mpillm.errors import UnsuitedError
 from mpillm.spec import Spec
 
 
@@ -44,7 +44,7 @@ class ClassifyEndpoint(Endpoint, frozen=True, kw_only=True):
     def requests(self, custom_id: str, spec: Spec, model: Model) -> tuple[Request, ...]:
         classifier = model.classifier
         if classifier is None:
-            raise RequestError(
+            raise UnsuitedError(
                 "the model has no classifier; /v1/multiple_choice chooses among texts with any model"
             )
         cut = cut_of(self.truncate_prompt_tokens, 0, self.truncation_side or "right", spec, model)

@@ -26,7 +26,7 @@ from mpillm.batch.endpoints.prompts import (
 from mpillm.batch.endpoints.sampling import Sampled, Tokens
 from mpillm.batch.work import Model, ResultColumn, Work, hashed_id
 from mpillm.engine.request import Constraint, FinishedCompletion, Request, TopLogprobs
-from mpillm.errors import RequestError
+from mpillm.errors import RequestError, UnsuitedError
 from mpillm.spec import ResponseFormat, Spec, StopStrings, StructuredOutputs, Word
 from mpillm.text import StopWatch, cut_at_stop
 
@@ -152,7 +152,7 @@ class Generate(Sampled, frozen=True, kw_only=True):
         """`n` requests for each prompt; `asked` is the body's own maximum of tokens, None if it has none."""
         stops = self.stops(spec)
         if stops and model.text is None:
-            raise RequestError("stop strings need a tokenizer, and the model has none; use stop_token_ids")
+            raise UnsuitedError("stop strings need a tokenizer, and the model has none; use stop_token_ids")
         settings = self.settings(spec, model)
         settings["constraint"] = self._constraint(grammar, model)
         requests: list[Request] = []
@@ -190,7 +190,7 @@ class Generate(Sampled, frozen=True, kw_only=True):
         if grammar is None:
             return None
         if model.text is None:
-            raise RequestError("a grammar needs a tokenizer, and the model has none")
+            raise UnsuitedError("a grammar needs a tokenizer, and the model has none")
         for key in ("min_tokens", "bad_words", "allowed_token_ids"):
             if getattr(self, key):
                 raise RequestError(f"{key} and a grammar (or a schema, or choices) cannot be used together")

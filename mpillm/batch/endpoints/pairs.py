@@ -30,7 +30,7 @@ from mpillm.batch.endpoints.prompts import (
 from mpillm.batch.work import Endpoint, Model, ResultColumn, Work
 from mpillm.engine.pooled import logits_of, relevance, through
 from mpillm.engine.request import FinishedCompletion, Request
-from mpillm.errors import RequestError
+from mpillm.errors import RequestError, UnsuitedError
 from mpillm.model.pooled import Classifier
 from mpillm.spec import Spec
 
@@ -146,7 +146,7 @@ class Pairs(Endpoint, frozen=True, kw_only=True):
     ) -> tuple[TokenIds, int | None]:
         """A pair's tokens, and where the second segment begins."""
         if model.text is None:
-            raise RequestError("the model has no tokenizer, which pairs of texts need")
+            raise UnsuitedError("the model has no tokenizer, which pairs of texts need")
         template = spec.scoring.template or model.pair_template
         instruction = self.instruction or spec.scoring.instruction
         if template is not None:

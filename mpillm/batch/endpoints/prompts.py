@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from mpillm.batch.work import Model
-from mpillm.errors import RequestError
+from mpillm.errors import RequestError, UnsuitedError
 from mpillm.spec import Spec
 from mpillm.text import End, TooLongError, encoded_at_once
 from mpillm.words import count_of
@@ -85,7 +85,10 @@ def read_prompts(
         which = f"{key}[{index}]" if len(given) > 1 else key
         if isinstance(item, str):
             if model.text is None:
-                raise RequestError(f"{which} is a string and the model has no tokenizer; give token ids")
+                raise UnsuitedError(
+                    f"{which} is a string and the model has no tokenizer; give token ids, or put its "
+                    "tokenizer.json beside it"
+                )
             encode = partial(model.text.encode, item, special, True)
             around = model.text.around if special else ([], [])
             ids.append(encoded(encode, prompt_name(given, index), spec, model, cut, around))

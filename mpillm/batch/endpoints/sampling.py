@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from mpillm.batch.work import Endpoint, Model
 from mpillm.engine.adjust import bits
-from mpillm.errors import RequestError
+from mpillm.errors import RequestError, UnsuitedError
 from mpillm.spec import Fraction, Penalty, Seed, Spec, Subtracted, Temperature, TopK, TopP, Word
 
 MAX_BIAS = 100.0  # greatest size of a bias; larger ones are cut to it
@@ -67,7 +67,7 @@ class Sampled(Endpoint, frozen=True, kw_only=True):
     def _bad_words(self, model: Model) -> set[tuple[int, ...]]:
         """Each word's tokens, as it is spelled within a text and behind a space."""
         if self.bad_words and model.text is None:
-            raise RequestError("bad_words need a tokenizer, and the model has none; use logit_bias")
+            raise UnsuitedError("bad_words need a tokenizer, and the model has none; use logit_bias")
         found: set[tuple[int, ...]] = set()
         for word in self.bad_words or ():
             assert model.text is not None
