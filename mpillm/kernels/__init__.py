@@ -1,7 +1,7 @@
-"""The compute kernels: the compiled module where there is one, else its NumPy twin with the same functions.
+"""The compute kernels: the compiled module if it can be imported, else its NumPy twin with the same functions.
 
-`MPILLM_KERNELS` forces a path by name (`numpy` for the twin).  All compiled paths give the same bits; NumPy's differ
-within the tolerance that `reference` states.
+`MPILLM_KERNELS` selects a path by name (`numpy` is the twin).  All compiled paths return the same bits; the twin's
+results differ from them within the tolerance that `reference` states.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ __all__ = [
     "short_conv", "softcap", "softmax", "square_sums", "top_k", "why_missing",
 ]  # fmt: skip
 
-SHARED = ("activation_nbytes", "packed_nbytes")  # pure functions of shapes: there is one of each
+SHARED = ("activation_nbytes", "packed_nbytes")  # pure functions of shapes, the same for all paths
 FUSED = (
     "Attention",
     "Expert",
@@ -109,27 +109,27 @@ except ImportError as error:
 
 
 def compute(work: Callable[..., None], *arguments: Any, **options: Any) -> None:
-    """Call a fused object. Like the single kernels, it is called through this package, so that it can be timed."""
+    """Call a fused object through this package, as single kernels are called, so that a caller can time it."""
     work(*arguments, **options)
 
 
 def path() -> str:
-    """The name of the path in use."""
+    """Return the name of the path in use."""
     return _path
 
 
 def available() -> tuple[str, ...]:
-    """The paths this machine can run, slowest first; the last compiled one is the default."""
+    """Return the paths that this machine can run, slowest first; the last compiled one is the default."""
     return ("numpy", *(_compiled.available() if _compiled else ()))
 
 
 def why_missing() -> str:
-    """Why the compiled kernels cannot be used; "" if they can."""
+    """Return why the compiled kernels cannot be used, or "" if they can."""
     return _why
 
 
 def set_path(name: str) -> None:
-    """Use another path; JobError if this machine lacks it."""
+    """Use another path; raises JobError if this machine lacks it."""
     if name not in available():
         choice = ", ".join(available())
         raise JobError(f"MPILLM_KERNELS = {name} cannot be used on this machine; choose from {choice}")
@@ -141,7 +141,7 @@ def set_path(name: str) -> None:
 
 
 def _bind(name: str, module: ModuleType, of_fused: ModuleType) -> None:
-    """Make the functions and classes of these modules those of this package."""
+    """Export the functions and classes of these modules from this package."""
     wanted = {f: getattr(module, f) for f in reference.__all__ if f not in SHARED}
     globals().update(wanted, **{c: getattr(of_fused, c) for c in FUSED}, _path=name)
 

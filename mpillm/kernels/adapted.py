@@ -1,7 +1,7 @@
 """Parts of layers with adapted matrices, in Python over the single kernels of the path in use.
 
-An adapted matrix has `low`: for some rows, b(a(row)) is added to its product (LoRA, arXiv 2106.09685). All other rows
-get the same bits as without adapters.
+The attribute `low` of a matrix lists its adapters. Each adds b(a(row)) to the product of some rows (LoRA, arXiv
+2106.09685). The other rows get the same bits as without adapters.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from mpillm.kernels import fused
 from mpillm.kernels.fused.products import Fused, Packed
 from mpillm.kernels.types import F32, I32
 
-WORTH_THREADS = 2**20  # multiplications: with fewer, starting threads takes longer than the product
+WORTH_THREADS = 2**20  # multiplications; below this, starting threads takes longer than the product
 
 
 class LowRank(NamedTuple):
-    """An adapter of a matrix [n, k], for `rows`: a [r, k] has the column panels of the matrix, b [n, r] its rows."""
+    """An adapter of rank r of a matrix [n, k] for the rows `rows` of a step.
+
+    a [r, k] has the same column panels as the matrix, b [n, r] the same rows.
+    """
 
     rows: I32
     a: Packed
@@ -39,7 +42,7 @@ class _Adapted(Fused):
             super()._multiply(x, matrix, out, threads, fold)
             self._add(x, low, out if out.ndim == 3 else out[None], threads)
         else:
-            # Added before panels are folded: the sums are the same however many shards the panels are spread over.
+            # Panels are folded afterwards, so that the sums do not depend on the number of shards that hold them.
             sums = np.empty((panels, len(x), matrix.n), np.float32) if fold else out
             super()._multiply(x, matrix, sums, threads, fold=False)
             self._add(x, low, sums, threads)
@@ -47,7 +50,7 @@ class _Adapted(Fused):
                 self.ops.fold(sums, out, threads)
 
     def _add(self, x: F32, low: Sequence[LowRank], sums: F32, threads: int) -> None:
-        """Add to the panels' sums [P, m, n]."""
+        """Add the adapters' products to the panel sums [P, m, n]."""
         for rows, a, b in low:
             inner = np.empty((len(sums), len(rows), a.n), np.float32)
             used = threads if len(rows) * a.n * (a.k + len(sums) * b.n) >= WORTH_THREADS else 1
@@ -60,7 +63,7 @@ class AdaptedAttention(_Adapted, fused.Attention):
 
 
 class AdaptedLatentAttention(_Adapted, fused.LatentAttention):
-    """`kernels.LatentAttention` whose matrices may be adapted, except those of single heads."""
+    """`kernels.LatentAttention` whose matrices may be adapted, except k_b and v_b."""
 
 
 class AdaptedProducts(_Adapted, fused.Products):

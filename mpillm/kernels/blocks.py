@@ -1,4 +1,4 @@
-"""Blocks in NumPy: quantise, dequantise, interleave 16 rows, and the activations' own blocks in groups of rows."""
+"""Blocks in NumPy: quantise and dequantise them, interleave 16 rows of weights, and group rows of activations."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def round_away(x: F32) -> F32:
 
 
 def _inverse(d: F32) -> F32:
-    """1/d, or 0 where that is not finite: the integers of such a block are 0."""
+    """Return 1/d, or 0 where that is not finite, so that the integers of such a block are 0."""
     with np.errstate(all="ignore"):
         inverse = np.float32(1) / d
     usable: F32 = np.where(np.isfinite(inverse), inverse, np.float32(0))
@@ -126,7 +126,7 @@ def quantise_rows(x: F32, bounds: Bounds) -> U8:
 
 
 def rounded(x: F32) -> F32:
-    """The nearest BF16 of each value, ties to even, as float32; NaNs stay NaNs."""
+    """Round each value to the nearest BF16, ties to even; the result is float32, and NaNs stay NaNs."""
     bits = np.ascontiguousarray(x).view(np.uint32)
     nearest = bits + np.uint32(0x7FFF) + (bits >> 16 & 1)
     kept: F32 = (np.where(np.isnan(x), bits | 0x400000, nearest) & np.uint32(0xFFFF0000)).view(np.float32)
@@ -134,7 +134,7 @@ def rounded(x: F32) -> F32:
 
 
 def ungrouped(x: npt.NDArray[Any]) -> npt.NDArray[np.void]:
-    """The result of `activations` as [m, blocks]: in a group, each block has the values of all its rows."""
+    """Return grouped activations as [m, blocks]; within a group, each stored block has the values of all rows."""
     grouped = x.view(ACTIVATION)
     rows = np.empty_like(grouped)
     for row in range(0, len(x), ROW_GROUP):
@@ -144,12 +144,12 @@ def ungrouped(x: npt.NDArray[Any]) -> npt.NDArray[np.void]:
 
 
 def nibbles(q: U8) -> U8:
-    """Canonical bytes [..., 16] to values [..., 32]: low nibbles are the first half."""
+    """Unpack canonical bytes [..., 16] to values [..., 32]; the low nibbles are the first half."""
     return np.concatenate([q & 15, q >> 4], axis=-1)
 
 
 def plain_scales(type: BlockType, blocks: npt.NDArray[np.void]) -> F32:
-    """The scale of each block as float32. For MXFP4 it is 2**(e - 128), because E2M1 has doubled values."""
+    """Return the scale of each block as float32; for MXFP4 it is 2**(e - 128), because `E2M1` has doubled values."""
     if type == BlockType.MXFP4:
         scales: F32 = np.ldexp(np.float32(1), blocks["e"].astype(np.int32) - 128)
     else:
@@ -158,7 +158,10 @@ def plain_scales(type: BlockType, blocks: npt.NDArray[np.void]) -> F32:
 
 
 def plain_integers(type: BlockType, q: U8, high: U8 | None = None) -> npt.NDArray[np.int8]:
-    """The integers int8 [..., 32] that scales multiply, from the bytes of values and Q5's fifth bits [..., 32]."""
+    """Return the integers int8 [..., 32] of blocks, before scaling.
+
+    `q` has the blocks' bytes, and `high` the fifth bits of Q5_0 and Q5_1 [..., 32].
+    """
     if type == BlockType.Q8_0:
         return q.view(np.int8)
     values = nibbles(q).view(np.int8)
@@ -177,14 +180,14 @@ def plain_integers(type: BlockType, q: U8, high: U8 | None = None) -> npt.NDArra
 
 
 def fifth_bits(blocks: npt.NDArray[np.void]) -> U8 | None:
-    """The bits above the nibbles of canonical blocks, uint8 [..., 32], or None if they have none."""
+    """Return the fifth bits of the values of canonical blocks, uint8 [..., 32], or None if the type has none."""
     if "high" not in (blocks.dtype.names or ()):
         return None
     return np.unpackbits(np.ascontiguousarray(blocks["high"]), axis=-1, bitorder="little")
 
 
 def decode(type: BlockType, canonical: U8, k: int) -> F32:
-    """Canonical rows uint8 [n, row_bytes] to f32 [n, k]."""
+    """Dequantise canonical rows uint8 [n, row_bytes] to f32 [n, k]."""
     canonical = np.ascontiguousarray(canonical)
     if type == BlockType.F32:
         return canonical.view("<f4")[:, :k]
@@ -208,7 +211,10 @@ def decode(type: BlockType, canonical: U8, k: int) -> F32:
 
 
 def interleave(type: BlockType, canonical: U8, bounds: npt.NDArray[np.int64]) -> list[U8]:
-    """Kernel-ready bytes of each panel of canonical rows uint8 [n, row bytes]; `bounds` [panels + 1] in columns."""
+    """Pack canonical rows uint8 [n, row bytes]; return the packed bytes of each column panel.
+
+    `bounds` [panels + 1] are the first columns of the panels, and k.
+    """
     if type.coded:
         rows = np.ascontiguousarray(canonical).view("<u2")
         return [code_panel(rows[:, begin:end]) for begin, end in itertools.pairwise(bounds)]

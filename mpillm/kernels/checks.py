@@ -1,4 +1,4 @@
-"""Checks of the NumPy kernels' arguments; the compiled module makes the same ones with the same words."""
+"""Checks of the NumPy kernels' arguments; the compiled module raises the same errors with the same messages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Array = npt.NDArray[Any]
 
 
 def require(name: str, array: Array, shape: Sequence[int], dtype: type) -> None:
-    """ValueError unless the array is C-contiguous and of exactly this shape and type."""
+    """Raise ValueError unless the array is C-contiguous and has exactly this shape and type."""
     if array.dtype != dtype:
         raise ValueError(f"{name} must be {np.dtype(dtype).name}, not {array.dtype}")
     if array.shape != tuple(shape):
@@ -35,7 +35,7 @@ def require(name: str, array: Array, shape: Sequence[int], dtype: type) -> None:
 
 def require_rows(name: str, array: Array, rows: int | None = None, width: int | None = None,
                  dtype: type = np.uint8) -> None:  # fmt: skip
-    """ValueError unless the matrix has contiguous rows; they may lie apart."""
+    """Raise ValueError unless each row of the matrix is contiguous; the distance between rows is free."""
     if array.dtype != dtype:
         raise ValueError(f"{name} must be {np.dtype(dtype).name}, not {array.dtype}")
     if array.ndim != 2:
@@ -50,7 +50,7 @@ def require_rows(name: str, array: Array, rows: int | None = None, width: int | 
 def require_weights(
     type: BlockType, w: Array, n: int, k: int, bounds: Bounds, row_bytes: int
 ) -> npt.NDArray[np.int64]:
-    """Check the packed bytes of W [n, k], or its rows `row_bytes` apart; return the checked bounds."""
+    """Check the packed bytes of W [n, k], or, if `row_bytes` > 0, its rows at that distance; return the bounds."""
     edges = check_bounds(bounds, k, type.block)
     if row_bytes and (type.block > 1 or type.coded or row_bytes < k * type.block_bytes):
         raise ValueError(f"rows of {k} values of block type {type} cannot lie {row_bytes} bytes apart")
@@ -60,7 +60,7 @@ def require_weights(
 
 
 def require_activations(type: BlockType, x: Array, k: int, edges: npt.NDArray[np.int64]) -> None:
-    """Check x as `matmul` takes it for this type of weights."""
+    """Check the shape and type of x [m, k] for a product with weights of this type."""
     if type.quantised:
         blocks = int((-(-np.diff(edges) // QUANT_BLOCK)).sum())
         require("x", x, (len(x), blocks * ACTIVATION_BLOCK_BYTES), np.uint8)
@@ -69,7 +69,7 @@ def require_activations(type: BlockType, x: Array, k: int, edges: npt.NDArray[np
 
 
 def require_pools(kv_type: BlockType, kpool: Array, vpool: Array | None, kvh: int, hd: int, vd: int) -> None:
-    """Check pools (see `kv_pools`); without vpool, values are the first vd dimensions of keys."""
+    """Check the pools (see `kv_pools`); if vpool is None, the values are the first vd dimensions of the keys."""
     keys, values = kv_pools(kv_type, len(kpool), kvh, hd, vd)
     require("kpool", kpool, *keys)
     if vpool is not None:
@@ -79,13 +79,13 @@ def require_pools(kv_type: BlockType, kpool: Array, vpool: Array | None, kvh: in
 
 
 def require_vector(name: str, array: Array | None, count: int) -> None:
-    """Check a float32 vector [count], unless there is none."""
+    """Check a float32 vector [count]; None is allowed."""
     if array is not None:
         require(name, array, (count,), np.float32)
 
 
 def rotary_of(rotary: int, hd: int) -> int:
-    """The number of dimensions of a head that are rotated; 0 means all of them."""
+    """Return how many dimensions of a head are rotated; `rotary` 0 stands for all of them."""
     if hd % 2 and not rotary:
         raise ValueError(f"rope needs an even head dimension, not {hd}")
     if rotary < 0 or rotary % 2 or rotary > hd:
@@ -94,7 +94,7 @@ def rotary_of(rotary: int, hd: int) -> int:
 
 
 def require_activation(kind: int, gated: bool, limit: float) -> Activation:
-    """Return the activation of this number; ValueError if it lacks the gate and the limit that it needs."""
+    """Return the activation with this number; raise ValueError if it needs a gate or a limit and has none."""
     if not 0 <= kind < len(Activation):
         raise ValueError(f"there is no activation {kind}")
     if kind == Activation.SWIGLU_CLAMPED and not (gated and limit > 0):
@@ -103,13 +103,13 @@ def require_activation(kind: int, gated: bool, limit: float) -> Activation:
 
 
 def require_chunks(window: int, chunked: bool) -> None:
-    """ValueError if chunks have no positions."""
+    """Raise ValueError if attention is chunked and a chunk has no positions."""
     if chunked and window < 1:
         raise ValueError("chunks are windows: they need a number of positions")
 
 
 def require_tuning(tuning: tuple[float, int, int] | None) -> None:
-    """ValueError unless the length is at least one position and the offset is not negative."""
+    """Raise ValueError unless the length is at least one position and the offset is not negative."""
     if tuning and (tuning[1] < 1 or tuning[2] < 0):
         raise ValueError(
             f"scores cannot be tuned by {tuning}: the length is at least 1, the offset at least 0"
@@ -117,13 +117,13 @@ def require_tuning(tuning: tuple[float, int, int] | None) -> None:
 
 
 def require_cap(cap: float) -> None:
-    """ValueError unless the soft cap is above 0."""
+    """Raise ValueError unless the soft cap is above 0."""
     if not cap > 0:
         raise ValueError(f"a soft cap must be above 0, not {cap}")
 
 
 def require_sequences(first_rows: Array, slots: Array, rows: int, states: int) -> None:
-    """Check that sequences begin at row 0 and have at least one row each, and that each has a slot of its own."""
+    """Check that the first sequence begins at row 0, that each has at least one row, and that no two share a slot."""
     count = len(first_rows)
     require("first_rows", first_rows, (count,), np.int32)
     if len(slots) != count:

@@ -1,4 +1,4 @@
-"""BF12 in NumPy: BF16 with 4 bits for each high byte, and the few that have no such code in a list (core/coded.h)."""
+"""BF12 in NumPy: BF16 whose high bytes are coded in 4 bits; a list has the few bytes without a code (core/coded.h)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy.typing as npt
 from mpillm.kernels.types import BF16_BLOCK, CODED_HEAD, MISFIT, PAIRED, TILE_ROWS, U8, Misfit, coded_nbytes
 
 CODES, EXCEPTIONS = 16, 10
-# Of four rows and 32 columns first the low bytes of two rows, then of the others, then codes. Two rows lie as
-# [8 columns, row, column], of which there are four times 8.
+# Four rows of 32 columns are stored as the low bytes of the first two rows, those of the other two, and the codes. The
+# bytes of two rows have the order [group of 8 columns, row, column].
 PAIR = (4, 2, 8)
 
 
 def code_panel(rows: npt.NDArray[np.uint16]) -> U8:
-    """The tiles of a column panel of BF16 rows [n, k]; Misfit if a block has too many exceptions."""
+    """Code a column panel of BF16 rows [n, k] as tiles; raises Misfit if a block has too many exceptions."""
     tiles = []
     for first in range(0, len(rows), TILE_ROWS):
         tile = rows[first : first + TILE_ROWS]
@@ -27,7 +27,7 @@ def code_panel(rows: npt.NDArray[np.uint16]) -> U8:
 
 
 def decode_panel(packed: U8, n: int, k: int) -> npt.NDArray[np.uint16]:
-    """The BF16 rows [n, k] of a panel's tiles."""
+    """Decode the tiles of a column panel to BF16 rows [n, k]."""
     rows = np.empty((-(-n // TILE_ROWS) * TILE_ROWS, k), np.uint16)
     at = 0
     for first, begin in itertools.product(range(0, n, TILE_ROWS), range(0, k, BF16_BLOCK)):
@@ -39,7 +39,7 @@ def decode_panel(packed: U8, n: int, k: int) -> npt.NDArray[np.uint16]:
 
 
 def _coded(block: npt.NDArray[np.uint16]) -> U8:
-    """One block of up to 16 rows and 256 columns."""
+    """Code one block of up to 16 rows and 256 columns."""
     high = (block >> 8).astype(np.uint8)
     counts = np.bincount(high.reshape(-1), minlength=256)
     common = np.argsort(-counts, kind="stable")[:CODES]
@@ -62,7 +62,7 @@ def _coded(block: npt.NDArray[np.uint16]) -> U8:
 
 
 def _decoded(packed: U8, width: int) -> npt.NDArray[np.uint16]:
-    """The block's 16 rows."""
+    """Decode a block to its 16 rows of `width` columns."""
     head, fours = packed[:CODED_HEAD], packed[CODED_HEAD:].reshape(TILE_ROWS // 4, -1, 3, 64)
     low, nibbles = fours[:, :, :2], fours[:, :, 2:]
     codes = np.concatenate([nibbles & 15, nibbles >> 4], axis=2)
@@ -74,7 +74,7 @@ def _decoded(packed: U8, width: int) -> npt.NDArray[np.uint16]:
 
 
 def _in_fours(part: U8) -> U8:
-    """Bytes of up to 16 rows and 256 columns as [four rows, step, two rows, 64]; what is missing is zero."""
+    """Arrange bytes of up to 16 rows and 256 columns as [four rows, step, two rows, 64], padded with zeros."""
     steps = -(-part.shape[1] // PAIRED)
     padded = np.zeros((TILE_ROWS, steps * PAIRED), np.uint8)
     padded[: part.shape[0], : part.shape[1]] = part
@@ -83,7 +83,7 @@ def _in_fours(part: U8) -> U8:
 
 
 def _in_rows(fours: U8) -> U8:
-    """The way back: 16 rows."""
+    """Arrange the result of `_in_fours` as 16 rows again."""
     steps = fours.shape[1]
     pairs = fours.reshape(TILE_ROWS // 4, steps, 2, *PAIR).transpose(0, 2, 4, 1, 3, 5)
     return np.ascontiguousarray(pairs).reshape(TILE_ROWS, steps * PAIRED)

@@ -1,4 +1,4 @@
-"""IQ2 and IQ3 in NumPy: tables have the magnitudes of 8 (4) neighbouring columns, and each has a sign (grids.h)."""
+"""IQ2 and IQ3 in NumPy: an index into a table gives the magnitudes of 8 (IQ3: 4) columns; signs are apart (grids.h)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CANONICAL = {
 
 
 class Grid(NamedTuple):
-    """The bytes of a part in a tile, whether scales are stored apart, and the factor of block scales."""
+    """Bytes of a part in a tile, whether its scales are stored apart from it, and the factor of the block's scale."""
 
     bytes: int
     scales: bool
@@ -43,7 +43,7 @@ GRIDS = {
 
 
 def parts_of(blocks: npt.NDArray[np.void]) -> U8:
-    """Parts of canonical blocks as they lie in tiles: indices, signs and high bits, uint8 [..., 8, bytes]."""
+    """Return the parts of canonical blocks as tiles store them: indices, signs, high bits, uint8 [..., 8, bytes]."""
     fields = [
         blocks[name].reshape(*blocks.shape, PARTS, blocks.dtype[name].shape[0] // PARTS)
         for name in ("q", "signs", "high")
@@ -53,7 +53,7 @@ def parts_of(blocks: npt.NDArray[np.void]) -> U8:
 
 
 def scales_of(type: BlockType, blocks: npt.NDArray[np.void]) -> U8:
-    """The bytes of parts' scales that lie apart: uint8 [..., 8, 1], or [..., 8, 0]."""
+    """Return the scales that are stored apart from the parts: uint8 [..., 8, 1], or [..., 8, 0] if there are none."""
     if not GRIDS[type].scales:
         return np.empty((*blocks.shape, PARTS, 0), np.uint8)
     scales: U8 = blocks["scales"]
@@ -65,7 +65,7 @@ def scales_of(type: BlockType, blocks: npt.NDArray[np.void]) -> U8:
 
 
 def meaning(type: BlockType, parts: U8, small: U8) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int16]]:
-    """Integers [..., 32] and scales [..., 1 or 2] of parts [..., bytes] and their scales' bytes [..., 0 or 1]."""
+    """Decode parts [..., bytes] and their small scales [..., 0 or 1] to integers [..., 32], scales [..., 1 or 2]."""
     match type:
         case BlockType.IQ2_XS:
             pairs = parts[..., 0::2].astype(np.uint16) | parts[..., 1::2].astype(np.uint16) << 8
@@ -89,7 +89,7 @@ def meaning(type: BlockType, parts: U8, small: U8) -> tuple[npt.NDArray[np.int8]
 
 
 def _even(seven: npt.NDArray[Any]) -> U8:
-    """Add an eighth bit to the bits of seven signs, so that the number of negative signs is even."""
+    """Add an eighth sign bit to seven, so that the number of negative signs is even."""
     bits = np.unpackbits(seven.astype(np.uint8)[..., None], axis=-1)
     odd = bits.sum(axis=-1, dtype=np.uint8) & 1
     signs: U8 = seven.astype(np.uint8) | odd << np.uint8(7)
@@ -98,8 +98,8 @@ def _even(seven: npt.NDArray[Any]) -> U8:
 
 @functools.cache
 def _grid(type: BlockType) -> npt.NDArray[np.int8]:
-    """The magnitudes of each index, [indices, 8 or 4], as the gguf library has them."""
-    import gguf.quants  # whose tables few models need; here and elsewhere a library that takes long to load
+    """Return the magnitudes of each index, [indices, 8 or 4], from the gguf library."""
+    import gguf.quants  # slow to import, and few models need its tables
 
     kind = getattr(gguf.quants, type.name)
     kind.init_grid()

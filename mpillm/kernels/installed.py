@@ -1,7 +1,7 @@
-"""A checkout without compiled kernels uses those that are installed, if they were made of the checkout's sources.
+"""Finds installed kernels for a checkout that has none compiled, if they were compiled from the same sources.
 
-Python finds `mpillm` in the current directory first, so a checkout hides the package that `pip install` has built. The
-build records what it compiled (`setup.py`), and a checkout compares that with its own sources.
+Python finds `mpillm` in the current directory first, so a checkout hides the package that `pip install` built. The
+build records a digest of what it compiled (`setup.py`), and a checkout compares it with the digest of its own sources.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ GENERATED = "declarations.pxi"
 
 
 def sources_digest(cython: Path) -> str:
-    """SHA-256 of the sources in the directory `cython` of a checkout, and of their names, in hexadecimal."""
+    """Return the SHA-256, in hexadecimal, of the names and contents of the sources in the directory `cython`."""
     found = sha256()
     files = [path for pattern in ("*.py", "*.pyx", "*.pxi", "core/*.[ch]") for path in cython.glob(pattern)]
     for path in sorted(files):
@@ -26,9 +26,9 @@ def sources_digest(cython: Path) -> str:
 
 
 def installed_kernels(own: Path) -> tuple[Path | None, str]:
-    """The directory of installed kernels for the checkout whose `mpillm/kernels` is `own`, and else why there is none.
+    """Return the directory of the installed kernels for the checkout whose `mpillm/kernels` is `own`, or why none fits.
 
-    Both are empty where nothing is installed, or `own` is no checkout's.
+    The result is (None, "") if nothing is installed, or if `own` does not belong to a checkout.
     """
     cython = own.parents[1] / "cython"
     if not cython.is_dir():

@@ -1,7 +1,7 @@
 """Float32 arithmetic of the kernels in NumPy: fused multiply-add, 16-lane sums, panel trees, exp, tanh, erfc.
 
-NumPy's own sums, BLAS and exp may change their order with shape, stride or thread count; these do not, so the NumPy
-kernels keep the promise that a row's result does not depend on what else is in its batch.
+The order of operations in NumPy's own sums, in BLAS and in exp may depend on shape, stride or the number of threads. It
+is fixed in these functions, so that a row's result does not depend on the other rows of its batch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ERFC_POLY = tuple(np.float32(c) for c in (0.17087277, -0.82215223, 1.48851587, -
 
 
 def fma(a: Real, b: Real, c: Real) -> F32:
-    """a * b + c in float64, rounded to float32: rounded once, except for rare ties between the two roundings."""
+    """Return a * b + c in float32, computed in float64; it differs from an fma only where rounding twice matters."""
     with np.errstate(all="ignore"):
         product = np.multiply(a, b, dtype=np.float64)
         product = product + c
@@ -37,7 +37,7 @@ def fma(a: Real, b: Real, c: Real) -> F32:
 
 
 def exp(x: F32) -> F32:
-    """e**x within 2 ulp; NaN stays NaN, overflow is inf, underflow goes through the denormals to 0."""
+    """Return e**x within 2 ulp; NaN stays NaN, overflow gives inf, underflow gives denormals and then 0."""
     with np.errstate(all="ignore"):
         x = np.where(x > EXP_HIGH, EXP_HIGH, np.where(x < EXP_LOW, EXP_LOW, x)).astype(np.float32)
         n = np.rint(x * LOG2E)
@@ -53,7 +53,7 @@ def exp(x: F32) -> F32:
 
 
 def tanh(x: F32) -> F32:
-    """tanh within 2 ulp: a polynomial below 0.625 (Cephes' tanhf), else 1 - 2 / (e^2x + 1)."""
+    """Return tanh(x) within 2 ulp: a polynomial below 0.625 (Cephes' tanhf), else 1 - 2 / (e^2x + 1)."""
     with np.errstate(all="ignore"):
         size, square = np.abs(x), x * x
         p = np.full_like(x, TANH_POLY[0])
@@ -66,7 +66,7 @@ def tanh(x: F32) -> F32:
 
 
 def normal(x: F32) -> F32:
-    """The normal distribution function, erfc(-x / sqrt(2)) / 2, with an error below 1e-6 of it down to x = -12.
+    """Return the normal distribution function, erfc(-x / sqrt(2)) / 2; its relative error is below 1e-6 for x > -12.
 
     erfc(z) = t e^(-z^2 + P(t)), t = 1 / (1 + z / 2), for z >= 0 (Press et al., Numerical Recipes in C, 6.2).
     """
@@ -82,7 +82,7 @@ def normal(x: F32) -> F32:
 
 
 def tree(x: F32) -> F32:
-    """Sum over the first axis, a power of two long, as ((x0 + x1) + (x2 + x3)) + ..."""
+    """Sum over the first axis, whose length is a power of two, as ((x0 + x1) + (x2 + x3)) + ..."""
     with np.errstate(all="ignore"):
         while len(x) > 1:
             x = x[0::2] + x[1::2]
@@ -91,7 +91,7 @@ def tree(x: F32) -> F32:
 
 
 def halves(lanes: F32, op: Any) -> F32:
-    """Fold the last axis of 16 lanes: lane j with lane j + 8, then + 4, + 2, + 1."""
+    """Reduce the last axis of 16 lanes with `op`: lane j and lane j + 8, then + 4, + 2, + 1."""
     width = lanes.shape[-1]
     with np.errstate(all="ignore"):
         while width > 1:
@@ -102,7 +102,7 @@ def halves(lanes: F32, op: Any) -> F32:
 
 
 def _blocks(x: F32, fill: float) -> F32:
-    """x [m, d] as [ceil(d / 16), m, 16], padded with `fill`."""
+    """Return x [m, d] as [ceil(d / 16), m, 16], padded with `fill`."""
     m, d = x.shape
     count = -(-d // TILE_ROWS)
     padded: F32 = np.full((m, count * TILE_ROWS), fill, np.float32)
@@ -112,7 +112,7 @@ def _blocks(x: F32, fill: float) -> F32:
 
 
 def lane_sum(x: F32, squares: bool = False) -> F32:
-    """Row sums of x [m, d] (or of its squares) in 16 lanes."""
+    """Sum each row of x [m, d], or its squares, in 16 lanes."""
     acc = np.zeros((len(x), TILE_ROWS), np.float32)
     with np.errstate(all="ignore"):
         for part in _blocks(x, 0.0):
@@ -121,7 +121,7 @@ def lane_sum(x: F32, squares: bool = False) -> F32:
 
 
 def lane_max(x: F32) -> F32:
-    """Row maxima of x [m, d]; -inf for d = 0. A NaN may be lost here; the later steps of a softmax make its row NaN."""
+    """Return the maximum of each row of x [m, d], or -inf if d = 0; a NaN may be ignored (softmax propagates it)."""
     acc = np.full((len(x), TILE_ROWS), -np.inf, np.float32)
     for part in _blocks(x, -np.inf):
         acc = _larger(acc, part)

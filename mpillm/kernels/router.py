@@ -1,4 +1,4 @@
-"""Choose the experts of each row, and their weights. NumPy over kernels gives the same bits on every path."""
+"""Choose the experts of each row and their weights, in NumPy over single kernels: the same bits on every path."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from mpillm.kernels.types import F32, I32, Activation
 
 @dataclass(frozen=True)
 class Router:
-    """How `chosen` experts are found, as in DeepSeek V2 and V3 (arXiv 2405.04434, 2412.19437) and earlier models.
+    """The rule that chooses `chosen` experts, as in DeepSeek V2 and V3 (arXiv 2405.04434, 2412.19437) and before.
 
     Scores are the softmax or the sigmoid of the router's logits. With `groups` > 1, experts are divided into groups of
-    equal size, and only those of the `groups_chosen` best groups count; the score of a group is the sum of its
-    `group_best` best. Weights are the scores of the chosen experts, divided by their sum if `normalise`, times `scale`.
-    With sparsemixer (arXiv 2409.12136, PhiMoE) the weight of each expert in turn is its softmax among those that were
-    not chosen before it and whose logits are not further from its own than `jitter` allows; nothing else counts then.
+    equal size, and experts are chosen from the `groups_chosen` best groups; the score of a group is the sum of its
+    `group_best` best scores. Weights are the scores of the chosen experts, divided by their sum if `normalise`, times
+    `scale`. Sparsemixer (arXiv 2409.12136, PhiMoE) ignores these settings and chooses one expert after the other: the
+    weight of an expert is its softmax over the experts that are not yet chosen and whose logits are below its own by
+    at most 2 `jitter` times the larger magnitude.
     """
 
     chosen: int
@@ -33,10 +34,10 @@ class Router:
 
 
 def route(logits: F32, router: Router, correction: F32 | None = None, threads: int = 1) -> tuple[F32, I32]:
-    """Return the weights and numbers [m, chosen] of the experts of rows; their logits [m, experts] are overwritten.
+    """Return the weights and the numbers [m, chosen] of each row's experts; overwrites `logits` [m, experts].
 
-    The best expert comes first; among equals (experts or groups) the lower number does. `correction` [experts] is
-    added to the scores only for choosing experts and groups.
+    The best expert comes first; of equal experts or groups, the one with the lower number comes first. `correction`
+    [experts] is added to the scores when experts and groups are chosen, and does not change the weights.
     """
     if router.scoring == "sparsemixer":
         return _sparsemixer(logits, router, threads)
@@ -53,7 +54,7 @@ def route(logits: F32, router: Router, correction: F32 | None = None, threads: i
         weights = np.take_along_axis(scores, ids, axis=1)
     with np.errstate(
         invalid="ignore", over="ignore"
-    ):  # a row that is not finite stays so, and is found at the end
+    ):  # a row that is not finite is reported when its logits are read
         if router.normalise:
             weights /= (_sum(weights) + np.float32(1e-20))[:, None]  # the sigmoids of all may be 0
         if router.scale != 1.0:
@@ -65,7 +66,7 @@ def _sparsemixer(logits: F32, router: Router, threads: int) -> tuple[F32, I32]:
     left, weights, ids = logits.copy(), [], []
     for _ in range(router.chosen):
         best, best_id = _top_k(left, 1, threads)
-        with np.errstate(invalid="ignore"):  # 0 / 0, of logits that are all 0, is not far
+        with np.errstate(invalid="ignore"):  # 0 / 0, if all logits are 0, counts as near
             distance = (best - left) / np.maximum(np.abs(logits), best)
         near = np.where(distance > np.float32(2 * router.jitter), np.float32(-np.inf), left)
         kernels.softmax(near, threads)
@@ -76,7 +77,7 @@ def _sparsemixer(logits: F32, router: Router, threads: int) -> tuple[F32, I32]:
 
 
 def _of_best_groups(ranks: F32, router: Router, threads: int) -> F32:
-    """The ranks with -inf for experts of other groups than the best ones."""
+    """Return the ranks with -inf for the experts outside the best groups."""
     m, experts = ranks.shape
     grouped = ranks.reshape(m * router.groups, experts // router.groups)
     best = _sum(_top_k(grouped, router.group_best, threads)[0]).reshape(m, router.groups)
@@ -93,7 +94,7 @@ def _top_k(x: F32, k: int, threads: int) -> tuple[F32, I32]:
 
 
 def _sum(x: F32) -> F32:
-    """Sums of rows, from the first column to the last: NumPy's own sum may pair them up."""
+    """Sum each row from the first column to the last; NumPy's own sum may have another order."""
     total: F32 = x[:, 0].copy()
     for column in range(1, x.shape[1]):
         total += x[:, column]

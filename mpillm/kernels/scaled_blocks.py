@@ -1,4 +1,4 @@
-"""Blocks of codes that stand for floats, behind the scale of all of them: FP8, NVFP4 and NF4 (core/body_scaled.h)."""
+"""Blocks of a scale and codes that stand for floats: FP8, NVFP4 and NF4 (core/body_scaled.h)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import numpy.typing as npt
 
 from mpillm.kernels.types import F32, U8, BlockType
 
-# What codes stand for. Of e4m3 numbers (FP8, the scales within NVFP4) it is 2^-8 of that, an F16 number with the same
-# bits, and `units` make up for it. The codes of NaN count as 480: who makes blocks gives those a scale of NaN.
+# The value of each code. For e4m3 numbers (FP8, and the scales within NVFP4) the table has 2^-8 of the value, the F16
+# number with the same bits; `units` has the factor 2^8. The codes of NaN stand for 480; a block with NaN has scale NaN.
 _CODES = np.arange(256, dtype=np.uint16)
 E4M3 = ((_CODES & 0x80) << 8 | (_CODES & 0x7F) << 7).view(np.float16).astype(np.float32)
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
@@ -30,14 +30,14 @@ BLOCKS = {
 
 
 def pack_nibbles(codes: U8) -> U8:
-    """Codes [..., k] of 4 bits as bytes [..., k / 2]: of 16 bytes low halves are 16 columns, high ones the next 16."""
+    """Pack codes [..., k] of 4 bits as bytes [..., k / 2]: 16 bytes have 16 columns low and the next 16 high."""
     halves = codes.reshape(*codes.shape[:-1], -1, 2, PART)
     packed = halves[..., 0, :] | halves[..., 1, :] << 4
     return packed.astype(np.uint8, copy=False).reshape(*codes.shape[:-1], -1)
 
 
 def numbers(type: BlockType, blocks: npt.NDArray[np.void]) -> F32:
-    """What `units` multiply: f32 [..., values of a block]."""
+    """Return the values of blocks before scaling by `units`: f32 [..., values of a block]."""
     q: U8 = blocks["q"]
     if type is BlockType.FP8:
         found: F32 = E4M3[q]
@@ -49,6 +49,6 @@ def numbers(type: BlockType, blocks: npt.NDArray[np.void]) -> F32:
 
 
 def units(type: BlockType, blocks: npt.NDArray[np.void]) -> F32:
-    """The factor of each block."""
+    """Return the factor of each block."""
     factors: F32 = blocks["d"] if type is BlockType.NF4 else blocks["d"] * np.float32(256)
     return factors

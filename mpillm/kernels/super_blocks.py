@@ -41,13 +41,13 @@ FIELDS = {
     BlockType.Q3_K: BitFields((2, 1), 2),
     BlockType.Q2_K: BitFields((2,), 2),
 }
-# The halves of a part have scales of their own.
+# Types whose parts have a scale for each half.
 HALVED = {BlockType.Q6_K, BlockType.Q3_K, BlockType.Q2_K, BlockType.IQ2_XS, BlockType.IQ2_S}
-ZERO = {BlockType.Q6_K: 32, BlockType.Q3_K: 4}  # the integer that stands for zero
+ZERO = {BlockType.Q6_K: 32, BlockType.Q3_K: 4}  # the stored integer that stands for zero
 
 
 def _packed(type: BlockType) -> np.dtype[Any]:
-    """A tile's block: each scale of 16 rows, then part by part the small ones, then the values."""
+    """Return the dtype of a tile's block: scales of 16 blocks, then the parts' small scales, then the values."""
     numbers = [(name, "<f2", TILE_ROWS) for name in ("d", "m") if name in (CANONICAL[type].names or ())]
     if grid := grid_blocks.GRIDS.get(type):
         return np.dtype(
@@ -71,7 +71,7 @@ PACKED = {type: _packed(type) for type in CANONICAL}
 
 
 class Parts(NamedTuple):
-    """Parts of rows: their values are d * scale * q - m * minimum, with scales and minima for one or both halves."""
+    """Parts of rows: a value is d * scale * q - m * minimum; scales and minima are for a whole part or each half."""
 
     q: npt.NDArray[np.int8]  # [..., 32]
     scale: npt.NDArray[np.int16]  # [..., 1 or 2]
@@ -97,7 +97,10 @@ def meaning(type: BlockType, words: U8, small: U8) -> Parts:
 
 
 def words_of(type: BlockType, blocks: npt.NDArray[np.void]) -> U8:
-    """Parts of canonical blocks as they lie in tiles, but for scales: uint8 [..., 8, words, 4] or [..., 8, 1, n]."""
+    """Return the parts of canonical blocks as tiles store them, without scales: uint8 [..., 8, words, 4].
+
+    For IQ2 and IQ3 the shape is [..., 8, 1, bytes].
+    """
     if type in grid_blocks.GRIDS:
         return grid_blocks.parts_of(blocks)[..., None, :]
     q, done, fields = integers(type, blocks), 0, []
@@ -108,10 +111,10 @@ def words_of(type: BlockType, blocks: npt.NDArray[np.void]) -> U8:
 
 
 def field_of(q: U8, bits: int) -> U8:
-    """Fields of so many bits, of columns [..., 32], as they lie in a tile: words [..., bits, 4].
+    """Pack one bit field of columns [..., 32] as a tile stores it: words [..., bits, 4].
 
-    Two nibbles of a byte belong to columns 16 apart; of smaller fields those of 4, 8, ... neighbouring groups of 4
-    columns are together.
+    The two nibbles of a byte belong to columns 16 apart. The smaller fields of a word belong to neighbouring groups of
+    4 columns.
     """
     groups = q.reshape(*q.shape[:-1], 8, 4)
     if bits == 4:
@@ -133,9 +136,9 @@ def columns_of(words: U8, bits: int) -> U8:
 
 
 def integers(type: BlockType, blocks: npt.NDArray[np.void]) -> U8:
-    """The values' integers uint8 [..., 8, 32] of canonical blocks."""
+    """Return the stored integers of the values of canonical blocks, uint8 [..., 8, 32]."""
     low, *high = FIELDS[type].bits
-    # Of so many bytes the lowest fields are those of neighbouring columns; the next fields are those that follow.
+    # The low fields of `together` bytes belong to neighbouring columns, their next fields to the columns after those.
     together = {BlockType.Q6_K: 64, BlockType.IQ4_XS: 16}.get(type, 32)
     q = _turns(blocks["low"], together, low).reshape(*blocks.shape, PARTS, QUANT_BLOCK)
     for bits in high:
@@ -151,10 +154,10 @@ def _turns(stored: U8, together: int, bits: int) -> U8:
 
 
 def small_scales(type: BlockType, blocks: npt.NDArray[np.void]) -> U8:
-    """Small scales of each part of canonical blocks as they lie in tiles: uint8 [..., 8, 0, 1 or 2].
+    """Return the small scales of each part of canonical blocks as tiles store them: uint8 [..., 8, 0, 1 or 2].
 
-    They are a scale and a minimum, two scales (int8), one (int8), or of Q2_K two bytes of a scale and a minimum each;
-    for IQ2 and IQ3 see `grid_blocks.scales_of`.
+    A part has a scale and a minimum, or two scales (int8), or one (int8). A part of Q2_K has two bytes with a scale and
+    a minimum each. For IQ2 and IQ3 see `grid_blocks.scales_of`.
     """
     if type in grid_blocks.GRIDS:
         return grid_blocks.scales_of(type, blocks)
@@ -179,13 +182,13 @@ def small_scales(type: BlockType, blocks: npt.NDArray[np.void]) -> U8:
 
 
 def block_scale(type: BlockType, blocks: npt.NDArray[np.void]) -> F32:
-    """The factor of all small scales of a block, of canonical or packed blocks."""
+    """Return the factor of the small scales of each block, which may be canonical or packed."""
     d: F32 = blocks["d"].astype(np.float32)
     return d * np.float32(grid_blocks.GRIDS[type].unit) if type in grid_blocks.GRIDS else d
 
 
 def decode_super(type: BlockType, blocks: npt.NDArray[np.void]) -> F32:
-    """Values f32 [..., 256] of canonical blocks: the products are exact, so that a value is rounded once."""
+    """Decode canonical blocks to f32 [..., 256]; the products are exact, so each value is rounded once."""
     q, scale, minimum = meaning(type, words_of(type, blocks), small_scales(type, blocks))
     halves = q.reshape(*q.shape[:-1], 2, 16)
     with np.errstate(all="ignore"):
@@ -196,7 +199,7 @@ def decode_super(type: BlockType, blocks: npt.NDArray[np.void]) -> F32:
 
 
 def interleaved_super(type: BlockType, source: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
-    """Tiles [tile, block] of canonical blocks [tile, block, 16]."""
+    """Interleave canonical blocks [tile, block, 16] as tiles [tile, block]."""
     packed = np.empty(source.shape[:2], PACKED[type])
     for number in {"d", "m"} & set(source.dtype.names or ()):
         packed[number] = source[number]

@@ -1,4 +1,4 @@
-"""Block types of weights and the sizes that follow from a matrix's shape alone."""
+"""Block types of weights, and the sizes that follow from the shape of a matrix."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ SUPER_BLOCK = 256  # values of a K-quant's block: 8 parts of 32 with small scale
 TILE_ROWS = 16  # rows of W that are interleaved: the lanes of a kernel
 # int8 q[32], f32 scale, f32 scale * sum(q), i32 -8, -128 times sum(q), i32 -32 times sum(q[:16]), sum(q[16:])
 ACTIVATION_BLOCK_BYTES = 56
-PAIRED = 32  # columns of a BF16 product's step: lane j of 16 takes the odd and then the even one of its pair
-# Columns of a BF16 product that are summed from zero before they are added to earlier blocks.
+# Columns of a BF16 product's step: each of 16 lanes adds the odd and then the even column of its pair.
+PAIRED = 32
+# Columns of a BF16 product whose sum begins at zero before it is added to the sum of earlier columns.
 BF16_BLOCK = 256
-# Bytes of a block of BF12 (core/coded.h): its head, and 32 columns of 16 rows.
+# Bytes of the head of a BF12 block, and of 32 columns of its 16 rows (core/coded.h).
 CODED_HEAD, CODED_STEP = (
     48,
     768,
 )
 MISFIT = "too many values are far from the others for BF12"
 ROW_GROUP = 4  # rows of activations that are interleaved
-MIXED_ROWS = 512  # of all experts at once, unless one expert has more: bounds their activations' memory
+# Rows of all experts in one call, unless one expert has more: bounds the memory of their activations.
+MIXED_ROWS = 512
 KV_BLOCK = 32  # tokens of one block of the KV cache
 
 
 class BlockType(IntEnum):
-    """How the elements of a matrix are stored; the layouts are ggml's, but for FP8, NVFP4 and NF4 (`scaled_blocks`)."""
+    """How the elements of a matrix are stored. The layouts are ggml's, except FP8, NVFP4 and NF4 (`scaled_blocks`)."""
 
     F32 = 0
     F16 = 1
@@ -71,22 +73,22 @@ class BlockType(IntEnum):
 
     @property
     def scaled(self) -> bool:
-        """True for types of codes that stand for floats, whose blocks have a scale in float32."""
+        """True for types whose blocks have a float32 scale and codes that stand for floats."""
         return TRAITS[self].kind == "scaled"
 
     @property
     def k_quant(self) -> bool:
-        """True for types whose rows are whole blocks of 256."""
+        """True for types with blocks of 256 values; a row must consist of whole blocks."""
         return TRAITS[self].kind == "super"
 
     @property
     def coded(self) -> bool:
-        """True for types that are packed with fewer bits than they have in files, and lose none."""
+        """True for types that are compressed without loss when they are packed."""
         return TRAITS[self].kind == "coded"
 
     @property
     def multiplied_as(self) -> BlockType:
-        """The type whose products it has, bit for bit."""
+        """The type whose products are the same, bit for bit."""
         return BlockType.BF16 if self.coded else self
 
     @property
@@ -101,7 +103,7 @@ class BlockType(IntEnum):
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of one block in the kernel-ready form, in which scales of 6 bits are bytes."""
+        """Bytes of one block in packed form, in which scales of 6 bits take a byte."""
         return TRAITS[self].packed
 
     def row_bytes(self, k: int) -> int:
@@ -110,12 +112,12 @@ class BlockType(IntEnum):
 
 
 class Traits(NamedTuple):
-    """What follows from a block type; the compiled kernels have the same table, MK_BLOCK_TYPES in core/kernels.h."""
+    """Properties of a block type; the compiled kernels have the same table, MK_BLOCK_TYPES in core/kernels.h."""
 
     kind: Literal["float", "plain", "super", "coded", "scaled"]  # how it is packed and multiplied
-    values: int  # of a block
-    bytes: int  # of a block in ggml's form
-    packed: int  # of a block in a tile; of coded rows `coded_nbytes` has them
+    values: int  # values in a block
+    bytes: int  # bytes of a block in ggml's form
+    packed: int  # bytes of a block in a tile; see `coded_nbytes` for coded types
 
 
 TRAITS = {
@@ -148,7 +150,7 @@ TRAITS = {
 
 
 class Misfit(ValueError):
-    """Rows that a coded type cannot hold: they stay what they are."""
+    """A coded type cannot hold these rows; the caller keeps their type."""
 
 
 class Activation(IntEnum):
@@ -182,7 +184,7 @@ class Norm:
 
 
 def packed_nbytes(type: BlockType, n: int, k: int, bounds: Bounds) -> int:
-    """Bytes of W [n, k] in kernel-ready form, with column panels `bounds` (bounds[0] = 0, bounds[-1] = k)."""
+    """Bytes of W [n, k] in packed form, with column panels `bounds` (bounds[0] = 0, bounds[-1] = k)."""
     type = BlockType(type)
     edges = check_bounds(bounds, k, type.block)
     if type.coded:
@@ -194,17 +196,17 @@ def packed_nbytes(type: BlockType, n: int, k: int, bounds: Bounds) -> int:
 
 
 def coded_nbytes(k: int) -> int:
-    """Bytes of k columns of a tile of BF12: blocks of 256, each a head and steps of 32 columns of 16 rows."""
+    """Bytes of k columns of a BF12 tile: blocks of 256 columns, each with a head and steps of 32 columns of 16 rows."""
     return -(-k // BF16_BLOCK) * CODED_HEAD + -(-k // PAIRED) * CODED_STEP
 
 
 def strided_nbytes(type: BlockType, n: int, k: int, row_bytes: int) -> int:
-    """Bytes from the first of n rows of k floats to the end of the last one, if they lie so far apart."""
+    """Bytes from the first of n rows of k floats to the end of the last one, at a distance of `row_bytes`."""
     return (n - 1) * row_bytes + type.row_bytes(k) if n else 0
 
 
 def delta_floats(heads: int, dk: int, dv: int) -> int:
-    """Floats of the states of so many heads: [dk, dv] each, in pieces of 16 columns."""
+    """Floats of the states of `heads` heads: [dk, dv] each, in pieces of 16 columns."""
     return heads * -(-dv // TILE_ROWS) * TILE_ROWS * dk
 
 
@@ -214,14 +216,14 @@ def activation_nbytes(k: int, bounds: Bounds) -> int:
     return _activation_nbytes(k, edges.shape, edges.tobytes())
 
 
-@functools.lru_cache(maxsize=256)  # called before every product of a step, for the same few matrices
+@functools.lru_cache(maxsize=256)  # it is called before every product, for the same few shapes
 def _activation_nbytes(k: int, shape: tuple[int, ...], data: bytes) -> int:
     edges = check_bounds(np.frombuffer(data, np.int64).reshape(shape), k, 1)
     return int((-(-np.diff(edges) // QUANT_BLOCK)).sum()) * ACTIVATION_BLOCK_BYTES
 
 
 def check_bounds(bounds: Bounds, k: int, block: int) -> npt.NDArray[np.int64]:
-    """Return panel bounds as an array [panels + 1] after checking them; ValueError says what is wrong."""
+    """Check panel bounds and return them as an array [panels + 1]; raises ValueError."""
     edges = np.asarray(bounds, dtype=np.int64)
     panels = edges.size - 1
     if edges.ndim != 1 or panels < 1 or panels & (panels - 1) or panels > 64:
@@ -238,7 +240,7 @@ def check_bounds(bounds: Bounds, k: int, block: int) -> npt.NDArray[np.int64]:
 
 
 def check_whole(k: int) -> None:
-    """ValueError if rows of k values are not whole blocks of K-quants."""
+    """Raise ValueError unless rows of k values consist of whole blocks of 256."""
     if k % SUPER_BLOCK:
         raise ValueError(f"the columns of a K-quant matrix must be a multiple of {SUPER_BLOCK}, not {k}")
 
@@ -246,12 +248,12 @@ def check_whole(k: int) -> None:
 def kv_pools(
     kv_type: BlockType, blocks: int, heads: int, head_dim: int, value_dim: int = 0
 ) -> tuple[tuple[tuple[int, ...], type], tuple[tuple[int, ...], type]]:
-    """Shapes and element types of the pools of keys and of values, of so many KV blocks of `KV_BLOCK` tokens.
+    """Return shape and element type of the pool of keys and of the pool of values, for `blocks` KV blocks.
 
-    A head's keys have `head_dim` dimensions, its values `value_dim`, or with 0 as many. F32 and F16 (seen as uint16):
-    keys [block, head, dim, token] and values [block, head, token, dim]. Q8_0: bytes [block, head, 34 * dim], of which
-    the first are F16 scales [dim / 32, token], the others integers in that order. ValueError if the cache cannot be of
-    this type.
+    A block has `KV_BLOCK` tokens. A head's keys have `head_dim` dimensions, its values `value_dim` (0: `head_dim`).
+    F32 and F16 (as uint16): keys [block, head, dim, token] and values [block, head, token, dim]. Q8_0: bytes
+    [block, head, 34 * dim]; F16 scales [dim / 32, token] come first, then the integers in the order of F32. Raises
+    ValueError if a cache cannot have this type or these dimensions.
     """
     value_dim = value_dim or head_dim
     if kv_type not in (BlockType.F32, BlockType.F16, BlockType.Q8_0):

@@ -1,8 +1,7 @@
 """Parts of layers as sequences of single kernels; in the compiled module each of these classes is one call.
 
-Shapes: x [m, d], contiguous rows; a matrix is anything with `type, data, n, k, bounds` as `matmul` takes them,
-or with `parts` that are such matrices: with all of its columns, one under the other, or with all of its rows and
-one or several of its column panels each, side by side.
+Shapes: x [m, d] has contiguous rows. A matrix has the attributes `type, data, n, k, bounds` that `matmul` takes, or
+`parts`, which are such matrices: groups of its rows, one under the other, or groups of its column panels, side by side.
 """
 
 from __future__ import annotations

@@ -15,15 +15,15 @@ Pool = npt.NDArray[Any]
 
 
 class Attention(Fused):
-    """out [m, d] = o(attention(rope(q), rope(k), v)) of x [m, d]; the rows' keys and values are stored first.
+    """out [m, d] = o(attention(rope(q), rope(k), v)) of x [m, d]; the keys and values of the rows are stored first.
 
-    `norm` normalises x. `biases` of q, k and v may be None each. `qk_norms` normalise q and k before rope, or after it
-    with `normed_after_rope`, and `v_norm` v: every head by itself if the norm is as wide as a head, else whole rows.
-    rope rotates `rotary` dimensions of each head: all with None, none with 0, where cos and sin are ignored. A head has
-    hd dimensions of q and k, and `value_dim` (0: hd) of v.
-    `sinks`, `softcap`, `chunked`, `tuning` and `bidirectional` are described at `reference.attention`. What the heads
-    make is multiplied by the sigmoid of gate(x) + gate_bias, if there is a `gate` [heads * value_dim, d]. out has
-    neither o's bias nor x added (`Residual`).
+    `norm` normalises x. Each of the `biases` of q, k and v may be None. `qk_norms` normalise q and k before RoPE, or
+    after it with `normed_after_rope`; `v_norm` normalises v. These norms apply to each head if they are as wide as a
+    head, else to whole rows. RoPE rotates `rotary` dimensions of each head: None means all; 0 means none, and cos and
+    sin are ignored. A head has hd dimensions of q and k, and `value_dim` (0: hd) of v.
+    `reference.attention` describes `sinks`, `softcap`, `chunked`, `tuning` and `bidirectional`. With a `gate`
+    [heads * value_dim, d] the heads' output is multiplied by sigmoid(gate(x) + gate_bias). `Residual` adds o's bias and
+    x afterwards.
     """
 
     def __init__(self, q: Packed, k: Packed, v: Packed, o: Packed, kv_of_head: I32, kvh: int, hd: int, scale: float, *,
@@ -61,7 +61,7 @@ class Attention(Fused):
     def attend(self, q: F32, k: F32, v: F32, cos: F32 | None, sin: F32 | None, kv_type: BlockType, kpool: Pool,
                vpool: Pool, block: I32, offset: I32, pos: I32, table: I32, table_start: I32, out: F32,
                threads: int = 1) -> None:  # fmt: skip
-        """Attend with q [m, heads * hd], k and v that the caller computed; q and k are rotated in place."""
+        """Compute attention from the caller's q [m, heads * hd], k and v; rotates q and k in place."""
         if self._gate is not None:
             raise ValueError("attention with a gate begins with its rows x, of which the gate is made")
         if self._normed_after_rope:
@@ -98,13 +98,13 @@ class Attention(Fused):
 class LatentAttention(Fused):
     """Multi-head latent attention (DeepSeek V2, arXiv 2405.04434, section 2.1), of x [m, d] to out [m, d].
 
-    kv_a(x) is a latent, which `kv_norm` normalises, and a key that all heads share, which is rotated; both together are
-    stored as the key of one KV head, whose value is the latent. q(x), or with a low rank q(q_norm(q_a(x))), has for
-    each head a part that meets the latent and a part that is rotated. Head i's matrix k_b[i] [latent, part] takes the
-    first part into the space of latents, and v_b[i] [value, latent] takes what attention makes there to the head's
-    value: latents are never expanded to keys and values of heads. out is the product of o with these values.
+    kv_a(x) yields a latent, which `kv_norm` normalises, and a key part that all heads share, which is rotated. Both
+    together are stored as the key of one KV head; its value is the latent. q(x), or q(q_norm(q_a(x))) with low rank,
+    has two parts for each head: one for the latent, one that is rotated. k_b[i] [latent, part] maps the first part of
+    head i to latent space, and v_b[i] [value, latent] maps the output of attention to the head's value, so latents are
+    never expanded to the heads' keys and values. o maps these values to out.
 
-    `norm` is that of x, `biases` those of q_a and kv_a (each may be None). out has neither o's bias nor x added.
+    `norm` normalises x. Each of the `biases` of q_a and kv_a may be None. `Residual` adds o's bias and x afterwards.
     """
 
     def __init__(self, q: Packed, kv_a: Packed, k_b: Sequence[Packed], v_b: Sequence[Packed], o: Packed,
@@ -120,7 +120,7 @@ class LatentAttention(Fused):
 
     def __call__(self, x: F32, cos: F32, sin: F32, kv_type: BlockType, kpool: Pool, vpool: object, block: I32,
                  offset: I32, pos: I32, table: I32, table_start: I32, out: F32, threads: int = 1) -> None:  # fmt: skip
-        """vpool is not used: values are a part of the keys."""
+        """`vpool` is ignored: the values are a part of the keys."""
         ops, m, heads, latent, nope = self.ops, len(x), len(self._k_b), self._latent, self._nope
         rows = self._norm(x, self._norm_before, threads)
         low = rows
@@ -151,7 +151,7 @@ class LatentAttention(Fused):
         self._multiply(made.reshape(m, -1), self._o, out, threads)
 
     def _rotate(self, x: F32, cos: F32, sin: F32, threads: int) -> None:
-        """RoPE of x [m, heads, rotary], a view, in place."""
+        """Apply RoPE in place to x [m, heads, rotary], which is a view."""
         turned = np.ascontiguousarray(x).reshape(len(x), -1)
         self.ops.rope(turned, cos, sin, x.shape[1], x.shape[2], threads, x.shape[2], self._interleaved)
         x[:] = turned.reshape(x.shape)

@@ -40,9 +40,10 @@ class _MlpMatrices(Fused):
 
 
 class Mlp(Fused):
-    """out = down(f(gate(x)) * up(x)) of x [m, d], or without a gate down(f(up(x))): [m, d], or panels [P, m, d].
+    """out = down(f(gate(x)) * up(x)) of x [m, d], or down(f(up(x))) without a gate.
 
-    `norm` is that of x, `biases` are those of gate and up (each may be missing), f is the `activation`.
+    out is [m, d], or the panel sums [P, m, d] with fold=False. `norm` normalises x, each of the `biases` of gate and
+    up may be None, and f is the `activation`.
     """
 
     def __init__(self, gate: Packed | None, up: Packed, down: Packed, *, activation: Activation = Activation.SILU,
@@ -57,7 +58,7 @@ class Mlp(Fused):
 
 
 class Expert:
-    """The matrices of one of the `Experts`, and their biases; `down_bias` only where the first column panel is."""
+    """The matrices of one of the `Experts` and their biases; only the shard with panel 0 has `down_bias`."""
 
     def __init__(self, gate: Packed | None, up: Packed, down: Packed, *,
                  biases: tuple[F32 | None, F32 | None] | None = None,
@@ -66,11 +67,11 @@ class Expert:
 
 
 class Experts(Fused):
-    """Add the outputs of experts for rows of h [m, k], C-contiguous, times weights, to column panels [P, m, d].
+    """Add the weighted outputs of experts for rows of h [m, k], C-contiguous, to panel sums [P, m, d].
 
-    Rows `at[starts[i]:starts[i + 1]]`, at least one, go to expert i, and weights likewise. Experts are added in their
-    order, the bias of an expert's down before its product. Panels are folded after the last expert, by the caller: so
-    the sums are the same for any number of shards.
+    Expert i computes the rows `at[starts[i]:starts[i + 1]]`, at least one, with the weights at the same places. Outputs
+    are added in the order of the experts, the bias of an expert's down before its product. The caller folds the panels
+    after the last expert, so that the sums do not depend on the number of shards.
     """
 
     def __init__(self, experts: Sequence[Expert], *, activation: Activation = Activation.SILU, limit: float = 0.0,

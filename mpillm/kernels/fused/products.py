@@ -1,4 +1,4 @@
-"""The base of all parts of layers: products of rows with matrices, and norms."""
+"""The base class of all parts of layers: products of rows with matrices, and norms."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mpillm.kernels.types import F32, U8, BlockType, Bounds, Norm, activation_nb
 
 
 class Packed(Protocol):
-    """A matrix [n, k] with its column panels: packed, or rows of floats `row_bytes` apart."""
+    """A matrix [n, k] with its column panels: packed, or rows of floats at a distance of `row_bytes`."""
 
     @property
     def type(self) -> BlockType: ...
@@ -44,7 +44,7 @@ class Fused:
     def _biased(
         self, x: F32, matrices: Sequence[Packed], biases: Sequence[F32 | None], threads: int
     ) -> list[F32]:
-        """The products of x [m, k] with each matrix, plus its bias if it has one."""
+        """Multiply x [m, k] with each matrix and add its bias, if it has one."""
         made = [self._times(x, matrix, threads) for matrix in matrices]
         for rows, bias in zip(made, biases, strict=True):
             if bias is not None:
@@ -96,7 +96,7 @@ class Fused:
 
 
 class Products(Fused):
-    """Products of the same rows x [m, k], C-contiguous, with several matrices: outs[i] [m, n] = x @ matrix i .T."""
+    """Products of rows x [m, k], C-contiguous, with several matrices: outs[i] [m, n] = x @ matrices[i].T."""
 
     def __init__(self, *matrices: Packed) -> None:
         self._matrices = matrices

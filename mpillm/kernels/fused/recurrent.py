@@ -26,11 +26,11 @@ def _convolve(ops: Any, parts: list[F32], convs: Sequence[F32], biases: Sequence
 class GatedDeltaNet(Fused):
     """out [m, d] = o(norm(delta rule(q, k, v)) * silu(gate)) of x [m, d], which `norm` normalises first.
 
-    q, k and v pass a convolution of a few taps with SiLU: `convs` are the three, [taps, channels]. q and k are then
-    divided by their lengths (`eps` is added to the squares), q by sqrt(dk) too. A head's state decays by
-    e^(rates * softplus(alpha(x) + dt_bias)), and sigmoid(beta(x)) says how much of it is written over. `out_norm`, dv
-    wide, normalises each head. `states` f32 [slot, floats] begin with the last rows before the convolutions, q's, k's
-    and v's, each [taps - 1, channels]; then come the heads' states (`reference.delta_rule`).
+    The three convolutions `convs` [taps, channels], followed by SiLU, are applied to q, k and v. q and k are divided by
+    their L2 norms (`eps` is added to the sums of squares), and q by sqrt(dk) too. A head's state decays by
+    e^(rates * softplus(alpha(x) + dt_bias)), and its update is weighted by sigmoid(beta(x)). `out_norm`, dv wide,
+    normalises each head. `states` f32 [slot, floats] begin with the last inputs of the convolutions of q, k and v, each
+    [taps - 1, channels]; the heads' states follow (`reference.delta_rule`).
     """
 
     def __init__(self, q: Packed, k: Packed, v: Packed, gate: Packed, beta: Packed, alpha: Packed, o: Packed,
@@ -63,13 +63,13 @@ class GatedDeltaNet(Fused):
 class Mamba2(Fused):
     """out [m, d] = o(norm(scan(c, b, x) * silu(gate_scale * gate))) of rows [m, d], which `norm` normalises first.
 
-    The products gate, x, b and c may have `input_biases`. x, b and c pass a convolution of a few taps with SiLU:
-    `convs` are the three, [taps, channels], with `biases`. A head's step is softplus(dt_scale * dt + dt_bias) within
-    low .. high, its state decays by e^(rates * step), and skip * x is added to what is read
-    (`reference.selective_scan`). `out_norms` are those of equal groups of columns, if there are any; without
-    `gate_first` they come before the gate. `states` f32 [slot, floats] begin with the last rows before the
-    convolutions, x's, b's and c's, each [taps - 1, channels]; then come the heads' states. (Dao and Gu, Transformers
-    are SSMs, 2024.)
+    `input_biases` are added to the products gate, x, b and c. The three convolutions `convs` [taps, channels] with
+    `biases`, followed by SiLU, are applied to x, b and c. A head's step is softplus(dt_scale * dt + dt_bias), limited
+    to low .. high; its state decays by e^(rates * step), and skip * x is added to its output
+    (`reference.selective_scan`).
+    `out_norms`, if any, normalise equal groups of columns, after the gate if `gate_first`, else before it. `states` f32
+    [slot, floats] begin with the last inputs of the convolutions of x, b and c, each [taps - 1, channels]; the heads'
+    states follow. (Dao and Gu, Transformers are SSMs, 2024.)
     """
 
     def __init__(self, gate: Packed, x: Packed, b: Packed, c: Packed, dt: Packed, o: Packed,
@@ -110,8 +110,8 @@ class Mamba2(Fused):
 class GatedConvolution(Fused):
     """out [m, d] = o(c(x) * conv(b(x) * v(x))) of rows x [m, d], which `norm` normalises first.
 
-    `w` [taps, channels] is a causal convolution of each channel. `states` f32 [slot, floats] have the last rows before
-    it, [taps - 1, channels]. `biases` are those of b, c and v (each may be None). (The short convolutions of LFM2.)
+    `w` [taps, channels] is a causal convolution of each channel, as in LFM2. `states` f32 [slot, floats] have its last
+    inputs, [taps - 1, channels]. Each of the `biases` of b, c and v may be None.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What is added to the hidden states, and whole layers."""
+"""The addition to the hidden states, and whole layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mpillm.kernels.fused.mlp import Mlp
 from mpillm.kernels.fused.products import Fused
 from mpillm.kernels.types import F32, I32, BlockType, Norm
 
-# Of a step's rows: cos, sin, block, offset, pos, table, table_start.
+# The arguments of a step's rows: cos, sin, block, offset, pos, table, table_start.
 Where = tuple[F32, F32, I32, I32, I32, I32, I32]
 
 
@@ -29,14 +29,14 @@ class Residual(Fused):
 
 
 class LayerStack:
-    """Whole layers, whose keys and values lie in these pools: x [m, d] goes through attention and MLP of each.
+    """Several layers: computes attention and MLP of each on x [m, d], in place; `pools` hold their keys and values.
 
-    Layers may differ in their rope or in the KV blocks that they use: layer i uses rows[places[i]], or rows[0] if
-    `places` is None. `between`, if there is one, is called before each layer, for work that must go on meanwhile (the
-    compiled kernels take several layers of few rows as one parallel region, and call it before each region).
-    `reduce`, if there is one, begins to replace this shard's part [m, d] of what attention or the MLP makes by the sum
-    over all shards, and returns what is called before the sum is needed. `lanes` are the first rows of groups of rows,
-    and the number of all: while the sums of a lane are under way the next one is computed.
+    Layers may differ in their RoPE or in the KV blocks that they use: layer i uses rows[places[i]], or rows[0] if
+    `places` is None. `between` is called before each layer, so that the caller can make progress with other work (the
+    compiled kernels compute several layers of few rows in one parallel region, and call it before each region).
+    `reduce(part, lane)` starts the sum of this shard's part [m, d] over all shards, in place, and returns a function
+    that waits for it. `lanes` [lanes + 1] are the first rows of the lanes, and m: while the sums of one lane are under
+    way the next lane is computed.
     """
 
     def __init__(self, layers: Sequence[tuple[Attention, Residual, Mlp, Residual]], kv_type: BlockType,
@@ -56,7 +56,7 @@ class LayerStack:
         part = np.empty_like(x)
         reduce = reduce or (lambda part, lane: lambda: None)
         slices = [slice(*ends) for ends in pairwise([0, len(x)] if lanes is None else lanes)]
-        ends: list[Callable[[], object]] = []  # of the sums that are under way, a lane's each
+        ends: list[Callable[[], object]] = []  # each waits for the sum of one lane
         before: Residual | None = None
         for (attention, after_attention, mlp, after_mlp), (kpool, vpool), place in self._layers:
             if between is not None:
@@ -81,7 +81,7 @@ class LayerStack:
 
 
 def _of_lane(where: Where, own: slice) -> Where:
-    """Where some of the rows are; all have one table."""
+    """Return the arguments of the rows `own`; the table is shared by all rows."""
     cos, sin, block, offset, pos, table, start = where
     if cos is not None:
         cos, sin = cos[own], sin[own]

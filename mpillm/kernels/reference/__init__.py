@@ -1,9 +1,9 @@
-"""The kernels in NumPy: same names, arguments and orders of summation as the compiled module.
+"""The kernels in NumPy, with the names, arguments and orders of summation of the compiled module.
 
-They serve where nothing could be compiled, and tests compare the compiled ones with them.  Differences: products of
-unquantised types and attention round after the multiplication (no fma), and fma elsewhere may round ties twice; so
-results agree with the compiled ones within about k * 6e-8 of the sum of magnitudes, and exactly for integers.
-`threads` is accepted and not used.
+They are used if the compiled module is missing, and tests compare the compiled kernels with them.  In products of
+unquantised types and in attention they round after the multiplication (no fma), and elsewhere their fma may round
+twice.  So results differ from the compiled ones by up to about k * 6e-8 of the sum of magnitudes; integers are equal.
+`threads` is ignored.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ __all__ = [
 
 
 def first_touch(memory: U8, threads: int = 1) -> None:
-    """Write to each page of new memory, in turn by each thread; its values are then undefined.
+    """Write to each page of new memory, the threads in turn; the contents are undefined afterwards.
 
-    Memory is allocated on the NUMA node of the thread that touches it first. NumPy has no threads of its own, so here
-    nothing is done.
+    The kernel places a page on the NUMA node of the thread that touches it first. The twin has no threads and does
+    nothing.
     """

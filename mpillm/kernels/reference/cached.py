@@ -1,4 +1,4 @@
-"""The KV cache and attention over it; see `reference` for what the twins promise."""
+"""The KV cache and attention over it; see `reference` for how results compare with the compiled kernels."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ Pool = npt.NDArray[Any]
 
 def kv_store(kv_type: BlockType, k: F32, v: F32 | None, block: I32, offset: I32, kpool: Pool, vpool: Pool | None,
              kvh: int, hd: int, value_dim: int = 0) -> None:  # fmt: skip
-    """Put k [m, kvh * hd] and v [m, kvh * value_dim] at (block[i], offset[i]) of the pools (see `types.kv_pools`).
+    """Store row i of k [m, kvh * hd] and v [m, kvh * value_dim] at (block[i], offset[i]) of `types.kv_pools`.
 
-    v and vpool may be None where values are a part of the keys (see `attention`).
+    v and vpool are None if the values are a part of the keys (see `attention`).
     """
     value_dim = value_dim or hd
     require_rows("k", k, width=kvh * hd, dtype=np.float32)
@@ -70,8 +70,11 @@ def kv_store(kv_type: BlockType, k: F32, v: F32 | None, block: I32, offset: I32,
 
 
 def _q8_parts(pool: Pool, hd: int, is_keys: bool) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
-    """Views of a Q8_0 pool: integers, [block, head, dim, token] of keys and [.., token, dim] of values, and scales
-    [block, head, dim / 32, token]."""
+    """Return views of a Q8_0 pool: integers and scales.
+
+    Integers are [block, head, dim, token] for keys and [block, head, token, dim] for values; scales are
+    [block, head, dim / 32, token].
+    """
     heads = pool.shape[:2]
     q = pool[..., 2 * hd :].view(np.int8).reshape(*heads, *((hd, KV_BLOCK) if is_keys else (KV_BLOCK, hd)))
     scales = pool[..., : 2 * hd].view(np.float16).reshape(*heads, hd // QUANT_BLOCK, KV_BLOCK)
@@ -79,7 +82,7 @@ def _q8_parts(pool: Pool, hd: int, is_keys: bool) -> tuple[npt.NDArray[np.int8],
 
 
 def _kv_floats(kv_type: BlockType, pool: Pool, used: I32, hd: int, is_keys: bool) -> F32:
-    """Blocks of a pool as f32 [block, head, dim, token], of values [.., token, dim]."""
+    """Return the blocks `used` of a pool as f32: keys [block, head, dim, token], values [block, head, token, dim]."""
     if kv_type != BlockType.Q8_0:
         found: F32 = pool.view(np.float32 if kv_type == BlockType.F32 else np.float16)[used].astype(
             np.float32
@@ -99,13 +102,13 @@ def attention(kv_type: BlockType, q: F32, out: F32, kpool: Pool, vpool: Pool | N
               bidirectional: bool = False) -> None:  # fmt: skip
     """Row i attends to the last `window` (0: all) positions up to pos[i] of the sequence at table[table_start[i]].
 
-    q [m, heads * hd], out [m, heads * value_dim] (0: hd). `sinks` [heads]: a logit that takes part in the softmax's
-    denominator, and has no value (gpt-oss). `softcap` > 0: scores s become softcap * tanh(s / softcap) (Gemma 2).
-    `chunked`: a row attends to the positions of its own chunk of `window` ones (Llama 4). `tuning` (beta, length,
-    offset): scores at position p are multiplied by 1 + beta ln(1 + floor((p + offset) / length)) (Llama 4).
-    `bidirectional`: a row attends to as many positions after its own as before it, up to the last row of its sequence,
-    whose rows are neighbours.
-    Without vpool a head's values are the first value_dim dimensions of its keys (the latents of DeepSeek V2).
+    q is [m, heads * hd], out is [m, heads * value_dim] (0: hd). `sinks` [heads] are logits that are added to the
+    softmax's denominator and have no value (gpt-oss). `softcap` > 0 replaces scores s by softcap * tanh(s / softcap)
+    (Gemma 2). With `chunked` a row attends to its own chunk of `window` positions (Llama 4). `tuning` (beta, length,
+    offset) multiplies scores at position p by 1 + beta ln(1 + floor((p + offset) / length)) (Llama 4). With
+    `bidirectional` a row attends to as many positions after its own as before it, up to the last row of its sequence,
+    whose rows must be neighbours. If vpool is None, a head's values are the first value_dim dimensions of its keys (the
+    latents of DeepSeek V2).
     """
     heads, value_dim = len(kv_of_head), value_dim or hd
     require_rows("q", q, width=heads * hd, dtype=np.float32)
@@ -154,7 +157,7 @@ def attention(kv_type: BlockType, q: F32, out: F32, kpool: Pool, vpool: Pool | N
 
 
 def _tuned(tuning: tuple[float, int, int] | None, position: int) -> float:
-    """The factor of scores at a position by `tuning`, a float32 value."""
+    """Return the factor by which `tuning` multiplies the scores at a position, rounded to float32."""
     if tuning is None:
         return 1.0
     beta, length, offset = tuning
@@ -162,7 +165,7 @@ def _tuned(tuning: tuple[float, int, int] | None, position: int) -> float:
 
 
 def _attend(q: F32, keys: F32, values: F32, sink: np.float32, cap: np.float32) -> F32:
-    """One head of one row: q [hd], scaled, keys [hd, t], values [t, value_dim]."""
+    """Compute one head of one row, from q [hd], already scaled, keys [hd, t] and values [t, value_dim]."""
     with np.errstate(all="ignore"):
         scores = np.add.reduce(q[:, None] * keys, axis=0)[None]
         if cap:

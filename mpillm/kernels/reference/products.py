@@ -1,4 +1,4 @@
-"""Storing weights and activations, and their products; see `reference` for what the twins promise."""
+"""Packing of weights, quantisation, and products; see `reference` for how results compare with the compiled kernels."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from mpillm.kernels.types import (
     strided_nbytes,
 )
 
-LANES = 2**18  # floats that are summed at a time
+LANES = 2**18  # floats of a temporary array, at most about
 
 
 def pack(
@@ -46,11 +46,11 @@ def pack(
     whole: int | None = None,
     head: int = 0,
 ) -> None:
-    """Pack canonical rows uint8 [n, row bytes] for the kernels: rows from `first` on of a matrix of `whole` rows.
+    """Pack canonical rows uint8 [n, row bytes], which are the rows from `first` on of a matrix of `whole` rows.
 
-    Rows of floats keep their form, and the columns of a panel are put together; rows of other types are interleaved by
-    16. `stored` is the type of the input if it differs: floats, which are quantised. With `head` > 0 the input has the
-    order in which llama.cpp stores q and k: row (head, half, j) of heads of `head` rows is at (head, j, half).
+    Each column panel is contiguous in `out`. Rows of floats keep their form; rows of other types are interleaved by 16.
+    `stored` is the type of the input if it differs from `type`: floats, which are quantised. With `head` > 0 the input
+    has llama.cpp's order of the rows of q and k: row (head, half, j), of heads of `head` rows, is at (head, j, half).
     """
     type, stored = BlockType(type), BlockType(type if stored is None else stored)
     edges = check_bounds(bounds, k, type.block)
@@ -82,7 +82,7 @@ def pack(
 
 
 def quantize(type: BlockType, x: F32, out: U8, threads: int = 1) -> None:
-    """x f32 [n, k] to canonical Q8_0 or Q4_0 rows, rounded as ggml's reference does."""
+    """Quantise x f32 [n, k] to canonical Q8_0 or Q4_0 rows, with the rounding of ggml's reference."""
     type = BlockType(type)
     if type not in (BlockType.Q8_0, BlockType.Q4_0):
         raise ValueError(f"quantize makes Q8_0 or Q4_0, not {type.name}")
@@ -104,7 +104,7 @@ def quantize(type: BlockType, x: F32, out: U8, threads: int = 1) -> None:
 
 
 def dequantize(type: BlockType, canonical: U8, k: int, out: F32, threads: int = 1) -> None:
-    """Canonical rows of any type to f32 [n, k]."""
+    """Dequantise canonical rows of any type to f32 [n, k]."""
     type = BlockType(type)
     require_rows("canonical", canonical, width=type.row_bytes(k))
     require_rows("out", out, rows=len(canonical), width=k, dtype=np.float32)
@@ -114,7 +114,7 @@ def dequantize(type: BlockType, canonical: U8, k: int, out: F32, threads: int = 
 
 
 def quantize_rows(x: F32, bounds: Bounds, out: U8, threads: int = 1) -> None:
-    """Activations x f32 [m, k] to the blocks that `matmul` takes for quantised weights."""
+    """Quantise activations x f32 [m, k] to the blocks that `matmul` takes with quantised weights."""
     require_rows("x", x, dtype=np.float32)
     require("out", out, (len(x), activation_nbytes(x.shape[1], bounds)), np.uint8)
     out[:] = blocks.quantise_rows(x, bounds)
@@ -122,9 +122,9 @@ def quantize_rows(x: F32, bounds: Bounds, out: U8, threads: int = 1) -> None:
 
 def matmul(type: BlockType, w: U8, n: int, k: int, bounds: Bounds, x: npt.NDArray[np.generic], out: F32,
            threads: int = 1, fold: bool = True, row_bytes: int = 0) -> None:  # fmt: skip
-    """out [m, n] = x [m, k] @ W[n, k].T; with fold=False out [P, m, n] gets the panels' sums.
+    """out [m, n] = x [m, k] @ W[n, k].T; with fold=False, out [P, m, n] are the sums of the column panels.
 
-    `row_bytes` is the distance between rows of floats in w, as in a file; 0 means that w is packed.
+    `row_bytes` > 0 is the distance between the rows of floats in w, as in a file; 0 means that w is packed.
     """
     type = BlockType(type)
     edges = require_weights(type, w, n, k, bounds, row_bytes)
@@ -183,7 +183,7 @@ def _unquantised_panels(
 
 
 def _decoded(w: U8, n: int, edges: npt.NDArray[np.int64]) -> U8:
-    """BF12's panels as those of BF16."""
+    """Decode BF12 panels to BF16 panels."""
     panels, start = [], 0
     for width in np.diff(edges).tolist():
         nbytes = packed_nbytes(BlockType.BF12, n, width, [0, width])
@@ -193,7 +193,7 @@ def _decoded(w: U8, n: int, edges: npt.NDArray[np.int64]) -> U8:
 
 
 def _quantised(type: BlockType, panel: U8, tiles: int, count: int, act: npt.NDArray[Any]) -> F32:
-    """Panel sums [m, tiles * 16]: the integer dot products through float32 BLAS, exact in any order below 2**24."""
+    """Return panel sums [m, tiles * 16]. Integer dot products use float32 BLAS, which is exact below 2**24."""
     w = panel.view(blocks.PACKED[type]).reshape(tiles, count)
     # [block, row, byte]
     q = w["q"].transpose(1, 0, 3, 2, 4).reshape(count, tiles * TILE_ROWS, w["q"].shape[2] * 4)
@@ -216,7 +216,7 @@ def _quantised(type: BlockType, panel: U8, tiles: int, count: int, act: npt.NDAr
 
 
 def _k_quants(type: BlockType, panel: U8, tiles: int, count: int, act: npt.NDArray[Any]) -> F32:
-    """Like `_quantised`, in parts of 32 columns, whose halves may have scales of their own."""
+    """Return panel sums as `_quantised` does, in parts of 32 columns, whose halves may have different scales."""
     w = panel.view(blocks.PACKED[type]).reshape(tiles, count)
     acc = np.zeros((len(act), tiles * TILE_ROWS), np.float32)
     with np.errstate(all="ignore"):
@@ -244,7 +244,7 @@ def _k_quants(type: BlockType, panel: U8, tiles: int, count: int, act: npt.NDArr
 
 
 def _scaled(type: BlockType, panel: U8, count: int, x: F32) -> F32:
-    """Panel sums [m, n]: 16 lanes, which begin anew for each block, whose sums its scale multiplies."""
+    """Return panel sums [m, n]: each block is summed from zero in 16 lanes, then multiplied by its scale."""
     shape = -(-count // type.block), type.block // TILE_ROWS, TILE_ROWS
     w = np.ascontiguousarray(panel).view(blocks.CANONICAL[type])
     values = scaled_blocks.numbers(type, w).reshape(len(w), *shape)
@@ -262,16 +262,16 @@ def _scaled(type: BlockType, panel: U8, count: int, x: F32) -> F32:
 
 
 def _unquantised(type: BlockType, panel: U8, count: int, x: F32) -> F32:
-    """Panel sums [m, n]: 16 lanes; with BF16 they begin anew for each block, whose sums go to 8 lanes."""
+    """Return panel sums [m, n] in 16 lanes; for BF16 each block is summed from zero, and added to 8 lanes."""
     paired = type == BlockType.BF16
     step = PAIRED if paired else TILE_ROWS
     steps = -(-count // step)
     w, rows = np.zeros((len(panel), steps * step), np.float32), np.zeros((len(x), steps * step), np.float32)
     w[:, :count], rows[:, :count] = blocks.decode(type, panel, count), x
-    if paired:  # denormals count as zeros
+    if paired:  # the processor's BF16 products treat denormals as zeros
         for a in (w, rows):
             a[np.abs(a) < np.finfo(np.float32).tiny] = 0
-    # [step, half of a pair, row, lane]; lane j has column j, or columns 2 j + 1 and 2 j
+    # [step, half of a pair, row, lane]; lane j sums column j, or columns 2 j + 1 and 2 j
     w, rows = (
         np.ascontiguousarray(
             a.reshape(len(a), steps, TILE_ROWS, step // TILE_ROWS)[..., ::-1].transpose(1, 3, 0, 2)
@@ -279,7 +279,7 @@ def _unquantised(type: BlockType, panel: U8, count: int, x: F32) -> F32:
         for a in (w, rows)
     )
     sums = np.empty((len(x), len(panel)), np.float32)
-    # Rows of x at a time: their lanes should stay in a cache.
+    # A few rows of x at a time, so that their lanes fit into a cache.
     few = max(LANES // (len(panel) * TILE_ROWS + 1), 1)
     with np.errstate(all="ignore"):
         for first in range(0, len(x), few):

@@ -1,6 +1,6 @@
-"""The kernels of token mixers with a state for each sequence, in NumPy; see `reference` for what the twins promise.
+"""The kernels of token mixers with a state for each sequence; see `reference` for how results compare.
 
-Rows first_rows[s] : first_rows[s + 1] of a step are those of sequence s, whose state is row slots[s] of the states.
+Rows first_rows[s] : first_rows[s + 1] of a step belong to sequence s, whose state is row slots[s] of the states.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from mpillm.kernels import lanes
 from mpillm.kernels.checks import require, require_rows, require_sequences, require_vector
 from mpillm.kernels.types import F32, I32, TILE_ROWS, delta_floats
 
-CHAINS = 4  # of sums over key dimensions: dimension j is added to chain j % CHAINS
+CHAINS = 4  # partial sums over key dimensions: dimension j is added to sum j % CHAINS
 _SERIES = tuple(np.float32(1 / n) for n in (13, 11, 9, 7, 5, 3))
 
 
 def softplus(x: F32) -> F32:
-    """ln(1 + e^x) = max(x, 0) + 2 artanh(u / (2 + u)) with u = e^-|x|, by the series of artanh."""
+    """Return ln(1 + e^x) = max(x, 0) + 2 artanh(u / (2 + u)) with u = e^-|x|, by the series of artanh."""
     with np.errstate(all="ignore"):
         u = lanes.exp(-np.abs(x))
         s = u / (u + np.float32(2))
@@ -35,7 +35,7 @@ def softplus(x: F32) -> F32:
 
 def decays(x: F32, rates: F32, bias: F32, threads: int = 1, steps: F32 | None = None, scale: float = 1.0,
            low: float = 0.0, high: float = np.inf) -> None:  # fmt: skip
-    """steps [m, d] = softplus(scale * x + bias) within low .. high, and x = e^(rates * steps) in place."""
+    """steps [m, d] = softplus(scale * x + bias), limited to low .. high; x [m, d] = e^(rates * steps), in place."""
     require("x", x, x.shape, np.float32)
     require_vector("rates", rates, x.shape[1])
     require_vector("bias", bias, x.shape[1])
@@ -50,10 +50,10 @@ def decays(x: F32, rates: F32, bias: F32, threads: int = 1, steps: F32 | None = 
 
 def short_conv(x: F32, w: F32, bias: F32 | None, tails: F32, first_rows: I32, slots: I32, out: F32, silu: bool,
                threads: int = 1) -> None:  # fmt: skip
-    """out [m, channels]: a causal convolution of each channel of x with w [taps, channels], then SiLU if `silu`.
+    """out [m, channels] = causal convolution of each channel of x with w [taps, channels], then SiLU if `silu`.
 
-    The last tap is the row's own. `tails` [slot, >= (taps - 1) * channels] has the rows before a sequence's first one
-    in this step, and then those before its next step.
+    The last tap belongs to the row itself. `tails` [slot, >= (taps - 1) * channels] has the rows that precede a
+    sequence's first row of this step; it is replaced by those that precede its next step.
     """
     taps, channels = w.shape
     require_rows("x", x, width=channels, dtype=np.float32)
@@ -80,8 +80,8 @@ def delta_rule(q: F32, k: F32, v: F32, decay: F32, beta: F32, states: F32, first
                key_of_head: I32, dk: int, dv: int, out: F32, threads: int = 1) -> None:  # fmt: skip
     """For each row and head: S *= decay; S += k (beta * (v - k S)); out [m, heads * dv] = q S.
 
-    q, k [m, keys * dk], of which a head has number key_of_head[head]; v [m, heads * dv]; decay, beta [m, heads];
-    `states` [slot, >= delta_floats(heads, dk, dv)], which begin with the heads' states, each in pieces of 16 columns.
+    q, k [m, keys * dk], of which a head uses number key_of_head[head]; v [m, heads * dv]; decay, beta [m, heads];
+    `states` [slot, >= delta_floats(heads, dk, dv)] begin with the heads' states, each in pieces of 16 columns.
     (Yang, Kautz and Hatamizadeh, Gated Delta Networks, 2024, equation 10.)
     """
     m, keys, heads = len(q), q.shape[1] // dk, len(key_of_head)
@@ -112,7 +112,7 @@ def selective_scan(c: F32, b: F32, x: F32, decay: F32, step: F32, skip: F32, sta
                    group_of_head: I32, dk: int, dv: int, out: F32, threads: int = 1) -> None:  # fmt: skip
     """For each row and head: S = decay S + b (step * x); out [m, heads * dv] = c S + skip * x.
 
-    c, b [m, groups * dk], of which a head has number group_of_head[head]; x [m, heads * dv]; decay, step [m, heads];
+    c, b [m, groups * dk], of which a head uses number group_of_head[head]; x [m, heads * dv]; decay, step [m, heads];
     skip [heads]; `states` as in `delta_rule`. (Dao and Gu, Transformers are SSMs, 2024, section 2 and appendix B.)
     """
     m, groups, heads = len(c), c.shape[1] // dk, len(group_of_head)
@@ -142,7 +142,7 @@ def selective_scan(c: F32, b: F32, x: F32, decay: F32, step: F32, skip: F32, sta
 
 @contextmanager
 def _state(stored: F32, heads: int, dk: int, dv: int) -> Iterator[F32]:
-    """A slot's heads' states as [heads, dk, dv], which are stored at the end."""
+    """Yield the states of a slot's heads as [heads, dk, dv], and store them when the block ends."""
     pieces = -(-dv // TILE_ROWS)
     lying = stored[: delta_floats(heads, dk, dv)].reshape(heads, pieces, dk, TILE_ROWS)
     state = lying.transpose(0, 2, 1, 3).reshape(heads, dk, pieces * TILE_ROWS)[..., :dv].copy()
@@ -153,7 +153,7 @@ def _state(stored: F32, heads: int, dk: int, dv: int) -> Iterator[F32]:
 
 
 def _product(x: F32, state: F32) -> F32:
-    """x [heads, dk] times state [heads, dk, dv]: [heads, dv], the sums over dk in chains."""
+    """Return x [heads, dk] times state [heads, dk, dv], [heads, dv], summed over dk in `CHAINS` partial sums."""
     terms = x[:, :, None] * state
     sums = [np.add.reduce(terms[:, chain::CHAINS], axis=1) for chain in range(CHAINS)]
     total: F32 = (sums[0] + sums[1]) + (sums[2] + sums[3])
@@ -161,7 +161,7 @@ def _product(x: F32, state: F32) -> F32:
 
 
 def _sequences(first_rows: I32, slots: I32, m: int) -> Iterator[tuple[slice, int]]:
-    """The rows and the slot of each sequence."""
+    """Yield the rows and the slot of each sequence."""
     for first, end, slot in zip(first_rows, [*first_rows[1:], m], slots, strict=True):
         yield slice(int(first), int(end)), int(slot)
 

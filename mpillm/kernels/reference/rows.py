@@ -1,4 +1,4 @@
-"""Operations on rows: sums, norms, activations, and those of sampling; see `reference` for what the twins promise."""
+"""Operations on rows: sums, norms, activations, sampling; see `reference` for how results compare."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mpillm.kernels.types import (
 
 
 def fold(parts: F32, out: F32, threads: int = 1) -> None:
-    """out [m, d] = the tree sum ((p0 + p1) + (p2 + p3)) ... of parts [P, m, d], P a power of two."""
+    """out [m, d] = ((p0 + p1) + (p2 + p3)) + ... of parts [P, m, d], where P is a power of two."""
     count = len(parts)
     if parts.ndim != 3 or count < 1 or count & (count - 1) or count > 64:
         raise ValueError(f"parts must be [P, m, d] with P a power of two up to 64, not {parts.shape}")
@@ -43,8 +43,8 @@ def square_sums(x: F32, out: F32, threads: int = 1) -> None:
 def rms_norm(x: F32, w: F32 | None, eps: float, out: F32, threads: int = 1, groups: int = 1) -> None:
     """out = w * x / sqrt(mean(x^2) + eps) of each row; x and out f32 [m, d], w f32 [d] or None for all ones.
 
-    The squares of each of `groups` equal parts of a row are summed apart, and the sums added in order: shards that have
-    some of the parts each can exchange `square_sums`.
+    The squares of each of `groups` equal parts of a row are summed separately, and these sums are added in order, so
+    that shards that hold some of the parts can exchange `square_sums`.
     """
     require_rows("x", x, dtype=np.float32)
     require_vector("w", w, x.shape[1])
@@ -165,7 +165,10 @@ def softmax(x: F32, threads: int = 1) -> None:
 
 
 def top_k(x: F32, k: int, values: F32, ids: I32, threads: int = 1) -> None:
-    """The k largest of each row of x [m, n], descending, lower id first among equals; beyond n: -inf and -1."""
+    """values, ids [m, k]: the k largest of each row of x [m, n], descending; of equals the lower id comes first.
+
+    If k > n, the rest are -inf and -1.
+    """
     require_rows("x", x, dtype=np.float32)
     require("values", values, (len(x), k), np.float32)
     require("ids", ids, (len(x), k), np.int32)
