@@ -1,1 +1,1 @@
-"""The engine: which sequences run in a step, what a step says to all ranks, and how tokens are drawn."""
+"""The engine: it schedules sequences, sends each step to all ranks, and draws tokens from their replies."""

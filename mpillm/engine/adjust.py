@@ -1,4 +1,4 @@
-"""What a request adds to the model's logits before a token is drawn, from its settings and what it has generated."""
+"""Logit adjustments: biases, bans and penalties that a request applies before a token is drawn."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from mpillm.engine.step import NO_SHIFTS, Shifts
 
 
 def shifts(request: Request, tokens: Sequence[int]) -> Shifts:
-    """The ids whose logits are shifted for the token behind `tokens`, prompt and answer, ascending, and by how much.
+    """Return the ids, ascending, whose logits are shifted for the token after `tokens`, and the shifts.
 
-    Before the repetition penalty: `logit_bias`, and FORBIDDEN for what `min_tokens` and `bad_words` exclude. After it:
-    the presence and frequency penalties of OpenAI, which count generated tokens alone.
+    `tokens` are prompt and answer. `logit_bias` and bans (`FORBIDDEN`, for `min_tokens` and `bad_words`) apply before
+    the repetition penalty; OpenAI's presence and frequency penalties, which count generated tokens only, after it.
     """
     if not request.shifts_logits:
         return NO_SHIFTS
@@ -45,7 +45,7 @@ def _values(table: dict[int, float], ids: list[int]) -> NDArray[np.float32]:
 
 
 def bits(ids: frozenset[int], vocab: int) -> NDArray[np.int32]:
-    """A mask of a vocabulary, as `Chunk.allowed` has it, in which just these ids are allowed."""
+    """Return a mask of the vocabulary, in the form of `Chunk.allowed`, that allows only these ids."""
     allowed = np.zeros(-(-vocab // 32) * 32, np.uint8)
     allowed[list(ids)] = 1
     return np.packbits(allowed, bitorder="little").view(np.int32)

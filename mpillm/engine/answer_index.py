@@ -1,7 +1,8 @@
-"""An index of finished answers: what followed where a text stood in one of them.
+"""An index of finished answers: it finds which tokens followed an earlier occurrence of the last tokens.
 
-The places of equal runs of `RUN` tokens form a chain, the last one first, which begins in a table by the run's hash (as
-in the compressor of RFC 1951, section 4). So the memory is bounded, and a look costs the same however much is indexed.
+A hash table gives the last place of each run of `RUN` tokens, and the places of equal runs are linked from the last to
+the first (as in the compressor of RFC 1951, section 4). Memory is bounded, and the cost of a lookup does not grow with
+the number of indexed answers.
 """
 
 from __future__ import annotations
@@ -12,28 +13,28 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-LONGEST = 15  # tokens of a draft
-COMPARED = 32  # tokens before it that are compared
-LONG = 5  # from so many on, what followed is much likelier to follow again
-RUN = 3  # tokens that must have stood there
-TRIED = 8  # places of a run that are compared, the last ones
-KEPT = 1 << 16  # tokens of answers at most; the oldest half goes when they are more
-NBYTES = 3 * 4 * KEPT  # of an index
-END = -1  # behind each answer
+LONGEST = 15  # tokens of a draft, at most
+COMPARED = 32  # tokens before a draft that are compared, at most
+LONG = 5  # matches of at least so many tokens are much likelier to be right
+RUN = 3  # the shortest match, in tokens
+TRIED = 8  # places of a run that are compared, the last ones first
+KEPT = 1 << 16  # indexed tokens, at most; when the index is full, the oldest half is dropped
+NBYTES = 3 * 4 * KEPT  # bytes of an index
+END = -1  # marks the end of each answer
 
 # The factor of a multiplicative hash: 2^32 divided by the golden ratio (Knuth, volume 3, section 6.4).
 _FACTOR = 0x9E3779B1
 
 
 class Guess(NamedTuple):
-    """What may follow a text."""
+    """Tokens that may follow a text."""
 
     tokens: list[int]
-    matched: int  # tokens that stood before them there, and end the text here
+    matched: int  # the length of the match: tokens before them that are also the last ones of the text
 
     @property
     def is_long(self) -> bool:
-        """Whether many tokens stood there."""
+        """Whether the match is a long one."""
         return self.matched >= LONG
 
 
@@ -41,17 +42,17 @@ NO_GUESS = Guess([], 0)
 
 
 class AnswerIndex:
-    """The last finished answers, `kept` tokens at most (a power of two)."""
+    """The last finished answers, at most `kept` tokens (a power of two)."""
 
     def __init__(self, kept: int = KEPT) -> None:
-        # The token at each place, and the earlier place in its chain.
+        # The token at each place, and the previous place of the same run.
         self._tokens, self._earlier = np.empty((2, kept), np.int32)
-        self._last = np.full(kept, -1, np.int32)  # the first place of each chain, by hash
+        self._last = np.full(kept, -1, np.int32)  # the last place of each run, by hash
         self._bits = kept.bit_length() - 1
         self._count = 0
 
     def add(self, tokens: Sequence[int], start: int) -> None:
-        """Index an answer: `tokens` from `start` on, behind what stands before."""
+        """Index the answer `tokens[start:]`, with the last tokens of its prompt."""
         kept = len(self._tokens)
         own = np.array([*tokens[max(start - RUN, 0) :][: kept // 2 - 1], END], np.int32)
         if self._count + len(own) > kept:
@@ -62,7 +63,7 @@ class AnswerIndex:
         self._append(own)
 
     def guess(self, tokens: Sequence[int]) -> Guess:
-        """What may follow `tokens`: what followed the longest text with which they end, and of several the last one."""
+        """Return the tokens that followed the longest match of the end of `tokens`; of equal ones, the last match."""
         if not self._count or len(tokens) < RUN:
             return NO_GUESS
         tail = np.array(tokens[: -COMPARED - 1 : -1], np.int32)  # the last token first
@@ -100,7 +101,7 @@ class AnswerIndex:
         self._last[hashes] = np.arange(begin, end, dtype=np.int32)
 
     def _hash(self, run: Sequence[int]) -> int:
-        """Compute the hash that `_append` stores."""
+        """Return the hash under which `_append` stores a run."""
         found = 0
         for token in run:
             found = (found + token) * _FACTOR & 0xFFFFFFFF

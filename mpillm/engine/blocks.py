@@ -1,9 +1,9 @@
-"""Which KV block is whose and what it holds; full blocks are found again by their content.
+"""Reference counts and contents of KV blocks; full blocks are found again by their content.
 
-A full block's key is a hash chain: of its own tokens and of the key of the block before it, so it stands for all
-tokens up to the block's end, what positions those are, the sequence's adapter, and whether it is long (LongRoPE). Keys
-and values of a token depend on nothing else but on the group of layers that they belong to. Only full blocks are ever
-shared, and nobody writes into a full block, so none needs to be copied.
+The key of a full block is a hash of its tokens and of the key of the block before it. So it identifies all tokens up to
+the end of the block with their positions, the adapter of the sequence, and whether it is long (LongRoPE). Together with
+the group of layers, these determine the keys and values in the block. Only full blocks are shared, and full blocks are
+not written to, so no block is ever copied.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from heapq import heappop, heappush
 
 
 def first_key(adapter: int, long: bool = False) -> bytes:
-    """What stands before the first block: the number of the sequence's adapter, if any, and whether it is long."""
+    """Return the key before the first block: it stands for the adapter's number and whether the sequence is long."""
     return (array("i", [adapter]).tobytes() if adapter else b"") + (b"long" if long else b"")
 
 
 def content_key(before: bytes, tokens: Sequence[int]) -> bytes:
-    """The key, 16 bytes, of a full block with `tokens`; `before` is the key of the block before it, or `first_key`."""
+    """Return the key (16 bytes) of a full block with `tokens`; `before` is the previous block's key, or `first_key`."""
     return hashlib.blake2b(before + array("i", tokens).tobytes(), digest_size=16).digest()
 
 
-NO_SLOT = -1  # of a sequence without states
+NO_SLOT = -1  # the slot of a sequence without states
 
 Content = tuple[int, bytes]  # a group of layers, and a content key
 
 
 class BlockPool:
-    """The numbers of all KV blocks, the same ones on every rank.
+    """The KV blocks by number; the numbers are the same on every rank.
 
-    A released block keeps its content while others are free: empty blocks are acquired first, the lowest of them, and
-    then the one that has been idle for longest. Only then those that do not fit into memory are.
+    A released block keeps its content until it is reused. Blocks are acquired in this order: empty blocks by number,
+    then the block that has been idle for longest, and at last the empty blocks beyond `in_memory`.
     """
 
     def __init__(self, n_blocks: int, in_memory: int | None = None) -> None:
@@ -55,7 +55,7 @@ class BlockPool:
         return len(self._users) - self.free
 
     def acquire(self) -> int:
-        """A free block for a new content."""
+        """Take a free block for new content."""
         if self._empty and (self._empty[0] < self._in_memory or not self._idle):
             block = heappop(self._empty)
         else:
@@ -72,7 +72,7 @@ class BlockPool:
         return content in self._by_content
 
     def share(self, content: Content) -> int | None:
-        """The block with this content, which the caller then uses too; None if there is none."""
+        """Add a user to the block with this content and return it; None if there is none."""
         block = self._by_content.get(content)
         if block is not None:
             self._idle.pop(block, None)
@@ -80,13 +80,13 @@ class BlockPool:
         return block
 
     def name(self, block: int, content: Content) -> None:
-        """Let a block be found by its content, unless another one with the same content is."""
+        """Register the content of a block, unless another block is registered with the same content."""
         if self._contents[block] is None and content not in self._by_content:
             self._contents[block] = content
             self._by_content[content] = block
 
     def release(self, blocks: Iterable[int]) -> None:
-        """One user less for each of a sequence's blocks, in its order; its last ones will be the first to be reused."""
+        """Remove a user from each of these blocks, in the sequence's order; its last blocks are reused first."""
         for block in reversed(list(blocks)):
             self._users[block] -= 1
             if not self._users[block]:
@@ -97,7 +97,7 @@ class BlockPool:
 
 
 class BlockTable:
-    """A sequence's blocks in one group of layers, in the order of positions: numbers `first` to `end` are kept."""
+    """A sequence's blocks in one group of layers, in the order of its tokens; those from `first` to `end` are kept."""
 
     def __init__(self) -> None:
         self.first = 0
@@ -105,11 +105,11 @@ class BlockTable:
 
     @property
     def end(self) -> int:
-        """The number behind the last block."""
+        """One more than the index of the last block."""
         return self.first + len(self.blocks)
 
     def drop(self, first: int) -> list[int]:
-        """Keep blocks from number `first` on; returns those before it."""
+        """Remove the blocks before index `first`, and return them."""
         dropped = self.blocks[: first - self.first] if first > self.first else []
         del self.blocks[: len(dropped)]
         self.first = max(first, self.first)

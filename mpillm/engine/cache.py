@@ -1,4 +1,4 @@
-"""Which blocks and slots of the cache each sequence has: they are allocated, shared by content, and released here."""
+"""Allocates, shares and releases the blocks and slots that sequences hold in the cache."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from mpillm.model.cache_layout import blocks_for, first_kept, window_blocks
 
 
 class CacheAllocator:
-    """Allocates a sequence's blocks, one in each group of layers at a time, and its slot if the model has states.
+    """Allocates a sequence's blocks, in all groups of layers at once, and its slot if the model has states.
 
-    Followers compute a step's layers one after the other, in the order of the steps. So a block may be shared as soon
-    as a step that computes it has been sent, and reused as soon as the last step that reads it has been; a sequence
-    that would compute the same in the very same step waits. A prefix can be shared up to the end of any full block, if
-    all blocks that the next token attends to are still there: those of the last `window` tokens in groups with a
-    window, and all others in the other groups. In groups with a window, blocks behind the window are released.
+    Followers compute steps in the order in which they were sent. So a block may be shared as soon as the step that
+    computes it has been sent, and reused as soon as the last step that reads it has been sent. A sequence that would
+    compute the same block in the same step waits. A prefix can be shared up to the end of a full block if all blocks
+    are there to which the next token attends: those of the last `window` tokens in groups with a window, and all blocks
+    in the other groups. In groups with a window, blocks that have left the window are released.
 
-    If the model has states, a prefix is shared only where states were saved too (`SavedStates`): a chunk ends where
-    they are to be saved.
+    If the model has states, a prefix is shared only where its states were saved too (`SavedStates`); a chunk ends
+    where states are to be saved.
     """
 
     def __init__(self, limits: Limits, totals: Totals) -> None:
@@ -33,41 +33,41 @@ class CacheAllocator:
         self._saved = SavedStates(limits.n_slots, limits.n_saved)
         self._full = [group for group, window in enumerate(limits.windows) if not window]
         self._windowed = [(group, window) for group, window in enumerate(limits.windows) if window]
-        self._coming: set[bytes] = set()  # keys of the blocks that the step that is being made fills
+        self._coming: set[bytes] = set()  # keys of the blocks that are filled by the step being scheduled
 
     @property
     def used(self) -> int:
-        """Blocks that sequences hold now."""
+        """The number of blocks that sequences hold."""
         return self._pool.used
 
     @property
     def free(self) -> int:
-        """Blocks that can be allocated."""
+        """The number of blocks that can be allocated."""
         return self._pool.free
 
     @property
     def free_in_memory(self) -> int:
-        """Blocks that can be allocated in each group of layers without sending any layer to disk."""
+        """The number of blocks that can be allocated in each group of layers before layers are spilled to disk."""
         in_memory = self._limits.blocks_in_memory - self._pool.used
         return min(self._pool.free, in_memory) // len(self._limits.windows)
 
     def begin_step(self) -> None:
-        """The next step is being made: what the last one computes can be shared from now on."""
+        """Begin to schedule the next step: blocks that the previous step computes can now be shared."""
         self._coming.clear()
         self._saved.begin_step()
 
     def missing(self, sequence: Sequence) -> int:
-        """How many blocks a sequence still needs for the tokens it has."""
+        """Return how many more blocks a sequence needs for its tokens."""
         total, missing = blocks_for(len(sequence.tokens)), 0
         for table, window in zip(sequence.tables, self._limits.windows, strict=True):
             needed = total - table.first
-            if window:  # at once: what is attended to, and a step's tokens
+            if window:  # at a time it needs the blocks of its window and of the tokens of a step
                 needed = min(needed, window_blocks(window) + blocks_for(self._limits.max_tokens))
             missing += max(needed - len(table.blocks), 0)
         return missing
 
     def growing(self, sequence: Sequence) -> int:
-        """The groups in which a sequence may come to need one more block than for the tokens it has."""
+        """Return the number of groups in which a sequence may need a block beyond those of its present tokens."""
         if sequence.request.max_length <= blocks_for(len(sequence.tokens)) * KV_BLOCK:
             return 0
         return sum(
@@ -76,13 +76,13 @@ class CacheAllocator:
         )
 
     def assign_slot(self, sequence: Sequence) -> None:
-        """Give a sequence that is admitted a slot for its states, if the model has any."""
+        """Give an admitted sequence a slot for its states, if the model has states."""
         if self._limits.n_slots:
             sequence.slot = heappop(self._free_slots)
             sequence.save_at = self._saved.place_to_save(sequence) if self._shares else 0
 
     def allocate(self, sequence: Sequence, count: int) -> int:
-        """Allocate blocks for `count` more tokens, or for as many as possible; returns for how many."""
+        """Allocate blocks for up to `count` more tokens; return for how many there was room."""
         if not sequence.tables:
             return count
         end = sequence.tables[0].end
@@ -93,13 +93,13 @@ class CacheAllocator:
         return min(count, end * KV_BLOCK - sequence.computed)
 
     def share(self, sequence: Sequence) -> bool:
-        """Let a sequence skip blocks that another one has computed.
+        """Let a sequence use blocks that another sequence has computed.
 
-        Returns whether it should wait, because the step that is being made computes more of them.
+        Return True if it should wait, because the step being scheduled computes more of its blocks.
         """
         if not self._shares or sequence.computed % KV_BLOCK:
             return False
-        # The last token is computed in any case, for the token after it.
+        # The last token is always computed: its logits are needed.
         end = len(sequence.tokens) - 1
         if sequence.request.needs_all_rows:
             end = min(end, sequence.passed_over)
@@ -128,15 +128,15 @@ class CacheAllocator:
         return shared < last and sequence.block_key(shared) in self._coming
 
     def can_save(self, sequence: Sequence) -> bool:
-        """Whether the sequence's chunk should end at its `save_at`, because its states there are worth a slot."""
+        """Whether the sequence's chunk should end at `save_at`, to save its states there."""
         return self._saved.can_save(sequence)
 
     def compute(self, sequence: Sequence, count: int, saves: bool) -> None:
-        """The step that is being made computes `count` tokens of a sequence, and `saves` its states behind them."""
-        self._saved.let_go(sequence.loads)  # later steps may drop what this one reads
+        """Note that the step being scheduled computes `count` tokens, and then saves the states if `saves`."""
+        self._saved.let_go(sequence.loads)  # later steps may overwrite the states that this one reads
         if saves:
             sequence.saves = self._saved.save(sequence.block_key(sequence.save_at // KV_BLOCK - 1))
-        # Only tokens that were never computed: after a preemption a sequence may find its own blocks again.
+        # Tokens that are computed for the first time; after a preemption a sequence may find its own blocks again.
         if sequence.computed > sequence.reached:
             self._totals.shared_tokens += sequence.computed - sequence.reached
             sequence.reached = sequence.computed
@@ -144,13 +144,13 @@ class CacheAllocator:
             self._name_blocks(sequence, count)
 
     def drop_behind(self, sequence: Sequence, position: int) -> None:
-        """Release blocks that neither the token at `position` nor any later one attends to."""
+        """Release the blocks to which neither the token at `position` nor a later one attends."""
         for group, window in self._windowed:
             if dropped := sequence.tables[group].drop(first_kept(position, window)):
                 self._pool.release(dropped)
 
     def give_back(self, sequence: Sequence) -> None:
-        """Release the blocks behind what is computed: of drafts that were not accepted, or of another sequence."""
+        """Release the blocks after the computed tokens, which held rejected drafts or another sequence's tokens."""
         end = blocks_for(sequence.computed)
         for table in sequence.tables:
             kept = max(end - table.first, 0)
@@ -158,7 +158,7 @@ class CacheAllocator:
             del table.blocks[kept:]
 
     def inherit(self, heir: Sequence, sequence: Sequence) -> bool:
-        """Let `heir` go on in the blocks of a finished sequence; False if what it attends to is not there."""
+        """Give the blocks of a finished sequence to `heir`; return False if blocks that it attends to are missing."""
         position = heir.passed_over
         if heir.long != sequence.long or any(
             sequence.tables[group].first > first_kept(position, window) for group, window in self._windowed
@@ -169,14 +169,14 @@ class CacheAllocator:
         return True
 
     def release(self, sequence: Sequence) -> None:
-        """Release all that a sequence has in the cache."""
+        """Release a sequence's blocks and its slot."""
         self.release_blocks(sequence)
         if sequence.slot != NO_SLOT:
             heappush(self._free_slots, sequence.slot)
             sequence.slot = NO_SLOT
 
     def release_blocks(self, sequence: Sequence) -> None:
-        """Release a sequence's blocks; it keeps its slot, and will be computed from its first token on."""
+        """Release a sequence's blocks but not its slot; it will be computed again from its first token."""
         for table in sequence.tables:
             self._pool.release(table.blocks)
         sequence.tables = [BlockTable() for _ in self._limits.windows]
@@ -185,14 +185,14 @@ class CacheAllocator:
         sequence.loads = NO_SLOT
 
     def _extend(self, sequence: Sequence, end: int) -> None:
-        """Allocate the blocks up to number `end`, which are free."""
+        """Allocate blocks up to index `end`; the caller knows that enough are free."""
         for table in sequence.tables:
             table.blocks.extend(self._pool.acquire() for _ in range(end - table.end))
 
     def _end_found(self, sequence: Sequence, count: int) -> bool:
-        """Whether a sequence can go on after its first `count` blocks.
+        """Whether a sequence can continue after its first `count` blocks.
 
-        That needs saved states, and in groups with windows the blocks that are attended to.
+        It needs saved states if the model has states, and the blocks of the window in groups with a window.
         """
         if self._limits.n_slots and sequence.block_key(count - 1) not in self._saved:
             return False
@@ -204,12 +204,12 @@ class CacheAllocator:
         )
 
     def _name_blocks(self, sequence: Sequence, count: int) -> None:
-        """Let the blocks that the next `count` tokens fill be found by their keys from the next step on.
+        """Register the blocks that the next `count` tokens fill, so that they are found from the next step on.
 
-        Those that drafts have filled since the last call are among them.
+        Blocks that accepted drafts have filled since the last call are registered too.
         """
         end = sequence.computed + count
-        if sequence.heir is not None:  # which writes into the blocks behind
+        if sequence.heir is not None:  # the heir will write into the blocks after them
             end = min(end, sequence.passed_over)
         for index in range(sequence.named, end // KV_BLOCK):
             key = sequence.block_key(index)

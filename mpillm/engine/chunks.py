@@ -1,4 +1,4 @@
-"""What a sequence has a step compute: a chunk of its tokens, and one for each draft behind them."""
+"""Makes the chunks of a sequence in a step: one of its next tokens, and one for each draft after them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mpillm.model.cache_layout import blocks_for
 
 
 def chunks_of(sequence: Sequence, count: int) -> Iterator[Chunk]:
-    """The chunk of the next `count` tokens of a sequence, and those of its drafts, which follow them."""
+    """Yield the chunk of the next `count` tokens of a sequence, then those of its drafts."""
     request, tokens = sequence.request, sequence.tokens
     start, end = sequence.computed, sequence.computed + count
     last = blocks_for(end + len(sequence.drafts))
@@ -55,7 +55,7 @@ def chunks_of(sequence: Sequence, count: int) -> Iterator[Chunk]:
 
 
 def drawn_from(request: Request, tokens: list[int], allowed: Ints | None) -> dict[str, Any]:
-    """What a chunk has where a token is drawn that follows `tokens`, prompt and answer."""
+    """Return the fields of a chunk after which a token is drawn; `tokens` are prompt and answer up to there."""
     penalised = request.repetition_penalty != 1.0
     return {
         "sample_k": candidates_wanted(request),
@@ -70,7 +70,7 @@ def drawn_from(request: Request, tokens: list[int], allowed: Ints | None) -> dic
 
 
 def _scored(sequence: Sequence, end: int) -> dict[str, Any]:
-    """What a chunk up to `end` has where the prompt is scored; tokens that are computed again were scored before."""
+    """Return the fields of a chunk up to `end` whose prompt is scored; recomputed tokens are not scored again."""
     wanted, prompt = sequence.request.prompt_logprobs, sequence.request.prompt
     if not sequence.passed_over <= sequence.computed < len(prompt) - 1:
         return {}
@@ -78,7 +78,7 @@ def _scored(sequence: Sequence, end: int) -> dict[str, Any]:
 
 
 def _hidden(sequence: Sequence, end: int) -> Hidden:
-    """Which hidden states are wanted of the tokens up to `end`; those that are computed again were pooled before."""
+    """Return which hidden states of the tokens up to `end` are wanted; recomputed tokens are not pooled again."""
     request, start = sequence.request, sequence.computed
     fresh = start >= sequence.passed_over
     if request.pooling == "mean":

@@ -1,7 +1,7 @@
-"""A draft model: a small model with the same tokenizer that says what a large one is likely to draw.
+"""A draft model: a small model with the same tokenizer, whose draws are drafts for the large model.
 
-It draws as the large one does, with the same settings and the same random numbers: where both find the same tokens
-likely, they draw the same ones, at any temperature. It is in memory, and has a KV cache of its own.
+It draws with the settings and random numbers of the large model, so both draw the same token, at any temperature, if
+their distributions are similar. Its weights stay in memory, and it has its own KV cache.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from mpillm.engine.step import Chunk, Step, Table
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.cache_layout import blocks_for
 
-ROWS = 512  # of a step, at most
-KEPT = 0.9  # of the mean of a step's seconds, what a step leaves of the earlier ones
+ROWS = 512  # rows of a step, at most
+KEPT = 0.9  # the weight of earlier steps in the moving average of a step's time
 
 
 @dataclass(eq=False)
 class _Cached:
-    """What the cache has of a sequence: its first `known` tokens, and what was drafted behind them."""
+    """The cache of a sequence: the keys and values of its first `known` tokens, and of drafts after them."""
 
     tables: list[BlockTable]
     known: int = 0
     drafted: list[int] = field(default_factory=list)
-    named: int = 0  # its first blocks that can be found by their content
+    named: int = 0  # the number of first blocks that are registered by their content
 
 
 @dataclass(eq=False)
@@ -47,18 +47,18 @@ class _Drafting:
     cached: _Cached
     maximum: int
     constraint: Constraint | None
-    tokens: list[int]  # known ones, and those that were drafted
+    tokens: list[int]  # known tokens, and drafts after them
     computed: int
     ended: bool = False
 
     @property
     def goes_on(self) -> bool:
-        """Whether another token is wanted."""
+        """Whether another token is to be drafted."""
         return not self.ended and self.count < self.maximum
 
     @property
     def count(self) -> int:
-        """How many tokens were drafted."""
+        """The number of drafted tokens."""
         return len(self.tokens) - len(self.sequence.tokens)
 
 
@@ -74,19 +74,20 @@ class DraftModel:
         n_blocks: int,
         groups: int,
     ) -> None:
-        """`step` computes a step of the model, whose cache has so many groups of layers.
+        """`step` computes a step of the draft model; its cache has `n_blocks` blocks in each of `groups` groups.
 
-        It can read `longest` tokens of a sequence; vocabularies of models that share a tokenizer may be padded unlike.
+        The model reads at most `longest` tokens of a sequence. `vocab` and `large_vocab` are the sizes of both models'
+        vocabularies, which may be padded differently.
         """
         self._large_vocab = large_vocab
-        self.seconds = 0.0  # of a step that draws a token for each of its sequences, of late
+        self.seconds = 0.0  # the mean time of recent steps that drew a token for each of their sequences
         self._step, self._vocab, self._longest, self._groups = step, vocab, longest, groups
         self._pool = BlockPool(n_blocks)
-        self._cached: dict[Sequence, _Cached] = {}  # the longest unused first
+        self._cached: dict[Sequence, _Cached] = {}  # the least recently used first
         self._number = 0
 
     def draft(self, asked: Seq[tuple[Sequence, int]]) -> list[list[int]]:
-        """Up to so many tokens that may follow each of some sequences; none where there is no room."""
+        """Draft up to the asked number of tokens for each sequence; none if the cache has no room for it."""
         by_sequence: dict[Sequence, list[int]] = {sequence: [] for sequence, _ in asked}
         all_drafting = [
             one for sequence, maximum in asked if (one := self._begin(sequence, maximum, by_sequence))
@@ -102,18 +103,18 @@ class DraftModel:
         return list(by_sequence.values())
 
     def forget(self, sequence: Sequence) -> None:
-        """Release what is kept of a sequence, if anything."""
+        """Release the blocks of a sequence, if it has any."""
         if (cached := self._cached.pop(sequence, None)) is not None:
             for table in cached.tables:
                 self._pool.release(table.blocks)
 
     def clear(self) -> None:
-        """Release what is kept of all sequences."""
+        """Release the blocks of all sequences."""
         for sequence in list(self._cached):
             self.forget(sequence)
 
     def _begin(self, sequence: Sequence, maximum: int, others: dict[Sequence, list[int]]) -> _Drafting | None:
-        """None if the model cannot read the sequence, or the cache has no room beside `others`."""
+        """Prepare a sequence; None if it is too long for the model, or the cache has no room beside `others`."""
         tokens, known = sequence.tokens, len(sequence.tokens)
         cached = self._cached.pop(sequence, None)
         if cached is None:
@@ -138,7 +139,7 @@ class DraftModel:
         return _Drafting(sequence, cached, maximum, constraint, list(tokens), min(computed, known - 1))
 
     def _share(self, sequence: Sequence, cached: _Cached) -> None:
-        """Begin behind the blocks that another sequence has computed."""
+        """Use the blocks that another sequence has computed."""
         for index in range((len(sequence.tokens) - 1) // KV_BLOCK):
             key = sequence.block_key(index)
             if not all((group, key) in self._pool for group in range(self._groups)):
@@ -151,7 +152,7 @@ class DraftModel:
             cached.known = cached.named * KV_BLOCK
 
     def _name(self, sequence: Sequence, cached: _Cached) -> None:
-        """Let the full blocks of known tokens be found by their content."""
+        """Register the full blocks of known tokens by their content."""
         for index in range(cached.named, cached.known // KV_BLOCK):
             key = sequence.block_key(index)
             for group, table in enumerate(cached.tables):
@@ -159,7 +160,7 @@ class DraftModel:
             cached.named = index + 1
 
     def _compute(self, drafting: list[_Drafting]) -> None:
-        """A step of so many of the sequences' tokens as it has rows for."""
+        """Compute a step with as many of the sequences' tokens as fit into its rows."""
         budget, chosen, chunks = ROWS, list[_Drafting](), list[Chunk]()
         for one in drafting:
             count = min(len(one.tokens) - one.computed, budget)
@@ -197,7 +198,7 @@ class DraftModel:
         return Chunk(start=one.computed, tokens=tokens, tables=tables, **wanted)
 
     def _take(self, one: _Drafting, found: Candidates) -> None:
-        """Draw a token as the large model's would be drawn; what cannot be decided is taken for the likeliest."""
+        """Draw a token as for the large model; if the candidates do not decide it, take the likeliest."""
         request = one.sequence.request
         u = one.sequence.uniform(one.count) if request.temperature > 0 else 0.0
         if not found.finite:

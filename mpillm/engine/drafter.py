@@ -1,4 +1,4 @@
-"""What is drafted for one sequence: what followed where its last tokens stood before, in its text or in an answer."""
+"""Drafts for one sequence: what followed an earlier occurrence of its last tokens, in its own text or in an answer."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Kind = Literal["prompt lookup", "answers", "model", "grammar"]
 PROMPT_LOOKUP: Kind = "prompt lookup"
 ANSWERS: Kind = "answers"
 MODEL: Kind = "model"  # a draft model
-GRAMMAR: Kind = "grammar"  # what must follow, whatever the model says
+GRAMMAR: Kind = "grammar"  # the constraint allows nothing else
 
-SHORTEST = 2  # tokens that must have stood before
+SHORTEST = 2  # the shortest match, in tokens
 
 
 class Drafted(NamedTuple):
-    """A token that is drafted, and which tokens may be drawn behind it (see `Chunk.allowed`) if that is limited."""
+    """A drafted token, and the mask of the tokens that may be drawn after it (see `Chunk.allowed`), if there is one."""
 
     token: int
     allowed: NDArray[np.int32] | None = None
@@ -30,16 +30,16 @@ class Drafted(NamedTuple):
 
 
 class Lookup:
-    """One sequence's tokens, prompt and answer, as they grow: 4 bytes each."""
+    """Prompt lookup: the tokens of one sequence, prompt and answer, 4 bytes each."""
 
     def __init__(self) -> None:
         self._tokens = array("i")
 
     def guess(self, tokens: Sequence[int]) -> Guess:
-        """What may follow `tokens`, of which those of the last call were the beginning.
+        """Return the tokens that followed the longest match of the end of `tokens`; of equal ones, the last match.
 
-        It followed the longest text with which `tokens` ends, and of several places the last one. A text that repeats
-        itself up to its end is thought to go on so.
+        `tokens` begin with those of the previous call. If the match reaches the end of `tokens`, the text repeats
+        itself, and the guess repeats it further.
         """
         self._tokens.extend(tokens[len(self._tokens) :])
         known = np.frombuffer(self._tokens, np.int32)
@@ -61,9 +61,9 @@ Sort = tuple[Kind, bool]  # a drafter, and whether its match is long
 
 
 class Acceptance:
-    """How probable it is that a drafted token is right, if those before it are: of the last few dozen tokens."""
+    """The probability that a drafted token is right if those before it are, from the last few dozen tokens."""
 
-    # How many tokens the first value counts for, and what remains of earlier values after each token.
+    # The number of tokens that the first value counts for, and the weight of earlier values after each token.
     WEIGHT, KEPT = (
         4.0,
         0.97,
@@ -74,11 +74,11 @@ class Acceptance:
 
     @property
     def value(self) -> float:
-        """Above 0 and below 1."""
+        """The probability, above 0 and below 1."""
         return (self._right + 0.01) / (self._all + 0.02)
 
     def note(self, right: int, wrong: int) -> None:
-        """Count drafted tokens: how many were right, and how many were the first wrong ones."""
+        """Count drafted tokens: `right` ones, and `wrong` ones that were the first wrong ones of their drafts."""
         kept = self.KEPT ** (right + wrong)
         self._right, self._all = self._right * kept + right, self._all * kept + right + wrong
 
@@ -89,19 +89,19 @@ OF_MODEL: Sort = MODEL, False
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A guess of a drafter."""
+    """A guess, and the drafter that made it."""
 
     by: Kind
     guess: Guess = NO_GUESS
 
     @property
     def sort(self) -> Sort:
-        """Whose acceptance it counts for."""
+        """The key of its acceptance."""
         return self.by, self.guess.is_long
 
 
 def first_acceptances() -> Acceptances:
-    """The acceptances that a run begins with."""
+    """Return the acceptances with which a run begins."""
     matches = {
         (kind, is_long): Acceptance(0.8 if is_long else 0.4)
         for kind in (PROMPT_LOOKUP, ANSWERS)
@@ -111,20 +111,17 @@ def first_acceptances() -> Acceptances:
 
 
 class Drafter:
-    """What is drafted for one sequence, and how good that was, apart by drafter and by length of match."""
+    """Drafts for one sequence, and their acceptance for each drafter and for short and long matches."""
 
     def __init__(self, first: Acceptances, answers: AnswerIndex | None = None) -> None:
-        """`first` are those of other sequences; `answers` are what they came to."""
+        """`first` are the acceptances of other sequences; `answers` has their answers."""
         self._acceptance = {sort: Acceptance(other.value) for sort, other in first.items()}
         self._lookup, self._answers = Lookup(), answers
         self._offers: list[Offer] = []
-        self._at = 0  # the number of tokens that they follow
+        self._at = 0  # the number of tokens after which they were guessed
 
     def guess(self, tokens: Sequence[int]) -> tuple[Offer, float]:
-        """What may follow `tokens`, and how probable each token is if those before it are right.
-
-        Of several drafters it is what the best one says.
-        """
+        """Return the best drafter's guess after `tokens`, and how probably a token is right if those before it are."""
         if not self._offers or self._at != len(tokens):
             self._at = len(tokens)
             self._offers = [Offer(PROMPT_LOOKUP, self._lookup.guess(tokens))]
@@ -135,15 +132,15 @@ class Drafter:
 
     @property
     def of_model(self) -> float:
-        """How probable it is that a token of the draft model is right, if those before it are."""
+        """Return the probability that a token of the draft model is right if those before it are."""
         return self._acceptance[OF_MODEL].value
 
     def take(self, drafted: list[int]) -> None:
-        """Prefer what the draft model says to the other guesses of the same step."""
+        """Use the draft model's tokens instead of the other guesses of the same step."""
         self._offers.insert(0, Offer(MODEL, Guess(drafted, 0)))
 
     def judge(self, tokens: Sequence[int], others: Acceptances) -> None:
-        """Note for this sequence and for `others` how much of the last guesses was right, as far as `tokens` tell."""
+        """Compare the last guesses with `tokens`, and update the acceptances of this sequence and `others`."""
         for offer in self._offers:
             guessed = offer.guess.tokens
             seen = tokens[self._at : self._at + len(guessed)]
@@ -157,7 +154,7 @@ class Drafter:
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """The number of tokens with which both begin."""
+    """Return the length of the common prefix."""
     return next(
         (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
     )

@@ -1,4 +1,4 @@
-"""The engine of a replica: its leader makes steps, all ranks compute them, and it draws tokens from their replies."""
+"""The engine of a replica: the leader schedules steps, all ranks compute them, and the leader draws tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from mpillm.engine.turn import Turn
 from mpillm.engine.worker import Worker
 from mpillm.partition.grid import Place
 
-MORE = 8  # the factor by which the number of candidates grows where they did not suffice
+MORE = 8  # the factor by which the number of candidates grows if a draw needs more
 
 
 class Engine:
@@ -44,29 +44,28 @@ class Engine:
         totals: Totals | None = None,
         draft_model: DraftModel | None = None,
     ) -> None:
-        """`totals` are those of the engine that this one replaces, if any."""
+        """`shard_vocab` has the vocabulary rows of each shard of the last stage; `totals` are an earlier engine's."""
         self.totals = totals or Totals()
         self._worker = worker
         self._channel = channel
         self._limits = limits
-        self._shard_vocab = shard_vocab  # rows of the vocabulary on each shard of the last stage
+        self._shard_vocab = shard_vocab
         self._last_stage = _last_stage_ranks(worker.decoder.place)
         self._speculation: Speculation | None = None
         share = worker.decoder.config.expert_share
         if may_draft(limits.speculation, limits.windows, limits.n_slots, share, limits.max_sequences):
             self._speculation = Speculation(limits.speculation, limits.streams, share, draft_model)
-        self._scheduler: Scheduler | None = None  # of the current run, or of the last one
-        self._replies: dict[tuple[int, int], Reply] = {}  # by rank and step: received, not used yet
+        self._scheduler: Scheduler | None = None  # the scheduler of the current or the last run
+        self._replies: dict[tuple[int, int], Reply] = {}  # received and not yet used, by rank and step
 
     def run(
         self, requests: Iterable[Request], more: Callable[[], bool] | None = None
     ) -> Generator[list[FinishedCompletion], None, None]:
-        """Compute requests that `Limits` admits; yield after each step what it finished (mostly nothing).
+        """Compute requests that `Limits` admits; yield after each step the requests that it finished, often none.
 
-        The generator may be closed before its end.
-
-        A server's `requests` is an iterator that may go on after it has ended: `more` is called when nothing is left to
-        do, waits for the next request, and returns False when there will be none.
+        The generator may be closed before its end. A server's `requests` may yield more after it has ended: when
+        nothing is left to compute, `more` is called; it waits for the next request, and returns False if there will be
+        none.
         """
         sequences = NewSequences(requests, self.totals)
         if self._speculation is not None:
@@ -78,7 +77,7 @@ class Engine:
         try:
             while True:
                 if not scheduler.has_work():
-                    # Those that needed no step are not kept until another request comes.
+                    # Requests that needed no step are returned before waiting for another request.
                     if ended := sequences.take_finished():
                         yield [sequence.completion() for sequence in ended]
                         continue
@@ -88,7 +87,7 @@ class Engine:
                     self.totals.peak_blocks = max(self.totals.peak_blocks, scheduler.blocks_in_use)
                     with pace.measured(self._worker):
                         in_flight.append((self._start(chosen), chosen))
-                if not in_flight:  # what had come was withdrawn, or needs no step
+                if not in_flight:  # the new requests were withdrawn, or need no step
                     continue
                 step, chosen = in_flight.popleft()
                 done = self._finish(step, chosen)
@@ -98,18 +97,18 @@ class Engine:
                         self._speculation.ended(sequence)
                 yield [sequence.completion() for sequence in (*sequences.take_finished(), *done)]
         except GeneratorExit:
-            # Nobody wants the rest; the replies to what is under way are taken, so that no rank waits to send them.
+            # Receive the replies that are under way, so that no rank waits to send one.
             for step, _ in in_flight:
                 self._collect(step.number)
             raise
 
     @property
     def unfinished(self) -> list[Sequence]:
-        """Who has been admitted and is not finished."""
+        """The sequences that have been admitted and are not finished."""
         return self._scheduler.unfinished if self._scheduler else []
 
     def withdraw(self, sequences: Iterable[Sequence]) -> None:
-        """Compute these no further; none of them is in flight."""
+        """Stop computing these sequences; none of them may be in flight."""
         assert self._scheduler is not None
         for sequence in sequences:
             self._scheduler.withdraw(sequence)
@@ -117,9 +116,9 @@ class Engine:
                 self._speculation.ended(sequence)
 
     def unsaved(self, at_least: int = 1) -> Iterator[tuple[Request, int, PartialCompletion]]:
-        """What unfinished sequences have generated since the last call, if that is `at_least` tokens.
+        """Yield what unfinished sequences have generated since the last call, if it is at least `at_least` tokens.
 
-        Yields the request, the number of tokens that were yielded before, and what follows them.
+        Yields the request, the number of its tokens that were yielded before, and the tokens after them.
         """
         for sequence in self.unfinished:
             self.totals.count_generated(sequence)  # a signal may have come between a draw and its count
@@ -144,7 +143,7 @@ class Engine:
         return step
 
     def _post(self, message: Step | Fetch) -> None:
-        """Send a message to all ranks, compute this rank's share, and keep its reply if it has one."""
+        """Send a message to all ranks, compute this rank's share, and keep its reply, if it makes one."""
         if self._worker.decoder.place.size > 1:
             self._channel.post(messages.encode(message))
         own = self._worker.compute(message)
@@ -152,7 +151,7 @@ class Engine:
             self._replies[0, own.step] = own
 
     def _collect(self, number: int) -> list[Reply]:
-        """The last stage's replies to step `number`, by shard; replies to later steps may arrive before a fetch's."""
+        """Return the last stage's replies to step `number`, by shard; keep replies to later steps that arrive first."""
         for rank in self._last_stage:
             while (rank, number) not in self._replies:
                 reply = Reply.decode(self._channel.collect(rank), self._worker.decoder.config.hidden)
@@ -160,7 +159,7 @@ class Engine:
         return [self._replies.pop((rank, number)) for rank in self._last_stage]
 
     def _finish(self, step: Step, chosen: list[tuple[Sequence, int]]) -> list[Sequence]:
-        """Take the results of a step; return the sequences that it finished."""
+        """Process the replies to a step; return the sequences that it finished."""
         replies = self._collect(step.number)
         candidates = merge(replies, step.outputs, self._shard_vocab)
         hidden = iter(replies[0].hidden)
@@ -182,7 +181,7 @@ class Engine:
         return finished
 
     def _count(self, turn: Turn) -> None:
-        """Note which tokens of a sequence are in the KV cache: those that were known, and drafts that were right."""
+        """Note which tokens of a sequence are in the KV cache: the known ones, and accepted drafts."""
         sequence, totals = turn.sequence, self.totals
         accepted = turn.accepted
         count = turn.count + accepted
@@ -203,9 +202,9 @@ class Engine:
             self._speculation.judge(sequence)
 
     def _draw(self, step: Step, turns: list[Turn], candidates: list[Candidates]) -> None:
-        """Draw tokens from each sequence's rows, one after the other; `candidates` are those of each output.
+        """Draw tokens from each sequence's rows, one after the other; `candidates` has one element for each output.
 
-        Where a draw needs more candidates than there are, one message fetches more for all such outputs.
+        If draws need more candidates, one message fetches more for all their outputs.
         """
         while turns:
             undecided = {}
@@ -219,9 +218,9 @@ class Engine:
             turns = list(undecided.values())
 
     def _fetch(self, step: Step, known: dict[int, Candidates]) -> dict[int, Candidates]:
-        """Fetch more candidates of some outputs of a step: of those that have the fewest.
+        """Fetch more candidates for those outputs of a step that have the fewest.
 
-        So the number of candidates from which a token is drawn does not depend on the other outputs.
+        So the number of candidates from which a token is drawn does not depend on other outputs.
         """
         if not known:
             return {}
@@ -247,7 +246,7 @@ def _turns(step: Step, chosen: list[tuple[Sequence, int]]) -> Iterator[Turn]:
 
 
 def _pool(sequence: Sequence, states: Iterator[NDArray[np.float32]]) -> None:
-    """Add final hidden states to the sum over the tokens before."""
+    """Add a chunk's final hidden states to the sum over earlier tokens."""
     for state in states:
         exact = state.astype(np.float64)
         sequence.pooled = exact if sequence.pooled is None else sequence.pooled + exact

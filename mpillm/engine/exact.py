@@ -1,8 +1,8 @@
-"""exp and log whose every bit is the same on every machine, for arrays of float64.
+"""exp and log of float64 arrays with the same bits on every machine.
 
-They are made of additions, multiplications, divisions and powers of two, each of which IEEE 754 defines; the C
-library's own differ in the last bit between versions and instruction sets. Formulas and constants are those of
-fdlibm (Sun Microsystems 1993, e_exp.c and e_log.c); errors are below one unit in the last place.
+They use only operations that IEEE 754 defines: additions, multiplications, divisions and powers of two. The C library's
+functions differ in the last bit between versions and instruction sets. Formulas and constants are those of fdlibm
+(Sun Microsystems 1993, e_exp.c and e_log.c); errors are below one unit in the last place.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Doubles = NDArray[np.float64]
 
 _LN2_HIGH, _LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
 _PER_LN2 = 1.44269504088896338700
-_LOWEST = -745.2  # exp of less is 0
+_LOWEST = -745.2  # exp of smaller arguments is 0
 _SQRT_HALF = 0.70710678118654752440
 _EXP = (
     4.13813679705723846039e-08, -1.65339022054652515390e-06, 6.61375632143793436117e-05,
@@ -27,7 +27,7 @@ _LOG = (
 
 
 def _polynomial(x: Doubles, coefficients: tuple[float, ...]) -> Doubles:
-    """x times the polynomial with these coefficients, the highest power's first."""
+    """Return x times the polynomial with these coefficients; that of the highest power comes first."""
     total = x * coefficients[0]
     for coefficient in coefficients[1:]:
         total += coefficient
@@ -36,7 +36,7 @@ def _polynomial(x: Doubles, coefficients: tuple[float, ...]) -> Doubles:
 
 
 def exp(x: Doubles) -> Doubles:
-    """exp(x) of any x that is at most 709, -inf included."""
+    """Return exp(x) for x <= 709, including -inf."""
     x = np.maximum(x, _LOWEST)
     power = np.rint(x * _PER_LN2)
     high, low = x - power * _LN2_HIGH, power * _LN2_LOW
@@ -47,7 +47,7 @@ def exp(x: Doubles) -> Doubles:
 
 
 def log(x: Doubles) -> Doubles:
-    """The natural logarithm of finite x > 0."""
+    """Return the natural logarithm of finite x > 0."""
     fraction, power = np.frexp(x)
     small = fraction < _SQRT_HALF
     f = np.where(small, 2.0 * fraction, fraction) - 1.0

@@ -3,12 +3,16 @@
 All words are little-endian and have 32 bits. A message begins with a header of ten words, `HEADER`: a magic number with
 the kind in its lowest byte, the number of the step, and eight sizes that depend on the kind.
 
-A step is complete in itself: block tables, positions and token ids travel in it, so a follower keeps no state about
-sequences. Its sizes are the numbers of chunks, tokens, table entries, seen ids, groups of layers, shifted ids, masks,
-and words of a mask. After the header come the fields of each chunk (see `_fields`; temperature and penalty are floats),
-and in them for each group the number of the chunk's first block and how many blocks it has; then all tokens, block
-tables (chunk by chunk, and by group in each), seen ids, shifted ids with what is added to their logits before and after
-the penalty (as floats), and masks. Chunks with the same mask share it.
+A step contains block tables, positions and token ids, so followers keep no state about sequences. Its sizes are the
+numbers of chunks, tokens, table entries, seen ids, groups of layers, shifted ids, masks, and words of a mask. After the
+header come
+- the fields of each chunk (`_fields`; temperature and penalty are floats), which end with the index of the first block
+  and the number of blocks in each group;
+- all tokens;
+- the block tables by chunk, and by group within a chunk;
+- the seen ids;
+- the shifted ids, each with the floats that are added to its logit before and after the penalty;
+- the masks. Chunks with the same mask share it.
 """
 
 from __future__ import annotations
@@ -24,12 +28,12 @@ from mpillm.kernels import KV_BLOCK
 
 HEADER = struct.Struct("<10I")
 MAGIC = 0x6D706900  # "mpi" and a byte for the kind
-FIELDS = 18  # of a chunk, and two more for each group
+FIELDS = 18  # words of a chunk, without the two for each group
 NO_MASK = -1
 
 
 class Kind(IntEnum):
-    """What a message asks of the ranks."""
+    """The kind of a message."""
 
     STEP = 0
     FETCH = 1
@@ -40,20 +44,20 @@ class Kind(IntEnum):
 class Fetch:
     """Asks the last stage for more candidates of some outputs of an earlier step."""
 
-    number: int  # the step's
-    outputs: tuple[int, ...]  # indices into its outputs
+    number: int  # the number of the step
+    outputs: tuple[int, ...]  # indices into the step's outputs
     k: int
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Every rank leaves with this exit code."""
+    """Ends the run on every rank with this exit code."""
 
     exit_code: int
 
 
 def encode(message: Step | Fetch | Stop) -> bytes:
-    """The bytes of a message."""
+    """Return the bytes of a message."""
     if isinstance(message, Step):
         return _encode_step(message)
     if isinstance(message, Fetch):
@@ -64,7 +68,7 @@ def encode(message: Step | Fetch | Stop) -> bytes:
 
 
 def decode(data: bytes) -> Step | Fetch | Stop:
-    """The message that `data` holds; ValueError if it holds none."""
+    """Return the message in `data`; raises ValueError if it is not a valid message."""
     if len(data) < HEADER.size:
         raise ValueError(f"a message of {len(data)} bytes is shorter than its header")
     magic, number, *sizes = HEADER.unpack_from(data)
@@ -109,7 +113,7 @@ def _encode_step(step: Step) -> bytes:
 
 
 def _fields(chunk: Chunk, mask: int) -> tuple[int, ...]:
-    """The fields of a chunk; `mask` is the number of its mask. The zeros are replaced by the bits of the floats."""
+    """Return the fields of a chunk, with zeros in place of the floats; `mask` is the number of its mask."""
     tables = (number for table in chunk.tables for number in (table.first, len(table.blocks)))
     return (
         chunk.start, len(chunk.tokens), chunk.slot, chunk.score_k, chunk.successor, chunk.sample_k, chunk.logprobs,
@@ -119,7 +123,7 @@ def _fields(chunk: Chunk, mask: int) -> tuple[int, ...]:
 
 
 def _decode_step(number: int, sizes: list[int], words: Ints) -> Step:
-    """The step whose header has `sizes`, and behind it `words`."""
+    """Return the step with these sizes in its header and `words` after it."""
     chunks, tokens, table, seen, groups, shifted, n_masks, mask_words = sizes
     width = FIELDS + 2 * groups
     lengths = [chunks * width, tokens, table, seen, 3 * shifted, n_masks * mask_words]
@@ -167,7 +171,7 @@ def _decode_step(number: int, sizes: list[int], words: Ints) -> Step:
 
 
 class _Taker:
-    """Takes an array apart from its beginning."""
+    """Reads an array piece by piece."""
 
     def __init__(self, words: Ints) -> None:
         self._words, self._at = words, 0
@@ -178,9 +182,9 @@ class _Taker:
 
 
 def _check(fields: Ints, totals: tuple[int, ...], masks: int) -> None:
-    """ValueError unless the chunks' sizes sum up to the header's, and each chunk's tokens lie in its blocks.
+    """Raise ValueError unless the chunks' sizes add up to the header's, and each chunk's tokens lie in its blocks.
 
-    `totals` are those of tokens, table entries, seen ids and shifted ids.
+    `totals` are the header's numbers of tokens, table entries, seen ids and shifted ids.
     """
     exact = fields.astype(np.int64)
     starts, counts, seen, shifts, mask, long = (exact[:, at] for at in (0, 1, 7, 9, 10, 15))
@@ -199,12 +203,12 @@ def _check(fields: Ints, totals: tuple[int, ...], masks: int) -> None:
 
 
 def _shift_words(shifts: Shifts) -> Ints:
-    """Shifts as they travel: each id is followed by its two floats [3 n]."""
+    """Return shifts as words [3 n]: each id is followed by its two floats."""
     words = np.stack([shifts.ids, shifts.before.view(np.int32), shifts.after.view(np.int32)], axis=1)
     return words.ravel()
 
 
 def _shifts(words: Ints) -> Shifts:
-    """The shifts that travelled as `words`."""
+    """Return the shifts that `_shift_words` wrote."""
     ids, before, after = np.ascontiguousarray(words.reshape(-1, 3).T)
     return Shifts(ids, before.view(np.float32), after.view(np.float32))

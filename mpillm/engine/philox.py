@@ -1,7 +1,7 @@
-"""Random numbers by counting: Philox4x64-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
+"""Counter-based random numbers: Philox4x64-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
 
-The numbers are those of NumPy's `Generator(Philox(key=key, counter=n)).random()`, which takes longer to set up than
-to draw one.
+The numbers equal those of NumPy's `Generator(Philox(key=key, counter=n)).random()`, which takes longer to construct
+than to draw one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _WEYL = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B
 
 
 def uniform(key: tuple[int, int], counter: int) -> float:
-    """The number in [0, 1) that belongs to a key of two 64-bit words and a counter."""
+    """Return the number in [0, 1) for a key of two 64-bit words and a counter."""
     k0, k1 = key
     a, b, c, d = counter + 1, 0, 0, 0
     for _ in range(10):

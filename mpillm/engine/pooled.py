@@ -1,6 +1,6 @@
-"""Scores, or another vector, of a pooled hidden state: what rank 0 computes with the matrices that follow pooling.
+"""The layers after pooling: rank 0 computes scores or an embedding from a pooled hidden state.
 
-In float32, with bits that do not depend on the batch or the machine.
+The result is float32, with bits that depend neither on the batch nor on the machine.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _KERNELS = {"gelu": Activation.GELU, "gelu_tanh": Activation.GELU_TANH, "silu": 
 
 
 def through(layers: Sequence[Dense], x: Floats) -> Floats:
-    """What the layers, one after the other, make of x [k]; NotFiniteError if that is NaN or infinite."""
+    """Apply the layers in turn to x [k]; raises NotFiniteError if a result is NaN or infinite."""
     for layer in layers:
         x = _dense(layer, x)
         if not np.isfinite(x).all():
@@ -34,12 +34,12 @@ def through(layers: Sequence[Dense], x: Floats) -> Floats:
 
 
 def logits_of(classifier: Classifier, pooled: Floats) -> Floats:
-    """f32 [labels] of a pooled hidden state [hidden]; NotFiniteError if one is NaN or infinite."""
+    """Return the logits, f32 [labels], of a pooled hidden state [hidden]; raises NotFiniteError."""
     return through(classifier.layers, pooled)
 
 
 def decide(classifier: Classifier, logits: Floats, activated: bool = True) -> Doubles:
-    """f64 [labels]: what the model's configuration makes of logits [labels], or these as they are."""
+    """Return the scores, f64 [labels]: logits [labels] after the model's activation, if `activated`."""
     x = logits.astype(np.float64)
     if not activated or classifier.decision == "identity":
         return x
@@ -51,7 +51,7 @@ def decide(classifier: Classifier, logits: Floats, activated: bool = True) -> Do
 
 
 def relevance(classifier: Classifier, logits: Floats, activated: bool = True) -> float:
-    """How relevant a document is, by logits [labels]; of two labels without an activation, the difference."""
+    """Return a document's relevance from logits [labels]; with two labels and no activation it is their difference."""
     at = classifier.relevant
     assert at is not None
     if len(classifier.labels) == 2 and not (activated and classifier.decision != "identity"):

@@ -13,9 +13,9 @@ from mpillm.engine.sequence import Sequence
 
 
 class NewSequences:
-    """The sequences of requests, without those that are finished before any step: `take_finished` returns these.
+    """Iterates over the sequences of requests that need a step; `take_finished` returns those that need none.
 
-    Such are requests that an earlier run has completed, and those whose constraint forces every token.
+    A request needs none if an earlier run completed it, or if its constraint forces every token.
     """
 
     def __init__(self, requests: Iterable[Request], totals: Totals) -> None:
@@ -37,16 +37,16 @@ class NewSequences:
             self._finished.append(sequence)
 
     def take_finished(self) -> list[Sequence]:
-        """Finished sequences since the last call."""
+        """Return the sequences that needed no step since the last call."""
         finished, self._finished = self._finished, []
         return finished
 
 
 class SequenceQueue:
-    """Takes sequences from an iterator one by one, so that those of a job need not all be in memory.
+    """Takes sequences from an iterator one by one, so that a job's sequences need not all be in memory.
 
-    Sequences that differ only in what is scored behind a common prompt (`Request.followed`) are taken together: each is
-    the `heir` of the one before it.
+    Sequences that score different texts after a common prompt (`Request.followed`) are taken together: each is the
+    `heir` of the one before it.
     """
 
     def __init__(self, waiting: Iterator[Sequence], limits: Limits) -> None:
@@ -58,15 +58,15 @@ class SequenceQueue:
 
     @property
     def first(self) -> Sequence | None:
-        """The next one to be admitted, if there is any.
+        """The next sequence to be admitted, if there is one.
 
-        An iterator that has ended is asked again: a server's next request may have come.
+        An iterator that has ended is asked again, because a server may have received another request.
         """
         self._first = self._first or self._take()
         return self._first
 
     def pop(self) -> None:
-        """The first one has been admitted."""
+        """Remove the first sequence, which has been admitted."""
         self._first = None
 
     def _take(self) -> Sequence | None:

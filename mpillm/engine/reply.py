@@ -1,10 +1,10 @@
 """The reply of the last stage to a step: candidates and normalisers of some rows instead of logits.
 
-Each shard of the last stage replies for its part of the vocabulary. For every output of the step, in order, a
-reply holds its k likeliest ids (fewer if its part is smaller), their logits as they decide and as the model gave
-them, per vocabulary panel the sums for the two normalisers, and the logit of the target if the shard owns it.
-Shard 0 adds the final hidden states that embeddings are pooled from. Where a logit is NaN or infinite, the output's
-candidates mean nothing, and its sums are NaN.
+Each shard of the last stage replies for its part of the vocabulary. For every output of the step, in order, a reply
+holds the k likeliest ids (fewer if the part is smaller), their adjusted logits and the model's logits, the sums of each
+vocabulary panel for the two normalisers, and the logit of the target if the shard owns it. Shard 0 adds the final
+hidden states that embeddings are pooled from. If a logit is NaN or infinite, the output's candidates are meaningless
+and its sums are NaN.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ Doubles = NDArray[np.float64]
 
 HEADER = struct.Struct("<4I")  # step, outputs, candidates, hidden rows
 SUMS = 4  # per panel: maximum raw logit, sum of exp(raw - maximum), maximum value, sum of exp((value - maximum) / T)
-TILE = 64  # outputs whose logits are held at once while scoring
+TILE = 64  # outputs whose logits are in memory at once
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The reply of one shard. The flat arrays hold the candidates of output 0, then those of output 1, and so on."""
+    """The reply of one shard. Flat arrays hold the candidates of output 0, then those of output 1, and so on."""
 
     step: int
     ids: NDArray[np.int32]
     values: Floats
     raw: Floats
     panel_sums: Floats  # [outputs, own panels, SUMS]
-    targets: Floats  # [outputs], NaN where there is none or another shard owns it
+    targets: Floats  # [outputs], NaN if an output has no target or another shard owns it
     hidden: Floats  # [hidden rows, d]
 
     def encode(self) -> bytes:
-        """The message."""
+        """Return the reply as a message."""
         head = HEADER.pack(self.step, len(self.targets), len(self.ids), len(self.hidden))
         arrays = (self.ids, self.values, self.raw, self.panel_sums, self.targets, self.hidden)
         return head + b"".join(array.tobytes() for array in arrays)
 
     @staticmethod
     def decode(message: bytes, width: int) -> Reply:
-        """The reply of a message; `width` is the model's hidden size, for replies that carry hidden states."""
+        """Return the reply in a message; `width` is the model's hidden size, for replies with hidden states."""
         if len(message) < HEADER.size or len(message) % 4:
             raise ValueError(f"a reply of {len(message)} bytes is shorter than its header, or no whole words")
         step, outputs, candidates, rows = HEADER.unpack_from(message)
@@ -79,9 +79,9 @@ class Reply:
 
 
 class ReplyBuilder:
-    """Makes the replies of a last-stage rank, and keeps sampled rows as long as more candidates may be fetched.
+    """Makes the replies of a last-stage rank, and keeps sampled rows while more candidates may be fetched.
 
-    It keeps the rows that enter the LM head, not their logits, which may be a hundred times as large.
+    It keeps the inputs of the LM head; the logits may be a hundred times as large.
     """
 
     def __init__(self, decoder: Decoder, keep_steps: int, threads: int) -> None:
@@ -91,7 +91,7 @@ class ReplyBuilder:
         self._kept: dict[int, tuple[Step, dict[int, Floats]]] = {}
 
     def build(self, step: Step, x: Floats) -> Reply:
-        """The reply to a step; `x` [m, d] is the output of the last layer."""
+        """Return the reply to a step; `x` [m, d] is the output of the last layer."""
         outputs, hidden_rows = step.outputs, step.hidden_rows()
         kept: dict[int, Floats] = {}
         pieces = []
@@ -110,7 +110,7 @@ class ReplyBuilder:
         return self._join(step.number, pieces, hidden)
 
     def fetch(self, fetch: Fetch) -> Reply:
-        """The reply to a request for more candidates of a recent step."""
+        """Return the reply to a request for more candidates of a recent step."""
         step, kept = self._kept[fetch.number]
         outputs = [step.outputs[i]._replace(k=fetch.k) for i in fetch.outputs]
         rows = [kept[i] for i in fetch.outputs]
@@ -126,7 +126,7 @@ class ReplyBuilder:
         vocab, threads = self._decoder.vocab, self._threads
         broken = rows_not_finite(logits, threads)
         if broken:
-            logits[broken] = 0.0  # to keep the arithmetic below defined; no token is drawn from these rows
+            logits[broken] = 0.0  # keeps the arithmetic below defined; no token is drawn from these rows
         values = logits
         if any(output.adjusted for output in outputs):
             values = logits.copy()
@@ -149,16 +149,16 @@ class ReplyBuilder:
         return ids[mask], top[mask], raw[mask], panel_sums, targets
 
     def _targets(self, outputs: Seq[Output], logits: Floats) -> Floats:
-        """The targets' logits [outputs], NaN where there is none or another shard owns it."""
+        """Return the targets' logits [outputs]: NaN if there is no target or another shard owns it."""
         vocab = self._decoder.vocab
         found = np.full(len(outputs), np.nan, np.float32)
         for row, output in enumerate(outputs):
-            if output.target in vocab:  # NO_TARGET lies below every part of the vocabulary
+            if output.target in vocab:  # NO_TARGET is in no part of the vocabulary
                 found[row] = logits[row, output.target - vocab.start]
         return found
 
     def _normalisers(self, outputs: Seq[Output], logits: Floats, values: Floats) -> Floats:
-        """The panels' sums for the normalisers [outputs, own panels, SUMS]; zeros if no output needs them."""
+        """Return the panels' sums for the normalisers [outputs, own panels, SUMS]; zeros if no output needs them."""
         bounds, threads = self._decoder.vocab_bounds, self._threads
         if not any(output.normalised for output in outputs):
             return np.zeros((len(outputs), len(bounds) - 1, SUMS), np.float32)
@@ -183,9 +183,9 @@ class ReplyBuilder:
 
 
 def rows_not_finite(rows: Floats, threads: int) -> list[int]:
-    """The rows of an array [m, n] that have a number which is not finite.
+    """Return the rows of an array [m, n] that contain NaN or infinity.
 
-    A sum of squares tells in one pass without a copy. Only rows whose sum is not finite are checked value by value.
+    A sum of squares finds them without a copy; if it is not finite, it may have overflowed, and the values are checked.
     """
     sums = np.empty(len(rows), np.float32)
     kernels.square_sums(rows, sums, threads)
@@ -197,10 +197,10 @@ def rows_not_finite(rows: Floats, threads: int) -> list[int]:
 
 
 def _adjust(row: Floats, chunk: Chunk, vocab: range) -> None:
-    """What comes between the model's logits and sampling, in vLLM's order: masks, shifts, penalties.
+    """Adjust a row of logits before sampling, in vLLM's order: masks, shifts, penalties.
 
-    The repetition penalty is that of CTRL (Keskar et al. 2019, section 4.1), as transformers applies it: towards less
-    likely.
+    The repetition penalty is that of CTRL (Keskar et al. 2019, section 4.1) as in transformers: it multiplies negative
+    logits and divides positive ones.
     """
     if len(chunk.allowed):
         bits = np.unpackbits(chunk.allowed.view(np.uint8), bitorder="little")[vocab.start : vocab.stop]
@@ -217,7 +217,7 @@ def _adjust(row: Floats, chunk: Chunk, vocab: range) -> None:
 
 
 def merge(replies: Seq[Reply], outputs: Seq[Output], shard_sizes: Seq[int]) -> list[Candidates]:
-    """Merge the shards' replies to the same outputs into one `Candidates` each; `shard_sizes` in vocabulary rows."""
+    """Merge the shards' replies into one `Candidates` for each output; `shard_sizes` are in vocabulary rows."""
     if not outputs:
         return []
     wanted, vocab = [output.k for output in outputs], sum(shard_sizes)
@@ -229,7 +229,7 @@ def merge(replies: Seq[Reply], outputs: Seq[Output], shard_sizes: Seq[int]) -> l
                 f"{sum(count)} of {len(outputs)} were asked for"
             )
     first_sums = [reply.panel_sums[:, 0, 0] for reply in replies]
-    broken = np.isnan(reduce(np.maximum, first_sums)).tolist()  # NaN is the maximum of what it is among
+    broken = np.isnan(reduce(np.maximum, first_sums)).tolist()  # np.maximum propagates NaN
     if any(broken):
         replies = [replace(reply, panel_sums=np.nan_to_num(reply.panel_sums, nan=1.0)) for reply in replies]
     ids, values, raw = (
@@ -265,7 +265,7 @@ _NONE = np.empty(0, np.float32)
 
 
 def _tables(flat: Seq[NDArray[Any]], counts: Seq[list[int]]) -> NDArray[Any]:
-    """All shards' values as one row for each output; missing ones are -inf (or the lowest id)."""
+    """Return the values of all shards as one row for each output, padded with -inf (or the lowest integer)."""
     tables = []
     for values, count in zip(flat, counts, strict=True):
         width = max(count)
@@ -280,7 +280,7 @@ def _tables(flat: Seq[NDArray[Any]], counts: Seq[list[int]]) -> NDArray[Any]:
 
 
 def _normalisers(replies: Seq[Reply], outputs: Seq[Output]) -> tuple[list[float], list[float]]:
-    """`log_z` and `scaled_z` of each output, from the sums of all panels of the vocabulary, in order."""
+    """Return `log_z` and `scaled_z` of each output, from the sums of all vocabulary panels in order."""
     at = [i for i, output in enumerate(outputs) if output.normalised]
     if not at:
         return [np.nan] * len(outputs), [np.nan] * len(outputs)
@@ -294,7 +294,7 @@ def _normalisers(replies: Seq[Reply], outputs: Seq[Output]) -> tuple[list[float]
 
 
 def _total(maxima: Doubles, sums: Doubles, inv_t: Doubles) -> tuple[Doubles, Doubles]:
-    """Maxima [n], and sums relative to them [n], from those of the panels [n, panels] in order."""
+    """Combine the panels' maxima and relative sums [n, panels], in order, to maxima [n] and relative sums [n]."""
     maximum = maxima.max(axis=1)
     terms = sums * exact.exp((maxima - maximum[:, None]) * inv_t[:, None])
     return maximum, np.cumsum(terms, axis=1)[:, -1]

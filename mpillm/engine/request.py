@@ -1,4 +1,4 @@
-"""A request as the engine sees it, what has been generated of it so far, and its result."""
+"""A request of the engine, its partial completion, and its result."""
 
 from __future__ import annotations
 
@@ -15,51 +15,51 @@ TopLogprobs = list[tuple[int, float]]  # (token id, log-probability), most likel
 
 
 class Constraint(Protocol):
-    """What the tokens of a request must obey, as far as they have been generated."""
+    """The state of a request's grammar after the tokens generated so far."""
 
     @property
     def forced(self) -> list[int]:
-        """The tokens that must follow, whatever the model says."""
+        """Return the next tokens that the grammar determines; empty if there is a choice."""
 
     @property
     def ended(self) -> bool:
-        """Whether no token may follow."""
+        """Whether the grammar allows no further token."""
 
     @property
     def complete(self) -> bool:
-        """Whether what has been generated obeys; at its end false only where that could not be found out."""
+        """Whether the generated text satisfies the grammar; at its end False only if that could not be decided."""
 
     @property
     def stuck(self) -> bool:
-        """Whether what has been generated does not obey, and nothing could be generated that would."""
+        """Whether the generated text does not satisfy the grammar and no further token could make it."""
 
     def push(self, token: int) -> None:
-        """Take note of a generated token, which was allowed."""
+        """Advance by a generated token, which must be allowed."""
 
     def copy(self) -> Constraint:
-        """Another one that has come as far."""
+        """Return an independent copy in the same state."""
 
     def accepts(self, token: int) -> bool:
-        """Whether it may follow."""
+        """Whether the grammar allows this token next."""
 
     def allowed(self) -> NDArray[np.int32]:
-        """A bit for each token of the vocabulary that may follow: int32 [ceil(vocabulary / 32)]."""
+        """Return the mask of the tokens that may follow: int32 [ceil(vocabulary / 32)], a bit for each token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartialCompletion:
-    """What has been generated of a request: enough to continue from there and end in the same bytes."""
+    """The generated part of a request: enough to continue from there with the same final bytes."""
 
     tokens: list[int]
-    logprobs: list[float] = field(default_factory=list)  # of `tokens`, if asked for
-    top: list[TopLogprobs] = field(default_factory=list)  # per token of `tokens`
-    prompt_logprobs: list[float] = field(default_factory=list)  # of prompt[1:], if asked for
-    prompt_top: list[TopLogprobs] = field(default_factory=list)  # per token of prompt[1:]
-    seconds_waiting: float = 0.0  # from the run's beginning to its first step
-    seconds_running: float = 0.0  # since its first step, summed over all runs
+    logprobs: list[float] = field(default_factory=list)  # for each of `tokens`, if requested
+    top: list[TopLogprobs] = field(default_factory=list)  # for each of `tokens`
+    prompt_logprobs: list[float] = field(default_factory=list)  # for each of prompt[1:], if requested
+    prompt_top: list[TopLogprobs] = field(default_factory=list)  # for each of prompt[1:]
+    seconds_waiting: float = 0.0  # from the beginning of the run to the request's first step
+    seconds_running: float = 0.0  # since the request's first step, summed over all runs
 
     def since(self, start: int) -> PartialCompletion:
-        """What follows token `start`; the prompt's log-probabilities belong to `start` = 0."""
+        """Return the part from token `start` on; the prompt's log-probabilities are included if `start` is 0."""
         return PartialCompletion(
             tokens=self.tokens[start:],
             logprobs=self.logprobs[start:],
@@ -71,7 +71,7 @@ class PartialCompletion:
         )
 
     def continued(self, start: int, more: PartialCompletion) -> PartialCompletion:
-        """This one up to token `start`, followed by `more`; unchanged if it is shorter than `start`."""
+        """Return this completion up to token `start`, followed by `more`; unchanged if it is shorter than `start`."""
         if start > len(self.tokens):
             return self
         return PartialCompletion(
@@ -89,8 +89,8 @@ class PartialCompletion:
 class Request:
     """One sequence to compute: a prompt of token ids, and how to continue it.
 
-    A line of the input with several prompts or ``n > 1`` becomes several of these; `id` and `choice`
-    together name one, and together with `seed` they key its random stream.
+    A line of the input with several prompts or ``n > 1`` becomes several requests. `id` and `choice` together identify
+    a request, and together with `seed` they are the key of its random numbers.
     """
 
     id: str
@@ -105,32 +105,32 @@ class Request:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
-    allowed: NDArray[np.int32] | None = None  # a bit for each id that may be drawn; None: all may
-    bad_words: tuple[tuple[int, ...], ...] = ()  # token ids that must not follow one another
-    min_tokens: int = 0  # so many tokens are generated before any of `stop_ids`
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, summand of its logit)
+    allowed: NDArray[np.int32] | None = None  # a bit for each id that may be drawn; None allows all
+    bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of token ids that must not be generated
+    min_tokens: int = 0  # tokens generated before any of `stop_ids` is allowed
     seed: int = 0
     # Ids that end the text: end-of-sequence ids unless ignored, and the user's.
     stop_ids: frozenset[int] = frozenset()
-    logprobs: int | None = None  # log-probabilities of the generated tokens, and of this many alternatives
-    prompt_logprobs: int | None = None  # the same of the prompt's tokens (echo, scoring)
-    score_from: int = 1  # the first token of the prompt whose log-probability is wanted
+    logprobs: int | None = None  # return log-probabilities of generated tokens and of this many alternatives
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens (echo, scoring)
+    score_from: int = 1  # the first token of the prompt whose log-probability is returned
     followed: bool = False  # the next request of the same line has the same tokens up to `score_from`
     pooling: Literal["mean", "last", "cls"] = "mean"
-    second: int | None = None  # where the second segment of a prompt begins, if it has two
-    adapter: int = NO_ADAPTER  # the number of its adapter
-    watch: Callable[[int], bool] | None = None  # sees each generated id; True ends the text (stop strings)
-    constraint: Callable[[], Constraint] | None = None  # makes what the generated tokens must obey
-    resumed: PartialCompletion | None = None  # what an earlier run has generated
+    second: int | None = None  # the position of the second segment of a prompt that has two
+    adapter: int = NO_ADAPTER  # the number of the adapter
+    watch: Callable[[int], bool] | None = None  # takes each generated id; True ends the text (stop strings)
+    constraint: Callable[[], Constraint] | None = None  # creates the grammar's state
+    resumed: PartialCompletion | None = None  # what an earlier run generated
 
     @property
     def only_reads(self) -> bool:
-        """Whether nothing is generated."""
+        """Whether the prompt is only read, and nothing is generated."""
         return self.kind == "embed" or self.max_tokens == 0
 
     @property
     def shifts_logits(self) -> bool:
-        """Whether anything may be added to the logits of some ids."""
+        """Whether the request may add to the logits of some ids (`adjust.shifts`)."""
         return bool(
             self.logit_bias
             or self.bad_words
@@ -141,14 +141,14 @@ class Request:
 
     @property
     def max_length(self) -> int:
-        """The maximum number of tokens whose keys and values it will need."""
+        """The maximum number of tokens in the KV cache."""
         if self.kind == "embed":
             return len(self.prompt)
         return len(self.prompt) + max(0, self.max_tokens - 1)
 
     @property
     def needs_all_rows(self) -> bool:
-        """Whether the result depends on the last layer's output for all tokens of the prompt (from `score_from` on)."""
+        """Whether the result depends on the last layer's output for all prompt tokens (from `score_from` on)."""
         if self.kind == "embed":
             return self.pooling != "last"
         return self.prompt_logprobs is not None
@@ -158,12 +158,12 @@ class Request:
 class FinishedCompletion(PartialCompletion):
     """The result of a request.
 
-    `tokens` includes the end token, if one ended the text (it is `stop_id` too). Log-probabilities are of the
-    model's own distribution, before penalties and temperature, natural logarithm.
+    `tokens` includes the token that ended the text, if there is one (also `stop_id`). Log-probabilities are natural
+    logarithms of the model's distribution before penalties and temperature.
     """
 
     request: Request
     finish_reason: Literal["stop", "length"]
     stop_id: int | None = None
     embedding: NDArray[np.float32] | None = None  # [hidden], not normalised
-    finite: bool = True  # False: the model's output was NaN or infinite, so there is no result
+    finite: bool = True  # False if the model's output was NaN or infinite; there is no result then

@@ -1,4 +1,4 @@
-"""Which sequences run in this step: continuous batching over a fixed number of KV blocks and of slots for states."""
+"""The scheduler: continuous batching over a fixed number of KV blocks and of slots for states."""
 
 from __future__ import annotations
 
@@ -15,25 +15,23 @@ from mpillm.kernels import KV_BLOCK
 
 
 class Scheduler:
-    """Fills each step: a token of every sequence that decodes, and prompts in chunks; the oldest first.
+    """Chooses the sequences of each step: a token of every decoding sequence, and chunks of prompts, the oldest first.
 
-    A sequence is admitted when there are blocks for the tokens that it has, and gets each block when it first needs it
-    (`CacheAllocator`). Where no block is left, the youngest sequence releases all of its blocks, keeps its tokens, and
-    is computed again later. So the oldest always goes on, whatever others there are, and therefore all finish.
+    A sequence is admitted if there are blocks for its tokens, and gets each block when it first needs it
+    (`CacheAllocator`). If no block is left, the youngest sequence is preempted: it releases its blocks, keeps its
+    tokens and is computed again later. So the oldest sequence always continues, and all sequences finish.
 
-    If the model has states, an admitted sequence has a slot for its own, from its first token until it finishes or is
-    preempted.
+    If the model has states, an admitted sequence has a slot from its first token until it finishes or is preempted.
 
-    When a step's chunks are chosen, sequences that draw a token in it may get drafts as well, where rows and blocks are
-    left that nobody needs.
+    Sequences that draw a token in a step may get drafts, if rows and blocks are left over.
 
-    Sequences that differ only in what is scored behind a common prompt (`Request.followed`) are computed one after the
-    other in the same blocks, so each of them adds only its own tokens, also where the prompt ends inside a block.
+    Sequences that score different texts after a common prompt (`Request.followed`) are computed one after the other in
+    the same blocks, so each adds only its own tokens, also if the prompt ends within a block.
 
-    In models with LongRoPE a sequence that outgrows `short_length` has other keys from its first token on: it releases
-    its blocks and is computed again. So its answer does not depend on how its tokens came about.
+    With LongRoPE, a sequence that becomes longer than `short_length` has other keys from its first token on: it
+    releases its blocks and is computed again. So its answer does not depend on which of its tokens were generated.
 
-    With `whole_prompts` no sequence grows, and one that is admitted has blocks for all of it: none is preempted.
+    With `whole_prompts` no sequence grows, and an admitted sequence has all its blocks, so none is preempted.
     """
 
     def __init__(
@@ -46,31 +44,31 @@ class Scheduler:
         self.limits = limits
         self.totals = totals or Totals()
         self._speculation = speculation
-        self.running: list[Sequence] = []  # the oldest first
-        self._preempted: list[Sequence] = []  # the oldest first
+        self.running: list[Sequence] = []  # by age, the oldest first
+        self._preempted: list[Sequence] = []  # by age, the oldest first
         self._max_running = limits.max_running
         self._has_windows = any(limits.windows)
         self._cache = CacheAllocator(limits, self.totals)
         self._queue = SequenceQueue(waiting, limits)
 
     def has_work(self) -> bool:
-        """Whether any sequence is not finished; looks for new ones."""
+        """Whether any sequence is not finished; asks the iterator for new ones."""
         return bool(self._queue.first or self.running or self._preempted)
 
     @property
     def unfinished(self) -> list[Sequence]:
-        """Who has been admitted and is not finished."""
+        """The sequences that have been admitted and are not finished."""
         return [*self.running, *self._preempted]
 
     @property
     def blocks_in_use(self) -> int:
-        """KV blocks that sequences hold now."""
+        """The number of KV blocks that sequences hold."""
         return self._cache.used
 
     def next(self, micro_batches: int) -> list[tuple[Sequence, int]]:
-        """The next step's sequences with how many tokens of each to compute; empty if all are in flight.
+        """Return the sequences of the next step, each with its number of tokens; empty if all are in flight.
 
-        At most `micro_batches` steps will be in flight, so it takes its share of all sequences.
+        At most `micro_batches` steps are in flight, so a step takes its share of all sequences.
         """
         self._cache.begin_step()
         if self.limits.short_length:
@@ -80,7 +78,7 @@ class Scheduler:
                 if not sequence.in_flight:
                     self._cache.drop_behind(sequence, sequence.computed)
         self._admit()
-        share = -(-len(self.running) // micro_batches)  # leave the others for the micro-batches behind
+        share = -(-len(self.running) // micro_batches)  # the other sequences are for the next micro-batches
         chosen, rows_left = self._choose(min(share, self.limits.max_sequences))
         for sequence, _ in chosen:
             sequence.in_flight = True
@@ -89,11 +87,11 @@ class Scheduler:
         return chosen
 
     def give_back(self, sequence: Sequence) -> None:
-        """Release the blocks of drafts that were not accepted."""
+        """Release the blocks of rejected drafts."""
         self._cache.give_back(sequence)
 
     def release(self, sequence: Sequence) -> None:
-        """Take a finished sequence out, with its blocks and its slot, unless another one goes on in its place."""
+        """Remove a finished sequence; its blocks are released, or given to its heir."""
         self.running.remove(sequence)
         heir = sequence.heir
         if heir is not None:
@@ -103,21 +101,21 @@ class Scheduler:
         self._cache.release(sequence)
 
     def withdraw(self, sequence: Sequence) -> None:
-        """Take out an admitted sequence that is not in flight, with its blocks and its slot."""
+        """Remove an admitted sequence that is not in flight, and release its blocks and its slot."""
         (self.running if sequence in self.running else self._preempted).remove(sequence)
         self._cache.release(sequence)
 
     def _lengthen(self) -> None:
-        """Let sequences that have outgrown the short factors begin again with the long ones, in their places."""
+        """Restart sequences that have become too long for LongRoPE's short factors; they keep their places."""
         for sequence in self.running:
             if not sequence.in_flight and sequence.outgrows(self.limits.short_length):
                 self._cache.release_blocks(sequence)
                 sequence.lengthen()
 
     def _admit(self) -> None:
-        """Admit preempted sequences, then waiting ones, while blocks suffice for their tokens and all others' next."""
+        """Admit preempted, then waiting sequences while there are blocks for them and for all others' next tokens."""
         cache = self._cache
-        owed = growing = -1  # of the running ones; not known before one may join them
+        owed = growing = -1  # blocks that running sequences need; computed only if a sequence may be admitted
         while len(self.running) < self._max_running:
             sequence = self._preempted[0] if self._preempted else self._queue.first
             if sequence is None:
@@ -140,14 +138,14 @@ class Scheduler:
             insort(self.running, sequence, key=_number)
 
     def _choose(self, maximum: int) -> tuple[list[tuple[Sequence, int]], int]:
-        """Up to `maximum` sequences with how many tokens of each to compute, and how many rows the step has left."""
+        """Return up to `maximum` sequences, each with its number of tokens, and the number of rows left in the step."""
         limits, cache = self.limits, self._cache
         budget = limits.max_tokens
         decoding = sum(sequence.left == 1 for sequence in self.running if not sequence.in_flight)
         chosen: list[tuple[Sequence, int]] = []
         at = 0
         while at < len(self.running) and len(chosen) < maximum and budget > 0:
-            sequence = self.running[at]  # what is preempted stands behind it
+            sequence = self.running[at]  # preemption removes only sequences after it
             at += 1
             if sequence.in_flight:
                 continue
@@ -157,7 +155,7 @@ class Scheduler:
             decoding -= decodes
             if not decodes and cache.share(sequence):
                 continue
-            # Decoding goes first, but for the oldest: it always goes on.
+            # Decoding sequences have priority over prompts, except over the oldest sequence, which always continues.
             kept = 0 if decodes or limits.whole_prompts else min(decoding, maximum - len(chosen) - 1)
             allowed = max(budget - kept, int(not chosen))
             saves = not decodes and cache.can_save(sequence)
@@ -170,7 +168,7 @@ class Scheduler:
         return chosen, budget
 
     def _allocate(self, sequence: Sequence, count: int) -> int:
-        """Allocate blocks for up to `count` tokens, preempting others if there is none; returns for how many."""
+        """Allocate blocks for up to `count` tokens, preempting others if none is free; return for how many."""
         if not count:
             return 0
         allocated = self._cache.allocate(sequence, count)
@@ -179,7 +177,7 @@ class Scheduler:
         return allocated
 
     def _preempt_after(self, sequence: Sequence) -> bool:
-        """Preempt the youngest sequence behind `sequence` that has blocks; False if there is none."""
+        """Preempt the youngest sequence that has blocks and is younger than `sequence`; False if there is none."""
         for victim in reversed(self.running):
             if victim is sequence:
                 return False
@@ -192,9 +190,9 @@ class Scheduler:
         return False
 
     def _draft(self, speculation: Speculation, chosen: list[tuple[Sequence, int]], rows: int) -> None:
-        """Give the chosen sequences drafts of up to `rows` tokens together.
+        """Give the chosen sequences drafts of at most `rows` tokens in total.
 
-        They take no block that a sequence may need for its next token, and none that would send layers to disk.
+        Drafts use no block that a sequence may need for its next token, and none that would spill layers to disk.
         """
         rows = min(rows, DRAWN_ROWS - len(chosen))
         if rows <= 0 or not speculation.begin_step(len(chosen)):

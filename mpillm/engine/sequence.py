@@ -1,4 +1,4 @@
-"""The state of one request while the engine computes it: its tokens, and its place in the cache."""
+"""The state of one request while the engine computes it: its tokens, and its blocks and slot in the cache."""
 
 from __future__ import annotations
 
@@ -25,35 +25,33 @@ class Sequence:
         self._needs_all_rows = request.needs_all_rows
         self.tokens = list(request.prompt)
         self.constraint = None if request.constraint is None else request.constraint()
-        self.number = 0  # in the order of admission: the lower, the older
+        self.number = 0  # the order of admission; older sequences have lower numbers
         self.computed = 0  # tokens whose keys and values are in the KV cache
-        # Maximum of `computed` so far; after a preemption, tokens up to here are computed again.
+        # The maximum of `computed` so far; after a preemption, tokens before it are computed again.
         self.reached = 0
-        self.tables: list[BlockTable] = []  # of each group of layers, all with the same end
-        self.long = False  # longer than LongRoPE's short factors are for
-        self.slot = NO_SLOT  # of its states
-        self.loads = NO_SLOT  # the slot of saved states with which its next chunk begins
-        self.saves = NO_SLOT  # the slot in which its states after its next chunk are saved
-        self.save_at = 0  # the number of its first tokens after which saved states would be of use to others
+        self.tables: list[BlockTable] = []  # one for each group of layers, all with the same end
+        self.long = False  # uses LongRoPE's long factors
+        self.slot = NO_SLOT  # the slot of its states
+        self.loads = NO_SLOT  # the slot of the saved states with which the next chunk begins
+        self.saves = NO_SLOT  # the slot in which the states after the next chunk are saved
+        self.save_at = 0  # the position at which saved states would be useful to other sequences
         self._block_keys: list[bytes] = []
-        self.named = 0  # its first blocks that can be found by their content, or could be
-        self.drafts: list[
-            Drafted
-        ] = []  # computed behind its tokens by the next step, or by the one in flight
-        self.drafter: Drafter | None = None  # made when it is first of use
-        self.in_flight = False  # part of a step whose reply is outstanding
+        self.named = 0  # the number of first blocks that have been registered by their content
+        self.drafts: list[Drafted] = []  # drafts in the next step, or in the step in flight
+        self.drafter: Drafter | None = None  # created when it is first needed
+        self.in_flight = False  # it is in a step whose reply is outstanding
         self.logprobs: list[float] = []
         self.top: list[TopLogprobs] = []
         self.prompt_logprobs: list[float] = []
         self.prompt_top: list[TopLogprobs] = []
         self.pooled: NDArray[np.float64] | None = None
         self.finish_reason: Literal["stop", "length"] | None = None
-        self.finite = True  # the model's outputs so far
+        self.finite = True  # all outputs of the model so far were finite
         self.stop_id: int | None = None
-        self.saved = 0  # generated tokens that the journal has
-        self.heir: Sequence | None = None  # of the next request, which goes on in the blocks of this one
-        self.counted = 0  # generated tokens that the engine's totals have, or those of an earlier run
-        self.submitted = submitted  # as time.monotonic() says
+        self.saved = 0  # generated tokens that are in the journal
+        self.heir: Sequence | None = None  # the sequence that takes over the blocks of this one
+        self.counted = 0  # generated tokens that are in the totals of the engine or of an earlier run
+        self.submitted = submitted  # in time.monotonic()
         self.started = submitted
         name = f"{request.seed}\0{request.choice}\0{request.id}".encode()
         self._stream = struct.unpack("<2Q", hashlib.blake2b(name, digest_size=16).digest())
@@ -61,9 +59,9 @@ class Sequence:
             self._resume(request.resumed)
 
     def _resume(self, before: PartialCompletion) -> None:
-        """Continue what an earlier run has generated, as after a preemption: all but the last token were computed."""
+        """Continue what an earlier run generated, as after a preemption; all tokens but the last were computed."""
         for token in before.tokens:
-            self.append(token)  # so that `watch` sees it again
+            self.append(token)  # also calls `watch` again
         self.saved = self.counted = self.generated
         self.reached = len(self.tokens) - 1
         self.logprobs, self.top = list(before.logprobs), list(before.top)
@@ -71,31 +69,31 @@ class Sequence:
 
     @property
     def generated(self) -> int:
-        """How many tokens have been generated."""
+        """The number of generated tokens."""
         return len(self.tokens) - len(self.request.prompt)
 
     @property
     def left(self) -> int:
         """The number of tokens that the next step can compute."""
         if self._needs_all_rows and self.computed < self.passed_over:
-            # Rows from there on are scored or pooled, rows before are not: one step never has both.
+            # A step has no rows before it together with rows after it, which are scored or pooled.
             return self.passed_over - self.computed
         return len(self.tokens) - self.computed
 
     def capacity(self, count: int) -> int:
-        """How many drafts may follow if the next step computes `count` tokens: 0 unless a token is drawn then."""
+        """Return how many drafts may follow `count` tokens in the next step: 0 unless a token is drawn after them."""
         request = self.request
         if request.only_reads or self.computed + count < len(self.tokens):
             return 0
-        return request.max_tokens - self.generated - 1  # what is drawn behind the last one ends the text
+        return request.max_tokens - self.generated - 1  # the token drawn after the last draft ends the text
 
     @property
     def passed_over(self) -> int:
-        """The number of first tokens whose rows are not scored or pooled: not wanted, or done before."""
+        """The number of first tokens whose rows are not scored or pooled, because not requested or done before."""
         return max(self.reached, self.request.score_from - 1)
 
     def block_key(self, index: int) -> bytes:
-        """The content key of its block number `index`, all of whose tokens are known."""
+        """Return the content key of the block at `index`, all of whose tokens are known."""
         keys = self._block_keys
         for i in range(len(keys), index + 1):
             before = keys[-1] if keys else first_key(self.request.adapter, self.long)
@@ -103,19 +101,19 @@ class Sequence:
         return keys[index]
 
     def outgrows(self, short_length: int) -> bool:
-        """Whether it should have LongRoPE's long factors and has not yet; the short ones are for `short_length` tokens.
+        """Whether it must change to LongRoPE's long factors, because it is longer than `short_length`.
 
-        0 stands for a model without LongRoPE.
+        `short_length` 0 stands for a model without LongRoPE.
         """
         return not self.long and 0 < short_length < len(self.tokens)
 
     def lengthen(self) -> None:
-        """Have LongRoPE's long factors from now on; nothing of it is in the cache."""
+        """Use LongRoPE's long factors from now on; the sequence must have no blocks."""
         self.long = True
         self._block_keys.clear()
 
     def goes_on_from(self, before: Sequence) -> bool:
-        """Whether it has the tokens up to `score_from` in common with a sequence of the same line."""
+        """Whether `before` is of the same line and has the same tokens up to `score_from`."""
         one, other = self.request, before.request
         end = one.score_from
         return (one.id, end, one.adapter) == (other.id, other.score_from, other.adapter) and (
@@ -123,18 +121,21 @@ class Sequence:
         )
 
     def inherit(self, before: Sequence) -> None:
-        """Go on from the tokens in common with a finished sequence, in its blocks."""
+        """Take over the blocks of a finished sequence, and continue after the common tokens."""
         self.tables, before.tables = before.tables, self.tables
         self.computed = self.passed_over
         self.named = self.computed // KV_BLOCK
         self._block_keys = before._block_keys[: self.named]
 
     def uniform(self, ahead: int = 0) -> float:
-        """The random number in [0, 1) of the next token, or of one behind it: keyed by request, counted by position."""
+        """Return the random number in [0, 1) of the token `ahead` places after the next one.
+
+        Its key is made of the request's seed, id and choice, and its counter is the token's index in the answer.
+        """
         return philox.uniform(self._stream, self.generated + ahead)
 
     def append(self, token: int) -> None:
-        """Append a generated token and decide whether it ends the text."""
+        """Append a generated token; sets `finish_reason` if it ends the text."""
         request = self.request
         self.tokens.append(token)
         if token in request.stop_ids:
@@ -151,9 +152,9 @@ class Sequence:
             self.finish_reason = "length"
 
     def append_forced(self) -> None:
-        """Append the tokens that the constraint forces, without a step for each.
+        """Append the tokens that the constraint determines, without a step for each.
 
-        Where log-probabilities are wanted, they are drawn one by one instead, as the only ones that are allowed.
+        If log-probabilities are requested, they are drawn one by one instead; the mask allows nothing else.
         """
         request = self.request
         if self.constraint is None or request.logprobs is not None or request.prompt_logprobs is not None:
@@ -162,7 +163,7 @@ class Sequence:
             self.append(forced[0])
 
     def partial(self) -> PartialCompletion:
-        """What has been generated so far, without a last token whose log-probability is missing."""
+        """Return what has been generated so far, without a last token whose log-probability is not yet known."""
         request = self.request
         known = self.generated if request.logprobs is None else min(len(self.logprobs), len(self.top))
         return PartialCompletion(
@@ -175,7 +176,7 @@ class Sequence:
         )
 
     def completion(self) -> FinishedCompletion:
-        """The finished request's result."""
+        """Return the result of the finished request."""
         embedding = None
         if self.request.kind == "embed":
             assert self.pooled is not None

@@ -1,4 +1,4 @@
-"""A step: what the sequences of a batch compute together, and what is wanted of each one's rows."""
+"""A step: the chunks that a batch of sequences computes together, and the outputs wanted from their rows."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NO_IDS = np.empty(0, np.int32)
 
 
 class Shifts(NamedTuple):
-    """What is added to the logits of some ids that a token is drawn from, before and after the repetition penalty."""
+    """Summands of the logits of some ids, before and after the repetition penalty."""
 
     ids: Ints
     before: Floats
@@ -49,55 +49,55 @@ NO_SHIFTS = Shifts(NO_IDS, NO_IDS.view(np.float32), NO_IDS.view(np.float32))
 
 
 class Table(NamedTuple):
-    """A sequence's block table in one group as it travels: its blocks from number `first` to the step's last token."""
+    """A sequence's block table in one group, as it is sent: its blocks from index `first` to the step's last token."""
 
     first: int
     blocks: Ints
 
 
 class Chunk(msgspec.Struct, frozen=True):
-    """What a step computes of one sequence: its tokens from `start` to `start + len(tokens)`.
+    """The tokens of one sequence from `start` to `start + len(tokens)` that a step computes.
 
-    A draft of its next token is a chunk of its own behind it, for what may be drawn depends on all tokens before.
+    Each draft is a chunk of its own after it, because what may be drawn depends on all tokens before.
     """
 
     start: int
     tokens: Ints
-    tables: tuple[Table, ...]  # of each group of layers
-    slot: int = NO_SLOT  # of the sequence's states
-    loads: int = NO_SLOT  # the slot of saved states with which the sequence goes on
-    saves: int = NO_SLOT  # the slot in which its states after the chunk are saved
+    tables: tuple[Table, ...]  # one for each group of layers
+    slot: int = NO_SLOT  # the slot of the sequence's states
+    loads: int = NO_SLOT  # the slot of the saved states with which the chunk begins
+    saves: int = NO_SLOT  # the slot in which the states after the chunk are saved
     second: int = NO_SECOND  # the position at which the sequence's second segment begins
-    score_k: int = -1  # score each token's successor, with this many alternatives; -1: do not
-    successor: int = NO_TARGET  # the token after the last one, if known
-    sample_k: int = 0  # candidates wanted for the token after the last one; 0: none
-    logprobs: int = -1  # log-probabilities wanted of that token and of so many alternatives; -1: of none
+    score_k: int = -1  # score each token's successor, with this many alternatives; -1: do not score
+    successor: int = NO_TARGET  # the token after the last one, if it is known
+    sample_k: int = 0  # the number of candidates for the token after the last one; 0: none
+    logprobs: int = -1  # wanted log-probabilities: of that token and this many alternatives; -1: none
     temperature: float = 0.0
     penalty: float = 1.0
-    seen: Ints = NO_IDS  # distinct ids that the penalty is for
+    seen: Ints = NO_IDS  # the distinct ids that the repetition penalty applies to
     shifts: Shifts = NO_SHIFTS
-    allowed: Ints = NO_IDS  # a bit for each id that may be drawn; empty if all may
+    allowed: Ints = NO_IDS  # a bit for each id that may be drawn; empty allows all
     hidden: Hidden = Hidden.NONE
-    adapter: int = NO_ADAPTER  # the number of the adapter that the sequence has
-    long: bool = False  # whether the sequence is longer than LongRoPE's short factors are for
+    adapter: int = NO_ADAPTER  # the number of the sequence's adapter
+    long: bool = False  # whether the sequence uses LongRoPE's long factors
 
     @property
     def adjusted(self) -> bool:
-        """Whether a token is drawn from other logits than the model's."""
+        """Whether a token is drawn from adjusted logits rather than the model's."""
         return self.penalty != 1.0 or len(self.shifts.ids) > 0 or len(self.allowed) > 0
 
 
 class Output(NamedTuple):
-    """One row of logits that somebody needs, and what of it."""
+    """One row of logits, and what the reply contains of it."""
 
-    row: int  # in the step's batch
-    k: int  # candidates wanted
+    row: int  # index of the row in the step's batch
+    k: int  # the number of candidates
     target: int  # the id whose logit is wanted, or NO_TARGET
     inv_t: float  # 1 / temperature, for the second normaliser
     chunk: int  # index of the chunk, whose adjustments apply if `adjusted`
     adjusted: bool
-    sampled: bool  # a token is drawn from it, so more candidates may be asked for
-    normalised: bool  # probabilities are wanted, so both normalisers must be known
+    sampled: bool  # a token is drawn from it, so more candidates may be fetched
+    normalised: bool  # probabilities are wanted, so both normalisers are needed
 
 
 @dataclass(frozen=True)
@@ -127,14 +127,14 @@ class Step:
                 adjusted = chunk.adjusted
                 wanted = chunk.logprobs >= 0
                 if adjusted and wanted:
-                    # Log-probabilities are of the model's own distribution: look at the row as it is, too.
+                    # Log-probabilities are of the model's distribution, so the row without adjustments is needed too.
                     yield Output(last, max(chunk.logprobs, 1), NO_TARGET, 1.0, index, False, False, True)
                 normalised = wanted or chunk.temperature > 0
                 yield Output(last, chunk.sample_k, NO_TARGET, inv_t, index, adjusted, True, normalised)
             row += count
 
     def hidden_rows(self) -> Ints:
-        """Rows of the batch whose final hidden state is wanted: int32 [rows], ascending."""
+        """Return the rows of the batch whose final hidden state is wanted: int32 [rows], ascending."""
         rows: list[int] = []
         row = 0
         for chunk in self.chunks:
@@ -149,7 +149,7 @@ class Step:
         return np.array(rows, np.int32)
 
     def batch(self) -> Batch:
-        """The arrays that the decoder works on."""
+        """Return the arrays that the decoder takes."""
         tokens = np.concatenate([chunk.tokens for chunk in self.chunks])
         starts = np.array([chunk.start for chunk in self.chunks], np.int32)
         if len(tokens) == len(self.chunks):
@@ -187,16 +187,19 @@ class Step:
 
 
 def _each(values: NDArray[Any], counts: Ints | None) -> NDArray[Any]:
-    """What the chunks have, for each of their rows; `counts` are None where each chunk has one row."""
+    """Repeat the values of the chunks for each of their rows; `counts` is None if each chunk has one row."""
     return values if counts is None else np.repeat(values, counts)
 
 
 def _group_tables(tables: Sequence[Table], counts: Ints | None, positions: Ints) -> GroupTables:
-    """The tables of one group, one after the other, behind padding: kernels count a sequence's blocks from its first
-    one, also from where that is no longer kept. Neighbouring chunks of one sequence share theirs, and so the kernels
-    look at its keys and values once."""
+    """Concatenate the tables of one group of layers, after padding.
+
+    The kernels count blocks from the first one of a sequence, even if it was released; the padding keeps the places of
+    first blocks at 0 or above. Neighbouring chunks of one sequence share a table, so the kernels read its keys and
+    values once.
+    """
     own: list[Ints] = []
-    starts: list[int] = []  # of each chunk: where the table would have the sequence's first block
+    starts: list[int] = []  # for each chunk, where the sequence's first block would be
     start = end = 0
     before: Table | None = None
     for table in tables:

@@ -1,4 +1,4 @@
-"""A sequence's turn in a step: which outputs are its own, and which tokens are drawn from them."""
+"""A sequence's turn in a step: its outputs, and the tokens drawn from them."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from mpillm.engine.step import NO_TARGET, Chunk, Step
 class Turn:
     """`count` tokens of a sequence, and the drafts that follow them.
 
-    `rows` has the outputs from which a token may be drawn: of the last of the tokens, and of each draft. A row's last
-    output is sampled; if there are two, the first one is what the model said, for log-probabilities.
+    `rows` has the outputs from which a token may be drawn: those of the last token and of each draft. A row's last
+    output is sampled; if it has two, the first one has the model's logits, for log-probabilities.
     """
 
     def __init__(
         self, sequence: Sequence, count: int, chunk: Chunk, outputs: Seq[Seq[int]], step: Step
     ) -> None:
-        """`outputs` are those of each of its chunks, as indices into the step's; the first one is `chunk`."""
+        """`outputs` has the outputs of each of its chunks, as indices into the step's; the first chunk is `chunk`."""
         self.sequence, self.count, self.chunk = sequence, count, chunk
-        self.known = len(sequence.tokens)  # before
+        self.known = len(sequence.tokens)  # the number of tokens before the step
         self._scored = [i for i in outputs[0] if step.outputs[i].target != NO_TARGET]
         self.rows = [outputs[0][len(self._scored) :], *outputs[1:]]
 
     @property
     def accepted(self) -> int:
-        """How many drafts are what was drawn, or forced."""
+        """The number of drafts that equal the drawn or determined tokens."""
         drafts = self.sequence.drafts
         return common(self.sequence.tokens[self.known :], [draft.token for draft in drafts]) if drafts else 0
 
     @property
     def row(self) -> Seq[int]:
-        """The row that the next token is drawn from; empty if there is none: all before it are what was drawn."""
+        """Return the row from which the next token is drawn; empty if there is none, or a draft before it was wrong."""
         sequence = self.sequence
         at = len(sequence.tokens) - self.known
         if sequence.finish_reason is not None or not sequence.finite or at >= len(self.rows):
@@ -50,7 +50,7 @@ class Turn:
             sequence.prompt_top.append(found.top(request.prompt_logprobs or 0))
 
     def draw(self, row: Seq[int], candidates: Seq[Candidates]) -> bool:
-        """Draw the next token from a row, unless that is not finite; False if it needs more candidates."""
+        """Draw the next token from a row, unless it is not finite; return False if more candidates are needed."""
         sequence, request = self.sequence, self.sequence.request
         sequence.finite = all(candidates[i].finite for i in row)
         if not sequence.finite:

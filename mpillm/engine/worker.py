@@ -1,4 +1,4 @@
-"""What every rank of a replica does with the messages of its leader: it computes its share of each step."""
+"""The worker of a rank: it computes the rank's share of each step that the leader of its replica sends."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from mpillm.model.decoder import Decoder
 
 
 class Worker:
-    """Computes a rank's share of the work that a message asks for; the leader and the followers each have one."""
+    """Computes a rank's share of steps; leader and followers each have one."""
 
     def __init__(self, decoder: Decoder, micro_batches: int, threads: int) -> None:
         self.decoder = decoder
-        self.seconds = 0.0  # in steps, including waits
-        self.longest = 0.0  # seconds of the longest step
+        self.seconds = 0.0  # the time of all steps, including waits
+        self.longest = 0.0  # the time of the longest step, in seconds
         self._replies = ReplyBuilder(decoder, keep_steps=micro_batches, threads=threads)
 
     def compute(self, message: Step | Fetch) -> Reply | None:
-        """Do this rank's share of what a message asks for; return the reply, on a last-stage rank."""
+        """Compute this rank's share of a message; return the reply on a rank of the last stage, else None."""
         if isinstance(message, Step):
             return self.step(message)
         return self._replies.fetch(message) if self.decoder.is_last else None
 
     def step(self, step: Step) -> Reply | None:
-        """Compute this rank's share of a step; return the reply, on a last-stage rank."""
+        """Compute this rank's share of a step; return the reply on a rank of the last stage, else None."""
         start = time.perf_counter()
         x = self.decoder.forward(step.batch())
         reply = None if x is None else self._replies.build(step, x)
@@ -44,17 +44,17 @@ class Worker:
         return reply
 
     def let_go(self) -> None:
-        """Let go of the layers, their weights and their KV cache: there are no more steps."""
+        """Release the layers, their weights and their KV cache; no steps may follow."""
         del self.decoder, self._replies
 
     @property
     def paging(self) -> tuple[float, float]:
-        """Seconds so far of waiting for weights and of loading them."""
+        """The seconds so far in which it waited for weights, and in which threads loaded them."""
         return self.decoder.paging
 
 
 def follow(worker: Worker, channel: Channel, check: Callable[[], object] = lambda: None) -> int:
-    """Follow the leader's messages until it sends stop; return its exit code. `check` is called before each message."""
+    """Compute the leader's messages until it sends `Stop`; return the exit code. Calls `check` before each message."""
     while True:
         check()
         message = messages.decode(channel.take())
@@ -66,6 +66,6 @@ def follow(worker: Worker, channel: Channel, check: Callable[[], object] = lambd
 
 
 def _phase(rows: list[int]) -> str:
-    """What a step is called in a trace; `rows` are the tokens of each chunk."""
+    """Return the name of a step in a trace; `rows` are the numbers of tokens of the chunks."""
     prompts = sum(count > 1 for count in rows)
     return "decode" if not prompts else "prefill" if prompts == len(rows) else "prefill and decode"
