@@ -92,6 +92,20 @@ class Nodes:
                 cores[rank.machine].append(rank.cores)
         return any(len(own) > node_cores(own) for own in cores.values())
 
+    def loads(self, threads: Sequence[int]) -> list[tuple[str, float]]:
+        """Each rank's machine, and the part of its cores that so many threads of each rank keep busy.
+
+        Containers of one machine have names of their own, but share its cores.
+        """
+        on: dict[str, list[Cores]] = {}
+        for rank in self._ranks:
+            on.setdefault(rank.machine, []).append(rank.cores)
+        cores = {machine: node_cores(own) for machine, own in on.items()}
+        return [
+            (rank.machine, count / cores[rank.machine])
+            for rank, count in zip(self._ranks, threads, strict=True)
+        ]
+
     @property
     def places(self) -> list[str]:
         """Each rank's host, with the cores that it may use there, in words."""

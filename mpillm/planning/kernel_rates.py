@@ -67,7 +67,7 @@ def kernel_rates(
     # One after the other, so that a run that measures holds no more than `nbytes` for it.
     attention = _attention(CONTEXT if compiled else KV_BLOCK, threads, seconds)
     values = _values(threads, seconds)
-    core = TURN / typical(_turns, [TURNS], seconds) * TURNS
+    core = core_speed(seconds)
     everything = new_buffer(max(nbytes, most) if compiled else PIECE, ALIGNMENT)
     fill = threads * _fill(everything, nbytes)
     memory = everything[:nbytes]
@@ -105,6 +105,11 @@ def _measured_part() -> float:
     while time.perf_counter() - began < PERIODS:
         _turns(TURNS // 10)
     return (time.thread_time() - used) / (time.perf_counter() - began)
+
+
+def core_speed(seconds: float) -> float:
+    """How fast one core runs plain code, as `Speed.core`, measured for about so many seconds."""
+    return TURN / typical(_turns, [TURNS], seconds) * TURNS
 
 
 def typical(call: Callable[[T], object], data: Sequence[T], for_seconds: float = SECONDS) -> float:

@@ -70,6 +70,7 @@ class Layouts:
         return (
             len(machines.ranks_per_host) > 1
             and bool(machines.speeds)
+            and not machines.glimpsed
             and self.spec.wire.between_stages == "f32"
         )
 

@@ -22,6 +22,10 @@ class Machines:
     names: Sequence[str] = field(default=(), compare=False)
     speeds: Sequence[Speed] = field(default=(), compare=False)
     measured: bool = field(default=False, compare=False)  # else speeds are at least partly assumed
+    glimpsed: bool = field(default=False, compare=False)  # speeds go by `pace` alone, and links are not known
+    # Each rank's machine, which several hosts may share as containers do, and the part of its cores that the rank
+    # keeps busy; speeds are those of all ranks working.
+    loads: Sequence[tuple[str, float]] = field(default=(), compare=False)
 
     @property
     def ranks(self) -> int:
@@ -59,13 +63,26 @@ class Machines:
     def of_ranks(self, ranks: Sequence[int]) -> Machines:
         """The machines of some of the ranks."""
         hosts = self.host_of_rank
+        loads = [self.loads[rank] for rank in ranks] if self.loads else ()
         return replace(
             self,
             ranks_per_host=[len(list(run)) for _, run in itertools.groupby(hosts[rank] for rank in ranks)],
             free=[self.free[rank] for rank in ranks],
             names=[self.names[rank] for rank in ranks] if self.names else (),
-            speeds=[self.speeds[rank] for rank in ranks] if self.speeds else (),
+            speeds=self._speeds_of(ranks, loads) if self.speeds else (),
+            loads=loads,
         )
+
+    def _speeds_of(self, ranks: Sequence[int], loads: Sequence[tuple[str, float]]) -> list[Speed]:
+        """The speeds of some of the ranks, which have the cores of the others too; one object for those alike."""
+        before, now = _crowding(self.loads), _crowding(loads)
+        eased, found = dict[tuple[int, float], Speed](), list[Speed]()
+        for rank in ranks:
+            speed = self.speeds[rank]
+            times = now[machine] / before[machine] if loads and (machine := self.loads[rank][0]) else 1.0
+            key = id(speed), times
+            found.append(eased.setdefault(key, speed if times == 1 else speed.slowed(times)))
+        return found
 
     def with_another(self) -> Machines:
         """These machines and one more host with one rank, like the last one."""
@@ -76,8 +93,17 @@ class Machines:
             free=[*self.free, min(self.free[-1] * ranks, sys.maxsize)],
             names=[*self.names, *self.names[-1:]],
             speeds=[*self.speeds, *(speed.shared_by(1 / ranks) for speed in self.speeds[-1:])],
+            loads=[*self.loads, *(("another", part) for _, part in self.loads[-1:])],
         )
 
     def with_faster_network(self, times: float) -> Machines:
         """These machines with links that are `times` times as fast."""
         return replace(self, speeds=[replace(speed, wire=times * speed.wire) for speed in self.speeds])
+
+
+def _crowding(loads: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """How many busy threads share a core of each machine, one at least."""
+    busy = dict.fromkeys((machine for machine, _ in loads), 0.0)
+    for machine, part in loads:
+        busy[machine] += part
+    return {machine: max(threads, 1.0) for machine, threads in busy.items()}

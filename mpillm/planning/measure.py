@@ -17,8 +17,7 @@ from mpillm.comm.probe import LinkTiming
 from mpillm.comm.world import World
 from mpillm.planning.hosts import Host
 from mpillm.planning.kernel_rates import MEMORY, KernelRates, kernel_rates
-from mpillm.planning.machines import Machines
-from mpillm.planning.speed import ASSUMED, KINDS, LARGE, SMALL, stand_in
+from mpillm.planning.speed import ASSUMED, KINDS, LARGE, SMALL, Speed, stand_in
 from mpillm.weights.io.reading import SECTOR, new_buffer, open_direct, read_direct
 from mpillm.weights.source import Source
 
@@ -70,10 +69,10 @@ def everyone(
     return world.gather(Measured(rates, disk))
 
 
-def machines(
+def speeds(
     world: World, source: Source, threads: int, effort: float = 1.0, budget: int | None = None
-) -> Machines:
-    """Measure the ranks' machines for this model (collective), in about a second times `effort`.
+) -> list[Speed]:
+    """Measure the ranks' speeds for this model (collective), in about a second times `effort`.
 
     This rank will hold up to `budget` bytes of its weights; not much more is taken now.
     """
@@ -83,7 +82,7 @@ def machines(
     most = min(share, MOST if budget is None else budget)
     ranks = everyone(world, sorted(kinds), threads, file, WITHIN_RUN, effort, most)
     numbers, found = world.nodes.numbers, hosts(world, ranks, probe.links(world))
-    speeds = [
+    return [
         replace(
             found[number].speed,
             products=rank.rates.products,
@@ -97,7 +96,6 @@ def machines(
         )
         for number, rank in zip(numbers, ranks, strict=True)
     ]
-    return Machines(world.nodes.ranks_per_host, world.nodes.free, world.hosts, speeds, measured=True)
 
 
 def hosts(world: World, ranks: Sequence[Measured], links: Sequence[LinkTiming]) -> list[Host]:

@@ -71,30 +71,15 @@ def for_run(layouts: Layouts, machines: Machines, worth: float = 1.0) -> tuple[F
     return on_all, [], ""
 
 
-def alone_on_first(layouts: Layouts, machines: Machines) -> Found | None:
-    """The layout on the first host alone; None if there is none in its memory."""
-    if _by_rank(layouts):
-        return None
-    with suppress(LayoutError):
-        found = layouts.choose(machines.without(range(1, len(machines.ranks_per_host))))
-        return found if found.fits else None
-    return None
-
-
-def left_out(machines: Machines, without: Sequence[int], why: str) -> str:
-    """A sentence that names the hosts that are left out."""
-    names, one = machines.host_names(), len(without) == 1
-    more = [f"{len(without) - NAMED} more"] if len(without) > NAMED else []
-    named = " and ".join([", ".join(names[host] for host in without[:NAMED]), *more])
-    return f"{named} {'is' if one else 'are'} left out and kept in reserve: {why}."
-
-
 def _said(machines: Machines, without: Sequence[int], times: float) -> str:
     them = "it" if len(without) == 1 else "them"
     why = f"the run is {times:.1f} times as fast without {them}"
     if times < CLEARLY:
         why = f"the run is hardly faster with {them}"
-    return left_out(machines, without, f"by the estimated time of a step {why}")
+    names, one = machines.host_names(), len(without) == 1
+    more = [f"{len(without) - NAMED} more"] if len(without) > NAMED else []
+    named = " and ".join([", ".join(names[host] for host in without[:NAMED]), *more])
+    return f"{named} {'is' if one else 'are'} left out and kept in reserve: by the estimated time of a step {why}."
 
 
 def _by_rank(layouts: Layouts) -> bool:
@@ -111,14 +96,14 @@ class _Tried:
     def __init__(self, layouts: Layouts, machines: Machines) -> None:
         self._layouts, self._machines = layouts, machines
         self.found: dict[Hosts, Found] = {}
-        self._alike: dict[tuple[object, ...], Hosts] = {}  # hosts without which the same machines are left
+        self._alike: dict[tuple[object, ...], Machines] = {}  # that are left; some without other hosts
 
     def add(self, without: Hosts) -> None:
         """Find the layout without these hosts; LayoutError if there is none."""
         machines = self._machines.without(without) if without else self._machines
         key = (*machines.ranks_per_host, *machines.free, *map(id, machines.speeds))
         if key not in self._alike:
-            self._alike[key] = without
+            self._alike[key] = machines
             self.found[without] = self._layouts.choose(machines)
 
     def look(self, without: Hosts) -> None:

@@ -46,6 +46,10 @@ class Speed:
             fill=self.fill / ranks,
         )
 
+    def slowed(self, times: float) -> Speed:
+        """The speed of a rank that computes so many times as slowly, and has the same link to other hosts."""
+        return replace(self.shared_by(times), core=self.core / times)
+
     def operations(self, kind: BlockType, rows: float) -> float:
         """Operations/s of products of a matrix of this type with so many rows, between those measured."""
         rates = self.products[stand_in(kind, tuple(self.products))]

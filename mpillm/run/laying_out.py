@@ -14,7 +14,7 @@ from mpillm import kernels, version
 from mpillm.comm.world import World
 from mpillm.errors import JobError, LayoutError
 from mpillm.partition.replicas import Replicas
-from mpillm.planning import hosts, measure
+from mpillm.planning import hosts, measure, pace
 from mpillm.planning.estimate import TYPICAL, demand_of, estimate, rank_seconds, replica_shares
 from mpillm.planning.input_needs import InputNeeds
 from mpillm.planning.layout import Layouts
@@ -23,7 +23,8 @@ from mpillm.planning.machines import Machines
 from mpillm.planning.planner import Planner
 from mpillm.planning.rank_plan import ReplicaPlan
 from mpillm.planning.replica_steps import ReplicaSteps, replica_steps
-from mpillm.planning.search import alone_on_first, for_run, left_out
+from mpillm.planning.search import for_run
+from mpillm.planning.speed import Speed
 from mpillm.planning.wire import shards_cross_hosts, with_wire
 from mpillm.run import speed_notes
 from mpillm.run.origin import Origin
@@ -67,6 +68,8 @@ class LayoutChoice:
         """`shards` is that of `Layouts`; there is one replica unless `replicated`, on all ranks unless `leave_out`."""
         self._world, self._spec, self._source, self._planner = world, spec, source, planner
         self._asked, self._shards, self._replicated, self._leave_out = asked, shards, replicated, leave_out
+        self._paces: Sequence[float] = ()
+        self._loads: Sequence[tuple[str, float]] = ()
 
     def first(self, threads: int) -> LaidOut:
         """The layout of a run that begins; the machines are measured with so many threads if that may decide it."""
@@ -76,9 +79,10 @@ class LayoutChoice:
                 f"layout.replicas = {spec.layout.replicas} works only with `mpillm run`; start one server "
                 "for each replica."
             )
-        found = world.on_rank_0(self._unmeasured)
+        machines = self._at_first(threads)
+        found = world.on_rank_0(partial(self._search, spec, machines, WORTH))
         if self._worth_measuring(found):
-            for effort, least in ((measure.QUICKLY, SHORT), (1.0, LONG)):
+            for effort, least in ((measure.QUICKLY, SHORT), (1.0, LONG))[machines.measured :]:
                 if found.seconds > least:
                     machines = self._measured(threads, effort)
                     worth = 1.0 if effort == 1.0 else WORTH
@@ -104,22 +108,52 @@ class LayoutChoice:
         found = world.on_rank_0(search)
         return replace(found, chosen=replace(found.chosen, wire=origin.wire, wire_reason="as the run began"))
 
+    def _at_first(self, threads: int) -> Machines:
+        """The machines, with what is known of their speeds before any is measured now."""
+        world, file = self._world, self._spec.layout.hosts
+        if file != "auto":
+            known = world.on_rank_0(lambda: hosts.read(Path(file), world.size))
+            return replace(self._machines(), speeds=known.speeds, measured=known.measured)
+        if len(world.nodes.ranks_per_host) == 1:
+            return self._machines()
+        looks = world.gather((pace.pace(), threads))
+        self._paces, self._loads = [own for own, _ in looks], world.nodes.loads([own for _, own in looks])
+        if not self._leave_out:
+            return self._machines()
+        if (noted := self._noted(threads, 0.0)) is not None:
+            return noted
+        speeds = pace.by_pace(self._paces, world.nodes.ranks_per_host)
+        return replace(self._machines(), speeds=speeds, glimpsed=True)
+
     def _measured(self, threads: int, effort: float) -> Machines:
         """The machines with their speeds: noted when this model was run before on the same hosts, or measured now."""
         world = self._world
-        places = [f"{place}, {count_of(threads, 'thread')}" for place in world.nodes.places]
-        places += [str(self._source.path.absolute()), kernels.path(), version.__version__]
-        if (speeds := world.on_rank_0(lambda: speed_notes.find(places, effort))) is not None:
-            return replace(self._machines(), speeds=speeds, measured=True)
+        if (noted := self._noted(threads, effort)) is not None:
+            return noted
         budget = self._spec.on_rank(world.rank, world.host).memory.weights_bytes
-        machines = measure.machines(world, self._source, threads, effort, budget)
+        speeds = measure.speeds(world, self._source, threads, effort, budget)
         if world.rank == 0:
-            speed_notes.keep(places, effort, machines.speeds)
-        return machines
+            speed_notes.keep(self._places(threads), effort, speeds, self._paces)
+        return replace(self._machines(), speeds=speeds, measured=True)
+
+    def _noted(self, threads: int, effort: float) -> Machines | None:
+        """The machines with speeds that were measured with such an effort by a run before, if they are kept."""
+
+        def find() -> Sequence[Speed] | None:
+            return speed_notes.find(self._places(threads), effort, self._paces)
+
+        speeds = self._world.on_rank_0(find)
+        return None if speeds is None else replace(self._machines(), speeds=speeds, measured=True)
+
+    def _places(self, threads: int) -> list[str]:
+        """What speeds are those of: each rank's host, the model and the program."""
+        places = [f"{place}, {count_of(threads, 'thread')}" for place in self._world.nodes.places]
+        return [*places, str(self._source.path.absolute()), kernels.path(), version.__version__]
 
     def _machines(self) -> Machines:
         """The machines of all ranks, without their speeds."""
-        return Machines(self._world.nodes.ranks_per_host, self._world.nodes.free, self._world.hosts)
+        nodes = self._world.nodes
+        return Machines(nodes.ranks_per_host, nodes.free, self._world.hosts, loads=self._loads)
 
     # On rank 0 alone.
 
@@ -152,35 +186,9 @@ class LayoutChoice:
     def _plans(self, machines: Machines, replicas: Replicas) -> list[ReplicaPlan]:
         return list(self._planner.replicas(self._spec, replicas, self._asked, machines.names))
 
-    def _unmeasured(self) -> LaidOut:
-        """The layout by what is known before anything is measured.
-
-        It is on rank 0's host alone where a job takes seconds and others would not clearly help: to measure them would
-        take longer than what may be gained.
-        """
-        machines = self._known_machines()
-        found = self._search(self._spec, machines)
-        if not self._leave_out or machines.speeds or len(machines.ranks_per_host) == 1:
-            return found
-        alone = alone_on_first(self._layouts(self._spec), machines)
-        if alone is None or alone.time.seconds > min(MEASURED, WORTH * found.seconds):
-            return found
-        said = left_out(
-            machines, range(1, len(machines.ranks_per_host)), "this run is too short for several hosts"
-        )
-        return LaidOut(alone.chosen, machines, range(machines.ranks_per_host[0]), alone.time.seconds, said)
-
     def _layouts(self, spec: Spec) -> Layouts:
         count = spec.layout.replicas if self._replicated else 1
         return Layouts(spec, self._planner, count, self._asked.lines or None, self._shards, self._asked)
-
-    def _known_machines(self) -> Machines:
-        """The machines, with speeds if the job names a file of them."""
-        machines, file = self._machines(), self._spec.layout.hosts
-        if file == "auto":
-            return machines
-        known = hosts.read(Path(file), self._world.size)
-        return replace(machines, speeds=known.speeds, measured=known.measured)
 
     def _search(self, spec: Spec, machines: Machines, worth: float = 1.0) -> LaidOut:
         """The layout of a job on these machines; `worth` is that of `search`."""
@@ -194,10 +202,10 @@ class LayoutChoice:
     def _worth_measuring(self, found: LaidOut) -> bool:
         """Whether speeds can change the layout or the wire, or the shares of replicas in a job that takes long."""
         spec, given, replicas = self._spec, self._spec.layout, found.chosen.replicas
-        decided = len(found.ranks) < found.machines.ranks
-        if given.hosts != "auto" or len(found.machines.ranks_per_host) == 1 or decided:
+        if given.hosts != "auto" or len(found.machines.ranks_per_host) == 1:
             return False
-        if spec.wire.activations == "auto" and shards_cross_hosts(found.machines, replicas):
+        used = found.machines.of_ranks(found.ranks)
+        if spec.wire.activations == "auto" and shards_cross_hosts(used, replicas):
             return True
         pipeline = any(replica.stages > 1 for replica in replicas)
         left_open = "auto" in (given.replicas, given.stages, given.shards)

@@ -15,6 +15,7 @@ import msgspec
 
 from mpillm.catalogue.models import cache_dir
 from mpillm.errors import MpillmError
+from mpillm.planning import pace
 from mpillm.planning.speed import Speed
 from mpillm.store.directory import replacing
 
@@ -24,19 +25,23 @@ KEPT = 6 * 3600.0  # seconds
 class _Noted(msgspec.Struct, frozen=True):
     effort: float
     speeds: Sequence[Speed]
+    paces: Sequence[float]
 
 
-def find(places: Sequence[str], effort: float) -> Sequence[Speed] | None:
-    """The speeds of ranks at these places, if they were measured of late with such an effort or a greater one."""
+def find(places: Sequence[str], effort: float, paces: Sequence[float]) -> Sequence[Speed] | None:
+    """The speeds of ranks at these places, if they were measured of late with such an effort or a greater one.
+
+    They count only if all ranks still have about the paces that they had then.
+    """
     with contextlib.suppress(OSError, MpillmError, msgspec.DecodeError):
         path = _path(places)
         if _age(path) < KEPT:
             noted = msgspec.json.decode(path.read_bytes(), type=_Noted)
-            return noted.speeds if noted.effort >= effort else None
+            return noted.speeds if noted.effort >= effort and pace.same(paces, noted.paces) else None
     return None
 
 
-def keep(places: Sequence[str], effort: float, speeds: Sequence[Speed]) -> None:
+def keep(places: Sequence[str], effort: float, speeds: Sequence[Speed], paces: Sequence[float]) -> None:
     """Note what was measured, if that is possible; what is too old to be used goes."""
     with contextlib.suppress(OSError, MpillmError):
         path = _path(places)
@@ -45,7 +50,7 @@ def keep(places: Sequence[str], effort: float, speeds: Sequence[Speed]) -> None:
             if _age(old) > KEPT:
                 old.unlink(missing_ok=True)
         with replacing(path) as file:
-            file.write(msgspec.json.encode(_Noted(effort, speeds)))
+            file.write(msgspec.json.encode(_Noted(effort, speeds, paces)))
 
 
 def _path(places: Sequence[str]) -> Path:

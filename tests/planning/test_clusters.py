@@ -6,7 +6,7 @@ Where the network is slow, shards may send Q8_0, if that is 5 % faster than ever
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 
 import pytest
@@ -15,6 +15,7 @@ from mpillm import spec
 from mpillm.errors import LayoutError
 from mpillm.model.opening import config_of, open_source
 from mpillm.planning.hosts import Host, machines_of
+from mpillm.planning import pace
 from mpillm.planning.input_memory import InputNeeds
 from mpillm.planning.layout import Layouts
 from mpillm.planning.machines import Machines
@@ -96,3 +97,43 @@ def test_a_run_takes_about_as_long_as_with_the_best_of_all_layouts(planner: Plan
         assert found.fits
         best = min(cost for part in parts(machines) for cost in each_alone(planner, requests, part))
         assert found.cost <= NEAR * best
+
+
+@pytest.mark.parametrize(
+    "planner", ["0.1B"], indirect=True
+)  # jobs with others are long enough to be measured
+@pytest.mark.parametrize(
+    ("paces", "loads", "used"),
+    [
+        ((1.0, 1.0), (), {1: 1, 16: 2}),
+        ((1.0, 0.33), (), {1: 1, 16: 1, 256: 2}),  # for whose start the others would wait
+        ((1.0, 1.0, 1.0, 0.2), (), {1: 1, 64: 3}),
+        ((0.5,) * 4, [("one machine", 0.5)] * 4, {1: 1, 64: 2}),  # containers that share two cores
+    ],
+)
+def test_a_short_run_looks_how_fast_cores_are(
+    planner: Planner,
+    paces: tuple[float, ...],
+    loads: Sequence[tuple[str, float]],
+    used: dict[int, int],
+) -> None:
+    """Where it is too short to measure more: so many hosts compute, and it takes as long as with the best part."""
+    hosts = [1] * len(paces)
+    speeds = pace.by_pace(paces, hosts)
+    machines = Machines(hosts, [2**33] * len(hosts), speeds=speeds, glimpsed=True, loads=loads)
+    for requests, count in used.items():
+        found, without, _ = for_run(layouts(planner, requests), machines, 1.15)
+        assert len(hosts) - len(without) == count
+        assert {replica.shards for replica in found.chosen.replicas} == {1}  # the network is not known
+        best = min(cost for part in parts(machines) for cost in each_alone(planner, requests, part))
+        assert found.cost <= 1.15 * best
+
+
+def test_those_who_share_a_machine_have_its_cores_alone_without_the_others() -> None:
+    speeds = pace.by_pace((0.5, 0.5, 1.0), [1, 1, 1])
+    loads = [("a", 0.5), ("a", 1.5), ("b", 1.0)]
+    machines = Machines([1, 1, 1], [2**33] * 3, speeds=speeds, loads=loads)
+    assert [speed.core for speed in machines.of_ranks([0, 2]).speeds] == [1.0, 1.0]
+    assert [speed.core for speed in machines.of_ranks([1, 2]).speeds] == [0.5 / 0.75, 1.0]
+    assert machines.of_ranks([0, 1, 2]).speeds == speeds
+    assert [speed.core for speed in machines.of_ranks([1]).of_ranks([0]).speeds] == [0.5 / 0.75]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,21 +18,30 @@ from mpillm.planning.input_needs import NO_INPUT
 from mpillm.planning.layout_plans import Chosen
 from mpillm.planning.machines import Machines
 from mpillm.planning.speed import ASSUMED, Speed
-from mpillm.run import laying_out, speed_notes
+from mpillm.run import speed_notes
 from mpillm.run.laying_out import LaidOut, LayoutChoice
 
 TWO_HOSTS = Machines([1, 1], [2**30, 2**30])
 
 
 class World:
-    """Rank 0's."""
+    """Rank 0's; `paces` are those of all ranks."""
 
-    def __init__(self, *places: str) -> None:
-        self.nodes, self.together = SimpleNamespace(places=places), nullcontext
-        self.rank, self.host = 0, "here"
+    def __init__(self, *places: str, paces: Sequence[float] = (1.0, 1.0)) -> None:
+        self.nodes = SimpleNamespace(
+            places=places,
+            ranks_per_host=[1, 1],
+            free=[2**33, 2**33],
+            loads=lambda threads: [("a", 0.1), ("b", 0.1)],
+        )
+        self.rank, self.size, self.host, self.hosts = 0, 2, "here", ("a", "b")
+        self._paces = paces
 
     def on_rank_0(self, work: Any) -> Any:
         return work()
+
+    def gather(self, own: tuple[float, int]) -> list[tuple[float, int]]:
+        return [(pace, own[1]) for pace in self._paces]
 
 
 @pytest.mark.parametrize(
@@ -59,15 +67,13 @@ def test_short_jobs_are_measured_briefly(
     def searched(self: LayoutChoice, job: spec.Spec, machines: Machines, worth: float = 1.0) -> LaidOut:
         return LaidOut(pipeline, TWO_HOSTS, range(2), measured if made else assumed)
 
-    def machines(world: World, source: None, threads: int, effort: float, budget: None) -> Machines:
+    def speeds(world: World, source: None, threads: int, effort: float, budget: None) -> list[Speed]:
         made.append(effort)
-        return TWO_HOSTS
+        return [ASSUMED, ASSUMED]
 
     monkeypatch.setattr(LayoutChoice, "_search", searched)
-    monkeypatch.setattr(laying_out, "alone_on_first", lambda *_: None)
     monkeypatch.setenv("MPILLM_CACHE", str(tmp_path))
-    monkeypatch.setattr(LayoutChoice, "_known_machines", lambda self: TWO_HOSTS)
-    monkeypatch.setattr(measure, "machines", machines)
+    monkeypatch.setattr(measure, "speeds", speeds)
     job: Any = spec.load(None, (), model="model", input="in", output="out")
     nothing: Any = None
     source: Any = SimpleNamespace(path=tmp_path / "model")
@@ -87,23 +93,20 @@ def test_later_runs_on_the_same_hosts_do_not_measure_them_again(
         used.append(list(machines.speeds))
         return LaidOut(Chosen((Replica(0, 2, 1),), ""), TWO_HOSTS, range(2), seconds)
 
-    def machines(world: World, source: None, threads: int, effort: float, budget: None) -> Machines:
+    def measured(world: World, source: None, threads: int, effort: float, budget: None) -> list[Speed]:
         made.append(effort)
-        return replace(TWO_HOSTS, speeds=speeds, measured=True)
+        return speeds
 
     monkeypatch.setattr(LayoutChoice, "_search", searched)
-    monkeypatch.setattr(laying_out, "alone_on_first", lambda *_: None)
     monkeypatch.setenv("MPILLM_CACHE", str(tmp_path))
-    for name in ("_known_machines", "_machines"):
-        monkeypatch.setattr(LayoutChoice, name, lambda self: TWO_HOSTS)
-    monkeypatch.setattr(measure, "machines", machines)
+    monkeypatch.setattr(measure, "speeds", measured)
     job: Any = spec.load(None, (), model="model", input="in", output="out")
     nothing: Any = None
     source: Any = SimpleNamespace(path=tmp_path / "model")
 
-    def begin(*places: str, threads: int = 1) -> list[float]:
+    def begin(*places: str, threads: int = 1, paces: Sequence[float] = (1.0, 1.0)) -> list[float]:
         made.clear()
-        world: Any = World(*places)
+        world: Any = World(*places, paces=paces)
         LayoutChoice(world, job, source, nothing, NO_INPUT, None, True, True).first(threads)
         return list(made)
 
@@ -113,6 +116,12 @@ def test_later_runs_on_the_same_hosts_do_not_measure_them_again(
     assert [speed.memory for speed in used[-1]] == [speed.memory for speed in speeds]
     assert begin("a", "c") == begin("a", "b", threads=2) == [measure.QUICKLY]
     assert begin("a", "b") == []
+    assert begin("a", "b", paces=(1.1, 0.9)) == []
+    assert begin("a", "b", paces=(1.0, 0.33)) == [measure.QUICKLY]  # it has become slow
+    assert begin("a", "b") == [measure.QUICKLY]
+    seconds = 0.5
+    assert begin("a", "b") == []
+    assert [speed.memory for speed in used[-1]] == [speed.memory for speed in speeds]  # those that are kept
     seconds = 50.0
     assert begin("a", "b", threads=2) == [1.0]  # what was measured in a glance is not enough
     assert begin("a", "b", threads=2) == []
@@ -128,29 +137,3 @@ def test_later_runs_on_the_same_hosts_do_not_measure_them_again(
     assert begin("a", "b") == [measure.QUICKLY, 1.0]
     monkeypatch.setenv("MPILLM_CACHE", str(left))  # where nothing can be written
     assert begin("a", "b") == begin("a", "b") == [measure.QUICKLY, 1.0]
-
-
-@pytest.mark.parametrize(
-    ("alone", "together", "ranks"),
-    [
-        (2.0, 1.9, 1),  # it is over before others could be measured
-        (2.0, 1.0, 2),
-        (5.0, 5.0, 2),  # long enough to look whether they are faster
-        (None, 1.0, 2),  # one host cannot hold it
-    ],
-)
-def test_a_job_of_seconds_is_for_one_host(
-    monkeypatch: pytest.MonkeyPatch, alone: float | None, together: float, ranks: int
-) -> None:
-    one, two = Chosen((Replica(0, 1, 1),), ""), Chosen((Replica(0, 1, 1), Replica(1, 1, 1)), "")
-    found = SimpleNamespace(chosen=one, time=SimpleNamespace(seconds=alone))
-    monkeypatch.setattr(laying_out, "alone_on_first", lambda *_: found if alone else None)
-    monkeypatch.setattr(LayoutChoice, "_search", lambda *_: LaidOut(two, TWO_HOSTS, range(2), together))
-    monkeypatch.setattr(LayoutChoice, "_known_machines", lambda self: replace(TWO_HOSTS, names=("a", "b")))
-    job: Any = spec.load(None, (), model="model", input="in", output="out")
-    nothing: Any = None
-    world: Any = World()
-    made = LayoutChoice(world, job, nothing, nothing, NO_INPUT, None, True, True)._unmeasured()
-    assert len(made.ranks) == len(made.chosen.replicas) == ranks
-    said = "b is left out and kept in reserve: this run is too short for several hosts." if ranks == 1 else ""
-    assert made.left_out == said
