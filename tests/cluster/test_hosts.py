@@ -81,7 +81,7 @@ def test_ranks_land_as_listed_and_talk_over_the_network(
 
 @pytest.mark.parametrize(
     ("ranks", "layout", "replicas"),
-    [(2, "shards=2", 1), (4, "shards=4", 1), (3, "stages=3", 1), (3, "threads=1", 3)],
+    [(2, "shards=2", 1), (4, "shards=4", 1), (3, "stages=3", 1), (3, "replicas=3", 3)],
 )
 def test_the_real_job_gives_the_same_bytes(
     hosts: Hosts, mpi: Mpi, hostfile: Path, tmp_path: Path, ranks: int, layout: str, replicas: int
@@ -136,8 +136,8 @@ def test_shards_on_two_hosts_measure_the_network_and_say_what_they_choose(
 @pytest.mark.parametrize(
     ("ranks", "plan", "layout"),
     [
-        (2, "0:step:9:SIGKILL", ""),
-        (2, "1:step:9:SIGKILL", ""),
+        (2, "0:step:9:SIGKILL", "stages=2"),
+        (2, "1:step:9:SIGKILL", "replicas=2"),
         # Two sums are under way, of two shards and in pieces of four.
         (2, "1:sum:48:SIGKILL", "shards=2"),
         (4, "3:sum:48:SIGKILL", "shards=4"),
@@ -148,10 +148,10 @@ def test_a_rank_killed_on_another_host_is_survived(
     hosts: Hosts, openmpi: Mpi, tmp_path: Path, ranks: int, plan: str, layout: str
 ) -> None:
     """With ULFM, over TCP: whoever is left goes on."""
-    victim, words = plan[0], [f"--set=layout.{layout}"] if layout else []
+    victim, words = plan[0], f"--set=layout.{layout}"
     job, hostfile = write_job(tmp_path), tmp_path / "hosts"
     hostfile.write_text("".join(f"{address} slots=1\n" for address in hosts.addresses[:ranks]))
-    program = [sys.executable, ROOT / "tests" / "e2e" / "dying.py", plan, "run", job, *words]
+    program = [sys.executable, ROOT / "tests" / "e2e" / "dying.py", plan, "run", job, words]
     command = [*hosts.launcher(openmpi, hostfile), "--with-ft", "ulfm", "-n", str(ranks), *program]
     done = run_bounded(hosts.on_first(command, environment(openmpi)), 90, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -14,8 +14,8 @@ import pytest
 from mpillm import spec
 from mpillm.errors import LayoutError
 from mpillm.model.opening import config_of, open_source
-from mpillm.planning.hosts import Host, machines_of
 from mpillm.planning import pace
+from mpillm.planning.hosts import Host, machines_of
 from mpillm.planning.input_memory import InputNeeds
 from mpillm.planning.layout import Layouts
 from mpillm.planning.machines import Machines
