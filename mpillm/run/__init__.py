@@ -1,1 +1,1 @@
-"""Running a job: the session of all ranks, the runner that leads it, and how replicas share the lines."""
+"""Runs a job: the session of all ranks, the states of a run, and the division of lines over replicas."""

@@ -1,7 +1,7 @@
-"""The leader of a replica without rank 0: it computes the lines that rank 0 hands out and sends the records back.
+"""The leader of a replica without rank 0: it computes lines that rank 0 sends, and sends the records back.
 
-The first lines come unasked. It asks for more when its scheduler has room for them, and sends the records of its
-answers after each step.
+Rank 0 sends the first lines without a request. The leader asks for more when its scheduler has room for them, and sends
+the records of its answers after each step.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ from mpillm.run.session import Session
 from mpillm.spec import Spec
 from mpillm.weights.identity import ModelChangedError
 
-FEW = 4  # lines that a leader asks for at first
-TELL_EVERY = 1.0  # seconds after which a leader tells how far it is, though nothing is finished
+FEW = 4  # lines in a leader's first request
+TELL_EVERY = 1.0  # seconds after which a leader reports its progress even if no line is finished
 
 
 class Assistant:
     """Computes lines for rank 0 on the ranks of one replica."""
 
     def __init__(self, session: Session, spec: Spec, model: Callable[[], Model]) -> None:
-        """`model` makes what rank 0 has checked the lines with, or raises an MpillmError; rank 0 computes meanwhile."""
+        """`model` opens the model with its tokenizer, or raises MpillmError; rank 0 computes meanwhile."""
         self._session, self._spec, self._model = session, spec, model
         self._mailbox = Mailbox(session.world, session.counters)
         self._records: list[AnswerRecord] = []
         self._leader = Leader(session, spec, model, self._records.append)
         self._lines: deque[Assigned] = deque()
-        self._ask, self._asked = FEW, True  # the first ones come unasked
+        self._ask, self._asked = FEW, True  # rank 0 sends the first lines without a request
         self._told = time.monotonic()
         self._teller = Teller(session) if watched(session) else None
         self._stop: NoMoreLines | None = None
 
     def run(self) -> int:
-        """Compute lines until rank 0 says stop; return its exit code."""
+        """Compute lines until rank 0 sends `NoMoreLines`; return its exit code."""
         engine, watch = self._leader.engine, self._session.watch
         try:
             self._model()
@@ -79,7 +79,7 @@ class Assistant:
         return self._stop.exit_code
 
     def _part(self, exit_code: int, error: MpillmError | None = None) -> None:
-        """Send what is left, and let the other ranks of this replica stop."""
+        """Send the remaining records, and stop the other ranks of this replica."""
         keep = exit_code == AGAIN or (exit_code and self._spec.job.checkpoint_tokens)
         if keep and not isinstance(error, ModelChangedError):
             self._leader.save_everything()
@@ -93,7 +93,7 @@ class Assistant:
     def _next(self) -> Given | None:
         if len(self._lines) <= self._ask // 2 and not self._asked:
             if not self._lines:
-                self._ask = min(2 * self._ask, MANY)  # the scheduler takes them faster than they come
+                self._ask = min(2 * self._ask, MANY)  # the scheduler takes lines faster than they arrive
             self._asked = True
             self._tell(self._ask)
         if not self._lines:
@@ -103,7 +103,7 @@ class Assistant:
         return make_work(given.line, content, self._spec, self._model()), given.partial
 
     def _more(self) -> bool:
-        """Wait for a line when nothing is left to do; False if there will be none."""
+        """Wait for a line when nothing is left to compute; return False if no more will come."""
         self._serve()
         with self._leader.waiting():
             while not self._lines and self._stop is None:
@@ -128,11 +128,11 @@ class Assistant:
             self._asked = False
 
     def _give_back(self, count: int) -> None:
-        """Return lines that have not begun, the last ones first, and then others."""
+        """Return up to `count` lines to rank 0: first those that have not begun, the last ones first, then others."""
         waiting = [self._lines.pop() for _ in range(min(count, len(self._lines)))]
         lines = [Unfinished(one.line, one.partial) for one in waiting]
         lines += self._leader.give_back(count - len(lines))
-        self._tell(0)  # the records of what the lines have come to come first
+        self._tell(0)  # the lines' records must arrive before the lines
         self._mailbox.send(msgspec.msgpack.encode(GivenBack(lines)), 0)
 
     def _tell_if_due(self) -> None:

@@ -1,9 +1,9 @@
-"""When a run should be laid out anew because some rank has become slow, or fast again.
+"""Decides when a run changes its layout because a rank has become slow, or fast again.
 
-Ranks tell rank 0 now and then how long they have computed. Those of a layout take about as long as the model of a
-step's time says, in proportion; one that takes longer than that keeps the others of its replica waiting. Then their
-speeds are corrected, and if another division of the layers is clearly faster for what is left to do, the run goes on
-with it: what is computed is in the journal, and any rank can load any layer.
+Ranks report to rank 0 how many seconds they have computed. Relative to each other these should match the model of a
+step's time; a rank that takes longer makes the others of its replica wait. Then the speeds are corrected, and if
+another division of the layers is clearly faster for the remaining work, the run continues with it: everything computed
+is in the journal, and any rank can load any layer.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ from mpillm.planning.machines import Machines
 from mpillm.planning.speed import Speed
 from mpillm.run.session import Session
 
-AGAIN = 256  # what the other ranks are told instead of an exit code when the run is laid out anew
+AGAIN = 256  # sent to the other ranks instead of an exit code if the layout changes
 WINDOW = 10.0  # seconds over which ranks are compared
-TELL_EVERY = 1.0  # seconds after which a rank tells how long it has computed
-UNEVEN = 1.5  # how many times as long as planned, beside the others, a rank must take
-BUSY = 0.3  # the part of the time in which it must compute: else the others do not wait for it
-GAIN = 1.2  # how many times as fast what is left must become
-COST = 20.0  # seconds that must be saved at least
+TELL_EVERY = 1.0  # seconds between two reports of a rank
+UNEVEN = 1.5  # a rank is slow if it takes this multiple of its planned time, relative to the others
+BUSY = 0.3  # and if it computes for at least this share of the time; else the others do not wait for it
+GAIN = 1.2  # the layout changes if the remaining work becomes faster by this factor
+COST = 20.0  # and by at least this many seconds
 
 
 class Busy(msgspec.Struct, tag="busy", frozen=True):
-    """From any rank but 0: the seconds that it has computed so far, without waiting for other ranks."""
+    """From any rank but 0: the seconds that it has computed so far, without its waits for other ranks."""
 
     seconds: float
-    last: bool = False  # it tells no more
+    last: bool = False  # this is its last report
 
 
 class Teller:
-    """Another rank's side: tells rank 0 now and then."""
+    """The side of the other ranks: reports to rank 0 at intervals."""
 
     def __init__(self, session: Session) -> None:
         self._session, self._told = session, time.monotonic()
-        self._mailbox = Mailbox(session.world, MessageCounters())  # of which reports need not know
+        self._mailbox = Mailbox(session.world, MessageCounters())  # not counted in the report
 
     def tell(self) -> None:
-        """Tell, if it is time."""
+        """Send a report, if it is time."""
         if time.monotonic() > self._told + TELL_EVERY:
             self._told = time.monotonic()
             self._send(Busy(busy_seconds(self._session)))
 
     def end(self) -> None:
-        """Tell for the last time: rank 0 waits for that, for a message that nobody takes is an error of MPI's."""
+        """Send the last report. Rank 0 waits for it, because MPI requires that every message is received."""
         self._send(Busy(busy_seconds(self._session), last=True))
         self._mailbox.flush(float("inf"))
 
@@ -69,18 +69,18 @@ class Balance:
         self._session = session
         self._machines = session.machines if session.machines.speeds else _assumed(session.machines)
         self._planned = session.choice.rank_seconds(self._machines, session.replicas)
-        self._busy: dict[int, float] = {}  # as each rank has told last
-        self._before: dict[int, float] = {}  # at the beginning of the window
+        self._busy: dict[int, float] = {}  # the last report of each rank
+        self._before: dict[int, float] = {}  # the reports at the beginning of the window
         self._since = time.monotonic()
-        self._suspected: int | None = None  # the rank that stood out in the last window
+        self._suspected: int | None = None  # the rank that was slow in the last window
 
     def note(self, rank: int, busy: Busy) -> None:
-        """A rank has told."""
+        """Note the report of a rank."""
         self._busy[rank] = busy.seconds
         self._before.setdefault(rank, busy.seconds)
 
     def look(self, left: Callable[[], float]) -> Slowed | None:
-        """The rank for which the run should be laid out anew, if any; `left` seconds are still to be computed."""
+        """Return the slow rank if the layout should change, else None; `left` gives the seconds of remaining work."""
         passed = time.monotonic() - self._since
         if passed < WINDOW:
             return None
@@ -110,7 +110,7 @@ class Balance:
         )
 
     def _beside_others(self, done: Sequence[float]) -> list[float]:
-        """How many times as long as planned each rank has computed, beside the fastest one of its replica."""
+        """Return, for each rank, its time divided by the planned time, relative to the fastest rank of its replica."""
         ratios = [seconds / planned for seconds, planned in zip(done, self._planned, strict=True)]
         return [
             ratios[rank] / min(ratios[other] for other in replica.ranks)
@@ -121,7 +121,7 @@ class Balance:
 
 @dataclass(frozen=True)
 class Slowed:
-    """The rank that keeps others waiting, in words; and of all ranks how many times as long as `planned` they took."""
+    """Describes the slow rank; for all ranks, the factor by which they took longer than `planned`."""
 
     who: str
     planned: Sequence[Speed]
@@ -129,7 +129,7 @@ class Slowed:
 
 
 def what_was_slow(slowed: Slowed, session: Session, seconds: float) -> str:
-    """A line for the report: who was slow, and how the run went on with `session` after so many seconds."""
+    """Return a line for the report: which rank was slow, and how the run continued with `session` after `seconds`."""
     layers = dict.fromkeys(
         "-".join(
             str(len(grid.stage_layers(session.config.n_layers, place)))
@@ -142,17 +142,17 @@ def what_was_slow(slowed: Slowed, session: Session, seconds: float) -> str:
 
 
 def is_failure(code: int) -> bool:
-    """Whether engines stop because of an error or an interruption, rather than at the end or to be laid out anew."""
+    """Whether engines stop because of an error or an interruption, not at the end or for another layout."""
     return code not in (0, AGAIN)
 
 
 def watched(session: Session) -> bool:
-    """Whether ranks can be slow beside others: those of one replica wait for each other."""
+    """Whether ranks are compared: only ranks of the same replica wait for each other."""
     return any(len(replica.ranks) > 1 for replica in session.replicas)
 
 
 def busy_seconds(session: Session) -> float:
-    """Seconds so far in which this rank has worked on steps, without waiting for other ranks."""
+    """Return the seconds so far in which this rank has computed steps, without its waits for other ranks."""
     counters = session.counters
     return session.worker.seconds - counters.all_reduce.seconds - counters.pipe.seconds
 

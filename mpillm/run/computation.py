@@ -1,4 +1,4 @@
-"""Computing a job's requests with one session, on rank 0: what all replicas answer goes to the journal."""
+"""The computation of a job's requests with one session, on rank 0, which appends all answers to the journal."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from mpillm.weights.identity import ModelChangedError
 from mpillm.weights.inventory import tensor_name
 from mpillm.words import count_of
 
-TIMES = 4096  # of the report's timeline, at most
+TIMES = 4096  # points of the report's timeline, at most
 CHECK_EVERY = 1.0  # seconds between two checks of the output directory
 
 
 class Computation:
-    """The requests of a job that are not answered yet, on the ranks of a session."""
+    """Computes the unanswered requests of a job on the ranks of a session."""
 
     def __init__(self, job: OpenedJob, session: Session, journal: Journal, totals: Totals) -> None:
-        """`totals` are those of the computation that this one continues, or new ones."""
+        """`totals` are new, or those of the computation that this one continues."""
         self.job, self.session, self.journal = job, session, journal
         journal.counted = self._counted
         choice, machines, chosen = session.choice, session.machines, session.chosen
@@ -54,12 +54,12 @@ class Computation:
         self._began = self._checked = time.monotonic()
 
     def let_go(self) -> None:
-        """Let go of weights, KV cache and layers of the session, which is closed: `continued` does not need them."""
+        """Release weights, KV cache and layers of the session, which is closed; `continued` does not need them."""
         self.session.worker.let_go()
         del self.session.weights, self.session.kv
 
     def continued(self, session: Session) -> Computation:
-        """The rest of this computation, with a new session; what was computed is in the journal."""
+        """Return the computation of the remaining requests with a new session; the journal has the others."""
         self._leader.save_everything()
         self.journal.flush()
         self.close()
@@ -72,12 +72,12 @@ class Computation:
 
     @property
     def totals(self) -> Totals:
-        """What all replicas have done so far."""
+        """The totals of all replicas so far."""
         return added([self._leader.engine.totals, *self._dispatcher.totals])
 
     @property
     def tokens(self) -> Tokens:
-        """The tokens of this start so far, as journal and report have them."""
+        """The tokens of this start so far, for journal and report."""
         totals = self.totals
         return Tokens(
             prompt=totals.prompt_tokens + totals.shared_tokens,
@@ -87,17 +87,17 @@ class Computation:
         )
 
     def run(self) -> Slowed | None:
-        """Compute all requests, and have every rank check that the model's files have not changed.
+        """Compute all requests; every rank checks that the model's files have not changed.
 
-        The other ranks stop when all is computed, and also when an error ends the computation. Before that it stops
-        where the model should be laid out anew, and returns why; `continued` goes on.
+        The other ranks stop when everything is computed, and when an error ends the computation. If the layout should
+        change, it stops earlier and returns why; `continued` computes the rest.
         """
         for line in self._capacity():
             self.job.progress.say(line)
         try:
             slowed = self._compute()
         except MpillmError as error:
-            with suppress(MpillmError):  # such as a full disk, which is most likely the first error too
+            with suppress(MpillmError):  # such as a full disk, most likely the reason of the first error too
                 self._dispatcher.stop(error.exit_code)
                 if isinstance(error, ModelChangedError):
                     self.journal.drop_unverified()
@@ -116,7 +116,7 @@ class Computation:
         return None
 
     def check_output(self) -> None:
-        """Interrupted if the output directory or the journal was moved or deleted."""
+        """Raise Interrupted if the output directory or the journal was moved or deleted."""
         self.job.claim.check()
         self.journal.check()
         self._checked = time.monotonic()
@@ -141,17 +141,17 @@ class Computation:
         return slowed
 
     def _seconds_left(self) -> float:
-        """About as many as were computed so far, for each line that is answered."""
+        """Estimate the remaining seconds from the mean time of an answered line so far."""
         left = unanswered(self.job.input, self.journal)
         return (time.monotonic() - self._began) * left / max(self._unanswered - left, 0.5)
 
     def _next(self) -> Given | None:
-        """The next line for this replica; None if there is none now."""
+        """Return the next line for this replica; None if there is none at present."""
         given = self._dispatcher.take()
         return (self.job.input.work(given.line), given.partial) if given is not None else None
 
     def _more(self, bar: Bar) -> bool:
-        """Wait until this replica has a line to compute, while others compute; False when all lines are answered."""
+        """Wait until this replica has a line to compute; return False when all lines are answered."""
         with self._leader.waiting():
             while not self._dispatcher.done:
                 if self._dispatcher.has_more:
@@ -164,13 +164,13 @@ class Computation:
         return Assigned(given.line, self.job.input.content(given.line), given.partial)
 
     def _keep(self, record: AnswerRecord) -> None:
-        """Append a record of any replica to the journal."""
+        """Append a record, of any replica, to the journal."""
         if isinstance(record, Result) and record.status != 200 and len(self.job.not_finite) < SHOWN_ERRORS:
             self.job.not_finite[record.custom_id] = NOT_FINITE
         self.journal.append(record)
 
     def _look(self, bar: Bar) -> None:
-        """Between steps: bring what is due to disk, show it, and check that the files are still there."""
+        """Between steps: write due records to disk, show the progress, and check that the files still exist."""
         self._show(self.journal.commit(), bar)
         if time.monotonic() > self._checked + CHECK_EVERY:
             self.check_output()
@@ -198,7 +198,7 @@ class Computation:
         bar.update(count, self._state)
 
     def _counted(self) -> Counts:
-        """What this start has computed so far."""
+        """Return the counts of this start so far."""
         return Counts(
             start=1 + max((counts.start for counts in self.job.earlier), default=0),
             seconds=time.monotonic() - self.job.phases.since,
@@ -206,7 +206,7 @@ class Computation:
         )
 
     def _state(self) -> ProgressState:
-        """The state of the run, for the progress display."""
+        """Return the state of the run for the progress display."""
         totals, session = self.totals, self.session
         elapsed = max(time.monotonic() - self.job.phases.since, 1e-9)
         weights = session.weights
@@ -223,7 +223,7 @@ class Computation:
         )
 
     def _capacity(self) -> Iterator[str]:
-        """What a step computes and the KV cache holds, where memory makes that worth a line."""
+        """Yield lines about the size of a step and of the KV cache, if memory limits them."""
         session, limits, memory = self.session, self.session.limits, self.job.spec.memory
         if streamed := max(session.streamed):
             size = step_description(limits.max_sequences, limits.max_tokens, streamed)

@@ -1,4 +1,4 @@
-"""What a rank has in every state of a run."""
+"""The data that a rank has in every state of a run."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from mpillm.spec import Spec
 from mpillm.store.journal_facts import first_layout
 from mpillm.store.output import PATIENCE, Claim
 
-TAKEOVER = 15.0  # seconds in which the lock of a lost rank 0 must be gone
+TAKEOVER = 15.0  # seconds within which the lock of a lost rank 0 must be released
 
 
 class RankContext:
-    """What a rank has in every state, and what several states do with it."""
+    """The data that a rank has in every state, and the operations that several states share."""
 
     def __init__(
         self, world: World, spec: Spec, progress: Progress, stack: ExitStack, tracer: Tracer | None
     ) -> None:
-        """What must be closed at the end goes to `stack`."""
+        """`stack` closes at the end what must be closed."""
         self.world, self.spec, self.progress, self.stack = world, spec, progress, stack
         self.tracer = tracer
         self.start = time.monotonic()
@@ -42,18 +42,18 @@ class RankContext:
 
     @cached_property
     def claim(self) -> Claim:
-        """The output directory, claimed for this run when it is first asked for, on rank 0."""
+        """The claim on the output directory, made at the first access; rank 0 only."""
         patience = TAKEOVER if self.world.lost else PATIENCE
         return self.stack.enter_context(Claim(self.spec.output_path, patience))
 
     def assistant(self, session: Session, path: Path, since: datetime) -> Assistant | None:
-        """What the leaders of other replicas than rank 0's compute with; the run began at the time `since`."""
+        """Return the assistant of a leader other than rank 0, else None; the run began at the time `since`."""
         if session.place.rank or self.world.rank == 0:
             return None
         return Assistant(session, self.spec, cache(lambda: model_of(session, path, lambda: since)))
 
     def computation(self, session: Session, path: Path, before: Computation | None) -> Computation:
-        """Open the job, or go on with what was computed `before` a loss, on rank 0."""
+        """Open the job, or continue the computation `before` a loss; rank 0 only."""
         if before is not None:
             computation = before.continued(session)
         else:
@@ -69,7 +69,7 @@ class RankContext:
             self._computation.close()
 
     def kept(self, origin: Origin | None) -> tuple[Spec, int | None]:
-        """The job with the wire between shards that the run began with, and their number if results depend on it.
+        """Return the job with the run's original wire between shards, and their number if results depend on it.
 
         Collective.
         """
@@ -85,7 +85,7 @@ class RankContext:
 
     @contextmanager
     def computing(self, session: Session) -> Iterator[None]:
-        """Let the session compute in the block, and close it at the end."""
+        """Compute with the session in the block, and close it at the end."""
         with closing(session), self.world.computing():
             try:
                 yield

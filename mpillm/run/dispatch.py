@@ -1,8 +1,8 @@
-"""How replicas share a job: rank 0 hands out lines and journals what comes back, the other leaders compute.
+"""Divides a job over replicas: rank 0 sends lines to the other leaders, and journals the records that they return.
 
-Rank 0 looks for messages between its own steps. A replica never holds more than its share (by its speed, if that is
-known) of all lines that are not answered yet, so that at the end none of them waits while another one has a queue. If
-one turns out to be slower than planned, it gives lines back (`sharing`), which others go on with.
+Rank 0 looks for messages between its own steps. A replica never holds more than its share of the unanswered lines,
+which is proportional to its speed if that is known. So at the end no replica is idle while another one has a queue. If
+a replica is slower than planned, it gives lines back (`sharing`), and others continue them.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from mpillm.run.session import Session
 from mpillm.run.sharing import Sharing
 from mpillm.store.records import Result
 
-EXACT = 1e-6  # what sums of shares may be off
+EXACT = 1e-6  # the rounding error allowed in sums of shares
 
 
 class Dispatcher:
-    """Rank 0's queue of lines, and what the other leaders hold and have computed."""
+    """Rank 0's queue of lines, and the lines and totals of the other leaders."""
 
     def __init__(
         self,
@@ -58,45 +58,45 @@ class Dispatcher:
         keep: Callable[[AnswerRecord], None],
         busy: Callable[[int, Busy], None] | None,
     ) -> None:
-        """`count` lines wait to be computed; `keep` takes the records of other leaders than rank 0's.
+        """`lines` yields the `count` lines to compute; `keep` takes the records of the other leaders.
 
-        `busy` takes what ranks tell of their computing, if they do.
+        `busy` takes the ranks' reports of their computing time, if ranks are compared (`balance`).
         """
         self._mailbox, self._hosts = Mailbox(session.world, session.counters), session.world.hosts
         self._own, self._lines, self._waiting = leader, lines, count
-        self._returned: deque[Unfinished] = deque()  # come before `lines`
+        self._returned: deque[Unfinished] = deque()  # returned lines are given out before `lines`
         self._assigned, self._keep, self._busy = assigned, keep, busy
         self._leaders = [replica.first for replica in session.replicas]
         self._sharing = sharing
         self._shares = dict(zip(self._leaders, sharing.planned, strict=True))
-        self._asked = set[int]()  # who has not yet given back what it was asked for
-        self._held = dict.fromkeys(self._leaders, 0)  # lines that are not answered, by leader
-        # Before rank 0's first step, which loads the weights, they get what they can compute at once.
+        self._asked = set[int]()  # leaders that have been asked for lines and have not yet returned them
+        self._held = dict.fromkeys(self._leaders, 0)  # unanswered lines, by leader
+        # Rank 0's first step loads the weights, so leaders get the lines of their first step before it.
         at_once = session.limits.max_sequences * session.limits.micro_batches
         self._wanted = dict.fromkeys(self._leaders[1:], min(at_once, MANY))
         self._totals: dict[int, Totals] = {}
-        self._here = set(self._leaders[1:])  # who has not sent its last message
-        self._telling = set(range(1, session.world.size if busy else 1))  # who tells of its computing
+        self._here = set(self._leaders[1:])  # leaders that have not sent their last message
+        self._telling = set(range(1, session.world.size if busy else 1))  # ranks that still report their time
 
     @property
     def totals(self) -> list[Totals]:
-        """Those of the other replicas, as they last told."""
+        """The totals of the other replicas, from their last messages."""
         return list(self._totals.values())
 
     def take(self) -> Unfinished | None:
-        """The next line for rank 0's own replica; None if there is none now."""
+        """Return the next line for rank 0's own replica; None if there is none at present."""
         if not self.has_more:
             return None
         self._held[0] += 1
         return self._next()
 
     def answered_here(self) -> None:
-        """Rank 0's own replica has answered a line."""
+        """Note that rank 0's own replica has answered a line."""
         self._held[0] -= 1
 
     @property
     def has_more(self) -> bool:
-        """Whether `take` has a line now."""
+        """Whether `take` would return a line."""
         return self._room(0) > 0
 
     @property
@@ -105,31 +105,31 @@ class Dispatcher:
         return not self._waiting and not any(self._held.values())
 
     def serve(self) -> None:
-        """Take what has come from the other leaders, and give them what they have asked for."""
+        """Receive the messages of the other leaders, and send them the lines that they have asked for."""
         while (self._here or self._telling) and (message := self._mailbox.receive()) is not None:
             self._take(*message)
         self._share_anew()
         self._give()
 
     def wait(self) -> None:
-        """Serve the next message, or nothing if none comes soon."""
+        """Wait a short time for a message, and serve it."""
         if (message := self._mailbox.wait(LOOK_EVERY)) is not None:
             self._take(*message)
         self.serve()
 
     def stop(self, exit_code: int) -> None:
-        """Tell the other leaders to stop, and wait until they have; after an error, for PARTING seconds at most."""
+        """Stop the other leaders, and wait until they have; after an error, for at most PARTING seconds."""
         for leader in sorted(self._here):
             self._mailbox.send(msgspec.msgpack.encode(NoMoreLines(exit_code)), leader)
         until = time.monotonic() + PARTING if is_failure(exit_code) else float("inf")
         while self._here and (left := until - time.monotonic()) > 0:
             if (message := self._mailbox.wait(min(left, LOOK_EVERY))) is not None:
-                # The first error is the one to report.
+                # Report the first error, not one that it caused.
                 with suppress(MpillmError) if is_failure(exit_code) else nullcontext():
                     self._take(*message)
 
     def part(self) -> None:
-        """Wait for the last that ranks tell of their computing, after all engines have stopped without an error."""
+        """Wait for the ranks' last reports of their computing time, after all engines have stopped without an error."""
         while self._telling:
             if (message := self._mailbox.wait(LOOK_EVERY)) is not None:
                 self._take(*message)
@@ -161,11 +161,11 @@ class Dispatcher:
 
     @property
     def begun(self) -> float:
-        """How many lines' worth is computed of lines without an answer."""
+        """Return how much of the unanswered lines is computed, as a number of lines."""
         return self._sharing.begun(self._own.standing())
 
     def _share_anew(self) -> None:
-        """Let replicas hold as many lines as they have turned out to be fast, where that is due."""
+        """Change the numbers of lines that replicas hold to match their measured speeds, if it is time."""
         if self._asked or not self._sharing.due:
             return
         self._sharing.note(0, self._own.standing())
@@ -204,7 +204,7 @@ class Dispatcher:
         return self._returned.popleft() if self._returned else next(self._lines)
 
     def _room(self, leader: int) -> int:
-        """How many of the waiting lines a replica may take now; a slow one does not take the last ones."""
+        """Return how many of the waiting lines a replica may take; a slow one does not take the last ones."""
         unanswered, own = self._waiting + sum(self._held.values()), self._shares[leader]
         slow = own * len(self._leaders) < 1 - EXACT
         share = round(unanswered * own) if slow else math.ceil(unanswered * own - EXACT)
@@ -212,7 +212,7 @@ class Dispatcher:
 
 
 def added(totals: Sequence[Totals]) -> Totals:
-    """The totals of several replicas together."""
+    """Return the sum of the totals of several replicas."""
     return Totals(
         **{
             field.name: _together([getattr(one, field.name) for one in totals], field.name)

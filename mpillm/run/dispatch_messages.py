@@ -1,4 +1,4 @@
-"""The messages between rank 0, which hands out lines, and the leaders of the other replicas, which compute them."""
+"""The messages between rank 0, which distributes lines, and the leaders of the other replicas, which compute them."""
 
 from __future__ import annotations
 
@@ -10,69 +10,69 @@ from mpillm.engine.request import PartialCompletion
 from mpillm.run.balance import Busy
 from mpillm.store.records import PartialResult, Result
 
-LOOK_EVERY = 0.5  # seconds between two looks at other things while nothing is computed
-PARTING = 1.5  # seconds in which leaders must send what they have after an error, before all ranks are ended
+LOOK_EVERY = 0.5  # seconds between two checks of other things while a rank waits for messages
+PARTING = 1.5  # seconds that leaders have after an error to send their records, before all ranks are ended
 
-MANY = 256  # lines that a leader is given at once, at most
+MANY = 256  # lines in one message to a leader, at most
 
 AnswerRecord = Result | PartialResult
 
 
 class Assigned(msgspec.Struct, frozen=True, array_like=True):
-    """A line for another replica."""
+    """A line that another replica computes."""
 
     line: Line
     content: bytes
-    partial: dict[int, PartialCompletion]  # what earlier runs have generated, by choice
+    partial: dict[int, PartialCompletion]  # what earlier runs generated, by choice
 
 
 class AssignedLines(msgspec.Struct, tag="lines", frozen=True):
-    """From rank 0: lines that a leader has asked for, or its first ones."""
+    """From rank 0: lines that a leader has asked for, or its first lines."""
 
     lines: list[Assigned]
 
 
 class GiveBack(msgspec.Struct, tag="give", frozen=True):
-    """From rank 0: the leader should return up to so many lines, those that are least advanced."""
+    """From rank 0: a request to return up to so many lines, those with the fewest generated tokens."""
 
     count: int
 
 
 class NoMoreLines(msgspec.Struct, tag="stop", frozen=True):
-    """From rank 0: no more lines will come. After an error the exit code is not 0, and what is unfinished is saved."""
+    """From rank 0: no more lines will come. After an error the exit code is not 0, and unfinished lines are saved."""
 
     exit_code: int
 
 
 class Standing(msgspec.Struct, frozen=True, array_like=True):
-    """How far a leader is."""
+    """The progress of a leader."""
 
-    steps: int  # so far
-    rows: int  # of them
-    seconds: float  # in which it had anything to do
-    lines: int  # that it holds
-    whole: int  # rows of them, at most
-    left: int  # of these that are still to be computed
+    steps: int  # the steps so far
+    rows: int  # the rows of these steps
+    seconds: float  # the seconds in which it had lines to compute
+    lines: int  # the lines that it holds
+    whole: int  # the rows of these lines, at most
+    left: int  # the rows of these lines that are not yet computed
 
 
 class News(msgspec.Struct, tag="news", frozen=True):
-    """From a leader: records since its last message, how far it is, and how many lines it can take."""
+    """From a leader: the records since its last message, its progress, and how many lines it asks for."""
 
     records: list[AnswerRecord]
     totals: Totals
     standing: Standing
-    wanted: int  # 0 if it has asked before
+    wanted: int  # 0 if an earlier request is not yet answered
 
 
 class Unfinished(msgspec.Struct, frozen=True, array_like=True):
-    """A line that a leader computes no further, and what has been generated of it, by choice."""
+    """A line that a leader has stopped computing, and what has been generated, by choice."""
 
     line: Line
     partial: dict[int, PartialCompletion]
 
 
 class GivenBack(msgspec.Struct, tag="given", frozen=True):
-    """From a leader: what it returns, which may be less than it was asked for."""
+    """From a leader: the lines that it returns, which may be fewer than it was asked for."""
 
     lines: list[Unfinished]
 
@@ -80,7 +80,7 @@ class GivenBack(msgspec.Struct, tag="given", frozen=True):
 class Left(msgspec.Struct, tag="left", frozen=True):
     """From a leader: its last message."""
 
-    error: bytes  # a pickled MpillmError, or nothing
+    error: bytes  # a pickled MpillmError, or empty
 
 
 FROM_RANK_0 = msgspec.msgpack.Decoder(AssignedLines | GiveBack | NoMoreLines)

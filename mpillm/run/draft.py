@@ -33,9 +33,10 @@ def open_draft_model(
     stack: ExitStack,
     asked: InputNeeds,
 ) -> DraftModel | None:
-    """The draft model beside a model and its source; None if the job has none. What must be closed goes to `stack`.
+    """Open the job's draft model for the model `large`; return None if the job has none.
 
-    `asked` is what the input asks for. JobError if it cannot draft for the model.
+    `stack` closes what must be closed; `asked` are the needs of the input. Raises JobError if the draft model cannot
+    draft for the model.
     """
     if not drafts(spec, config):
         return None
@@ -61,7 +62,7 @@ def open_draft_model(
 
 
 def _check_vocabularies(draft: Source, draft_vocab: int, large: Source, large_vocab: int) -> None:
-    """JobError unless both models mean the same by each token that both have."""
+    """Raise JobError unless the tokens that both models have are the same."""
     one, other = load_tokenizer(draft.tokenizer), load_tokenizer(large.tokenizer)
     if one is None or other is None:
         if (one is None) != (other is None) or draft_vocab != large_vocab:

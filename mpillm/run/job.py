@@ -1,4 +1,4 @@
-"""What rank 0 knows of a job for as long as it runs: its input and output, and what the report will say of it."""
+"""A job on rank 0 while it runs: its checked input, its journal, and the data of the report."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from mpillm.words import count_of
 
 
 class Phases:
-    """How many seconds each phase of a run took: what `end` is called with began when the phase before ended."""
+    """Measures the seconds of each phase of a run; a phase begins when the one before it ends."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.since = time.monotonic()  # the beginning of the current phase
 
     def end(self, name: str) -> None:
-        """The current phase, called `name`, has ended."""
+        """End the current phase, whose name is `name`."""
         now = time.monotonic()
         self.seconds[name] = now - self.since
         tracing.add(name, self.since, self.seconds[name])
@@ -48,20 +48,20 @@ class OpenedJob:
     """A job whose input was checked. Its lists and dicts grow while it runs."""
 
     spec: Spec
-    path: Path  # of the model
+    path: Path  # the path of the model
     model: Model
     input: CheckedInput
     claim: Claim
     progress: Progress
-    resumed: int  # requests that earlier starts have finished
-    earlier: tuple[Counts, ...]  # what each earlier start has computed
+    resumed: int  # the number of requests that earlier starts finished
+    earlier: tuple[Counts, ...]  # the counts of each earlier start
     phases: Phases
     warnings: list[str] = field(default_factory=list)
-    not_finite: dict[str, str] = field(default_factory=dict)  # custom_id: message, of the first
+    not_finite: dict[str, str] = field(default_factory=dict)  # custom_id: message, of the first ones
     timeline: list[tuple[float, int, int]] = field(default_factory=list)  # see `Report.timeline`
 
     def warn(self, warning: str) -> None:
-        """Say it now, and in the report."""
+        """Show a warning now, and again in the report."""
         self.progress.say(warning)
         self.warnings.append(warning)
 
@@ -71,7 +71,7 @@ class OpenedJob:
         return dict(islice((errors | self.not_finite).items(), SHOWN_ERRORS))
 
     def model_facts(self, session: Session) -> dict[str, Any]:
-        """What the results and the report say of the model."""
+        """Return the facts about the model for the results and the report."""
         size, digest = session.fingerprint
         config = session.config
         return {
@@ -88,7 +88,7 @@ class OpenedJob:
         }
 
     def metadata(self, session: Session) -> dict[str, Any]:
-        """Attributes of results.h5: only what does not depend on how the run went."""
+        """Return the attributes of results.h5, which do not depend on how the run proceeded."""
         model = self.model_facts(session)
         del model["path"], model["weights"]
         return {"model": model, "job": self.spec.identity()}
@@ -97,7 +97,7 @@ class OpenedJob:
 def open_job(
     session: Session, spec: Spec, path: Path, claim: Claim, progress: Progress
 ) -> tuple[OpenedJob, Journal]:
-    """Check the input and open the journal; MpillmError if either cannot be used."""
+    """Check the input and open the journal; raises MpillmError if either cannot be used."""
     phases, since = Phases(), began(claim)
     model = model_of(session, path, lambda: since)
     lines = inputs.lines_path(spec)
@@ -117,25 +117,25 @@ def open_job(
 
 
 def open_journal(session: Session, spec: Spec, checked: CheckedInput, claim: Claim) -> Journal:
-    """The journal of the job; `session` is what the next results will be computed with."""
+    """Open the journal of the job; the next results will be computed with `session`."""
     identity = {MODEL_FILE + name: file for name, file in session.model.items()} | spec.identity()
     return Journal(claim, identity, checked.lines, session.layout, session.model_state)
 
 
 def unanswered(checked: CheckedInput, journal: Journal) -> int:
-    """The number of requests that are still to be computed."""
+    """Return the number of requests that are still to be computed."""
     return len(checked) - checked.bad - len(journal.done)
 
 
 def results_differ(one: UsedLayout, other: UsedLayout, wire: WireSection) -> bool:
     """Whether the last digits of results may differ between two layouts."""
-    # A journal of an earlier version does not have the wire of a layout; if it was f32, the job says so.
+    # Journals of earlier versions lack the wire of a layout; if it was f32, the job says so.
     rounded = [1 if "f32" in (layout.wire, wire.activations) else layout.shards for layout in (one, other)]
     return rounded[0] != rounded[1] or (one.stages != other.stages and wire.between_stages != "f32")
 
 
 def _layouts_that_differ(job: OpenedJob, journal: Journal, now: UsedLayout) -> Iterator[str]:
-    """A warning if earlier runs had other layouts, and that can be seen in the results."""
+    """Yield a warning if earlier runs had layouts that change the last digits of results."""
     answered, left, wire = journal.answered, unanswered(job.input, journal), job.spec.wire
     rest = [now] if left else []
     if any(results_differ(one, other, wire) for one in answered for other in (*answered, *rest)):
@@ -148,7 +148,7 @@ def _layouts_that_differ(job: OpenedJob, journal: Journal, now: UsedLayout) -> I
 
 
 def _other_models(job: OpenedJob) -> Iterator[str]:
-    """Warnings for lines that name another model than the job's; OpenAI's lines name one."""
+    """Yield warnings about lines that name another model than the job's; OpenAI's lines name one."""
     for name, count in job.input.models.items():
         if name not in (*job.spec.model_names, job.path.name, job.model.name, *job.model.adapters):
             beside = f"; its adapters are {', '.join(job.model.adapters)}" if job.model.adapters else ""

@@ -1,4 +1,4 @@
-"""Which ranks of the world get a place in the layout of a run, and which: all, unless it is faster without some."""
+"""Finds the layout of a run: it uses all ranks of the world, unless the run is faster without some of them."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from mpillm.spec import Spec
 from mpillm.weights.source import Source
 from mpillm.words import count_of
 
-# Seconds of a job on several hosts from which on measuring them is worth it: in a quarter of a second, for shares of
-# replicas alone, and in more than a second.
+# Hosts are measured only for jobs of at least so many seconds: briefly (a quarter of a second), for the shares of
+# replicas alone, and thoroughly (more than a second).
 SHORT, MEASURED, LONG = 1.0, 3.0, 30.0
-# How many times as fast other hosts must make a run that was measured briefly: plans may be off by 15 %, and rank 0's
-# host alone is the safe choice.
+# After a brief measurement, other hosts are used if they make the run faster by this factor: plans may be off by 15 %,
+# and rank 0's host alone is the safe choice.
 WORTH = 1.15
 
 
@@ -46,13 +46,13 @@ class LaidOut:
 
     chosen: Chosen
     machines: Machines
-    ranks: Sequence[int]  # that have a place in it
-    seconds: float = 0.0  # that the job takes, if that is known
-    left_out: str = ""  # a sentence on the hosts whose ranks have none, if any
+    ranks: Sequence[int]  # the ranks that have a place in it
+    seconds: float = 0.0  # the planned seconds of the job, if known
+    left_out: str = ""  # a sentence about the hosts whose ranks have no place, if any
 
 
 class LayoutChoice:
-    """How a job's model is laid out over the ranks of a world; `first` and `again` are collective."""
+    """Chooses the layout of a job's model on the ranks of a world; `first` and `again` are collective."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class LayoutChoice:
         self._loads: Sequence[tuple[str, float]] = ()
 
     def first(self, threads: int) -> LaidOut:
-        """The layout of a run that begins; the machines are measured with so many threads if that may decide it."""
+        """Return the layout of a new run; measures the machines with `threads` threads if that may change it."""
         world, spec = self._world, self._spec
         if not self._replicated and spec.layout.replicas not in ("auto", 1):
             raise JobError(
@@ -90,7 +90,7 @@ class LayoutChoice:
         return found
 
     def again(self, origin: Origin) -> LaidOut:
-        """The layout of a run that goes on with other ranks or speeds: by the speeds of all ranks if they are known."""
+        """Return the layout of a run that continues with other ranks or speeds; uses the ranks' speeds if known."""
         world, spec = self._world, with_wire(self._spec, origin.wire)
         speeds, machines = world.gather(origin.speed_now), self._machines()
         known = [speed for speed in speeds if speed is not None]
@@ -98,7 +98,7 @@ class LayoutChoice:
             machines = replace(machines, speeds=known, measured=True)
 
         def search() -> LaidOut:
-            jobs = [spec, _left_open(spec)]  # what the job says need not work with the ranks that are left
+            jobs = [spec, _left_open(spec)]  # the job's own layout may not fit the remaining ranks
             for job in jobs if machines.speeds and spec.wire.between_stages == "f32" else ():
                 with suppress(LayoutError):
                     return self._search(job, machines)
@@ -126,7 +126,7 @@ class LayoutChoice:
         return replace(self._machines(), speeds=speeds, glimpsed=True)
 
     def _measured(self, threads: int, effort: float) -> Machines:
-        """The machines with their speeds: noted when this model was run before on the same hosts, or measured now."""
+        """Return the machines with their speeds, from notes of an earlier run on the same hosts or measured now."""
         world = self._world
         if (noted := self._noted(threads, effort)) is not None:
             return noted
@@ -155,27 +155,27 @@ class LayoutChoice:
         nodes = self._world.nodes
         return Machines(nodes.ranks_per_host, nodes.free, self._world.hosts, loads=self._loads)
 
-    # On rank 0 alone.
+    # The methods below are for rank 0 only.
 
     def rank_seconds(self, machines: Machines, replicas: Replicas) -> list[float]:
-        """What `estimate.rank_seconds` says of replicas on these machines."""
+        """Return `estimate.rank_seconds` of replicas on these machines."""
         plans = self._plans(machines, replicas)
         return rank_seconds(self._planner.config, machines, replicas, plans, demand_of(self._asked))
 
     def shares(self, machines: Machines, chosen: Chosen) -> list[float]:
-        """What `estimate.replica_shares` says of the replicas of a layout on these machines."""
+        """Return `estimate.replica_shares` of a layout's replicas on these machines."""
         plans, spec = self._plans(machines, chosen.replicas), with_wire(self._spec, chosen.wire)
         demand = demand_of(self._asked)
         return replica_shares(spec, self._planner.config, machines, chosen.replicas, plans, demand)
 
     def replica_steps(self, machines: Machines, chosen: Chosen) -> list[ReplicaSteps]:
-        """What `replica_steps` says of the replicas of a layout on these machines."""
+        """Return `replica_steps` of a layout's replicas on these machines."""
         plans, spec = self._plans(machines, chosen.replicas), with_wire(self._spec, chosen.wire)
         demand = demand_of(self._asked) or TYPICAL
         return replica_steps(spec, self._planner.config, machines, chosen.replicas, plans, demand)
 
     def gain(self, machines: Machines, chosen: Chosen) -> float:
-        """How many times as fast the job would be on these machines with the best layout instead of `chosen`."""
+        """Return the time of the job with `chosen` divided by its time with the best layout on these machines."""
         spec, replicas = with_wire(self._spec, chosen.wire), chosen.replicas
         plans, demand = self._plans(machines, replicas), demand_of(self._asked)
         now = estimate(spec, self._planner.config, machines, replicas, plans, demand)
@@ -191,7 +191,7 @@ class LayoutChoice:
         return Layouts(spec, self._planner, count, self._asked.lines or None, self._shards, self._asked)
 
     def _search(self, spec: Spec, machines: Machines, worth: float = 1.0) -> LaidOut:
-        """The layout of a job on these machines; `worth` is that of `search`."""
+        """Search the layout of a job on these machines; `worth` is that of `search`."""
         layouts = self._layouts(spec)
         found, without, said = (
             for_run(layouts, machines, worth) if self._leave_out else (layouts.choose(machines), [], "")
@@ -200,7 +200,7 @@ class LayoutChoice:
         return LaidOut(found.chosen, machines, ranks, found.time.seconds, said)
 
     def _worth_measuring(self, found: LaidOut) -> bool:
-        """Whether speeds can change the layout or the wire, or the shares of replicas in a job that takes long."""
+        """Whether speeds can change the layout or the wire, or, in a long job, the shares of replicas."""
         spec, given, replicas = self._spec, self._spec.layout, found.chosen.replicas
         if given.hosts != "auto" or len(found.machines.ranks_per_host) == 1:
             return False
@@ -213,6 +213,6 @@ class LayoutChoice:
 
 
 def _left_open(spec: Spec) -> Spec:
-    """The job without a layout of its own."""
+    """Return the job with an automatic layout."""
     layout = msgspec.structs.replace(spec.layout, replicas="auto", stages="auto", shards="auto")
     return msgspec.structs.replace(spec, layout=layout)

@@ -1,4 +1,4 @@
-"""What the leader of a replica does with lines: they become requests of its engine, and completions become records."""
+"""The leader of a replica: it turns lines into requests of its engine, and completions into records."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from mpillm.spec import Spec
 from mpillm.store import results
 from mpillm.store.records import PartialResult, Result, line_key
 
-# A line, and what earlier runs have generated of its choices.
+# A line, and what earlier runs generated for its choices.
 Given = tuple[Work, Mapping[int, PartialCompletion]]
 
 
 class Leader:
-    """Computes lines with the engine of a replica; the records of what they come to go to `keep`."""
+    """Computes lines with the engine of a replica, and passes their records to `keep`."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Leader:
         keep: Callable[[Result | PartialResult], None],
         totals: Totals | None = None,
     ) -> None:
-        """`totals` are those of the engine that this one's replaces, if any."""
+        """`totals` are those of the engine that its engine replaces, if any."""
         self.engine = session.engine(totals)
         self._max_length, self._model, self._keep = session.limits.max_length, model, keep
         self._every = spec.job.checkpoint_tokens
@@ -45,7 +45,7 @@ class Leader:
         self._began, self._idle = time.monotonic(), 0.0
 
     def requests(self, take: Callable[[], Given | None]) -> Iterator[Request]:
-        """The engine's requests, made when it asks for them; `take` returns the next line, or None for now."""
+        """Return an iterator of requests, made when the engine asks for them; `take` returns the next line or None."""
         return _Requests(take, self._begin)
 
     def _begin(self, work: Work, partial: Mapping[int, PartialCompletion]) -> Iterator[Request]:
@@ -59,7 +59,7 @@ class Leader:
             yield replace(request, resumed=partial.get(request.choice))
 
     def take(self, completion: FinishedCompletion) -> bool:
-        """Keep a completion; return whether it was the last one of its line, and so made the line's answer."""
+        """Keep a completion; return whether it was the last one of its line, which is then answered."""
         pending = self._pending[completion.request.id]
         completions = pending.take(completion)
         if completions is None:
@@ -71,7 +71,7 @@ class Leader:
         return True
 
     def save(self) -> None:
-        """Keep what unfinished choices have generated, where it is as much as `job.checkpoint_tokens` says."""
+        """Keep what unfinished choices have generated, if it is at least `job.checkpoint_tokens` tokens."""
         if self._every:
             for unsaved in self.engine.unsaved(self._every):
                 self._save(*unsaved)
@@ -87,13 +87,13 @@ class Leader:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """In the block there is nothing to compute."""
+        """Stop counting the time in the block, in which the leader has nothing to compute."""
         since = time.monotonic()
         yield
         self._idle += time.monotonic() - since
 
     def standing(self, waiting: int = 0) -> Standing:
-        """How far it is; so many lines that it holds besides are like the others."""
+        """Return its progress; `waiting` further lines that it holds count like the mean of the others."""
         totals, whole = self.engine.totals, 0
         for pending in self._pending.values():
             done = {completion.request.choice for completion in pending.completions}
@@ -115,9 +115,9 @@ class Leader:
         )
 
     def give_back(self, count: int) -> list[Unfinished]:
-        """Compute up to `count` lines no further, those of which least was generated.
+        """Stop computing up to `count` lines, those with the fewest generated tokens, and return them.
 
-        What was generated is kept, and returned: whoever goes on with a line need not generate it again.
+        The generated tokens are kept and returned, so that another leader can continue the lines.
         """
         running: dict[str, list[Sequence]] = {}
         for sequence in self.engine.unfinished:
@@ -146,13 +146,13 @@ class Leader:
         return Unfinished(line, {choice: one for choice, one in partial.items() if one.tokens})
 
     def _save(self, request: Request, start: int, partial: PartialCompletion) -> None:
-        """Keep what a choice has generated from token `start` on."""
+        """Keep what a choice has generated, from token `start` on."""
         key = line_key(self._pending[request.id].work.line)
         self._keep(PartialResult(request.id, key, request.choice, start, partial))
 
 
 def _movable(pending: Pending, sequences: Seq[Sequence]) -> bool:
-    """Whether another leader can go on with a line: each choice is finished, or generates and is not in flight."""
+    """Whether another leader can continue a line: each choice is finished, or generates and is not in flight."""
     requests = pending.work.requests
     return len(sequences) + len(pending.completions) == len(requests) and not any(
         one.in_flight or one.request.only_reads or (one.reached and not one.generated) for one in sequences
@@ -160,7 +160,7 @@ def _movable(pending: Pending, sequences: Seq[Sequence]) -> bool:
 
 
 class _Requests:
-    """An iterator that may go on after it has ended: more lines may come."""
+    """An iterator that may yield more after it has ended, because more lines may come."""
 
     def __init__(self, take: Callable[[], Given | None], begin: Callable[..., Iterator[Request]]) -> None:
         self._take, self._begin = take, begin

@@ -1,4 +1,4 @@
-"""Ranks that were lost in a run, and what is said of them."""
+"""Ranks that were lost in a run, and the lines about them in messages and the report."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from mpillm.run.session import Session
 
 @dataclass(frozen=True)
 class Loss:
-    """Ranks that were lost together, and time.monotonic() when this rank noticed."""
+    """Ranks that were lost together, and the time.monotonic() at which this rank noticed."""
 
     ranks: tuple[str, ...]
     noticed: float
 
 
-Losses = tuple[Loss, ...]  # since the run began; on rank 0 those that it has not told of yet
+Losses = tuple[Loss, ...]  # since the run began; on rank 0 those that it has not yet reported
 
 
 @contextmanager
 def explaining(losses: Losses) -> Iterator[None]:
-    """What fails after a loss, but would not without it, interrupts the run: the same command continues it."""
+    """Turn an error in the block that a loss has caused into an interruption: the same command continues the run."""
     try:
         yield
     except Interrupted:
@@ -40,7 +40,7 @@ def explaining(losses: Losses) -> Iterator[None]:
 
 
 def what_was_lost(losses: Losses, session: Session) -> str:
-    """A line for the report: who was lost, and how the others went on with `session`."""
+    """Return a line for the report: which ranks were lost, and how the others continued with `session`."""
     now, before = session.layout, session.origin.layout
     seconds = time.monotonic() - losses[-1].noticed
     replicas = f"{len(session.replicas)} replicas of " if len(session.replicas) > 1 else ""

@@ -1,4 +1,4 @@
-"""The model of a run or a server: where its files are on every rank, and what it can answer."""
+"""Finds the model of a run or a server on every rank, and opens it with its tokenizer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mpillm.weights.source import Source
 
 
 def model_path(world: World, spec: Spec, progress: Progress) -> Path:
-    """Where the model is: rank 0 fetches it if need be, then every rank looks for it on its own node (collective)."""
+    """Return the model's path: rank 0 fetches it if needed, then every rank finds it on its own node (collective)."""
     for ranks in (range(1), range(1, world.size)):
         with world.together():
             if world.rank in ranks:
@@ -31,12 +31,12 @@ def model_path(world: World, spec: Spec, progress: Progress) -> Path:
 
 
 def model_name(path: Path) -> str:
-    """How answers name the model."""
+    """Return the name of the model in answers."""
     return printable(path.stem if path.suffix in (".gguf", ".m") else path.resolve().name)
 
 
 def model_of(session: Session, path: Path, now: Callable[[], datetime] | None = None) -> Model:
-    """The model with its tokenizer; `now` is the time that chat templates are given."""
+    """Open the model with its tokenizer; `now` gives the time for chat templates."""
     config, source, scoring = session.config, session.source, session.spec.scoring
     tokenizer = session.tokenizer
     if tokenizer is not None and now is not None:
@@ -74,7 +74,7 @@ def _classifier(
     words: list[str],
     said: EmbeddingSettings,
 ) -> Classifier | None:
-    """The model's own classifier, or one of rows of its LM head: for the job's words, or those of its files."""
+    """Return the model's classifier, or one made of rows of its LM head for the job's words or those in its files."""
     if config.classifier is not None:
         return read_classifier(source, config.classifier)
     words = answer_words(source, config.pair_template, words, said.answers is not None)

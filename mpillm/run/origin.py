@@ -1,4 +1,4 @@
-"""What a run began with, and must keep when ranks are lost: its results depend on it."""
+"""The properties with which a run began and on which its results depend; it keeps them when ranks are lost."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ class Origin:
         int  # of the longest request that the KV cache held: longer ones were refused; 0 on a spare rank
     )
     watch: Watch  # of this rank's files of the model
-    model: dict[str, FileIdentity]  # the files as rank 0 had them
-    model_state: str  # of all ranks' files
-    wire: Wire  # between the shards of a stage
-    speed: Speed | None  # of this rank as it was measured, if it is known
-    slower: float = 1.0  # how many times as slow as that it has become, beside the fastest rank
+    model: dict[str, FileIdentity]  # the identities of rank 0's files
+    model_state: str  # the state of all ranks' files
+    wire: Wire  # the wire between the shards of a stage
+    speed: Speed | None  # the measured speed of this rank, if known
+    slower: float = 1.0  # the factor by which it has become slower, relative to the fastest rank
 
     @property
     def layout(self) -> UsedLayout:
-        """The layout as the journal notes it."""
+        """The layout in the form of the journal."""
         return UsedLayout(self.replicas[0].stages, self.replicas[0].shards, self.wire)
 
     @property
     def speed_now(self) -> Speed | None:
-        """The speed of this rank, if it is known."""
+        """The present speed of this rank, if known."""
         return None if self.speed is None else self.speed.shared_by(self.slower)
 
     def laid_out(self, world: World, wire: WireSection) -> Replicas:
-        """The replicas for the ranks that are left, or for some of them."""
+        """Return the replicas on the remaining ranks, or on some of them."""
         return replicas.choose_fewer(
             self.config,
             world.size,

@@ -1,4 +1,4 @@
-"""Write the files with the results of a computed job, and the report."""
+"""Writes the results of a computed job, and the report."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ PACKAGES = ("numpy", "mpi4py", "tokenizers", "gguf", "h5py")
 
 
 def write(computation: Computation, ranks: list[report.RankStatistics], start: float) -> report.Report:
-    """Write results and report of a run that began at `start`, and note in the journal that it is complete.
+    """Write results and report of a run that began at `start`, and mark the journal as complete.
 
-    `ranks` are the statistics of the ranks, rank 0's first. Interrupted if the output directory is gone.
+    `ranks` are the statistics of the ranks, rank 0's first. Raises Interrupted if the output directory is missing.
     """
     job, session, journal = computation.job, computation.session, computation.journal
     lines, directory = job.input.lines, job.claim.directory
@@ -37,7 +37,7 @@ def write(computation: Computation, ranks: list[report.RankStatistics], start: f
         if job.spec.output.format != "none":
             table.write(directory, job.input.path, job.input.digest, job.spec.output.format)
     job.phases.end("write")
-    ranks[0].memory_peak = memory.peak()  # the other ranks measured theirs when computing ended
+    ranks[0].memory_peak = memory.peak()  # includes writing; the other ranks measured theirs before
     made = report.Report(
         model=job.model_facts(session),
         job=msgspec.to_builtins(job.spec),
@@ -76,7 +76,7 @@ def write(computation: Computation, ranks: list[report.RankStatistics], start: f
 
 @contextlib.contextmanager
 def _in_place(computation: Computation) -> Iterator[None]:
-    """Write files in the block; Interrupted if the output directory is gone before it, in it or after it."""
+    """Write files in the block; raises Interrupted if the output directory is missing before, in or after it."""
     computation.check_output()
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a run says while it goes on; the command line hands in where and how, rank 0 alone speaks."""
+"""The interface by which rank 0 reports progress; the command line implements it."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class ProgressState:
-    """How a run goes, as rank 0 knows it. Parts are of 1."""
+    """The progress of a run, as rank 0 knows it. Shares are between 0 and 1."""
 
-    tokens: int  # that went through the model so far, prompts' and generated
-    # How often paged weights were in memory when they were used, 0 to 1; None if nothing is paged.
+    tokens: int  # computed tokens, of prompts and answers
+    # The share of cache hits of paged weights; None if nothing is paged.
     hits: float | None
-    stalled: float  # part of the time in which this rank waited for weights
-    waited: float  # part of the time in which it waited for other ranks
-    # Tokens of a sequence for each pass that drew any; None if no drafts helped.
+    stalled: float  # the share of the time in which this rank waited for weights
+    waited: float  # the share of the time in which it waited for other ranks
+    # The mean number of tokens that a step draws for a sequence; None if no drafts helped.
     per_pass: float | None = None
-    begun: float = 0.0  # requests' worth that is computed of requests without an answer
+    begun: float = 0.0  # the computed part of unanswered requests, as a number of requests
 
 
 class Bar(Protocol):
     """A count of finished requests."""
 
     def update(self, answered: int, state: Callable[[], ProgressState]) -> None:
-        """`answered` more are finished; `state` is called if it is to be shown now. Call it after every step."""
+        """Count `answered` more requests, after every step; calls `state` only if the display is due."""
 
 
 class Progress(Protocol):
-    """What a run tells its user."""
+    """Shows the progress of a run to its user."""
 
     def say(self, line: str) -> None:
-        """Say a sentence now."""
+        """Show a sentence."""
 
     def downloading(self, done: int, total: int) -> None:
-        """A model is being fetched: bytes so far, and in all (0 if that is not known)."""
+        """Show the progress of a download: bytes so far, and in total (0 if unknown)."""
 
     def requests(self, total: int, done: int, tokens: int) -> AbstractContextManager[Bar]:
-        """Show the progress of `total` requests, `done` of them before; `tokens` as the state has them already."""
+        """Show the progress of `total` requests, of which `done` are done and `tokens` tokens computed."""

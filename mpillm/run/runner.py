@@ -1,4 +1,4 @@
-"""Run a job from its file to its results: every rank goes from state to state (`run.states`) until the run is over."""
+"""Runs a job from its file to its results: every rank advances through the states of `run.states`."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 
 
 def run(world: World, spec: Spec, progress: Progress, trace: Path | None = None) -> Report | None:
-    """Run a job on all ranks (collective); rank 0 gets the report, the others None. MpillmError says what is wrong.
+    """Run a job on all ranks (collective); return the report on rank 0, None on the others. Raises MpillmError.
 
-    A run that comes to its end leaves a trace in the file `trace`.
+    A run that finishes writes a trace to the file `trace`, if given.
     """
     with ExitStack() as stack:
         tracer = stack.enter_context(Tracer.started(world, trace)) if trace else None
@@ -37,7 +37,7 @@ def run(world: World, spec: Spec, progress: Progress, trace: Path | None = None)
                     return state.report
             except RankLost:
                 noticed = time.monotonic()
-            # Not in the except block: there the error still refers to what the state had in memory.
+            # Outside the except block, in which the error still refers to the memory of the state.
             lost = world.shrink(3 * rank.longest_step)
             log.info("%s lost %s; agreed after %.3f s", world, ", ".join(lost), time.monotonic() - noticed)
             loss = Loss(tuple(lost), noticed)

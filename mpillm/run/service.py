@@ -1,6 +1,6 @@
-"""A model that stays laid out between batches of requests, for callers that ask again and again.
+"""A model that stays in memory between batches of requests, for the Python API.
 
-Nothing is kept on disk. The answers are those of a run whose input has the same lines.
+Nothing is stored on disk. The answers equal those of a run whose input has the same lines.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mpillm.store.records import Result, UsedLayout
 
 
 class _Quiet:
-    """A `Progress` that says nothing: a model that is fetched is a matter of `mpillm pull`."""
+    """A `Progress` that shows nothing."""
 
     def say(self, line: str) -> None:
         pass
@@ -43,10 +43,10 @@ class _Quiet:
 
 
 class Service:
-    """A laid-out model. Making it is collective; then rank 0 calls `answers` while the others call `follow`."""
+    """A model on all ranks. The constructor is collective; then rank 0 calls `answers`, and the others `follow`."""
 
     def __init__(self, world: World, spec: Spec) -> None:
-        """Lay the model of `spec` out; MpillmError on all ranks if that fails on any. Input and output are not used."""
+        """Load the model of `spec`, ignoring input and output; raises MpillmError on all ranks if one fails."""
         path = model_path(world, spec, _Quiet())
         self._session = session = Session(world, spec, path)
         self._spec = spec
@@ -60,18 +60,18 @@ class Service:
 
     @property
     def layout(self) -> UsedLayout:
-        """Stages and shards."""
+        """The stages and shards."""
         return self._session.layout
 
     def follow(self) -> None:
-        """Every rank but 0: take part in one call of `answers`."""
+        """On every rank but 0: take part in one call of `answers`."""
         if follow(self._session.worker, self._session.channel, self._session.watch.check):
             raise ModelError("Rank 0 has stopped.")
 
     def answers(self, lines: Sequence[bytes]) -> Generator[list[tuple[int, Result]], None, None]:
-        """Rank 0: compute lines of the batch format; yield after every step what it finished: indices and results.
+        """On rank 0: compute lines of the batch format; yield after every step the indices and results it finished.
 
-        A wrong line ends in an error result. The generator may be closed before its end.
+        A wrong line has an error as its result. The generator may be closed before its end.
         """
         pending: dict[str, tuple[int, Pending]] = {}
         refused: list[tuple[int, Result]] = []
@@ -129,7 +129,7 @@ class Service:
     def _take(
         self, completion: FinishedCompletion, pending: dict[str, tuple[int, Pending]]
     ) -> tuple[int, Result] | None:
-        """Keep a completion; return its line's result if it was the last one."""
+        """Keep a completion; return the result of its line if it was the last one."""
         index, found = pending[completion.request.id]
         completions = found.take(completion)
         if completions is None:
@@ -138,5 +138,5 @@ class Service:
         return index, results.ended(found.work, completions, self.model)
 
     def close(self) -> None:
-        """Let go of the model (on every rank)."""
+        """Release the model (on every rank)."""
         self._session.close()

@@ -1,4 +1,4 @@
-"""A model that is laid out over all ranks and ready for steps."""
+"""The session: a model that is distributed over all ranks and ready for steps."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 
 
 class Session:
-    """One rank's part of a laid-out model. Making it is collective, and so is what can fail in it."""
+    """One rank's part of a distributed model. The constructor is collective; an error on any rank is raised on all."""
 
     def __init__(
         self,
@@ -62,16 +62,16 @@ class Session:
         replicated: bool = False,
         leave_out: bool = False,
     ) -> None:
-        """Open the model and lay it out; what any rank finds wrong, all ranks raise.
+        """Open the model and distribute it over the ranks (collective).
 
-        `origin` is what the run began with, if ranks were lost since. So many shards as `shards_before` are taken where
-        the job leaves it open and they work. There is one replica unless `replicated`. It is on all ranks unless those
-        of slow hosts may be left out (`leave_out`): they are spare then (`World.spare`), and their session has nothing
-        but its `origin`.
+        `origin` is that of the run if ranks were lost. `shards_before` shards are used if the job does not set their
+        number and the model can be cut so. There is one replica unless `replicated`. All ranks are used unless
+        `leave_out` allows to leave out those of slow hosts: these are spare then (`World.spare`), and their session has
+        only its `origin`.
         """
         self._replicated, self._leave_out = replicated, leave_out
         self.world, self._origin, self._shards_before = world, origin, shards_before
-        self.job, self.spec = spec, spec  # with the values of all ranks, and with those of this one
+        self.job, self.spec = spec, spec  # the job for all ranks, and with this rank's own values
         with ExitStack() as unless_made:
             self._open_files = unless_made
             self._open_model(model)
@@ -82,7 +82,7 @@ class Session:
             self._open_files = unless_made.pop_all()
 
     def _open_model(self, model: Path) -> None:
-        """Open the model's files and see that all ranks have the same (collective)."""
+        """Open the model's files and check that all ranks have the same ones (collective)."""
         world, origin = self.world, self._origin
         say_when_lost(str(world), model)
         with world.together():
@@ -106,7 +106,7 @@ class Session:
         self.model_state = origin.model_state if origin is not None else "+".join(states)
 
     def _lay_out(self) -> None:
-        """Find the replica, the stage and the shard of this rank (collective)."""
+        """Choose the layout, and the replica, stage and shard of this rank (collective)."""
         world, spec, origin = self.world, self.spec, self._origin
         assert isinstance(spec.layout.threads, (str, int))
         self.threads = world.threads(spec.layout.threads)
@@ -128,18 +128,18 @@ class Session:
         known = machines.speeds and not machines.glimpsed
         self._speed = machines.speeds[world.rank] if known else None
         self.machines, self.replicas, self.wire = machines.of_ranks(found.ranks), chosen.replicas, chosen.wire
-        #: why it is laid out like this
+        #: the reason for this layout
         self.reason = "; ".join(filter(None, (chosen.reason, chosen.compared)))
         self._kv_tokens = 0
         world.go_on_with(found.ranks)
 
     def _take_place(self) -> None:
-        """Find this rank's place in the layout, and what to tell the user of it."""
+        """Set this rank's place in the layout, and the warnings about it."""
         world = self.world
         self.replica = next(n for n, replica in enumerate(self.replicas) if world.rank in replica.ranks)
         self._ranks, self._places = self.replicas[self.replica].ranks, self.replicas[self.replica].places
         self.place = self._places[world.rank - self._ranks.start]
-        #: what to tell the user
+        #: warnings for the user
         self.warnings = world.nodes.bindings if self.spec.layout.threads == "auto" else []
         self.warnings += world.nodes.clocks
         self.warnings += [self._left_out] if self._left_out else []
@@ -148,7 +148,7 @@ class Session:
             self.warnings.append(f"{words[0].upper()}{words[1:]}.")
 
     def _make_worker(self) -> None:
-        """Make what holds weights, KV cache and connections, within the budgets (collective)."""
+        """Create weights, KV cache, connections and the worker, within the budgets (collective)."""
         world, spec, ranks = self.world, self.spec, self._ranks
         self.counters, memory = MessageCounters(), spec.memory
         with world.together():
@@ -172,7 +172,7 @@ class Session:
             self.kv = KVCache(cache, *count, memory.kv_bytes, memory.spill_folder)
             self._open_files.callback(self.kv.close)
             self.draft_model = self._open_draft_model()
-        # The weights come last: threads begin to load them, and a slow rank would keep the others waiting meanwhile.
+        # Last, because threads begin to load the weights; a collective call after it might wait for a slow rank.
         self.weights = Weights(
             plans,
             lambda *what: self.source.open_loader(memory.loader, self.threads, *what),
@@ -192,7 +192,7 @@ class Session:
         )  # fmt: skip
 
     def estimate(self, demand: Demand | None) -> Estimate:
-        """Estimate the time of a demand from the machines' speeds; None stands for the demand of the input."""
+        """Estimate the time of `demand`, or of the input if it is None, from the machines' speeds."""
         names = self.machines.names
         plans = list(self.planner.replicas(self.job, self.replicas, self.needs, names))
         demand, spec = demand or demand_of(self.needs), with_wire(self.job, self.wire)
@@ -200,12 +200,12 @@ class Session:
 
     @property
     def layout(self) -> UsedLayout:
-        """The layout for the journal, without the number of replicas: answers do not depend on it."""
+        """The layout for the journal, without the number of replicas, on which answers do not depend."""
         return UsedLayout(self.place.stages, self.place.shards, self.wire)
 
     @property
     def origin(self) -> Origin:
-        """What this run began with."""
+        """The properties with which the run began."""
         before, tokens = self._origin, self._kv_tokens
         if before is not None:
             return replace(before, kv_tokens=before.kv_tokens or tokens)
@@ -221,15 +221,15 @@ class Session:
         )
 
     def engine(self, totals: Totals | None = None, speculation: Mode | None = None) -> Engine:
-        """A new engine on rank 0; `totals` are those of the engine that it replaces, if any.
+        """Return a new engine, on the leader; `totals` are those of the engine that it replaces, if any.
 
-        It drafts as the job says, or as `speculation` does.
+        `speculation` overrides the job's setting.
         """
         limits = self.limits if speculation is None else replace(self.limits, speculation=speculation)
         return Engine(self.worker, self.channel, limits, self.shard_vocab, totals, self.draft_model)
 
     def _open_draft_model(self) -> DraftModel | None:
-        """The job's draft model, on the leader of each replica."""
+        """Open the job's draft model, if it has one, on the leader of each replica."""
         if self.place.rank:
             return None
         return draft.open_draft_model(
@@ -243,21 +243,21 @@ class Session:
 
     @property
     def shard_vocab(self) -> list[int]:
-        """Vocabulary rows of each shard of the last stage."""
+        """The vocabulary rows of each shard of the last stage."""
         vocab = grid.vocab_axis(self.config.vocab)
         return [len(vocab.entries(place)) for place in self._places if place.is_last_stage]
 
     @property
     def kv_token_nbytes(self) -> int:
-        """Bytes that one token's keys and values take on the rank that holds most."""
+        """The bytes of one token's keys and values on the rank that holds most of them."""
         return max(layout.token_nbytes for layout in self.caches)
 
     def close(self) -> None:
-        """Stop the read-ahead threads and let go of the files."""
+        """Stop the read-ahead threads and close the files."""
         self._open_files.close()
 
     def _same_model(self) -> None:
-        """ModelError if the ranks do not see one and the same model."""
+        """Raise ModelError if the ranks do not have the same model."""
         world = self.world
         prints = world.gather(self.fingerprint)
         first_size, first_hash = prints[0]
@@ -270,11 +270,11 @@ class Session:
                 )
 
     def _ask(self) -> InputNeeds:
-        """What the input asks for, which only rank 0 can read."""
+        """Return the needs of the input, which only rank 0 reads (collective)."""
         return needs_of(self.spec, self.config, self.source, lambda: self.tokenizer)
 
     def _limits(self) -> Limits:
-        """What a step and the cache take, the same on every rank."""
+        """Return the limits of a step and of the cache, which are the same on every rank."""
         max_context = self.spec.memory.context(self.config.max_position)
         specs = [self.job.on_rank(rank, self.world.hosts[rank]) for rank in self._ranks]
         kv = [spec.memory.kv_bytes for spec in specs]

@@ -1,7 +1,8 @@
-"""How replicas share the lines that are not answered yet, by how fast each has turned out to be.
+"""Divides the unanswered lines over the replicas by their measured speeds.
 
-Every leader tells rank 0 how far it is. What its steps took, beside the model of a step's time, says how long any
-number of lines will take it. If the replicas would end much earlier with other numbers of lines, some give lines back.
+Every leader reports its progress to rank 0. The time of its steps, relative to the model of a step's time, predicts how
+long it takes for any number of lines. If the replicas would end much earlier with other numbers of lines, some give
+lines back.
 """
 
 from __future__ import annotations
@@ -14,36 +15,37 @@ from collections.abc import Callable, Sequence
 from mpillm.planning.replica_steps import ReplicaSteps
 from mpillm.run.dispatch_messages import Standing
 
-LOOK = 0.5  # seconds between two looks
-STEPS, SECONDS = 3, 0.5  # that a replica computes at least before its speed is known
-KEPT = 0.5  # the weight of what was known before
-GAIN, COST = 1.15, 0.5  # how many times as early all must end (plans may be off by 15 %), and seconds
-PRECISION = 0.01  # of the time in which all end
+LOOK = 0.5  # seconds between two checks
+STEPS, SECONDS = 3, 0.5  # the least steps and seconds from which a replica's speed is computed
+KEPT = 0.5  # the weight of the earlier value in the moving average of the speed
+# Lines move if all replicas end earlier by this factor (plans may be off by 15 %) and by so many seconds.
+GAIN, COST = 1.15, 0.5
+PRECISION = 0.01  # the relative precision of the time at which all end
 
 
 class Sharing:
-    """What rank 0 knows of the replicas, by their numbers."""
+    """The measured speeds of the replicas, on rank 0."""
 
     def __init__(self, steps: Sequence[ReplicaSteps], planned: Sequence[float]) -> None:
-        """`steps` are their times by the model, and `planned` the shares of the lines by it."""
+        """`steps` has each replica's times by the model, and `planned` their shares of the lines."""
         self._steps, self.planned = steps, planned
-        self._since: dict[int, Standing] = {}  # the beginning of each one's window
+        self._since: dict[int, Standing] = {}  # the progress at the beginning of each replica's window
         self._last: dict[int, Standing] = {}
-        self._slower: dict[int, float] = {}  # how many times as long as by the model its steps take
+        self._slower: dict[int, float] = {}  # measured time of steps divided by their time by the model
         self._looked = time.monotonic()
 
     @property
     def due(self) -> bool:
-        """Whether it is time for another look."""
+        """Whether it is time for another check."""
         return len(self._steps) > 1 and time.monotonic() > self._looked + LOOK
 
     def begun(self, own: Standing) -> float:
-        """How many lines' worth is computed of those that replicas hold; rank 0's own is so far."""
+        """Return the computed part of the lines in progress, as a number of lines; `own` is rank 0's progress."""
         standing = {**self._last, 0: own}.values()
         return sum(one.lines * (1 - one.left / one.whole) for one in standing if one.whole)
 
     def note(self, replica: int, now: Standing) -> None:
-        """A replica is so far. Its first step loads the weights, and does not count."""
+        """Note the progress of a replica. Its first step loads the weights, and does not count."""
         self._last[replica] = now
         if now.steps == 0:
             return
@@ -56,10 +58,10 @@ class Sharing:
             self._since[replica] = now
 
     def targets(self, held: Sequence[int], waiting: int) -> list[int] | None:
-        """How many lines each replica should hold, with those that it is still to get; None if that is as it should be.
+        """Return how many lines each replica should compute in total; None if nothing should change.
 
-        `held` is how many each has, and so many are `waiting` besides. Nobody has to give lines back unless all end
-        clearly earlier then.
+        `held` is the number of lines that each replica holds, and `waiting` further lines wait on rank 0. Lines are
+        given back only if all replicas end clearly earlier then.
         """
         self._looked = time.monotonic()
         unknown = [replica for replica in range(len(held)) if replica not in self._slower]
@@ -69,15 +71,15 @@ class Sharing:
             or not self._slower
         ):
             return None
-        # Who is done before it could be measured is as fast as any.
+        # A replica that was done before it could be measured counts as fast as the fastest.
         slower = dict.fromkeys(unknown, min(self._slower.values())) | self._slower
         last = [self._last[replica] for replica in range(len(held))]
         each = [one.left / max(one.lines, 1) for one in last]
-        # Whoever gets a line computes its prompt, and what was generated, once more.
+        # The new holder of a line computes its prompt and its generated tokens again.
         new, deepest = max(one.whole / max(one.lines, 1) for one in last), max(each)
 
         def seconds(replica: int, lines: int) -> float:
-            """What a replica needs for so many lines; those that it does not hold yet are as long as any."""
+            """Return the seconds that a replica needs for `lines` lines; new ones have the largest mean length."""
             if not lines:
                 return 0.0
             if not self._last[replica].steps:
@@ -91,16 +93,16 @@ class Sharing:
         found = _divided(seconds, held, waiting)
         now, then = (max(map(seconds, range(len(held)), of)) for of in (held, found))
         if now > GAIN * then and now > then + COST:
-            self._last.clear()  # what is moved is not yet in it
+            self._last.clear()  # the reports do not include the moved lines
             self._since.clear()
             return found
         return [max(*pair) for pair in zip(held, found, strict=True)] if waiting else None
 
 
 def _divided(seconds: Callable[[int, int], float], held: Sequence[int], waiting: int) -> list[int]:
-    """How many of all lines each replica should have so that all end as early as possible, with few that move.
+    """Return the number of lines of each replica with which all end as early as possible, moving few lines.
 
-    A replica needs `seconds(replica, lines)`, the longer the more lines it has.
+    `seconds(replica, lines)` is the time that a replica needs, which increases with the lines.
     """
     replicas, lines = range(len(held)), sum(held) + waiting
 

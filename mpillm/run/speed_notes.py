@@ -1,6 +1,6 @@
-"""Speeds that runs have measured, kept for a while in the user's cache: later runs on the same hosts begin at once.
+"""A cache of measured speeds in the user's cache directory, so that later runs on the same hosts need not measure.
 
-Without a file that can be read or written, hosts are measured anew.
+If a file cannot be read or written, the hosts are measured again.
 """
 
 from __future__ import annotations

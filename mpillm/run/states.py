@@ -1,15 +1,15 @@
-"""The states of a run on every rank, and what leads from one to the next.
+"""The states of a run on every rank, and their transitions.
 
     Starting -> Leading -> Gathering -> Writing -> Ended       on rank 0
     Starting -> Following -> Waiting -> Ended                  on all others
     Starting -> StandingBy -> Ended                            on spare ranks
 
-Where MPI can go on without lost ranks, a loss in any state leads to Regrouping. If rank 0 has computed everything, it
-goes on to write, and the others wait for that. Else all are Restarting: they lay the model out anew over the ranks that
-are left. If rank 0 is lost, another rank becomes rank 0, and finds in the journal what is done.
+If MPI can continue without lost ranks, a loss in any state leads to Regrouping. If rank 0 has computed everything, it
+continues with Writing, and the others wait for it. Else all go to Restarting: they distribute the model anew over the
+remaining ranks. If rank 0 is lost, another rank becomes rank 0, and reads from the journal what is done.
 
-Each state has all data that it needs, and two methods: `advance` does what belongs to it and returns the next state,
-`regrouped` returns the next state after a loss, where `computed` says whether rank 0 has computed everything.
+Each state has all data that it needs, and two methods: `advance` does the work of the state and returns the next state;
+`regrouped` returns the next state after a loss, where `computed` tells whether rank 0 has computed everything.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from mpillm.store.journal_facts import began
 
 @dataclass(frozen=True)
 class Starting:
-    """No session was made yet."""
+    """No session exists yet."""
 
     losses: Losses
 
@@ -50,7 +50,7 @@ class Starting:
 
 @dataclass(frozen=True)
 class Restarting:
-    """The model is laid out anew: ranks were lost, and spare ones may help, or a rank has become slow."""
+    """The model is distributed anew: ranks were lost, and spare ones may replace them, or a rank has become slow."""
 
     origin: Origin
     before: Computation | None  # None on a rank that has not led
@@ -59,12 +59,12 @@ class Restarting:
 
     def advance(self, rank: RankContext) -> State:
         world, origin = rank.world, self.origin
-        gc.collect()  # what the earlier session held, before this one needs as much
-        kv_tokens = max(world.gather(origin.kv_tokens))  # which spare ranks do not know
+        gc.collect()  # release the earlier session's memory before the new one needs as much
+        kv_tokens = max(world.gather(origin.kv_tokens))  # spare ranks do not know it
         if (slowed := world.bcast(self.slowed)) is not None:
             world.look_around()
             slower = origin.slower * slowed.ratios[world.rank]
-            # The fastest rank is as fast as it was measured: one that was slow for a while gets its speed back.
+            # The fastest rank has its measured speed, so a rank that was slow for a while regains its own.
             origin = replace(
                 origin,
                 speed=origin.speed or slowed.planned[world.rank],
@@ -181,7 +181,7 @@ class Following:
 
 @dataclass(frozen=True)
 class Waiting:
-    """This rank has computed everything, and waits until rank 0 has written."""
+    """This rank has computed everything, and waits until rank 0 has written the results."""
 
     origin: Origin
     losses: Losses
@@ -198,7 +198,7 @@ class Waiting:
 
 @dataclass(frozen=True)
 class StandingBy:
-    """This rank is spare: it holds nothing, and helps only if others are lost."""
+    """This rank is spare: it holds no weights, and computes only if others are lost."""
 
     origin: Origin
     losses: Losses
@@ -213,7 +213,7 @@ class StandingBy:
 
 @dataclass(frozen=True)
 class Regrouping:
-    """Ranks were lost in the state `before`: those that are left agree on how to go on."""
+    """Ranks were lost in the state `before`: the remaining ranks agree on the next state."""
 
     before: State
     losses: Losses
@@ -240,10 +240,10 @@ def begin(
     before: Computation | None = None,
     slowed: Slowed | None = None,
 ) -> State:
-    """Lay the model out, and open or continue the job on rank 0: the next state (collective).
+    """Distribute the model, open or continue the job on rank 0, and return the next state (collective).
 
-    After a loss, `origin` is what the run began with, and `before` is the computation of this rank that the loss has
-    interrupted, if any. `slowed` says why it was interrupted without a loss.
+    After a loss, `origin` is that of the run, and `before` the computation of this rank that the loss interrupted, if
+    any. `slowed` tells why it was interrupted without a loss.
     """
     world, entered = rank.world, time.monotonic()
     with ExitStack() as unless_begun, explaining(losses):

@@ -1,4 +1,4 @@
-"""What a rank reports at the end of a run: what it held in memory, sent, and waited for."""
+"""The statistics of a rank at the end of a run: its memory, messages and waits."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from mpillm.weights.paging.experts import ExpertCache
 
 
 def rank_statistics(session: Session) -> RankStatistics:
-    """Return what this rank has held in memory, sent and waited for since the session was made."""
+    """Return this rank's memory, messages and waits since the session was created."""
     weights, messages = session.weights, session.counters.as_dict()
     waited = {kind: float(count["seconds"]) for kind, count in messages.items()}
-    inside = waited["all_reduce"] + waited["pipe"]  # of steps; other messages are waited for between them
+    inside = waited["all_reduce"] + waited["pipe"]  # within steps; other waits are between steps
     spilled = session.kv.spill.counters.stall_seconds if session.kv.spill else 0.0
     return RankStatistics(
         rank=session.world.rank,
@@ -59,7 +59,7 @@ def _kv_statistics(session: Session) -> dict[str, float]:
 
 
 def _planned_memory(session: Session) -> memory.RankMemory:
-    """What this rank was to hold at most."""
+    """Return the planned maximum of this rank's memory."""
     weights, config, place, limits = session.weights, session.config, session.place, session.limits
     sequences = limits.max_sequences * limits.micro_batches
     kept = session.needs.kept(sequences, config.vocab) if session.world.rank == 0 else 0

@@ -13,11 +13,11 @@ from mpillm.errors import JobError
 from mpillm.store import trace_file
 from mpillm.store.trace_file import RankTrace
 
-SPANS = 200_000  # that all ranks together keep: about 60 MB on rank 0
+SPANS = 200_000  # spans that all ranks together keep, at most: about 60 MB on rank 0
 
 
 class Tracer:
-    """Records what this rank does."""
+    """Records the spans of this rank."""
 
     def __init__(self, path: Path, world: World) -> None:
         self._path, self._world = path, world
@@ -27,7 +27,7 @@ class Tracer:
     @classmethod
     @contextmanager
     def started(cls, world: World, path: Path) -> Iterator[Tracer]:
-        """Record in the block (collective); JobError if the file could not be written at the end."""
+        """Record in the block (collective); raises JobError if the file could not be written at the end."""
         with world.together():
             if world.rank == 0 and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
                 raise JobError(f"--trace {path} cannot be written: give a file in an existing directory.")
@@ -37,7 +37,7 @@ class Tracer:
             tracing.stop()
 
     def gather(self) -> None:
-        """Bring all ranks' spans to rank 0, one rank's after the other (collective)."""
+        """Gather the spans of all ranks on rank 0, one rank after the other (collective)."""
         world, own = self._world, self._own()
         for rank in range(1, world.size):
             found = world.gather(own if world.rank == rank else None)[rank]
@@ -45,7 +45,7 @@ class Tracer:
                 self._ranks.append(found)
 
     def write(self) -> None:
-        """Write the file on rank 0, with its spans since `gather`."""
+        """On rank 0, write the file, including rank 0's spans since `gather`."""
         trace_file.write(self._path, [self._own(), *self._ranks])
 
     def _own(self) -> RankTrace:
