@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpillm.comm.launch import Launch
 from mpillm.comm.program import library
 from mpillm.errors import JobError, MpillmError
 
@@ -41,12 +42,21 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="run ...", help="as for mpillm run")
 
 
-def run(options: argparse.Namespace, read: Callable[[list[str]], Spec]) -> int:
-    """Run the supervisor and return the exit code. `read` makes a job of the words after `launch`."""
+def run(options: argparse.Namespace, read: Callable[[list[str]], Spec], started: Launch | None) -> int:
+    """Run the supervisor and return the exit code. `read` makes a job of the words after `launch`.
+
+    `started` says what has started this process as one of several.
+    """
     # Imported here, because ranks must not load this before their threads are known.
     from mpillm.launching import mpiexec
     from mpillm.launching.supervisor import Supervisor
 
+    if started is not None and started.size > 1:
+        if started.rank == 0:
+            _say(
+                f"launch starts mpiexec by itself; type mpillm launch ... without {started.launcher} before it."
+            )
+        return 2
     try:
         if options.words[:1] != ["run"]:
             raise JobError(_no_run(options.words, options.ranks or 2))

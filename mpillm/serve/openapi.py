@@ -14,7 +14,7 @@ from mpillm.batch.other_keys import IGNORED
 from mpillm.batch.work import Endpoint
 from mpillm.serve.batches import BatchObject
 from mpillm.serve.files import File
-from mpillm.serve.uploads import PURPOSE, Wanted
+from mpillm.serve.uploads import PAGES, PURPOSE, Wanted
 from mpillm.version import __version__
 
 Described = dict[str, Any]
@@ -96,6 +96,7 @@ def _others(of: dict[Any, Any]) -> Described:
         "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"enum": [PURPOSE]}},
     }
     id, name = (_parameter(word) for word in ("id", "name"))
+    pages = [{"name": word, "in": "query", "schema": schema} for word, schema in PAGES.items()]
     return {
         "/v1/models": {
             "get": _operation("List the model and its adapters.", answer=_list({"type": "object"}))
@@ -105,7 +106,7 @@ def _others(of: dict[Any, Any]) -> Described:
         },
         "/v1/files": {
             "post": _operation("Upload a file.", answer=file, body=form, kind="multipart/form-data"),
-            "get": _operation("List the files, the newest first.", answer=_list(file)),
+            "get": _operation("List the files, the newest first.", *pages, answer=_list(file)),
         },
         "/v1/files/{id}": {
             "get": _operation("Show the metadata of a file.", id, answer=file),
@@ -116,7 +117,7 @@ def _others(of: dict[Any, Any]) -> Described:
         },
         "/v1/batches": {
             "post": _operation("Create a batch.", answer=batch, body=of[Wanted]),
-            "get": _operation("List the batches, the newest first.", answer=_list(batch)),
+            "get": _operation("List the batches, the newest first.", *pages, answer=_list(batch)),
         },
         "/v1/batches/{id}": {"get": _operation("Show the status of a batch.", id, answer=batch)},
         "/v1/batches/{id}/cancel": {"post": _operation("Cancel a batch.", id, answer=batch)},

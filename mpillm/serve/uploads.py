@@ -21,6 +21,7 @@ from mpillm.serve.files import FileStore
 
 MAX_REQUEST = 1 << 20  # bytes of a body that begins a batch
 PURPOSE = "batch"  # of all files that clients send
+PAGES = {"after": {"type": "string"}, "limit": {"type": "integer", "minimum": 1}}  # what lists are asked for
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -50,8 +51,8 @@ def routes(files: FileStore, batches: Batches) -> list[Route]:
             raise HTTPException(400, f"The body is not a form: {error.message}.") from None
         return _json(made)
 
-    async def list_files(_: Request) -> Response:
-        return _json({"object": "list", "data": await run_in_threadpool(files.all), "has_more": False})
+    async def list_files(request: Request) -> Response:
+        return _json(_part(request, await run_in_threadpool(files.all)))
 
     async def read_file(request: Request) -> Response:
         return _json(files.read(request.path_params["id"]))
@@ -84,9 +85,9 @@ def routes(files: FileStore, batches: Batches) -> list[Route]:
         made = await run_in_threadpool(batches.add, wanted.input_file_id, wanted.endpoint, wanted.metadata)
         return _json(made)
 
-    async def list_batches(_: Request) -> Response:
-        found = [batches.now(batch) for batch in await run_in_threadpool(batches.all)]
-        return _json({"object": "list", "data": found, "has_more": False})
+    async def list_batches(request: Request) -> Response:
+        part = _part(request, await run_in_threadpool(batches.all))
+        return _json({**part, "data": [batches.now(batch) for batch in part["data"]]})
 
     async def read_batch(request: Request) -> Response:
         return _json(batches.now(batches.read(request.path_params["id"])))
@@ -114,6 +115,25 @@ def _route(path: str, **handlers: Handler) -> Route:
             raise HTTPException(404, f"There is no {error.args[0]!r}.") from None
 
     return Route(path, handle, methods=list(handlers))
+
+
+def _part(request: Request, found: list[Any]) -> dict[str, Any]:
+    """Of a list, the part that the query asks for: `limit` entries (all) `after` the one with this id."""
+    asked = request.query_params
+    if unknown := sorted(asked.keys() - PAGES):
+        raise HTTPException(
+            400, f"{unknown[0][:100]} is not supported in the URL; there are {', '.join(PAGES)}."
+        )
+    after, limit = asked.get("after"), asked.get("limit")
+    ids = [each.id for each in found]
+    if after is not None and after not in ids:
+        raise HTTPException(400, f"after: there is no {after[:100]!r}.")
+    if limit is not None and not (limit.isdecimal() and int(limit[:9]) > 0):
+        raise HTTPException(400, f"limit: expected a whole number >= 1, not {limit[:100]!r}.")
+    rest = found[ids.index(after) + 1 if after else 0 :]
+    part = rest if limit is None else rest[: int(limit[:9])]
+    ends = {"first_id": part[0].id, "last_id": part[-1].id} if part else {"first_id": None, "last_id": None}
+    return {"object": "list", "data": part, **ends, "has_more": len(part) < len(rest)}
 
 
 def _json(value: Any) -> Response:

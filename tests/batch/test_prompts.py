@@ -87,9 +87,9 @@ LONG = ["the " * 300, "x" * 8_000_000, "\u20ac" * 1_000_000]
     [
         (
             {"context": 100, "model": 512},
-            "memory.max_context is 100; shorten it or raise memory.max_context.",
+            "memory.max_context is 100 tokens; shorten it or raise memory.max_context.",
         ),
-        ({"context": 512, "model": 64}, "the model takes 64; shorten it."),
+        ({"context": 512, "model": 64}, "the model takes 64 tokens; shorten it."),
     ],
 )
 @pytest.mark.parametrize("text", LONG, ids=["few", "many", "wide"])

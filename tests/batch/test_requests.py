@@ -156,7 +156,7 @@ BAD = [
     ({"choices": ["a"]}, "the line needs either prompt or messages with its choices"),
     ({"prompt": "a", "choices": [""]}, "choices[0]: expected a string of length >= 1"),
     ({"prompt": "a", "choices": [[100000]]}, "the token id at choices[0], 100000, is not in the vocabulary (0 to {last})"),
-    ({"prompt": [1] * 39, "choices": [[1], [1, 2]]}, "the prompt with choices[1] has 41 tokens and memory.max_context is 40; shorten it or raise memory.max_context"),
+    ({"prompt": [1] * 39, "choices": [[1], [1, 2]]}, "the prompt with choices[1] has 41 tokens and memory.max_context is 40 tokens; shorten it or raise memory.max_context"),
     ({"prompt": [1, 100000]}, "the token id at prompt[1], 100000, is not in the vocabulary (0 to {last})"),
     ({"prompt": [[1], [-1]]}, "the token id at prompt[1][0], -1, is not in the vocabulary (0 to {last})"),
     ({"prompt": ["a", 1]}, "prompt must be a string, a list of strings, a list of token ids, or a list of such lists"),
@@ -165,8 +165,8 @@ BAD = [
     ({"prompt": ["a", ""]}, "prompt 2 of 2 has no tokens"),
     ({"input": ["a"], "dimensions": 0}, "dimensions: expected a whole number >= 1"),
     ({"input": "a", "encoding_format": "hex"}, "encoding_format: invalid enum value 'hex'"),
-    ({"prompt": [1] * 41}, "the prompt has 41 tokens and memory.max_context is 40; shorten it or raise memory.max_context"),
-    ({"input": [[1], [1] * 41]}, "prompt 2 of 2 has 41 tokens and memory.max_context is 40; shorten it or raise memory.max_context"),
+    ({"prompt": [1] * 41}, "the prompt has 41 tokens and memory.max_context is 40 tokens; shorten it or raise memory.max_context"),
+    ({"input": [[1], [1] * 41]}, "prompt 2 of 2 has 41 tokens and memory.max_context is 40 tokens; shorten it or raise memory.max_context"),
     ({"prompt": [1] * 30, "max_tokens": 11}, "the prompt has 30 tokens and max_tokens is 11, more than the context of 40; lower max_tokens or shorten the prompt or raise memory.max_context"),
     ({"prompt": [1] * 40}, "the prompt has 40 tokens and fills the context; shorten it or raise memory.max_context"),
 ]  # fmt: skip
@@ -211,7 +211,7 @@ def test_what_the_model_or_the_kv_cache_cannot_take(tmp_path: Path) -> None:
         tmp_path, {"prompt": [1] * 9}, {"prompt": [1] * 7}, {"prompt": [1] * 4, "max_tokens": 3},
         {"prompt": [1] * 4, "max_tokens": 4}, model=small,
     ) == [
-        "Line 1: the prompt has 9 tokens and the model takes 8; shorten it.",
+        "Line 1: the prompt has 9 tokens and the model takes 8 tokens; shorten it.",
         "Line 2: it needs 7 tokens x 1000 bytes = 7000 bytes of KV cache, but memory.kv = 1GiB holds 6 tokens; "
         "raise memory.kv.",
         None,

@@ -45,6 +45,7 @@ MISTAKES = {
     "a key without its value": ("plan --set sampling.seed 3", "'sampling.seed' is not of the form section.key=value"),
     "a model's name": ("plan --model smollm2-135M", "Did you mean smollm2-135m?"),
     "a beginning of a model's name": ("plan --model smollm2", "Did you mean smollm2-"),
+    "a path as a name": ("pull ./m.gguf", "granite-8b, phi-4, qwen3-30b-a3b, and hf:owner/name works too"),
     "a repository": ("pull Qwen/Qwen3-0.6B", "hf:Qwen/Qwen3-0.6B works too"),
     "a file as the directory": ("init job taken", "taken is a file; give another directory."),
     "a file as the run": ("report taken", "taken is a file; give the output directory of a run."),

@@ -139,3 +139,10 @@ def test_mistakes_are_not_repeated(openmpi: Mpi, words: list[str], said: str) ->
     done = run_bounded([sys.executable, "-m", "mpillm", "launch", *words], env=openmpi.environment())
     assert done.returncode == 2
     assert said in done.stderr
+
+
+def test_a_launch_by_a_launcher(openmpi: Mpi) -> None:
+    """Each rank would start all ranks again."""
+    done = openmpi.run(2, "-m", "mpillm", "launch", "-n", "2", "run")
+    assert done.returncode == 2
+    assert done.stderr.count("launch ... without Open MPI's mpiexec before it.") == 1

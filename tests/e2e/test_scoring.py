@@ -169,7 +169,7 @@ def test_a_cross_encoder_reads_pairs(tmp_path: Path) -> None:
     assert [len(row["embedding"]) for row in vectors["data"]] == [32, 32]
     for refused, url in ((generated, "/v1/completions"), (chat, "/v1/chat/completions")):
         assert f"the model has no LM head: it classifies, and {url} needs" in refused["error"]["message"]
-    assert "and the model takes 70; shorten it" in long["error"]["message"]
+    assert "and the model takes 70 tokens; shorten it" in long["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,16 @@ def test_a_batch_beside_clients_and_across_a_restart(tmp_path: Path) -> None:
             input_file_id=empty.id, endpoint="/v1/completions", completion_window="24h"
         )
         assert ended(client, failed.id).errors.data[0].message.endswith("contains no requests.")
+        # Lists come in parts, if they are asked for in parts.
+        whole = [each.id for each in client.batches.list()]
+        assert whole == [failed.id, again.id, made.id]
+        part = client.batches.list(limit=2)
+        assert ([each.id for each in part.data], part.has_more) == (whole[:2], True)
+        assert [each.id for each in client.batches.list(limit=1)] == whole
+        assert [each.id for each in client.batches.list(after=again.id)] == [made.id]
+        for query in ("order=asc", "limit=0", "limit=many", "after=batch-1"):
+            with pytest.raises(openai.BadRequestError, match=query.partition("=")[0]):
+                client.get(f"/files?{query}", cast_to=object)
         assert client.files.delete(long.id).deleted
         assert client.files.delete(file.id).deleted
         with pytest.raises(openai.BadRequestError, match="The purpose of a file must be 'batch'"):

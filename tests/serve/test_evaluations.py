@@ -105,6 +105,6 @@ def test_chats_and_a_prompt_that_is_too_long(server: str, caplog: pytest.LogCapt
     assert len({*answers}) == len(short)
     with caplog.at_level(logging.WARNING), pytest.raises(requests.HTTPError):
         harness.generate_until(asked("generate_until", (long, dict(UNTIL))))
-    assert "tokens and the model takes 512; shorten it" in caplog.text
+    assert "tokens and the model takes 512 tokens; shorten it" in caplog.text
     cut = {**UNTIL, "truncate_prompt_tokens": -1}
     assert harness.generate_until(asked("generate_until", (long, cut)))

@@ -178,8 +178,7 @@ def max_tokens(prompt: int, asked: int | None, available: int, which: str, spec:
     wanted = spec.sampling.max_tokens if asked is None else asked
     if asked is not None and asked > available:
         raise RequestError(
-            f"{which} has {count_of(prompt, 'token')} and max_tokens is {asked}, more than the "
-            f"context of "
+            f"{which} has {count_of(prompt, 'token')} and max_tokens is {asked}, more than the context of "
             f"{prompt + available}; lower max_tokens or shorten the prompt{_or_raise(spec, model)}"
         )
     if wanted and not available:
@@ -202,7 +201,9 @@ def _or_raise(spec: Spec, model: Model) -> str:
 def _too_long(which: str, length: str, spec: Spec, model: Model) -> RequestError:
     remedy = _or_raise(spec, model)
     why = "memory.max_context is" if remedy else "the model takes"
-    return RequestError(f"{which} has {length} and {why} {context(spec, model)}; shorten it{remedy}")
+    return RequestError(
+        f"{which} has {length} and {why} {count_of(context(spec, model), 'token')}; shorten it{remedy}"
+    )
 
 
 def check_kv(tokens: int, spec: Spec, model: Model) -> None:
