@@ -30,13 +30,15 @@ class Job:
 
         Raises JobError if the job is wrong.
         """
+        if "ranks" in keys:
+            raise JobError(f"The number of ranks is given to run: Job(...).run(ranks={keys['ranks']}).")
         self._words = [] if path is None else [os.fspath(path)]
         names = {name: os.fspath(keys.pop(name)) for name in ("model", "input", "output") if name in keys}
         self._words += [word for name, value in names.items() for word in (f"--{name}", value)]
         settings = list(_settings(keys))
         self._words += [word for setting in settings for word in ("--set", setting)]
         #: the checked job
-        self.spec = spec.load(path, settings, **names)
+        self.spec = spec.load(path, settings, **names, caller="Job")
 
     @property
     def directory(self) -> Path:

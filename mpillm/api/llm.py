@@ -65,7 +65,7 @@ class LLM:
         from mpillm.errors import JobError
 
         values = {"model": model, "input": "/dev/null", "output": "/dev/null/none", **settings}
-        self._spec = spec.checked(values, "LLM")
+        self._spec = spec.checked(values, "LLM", arguments={"ranks", "comm"})
         self._world = None
         if comm is not None or program.inside():
             self._world = program.world_of(comm)
@@ -74,8 +74,8 @@ class LLM:
                     f"ranks={ranks}, but the program has {count_of(self._world.size, 'rank')}; leave ranks out."
                 )
             self._world.limit_threads(self._world.threads())
-        elif ranks is not None and ranks < 1:
-            raise JobError(f"ranks must be at least 1, not {ranks}.")
+        elif ranks is not None and not (isinstance(ranks, int) and ranks >= 1):
+            raise JobError(f"ranks must be a whole number >= 1, not {ranks!r}.")
         self._ranks = ranks or 1
         self._asking = threading.Lock()  # held by the call whose answers are being read
         self._asks: int | None = None  # the thread of that call
@@ -111,6 +111,10 @@ class LLM:
 
     def chat(self, messages: Messages | Sequence[Messages], **body: Any) -> list[Generation]:
         """Answer one or several chats; `body` has keys of /v1/chat/completions."""
+        if isinstance(messages, str | Mapping):
+            raise TypeError(
+                f'chat takes a list such as [{{"role": "user", "content": "Hi"}}], not {messages!r:.60}'
+            )
         chats: list[Any] = list(messages)
         if chats and isinstance(chats[0], Mapping):
             chats = [chats]

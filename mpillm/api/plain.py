@@ -25,8 +25,13 @@ def _plain(value: Any) -> Any:
 
 
 def several(given: Any) -> list[Any]:
-    """A list of requests: of one alone, which is a text, token ids or a line, or of several."""
+    """A list of requests: of one alone, which is a text, token ids or a line, or of several.
+
+    TypeError if it is none of these.
+    """
     if isinstance(given, str | Mapping):
         return [given]
+    if isinstance(given, bytes | bytearray) or not isinstance(given, Iterable):
+        raise TypeError(f"expected a text, token ids, or several of these, not {given!r:.60}")
     listed = list(given)
     return [listed] if listed and all(isinstance(one, Integral) for one in listed) else listed

@@ -30,7 +30,7 @@ from mpillm.api.messages import (
     receive,
     send,
 )
-from mpillm.errors import Interrupted, MpillmError
+from mpillm.errors import Interrupted, JobError, MpillmError
 from mpillm.launching.mpiexec import AS_ROOT, end_session
 from mpillm.spec import Spec
 from mpillm.store.records import Result
@@ -49,6 +49,7 @@ class Remote:
         """Start the ranks and wait until the model is laid out; MpillmError says why it is not."""
         folder = Path(tempfile.mkdtemp(prefix="mpillm-"))
         held = _Held(folder)
+        self._owner = held.owner
         self._close = weakref.finalize(self, held.end)  # also when this process ends
         self._log = held.log  # what the ranks say is read when they have ended
         address = str(folder / "socket")
@@ -82,8 +83,12 @@ class Remote:
     def ask(self, lines: Sequence[bytes]) -> Iterator[tuple[int, Result]]:
         """Yield the index and the result of each line when it is finished; the generator may be closed before its end.
 
-        Interrupted if the ranks end meanwhile, which closes this.
+        Interrupted if the ranks end meanwhile, which closes this. JobError in a process that was forked.
         """
+        if os.getpid() != self._owner:
+            raise JobError(
+                f"The ranks of this LLM answer process {self._owner} alone; make an LLM in each forked process."
+            )
         over = False
         try:
             self._send(AddLines(list(lines)))

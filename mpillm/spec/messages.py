@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import msgspec
 
-from mpillm.spec.job import Spec, key_called
+from mpillm.spec.job import Spec, key_called, known_keys
 from mpillm.spec.sizes import shown_value
 
 _PLAIN = {"int": "a whole number", "float": "a number", "str": "a string", "bool": "true or false"}
@@ -63,10 +63,14 @@ def explain(error: msgspec.ValidationError, values: dict[str, Any]) -> str:
     """msgspec's sentence with the key first and the value that was given."""
     text, _, place = str(error).rpartition(" - at `$")
     text, path = (text, place.rstrip("`").lstrip(".")) if text else (str(error), "")
-    if path == "memory":  # said by Memory.__post_init__, which knows the key
-        return f"memory.{text}" if ": " in text else f"memory: {text}"
     given = _look_up(values, path)
+    if path == "memory" and isinstance(given, dict):  # said by Memory.__post_init__, which knows the key
+        return f"memory.{text}" if ": " in text else f"memory: {text}"
     text = plain_words(text)
+    if text.startswith("expected a table") and (
+        keys := [key for key in known_keys() if key.startswith(f"{path}.")]
+    ):
+        return f"{path}: expected a table, with keys such as {keys[0]}, not {shown_value(given)}"
     if text.startswith("invalid enum value") and (choices := _choices(path)):
         text = f"expected one of {choices}"
     shown = "" if given is _MISSING or isinstance(given, dict) else f", not {shown_value(given)}"

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +34,18 @@ def load(
     input: str | None = None,
     output: str | None = None,
     planned: bool = False,
+    caller: str = "The command line",
 ) -> Spec:
     """Return the checked job of a file (or of none), the command line's word on top; JobError says what is wrong.
 
     `overrides` are "section.key=value" in TOML; a bare word is a string. `model`, `input` and `output` win over
     both. What those leave out and the file does not have either is an error, but for the model (the default one) and,
-    in a job that is only `planned`, for the input (`UNREAD`) and the output.
+    in a job that is only `planned`, for the input (`UNREAD`) and the output. `caller` gave the overrides.
     """
     for override in overrides:
         _refuse_incomplete(override)
     values = _read(Path(path)) if path is not None else {}
-    where = "The command line" if path is None else f"The job file {path}"
+    where = caller if path is None else f"The job file {path}"
     _take_shorthands(values, where)
     _refuse_unknown(values, where)
     if path is not None:
@@ -55,7 +56,7 @@ def load(
     if output is not None:
         values.setdefault("output", {})["path"] = output
     _take_shorthands(values, where)
-    _refuse_unknown(values, "The command line")
+    _refuse_unknown(values, caller)
     if planned:
         values.setdefault("input", UNREAD)
         values.setdefault("output", {}).setdefault("path", "out")
@@ -65,10 +66,10 @@ def load(
     return checked(values, where)
 
 
-def checked(values: dict[str, Any], where: str) -> Spec:
-    """Return the job of these tables; JobError says what is wrong, of `where`."""
+def checked(values: dict[str, Any], where: str, *, arguments: Set[str] = frozenset()) -> Spec:
+    """Return the job of these tables; JobError says what is wrong, of `where`, which also takes other `arguments`."""
     _take_shorthands(values, where)
-    _refuse_unknown(values, where)
+    _refuse_unknown(values, where, arguments)
     try:
         spec = msgspec.convert(values, Spec)
     except msgspec.ValidationError as error:
@@ -212,7 +213,7 @@ def _value(text: str) -> Any:
         return text
 
 
-def _refuse_unknown(values: dict[str, Any], where: str) -> None:
+def _refuse_unknown(values: dict[str, Any], where: str, arguments: Set[str] = frozenset()) -> None:
     known = set(known_keys())
     tables = {key.split(".")[0] for key in known if "." in key}
     given: list[str] = []
@@ -223,7 +224,7 @@ def _refuse_unknown(values: dict[str, Any], where: str) -> None:
             given.append(key)
     for key in given:
         if key not in known:
-            raise JobError(f"{where} has an unknown key {key!r}; {nearest(key, known | tables)}")
+            raise JobError(f"{where} has an unknown key {key!r}; {nearest(key, known | tables | arguments)}")
 
 
 def _refuse_overwriting(spec: Spec) -> None:

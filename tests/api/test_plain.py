@@ -14,6 +14,7 @@ import pytest
 
 from mpillm import Job
 from mpillm.api.plain import json_of, several
+from mpillm.errors import JobError
 from tests.job_helpers import CHAT
 
 TEXTS = ["the fox", "a ship", "\N{SNOWMAN} \N{FOX FACE}"]
@@ -39,6 +40,26 @@ TEXTS = ["the fox", "a ship", "\N{SNOWMAN} \N{FOX FACE}"]
 )
 def test_requests_of_any_kind(given: Any, expected: list[Any]) -> None:
     assert [json.loads(json_of(one)) for one in several(given)] == expected
+
+
+@pytest.mark.parametrize("wrong", [5, None, b"the fox", 0.5])
+def test_what_is_no_request(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="expected a text, token ids, or several of these, not"):
+        several(wrong)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"inputs": "a"}, "Job has an unknown key 'inputs'; did you mean 'input'"),
+        ({"ranks": 2}, r"given to run: Job\(\.\.\.\)\.run\(ranks=2\)"),
+        ({"memory": "4GiB"}, "memory: expected a table, with keys such as memory.weights, not '4GiB'"),
+        ({"layout": 2}, "layout: expected a table, with keys such as layout.replicas, not 2"),
+    ],
+)
+def test_wrong_keys_of_a_job(keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(JobError, match=said):
+        Job(**{"model": str(CHAT), "input": "a", "output": "b", **keys})
 
 
 def test_what_json_has_no_form_for() -> None:

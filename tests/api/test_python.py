@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -95,6 +96,8 @@ def test_each_kind_of_call(llm: LLM) -> None:
 
 
 def test_a_wrong_request_costs_no_other(llm: LLM) -> None:
+    with pytest.raises(TypeError, match=r'chat takes a list such as \[{"role": "user"'):
+        llm.chat("Hello")  # type: ignore[arg-type]
     answers = llm.generate(["a", "b"], max_tokens=-1)
     with pytest.raises(RequestError, match=r"Request 2: max_tokens: expected a whole number >= 0\."):
         answers[1].text  # noqa: B018
@@ -129,8 +132,12 @@ def test_callers_of_many_kinds(llm: LLM) -> None:
     assert first.text == llm.generate("the quick", max_tokens=3)[0].text
     child = os.fork()  # as multiprocessing does; what is collected there is not its to end
     if child == 0:
-        llm.close()
-        os._exit(0)
+        with contextlib.suppress(BaseException):
+            with pytest.raises(JobError, match="make an LLM in each forked process"):
+                llm.generate("a")
+            llm.close()
+            os._exit(0)
+        os._exit(1)
     assert os.waitpid(child, 0)[1] == 0
     assert llm.generate(texts[:1], max_tokens=3)[0].text == expected[0]
 
@@ -161,6 +168,10 @@ def test_what_cannot_be_made_is_said(tmp_path: Path) -> None:
         LLM(str(CHAT), memory={"kv": "3 bananas"})
     with pytest.raises(JobError, match=r"unknown key 'sampling\.heat'"):
         LLM(str(CHAT), sampling={"heat": 1})
+    with pytest.raises(JobError, match="unknown key 'rank'; did you mean 'ranks'"):
+        LLM(str(CHAT), rank=2)
+    with pytest.raises(JobError, match="ranks must be a whole number >= 1, not '2'"):
+        LLM(str(CHAT), "2")  # type: ignore[arg-type]
     with pytest.raises(MpillmError, match="cannot be laid out on 3 ranks"):
         LLM(str(CHAT), ranks=3)
 

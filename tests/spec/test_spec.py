@@ -126,7 +126,7 @@ def test_overrides(tmp_path: Path, override: str, path: str, value: object) -> N
         ("[sampling]\nmax_tokens = -1", ": sampling.max_tokens: expected a whole number >= 0, not -1."),
         ("[sampling]\nstop = ['a', 1]", ": sampling.stop[1]: expected a string, not 1."),
         ("[sampling]\nstop = ''", ": sampling.stop: expected a string of length >= 1, not ''."),
-        ("sampling = 3", ": sampling: expected a table, not 3."),
+        ("sampling = 3", ": sampling: expected a table, with keys such as sampling.max_tokens, not 3."),
         ("quantize = 'q5'", ": quantize: expected one of 'none', 'q8_0', 'q4_0', not 'q5'."),
         ("[layout]\nstages = 'some'", ": layout.stages: expected one of 'auto', a whole number, not 'some'."),
         ("[layout]\nshards = 0", ": layout.shards: expected a whole number >= 1, not 0."),
