@@ -28,7 +28,8 @@ from mpillm.weights.identity import ModelChangedError
 from mpillm.weights.inventory import tensor_name
 from mpillm.words import count_of
 
-TIMES = 4096  # points of the report's timeline, at most
+# Points of the report's timeline at most; seconds between two of them at least, and later a part of the time so far.
+TIMES, SAMPLE, PART = 4096, 0.02, 1 / 1000
 CHECK_EVERY = 1.0  # seconds between two checks of the output directory
 
 
@@ -137,7 +138,7 @@ class Computation:
                 if self._balance is not None and (slowed := self._balance.look(self._seconds_left)):
                     break
             dispatcher.stop(AGAIN if slowed else 0)
-            self._show(self.journal.flush(), bar)
+            self._show(self.journal.flush(), bar, last=True)
         return slowed
 
     def _seconds_left(self) -> float:
@@ -187,11 +188,12 @@ class Computation:
         self.journal.mark_verified(all_ranks=True)
         self.journal.flush()
 
-    def _show(self, count: int, bar: Bar) -> None:
-        """Show that `count` more requests are on disk."""
-        if count:
-            since = time.monotonic() - self.job.phases.since
-            timeline = self.job.timeline
+    def _show(self, count: int, bar: Bar, last: bool = False) -> None:
+        """Show that `count` more requests are on disk, and note it for the report if that is due or nothing follows."""
+        since, timeline = time.monotonic() - self.job.phases.since, self.job.timeline
+        if not timeline:
+            timeline.append((0.0, 0, self.journal.resumed))
+        if last or since > timeline[-1][0] + max(SAMPLE, PART * since):
             if len(timeline) >= TIMES:
                 del timeline[1::2]
             timeline.append((since, self.totals.generated_tokens, len(self.journal.done)))

@@ -52,6 +52,7 @@ from mpillm.words import count_of
 log = logging.getLogger(__name__)
 
 SYNC_EVERY = 0.1  # seconds
+COUNT_EVERY = 10.0  # seconds without results, after which what was computed is noted nevertheless
 SYNC_SHARE = 0.02
 WAITING = 1 << 10  # records that wait for it at most
 
@@ -88,7 +89,7 @@ class Journal(Descriptor):
         self.damage: list[str] = []
         self.counted: Callable[[], Counts] | None = None
         self.seconds = 0.0  # spent on writing
-        self._due = 0.0  # time.monotonic() at which the next write is due
+        self._due = time.monotonic()  # when the next write is due
         self._waiting: list[Result | PartialResult | UsedLayout | Counts | Verified] = []
         self._layout, self._state = layout, model_state
         self._partial: dict[str, list[int]] = {}
@@ -200,7 +201,10 @@ class Journal(Descriptor):
 
     def commit(self) -> int:
         """`flush`, if it is due; call this often."""
-        return self.flush() if time.monotonic() >= self._due or len(self._waiting) >= WAITING else 0
+        late = time.monotonic() - self._due
+        if self.counted is not None and late > COUNT_EVERY and not self._waiting:
+            self._waiting.append(self.counted())
+        return self.flush() if late >= 0 or len(self._waiting) >= WAITING else 0
 
     def flush(self) -> int:
         """Write what was appended to the disk in one go, and return the number of requests that it finishes.
@@ -209,7 +213,7 @@ class Journal(Descriptor):
         """
         if not self._waiting:
             return 0
-        if self.counted is not None:
+        if self.counted is not None and not isinstance(self._waiting[-1], Counts):
             self._waiting.append(self.counted())
         data, places, at = [], [], self._end
         for record in self._waiting:

@@ -213,12 +213,27 @@ def _merge_reports(parts: Sequence[Path], ids: Sequence[str]) -> report.Report:
         phases={key: sum(each.phases.get(key, 0.0) for each in made) for key in made[0].phases},
         requests=_summed([each.requests for each in made]),
         tokens=_summed([each.tokens for each in made]),
-        batch=msgspec.structs.replace(made[0].batch, steps=sum(each.batch.steps for each in made)),
+        earlier=[start for each in made for start in each.earlier],
+        batch=_merged_steps([each.batch for each in made]),
+        planned=None,
         ranks=[msgspec.structs.replace(rank, rank=number) for number, rank in enumerate(ranks)],
         timeline=timeline,
         errors=dict(itertools.islice(errors, report.SHOWN_ERRORS)),
         warnings=list(dict.fromkeys(itertools.chain.from_iterable(each.warnings for each in made))),
     )
+
+
+def _merged_steps(steps: Sequence[report.Steps]) -> report.Steps:
+    summed = {
+        name: sum(getattr(each, name) for each in steps) for name in ("steps", "turns", "drafted", "accepted")
+    }
+    drafters: dict[str, tuple[int, int]] = {}
+    for each in steps:
+        for name, (drafted, accepted) in each.drafters.items():
+            before = drafters.get(name, (0, 0))
+            drafters[name] = before[0] + drafted, before[1] + accepted
+    peak = max(each.peak_sequences for each in steps)
+    return msgspec.structs.replace(steps[0], peak_sequences=peak, drafters=drafters, **summed)
 
 
 def _summed(structs: Sequence[Any]) -> Any:

@@ -53,7 +53,7 @@ class Start(msgspec.Struct, kw_only=True):
 
 
 # What a rank does while others may wait for it.
-BUSY = {"compute": "computing", "weights": "waiting for weights", "kv": "waiting for the KV cache on disk"}
+BUSY = {"compute": "computing", "weights": "waiting for weights", "kv": "waiting for KV cache on disk"}
 STANDS_OUT = 1.15  # how many times as busy as the rank in the middle
 
 

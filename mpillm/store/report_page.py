@@ -10,11 +10,13 @@ from typing import Any
 from mpillm.spec import shown_bytes
 from mpillm.store.directory import replacing
 from mpillm.store.readable import as_json, printable
-from mpillm.store.report import RankStatistics, Report, read
+from mpillm.store.report import RankStatistics, Report, Start, Tokens, read
 from mpillm.store.report_plots import MESSAGES, available, plots, write_figures
 from mpillm.words import count_of
 
 HTML = "report.html"
+# What the page calls the phases of a run; what is before them is the start of its processes.
+PHASES = {"prepare": "checking the input", "compute": "loading and computing", "write": "writing the results"}
 NO_PLOTS = "The page has no plots: they need matplotlib (pip install 'mpillm[plots]')."
 
 
@@ -28,8 +30,7 @@ def summary(report: Report) -> Iterator[str]:
         generated = f", {report.rate():.1f} generated tokens/s" if tokens.generated else ""
         shared = f" ({tokens.shared} shared)" if tokens.shared else ""
         yield (
-            f"{tokens.prompt} prompt{shared} and {count_of(tokens.generated, 'generated token')} in "
-            f"{report.seconds:.1f} s: "
+            f"{_tokens(tokens, shared)} in {report.seconds:.1f} s: "
             f"{report.total_rate():.1f} tokens/s while computing{generated}."
         )
     else:
@@ -37,8 +38,8 @@ def summary(report: Report) -> Iterator[str]:
     if report.earlier:
         everything = report.all_starts()
         yield (
-            f"All {len(report.earlier) + 1} starts of this command: {everything.tokens.prompt} prompt and "
-            f"{count_of(everything.tokens.generated, 'generated token')} in {everything.seconds:.1f} s of computing."
+            f"With {count_of(len(report.earlier), 'earlier start')} of this command: "
+            f"{_tokens(everything.tokens)} in {everything.seconds:.1f} s of computing."
         )
     if not tokens.computed:
         return
@@ -87,10 +88,17 @@ def summary(report: Report) -> Iterator[str]:
     wire = [
         f"{MESSAGES.get(kind, kind)} {shown_bytes(count)}{f' ({formats[kind]})' if formats.get(kind) else ''}"
         for kind, count in report.wire_bytes_per_token().items()
-        if count
+        if round(count)
     ]
     if wire:
         yield f"Sent for each token: {', '.join(wire)}."
+
+
+def _tokens(tokens: Tokens, shared: str = "") -> str:
+    """How many tokens of which kind; nothing is generated for scores and embeddings."""
+    if not tokens.generated:
+        return f"{count_of(tokens.prompt, 'prompt token')}{shared}"
+    return f"{tokens.prompt} prompt{shared} and {count_of(tokens.generated, 'generated token')}"
 
 
 def _memory_used(ranks: Sequence[RankStatistics]) -> str:
@@ -137,17 +145,19 @@ def cite(report: Report) -> str:
 
 
 LONG = 16  # letters of a word that may be broken
+# Figures are beside each other where there is room, and tables are moved sideways on a phone.
 _STYLE = """:root{color-scheme:light dark;--line:#ccc;--shade:#f3f3f3;--text:#222;--page:#fff}
 @media(prefers-color-scheme:dark){:root{--line:#555;--shade:#2a2a2a;--text:#ddd;--page:#1b1b1b}}
 body{font:15px/1.45 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:var(--text);
 background:var(--page)}table{border-collapse:collapse;margin:.5rem 0 1.5rem;display:block;overflow-x:auto}
 td,th{border:1px solid var(--line);padding:.2rem .6rem;text-align:right;max-width:30rem}
-.long{overflow-wrap:anywhere}th{background:var(--shade)}
-p{max-width:62rem}.text{text-align:left}figure{margin:1rem 0}svg{max-width:100%;height:auto}
+.long,h1{overflow-wrap:anywhere}th{background:var(--shade)}p{max-width:62rem}.text{text-align:left}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:1rem;align-items:start}
+figure{margin:.5rem 0}svg{width:100%;max-width:36rem;height:auto}
 svg text{fill:currentColor}
 pre{background:var(--shade);padding:.7rem;white-space:pre-wrap;overflow-wrap:anywhere}
-@media print{body{margin:0;max-width:none}figure,tr{break-inside:avoid}table{display:table;font-size:9px}
-td,th{overflow-wrap:anywhere;padding:.1rem .3rem}}"""
+@media print{body{margin:0;max-width:none}.plots{grid-template-columns:1fr 1fr}h2{break-after:avoid}
+figure,table,tr{break-inside:avoid}table{display:table;font-size:9px}td,th{padding:.1rem .3rem}}"""
 
 
 def _page(name: str, report: Report, drawn: Sequence[tuple[str, str]], missing: str | None) -> str:
@@ -160,25 +170,24 @@ def _page(name: str, report: Report, drawn: Sequence[tuple[str, str]], missing: 
     parts.append(f"<h1>{title}</h1>")
     parts += [f"<p>{html.escape(line)}</p>" for line in summary(report)]
     parts += [f"<p><strong>{html.escape(line)}</strong></p>" for line in (*report.warnings, missing) if line]
-    parts += [
+    if report.earlier:
+        parts += ["<h2>Starts</h2>", _starts(report), "<p>What follows is of the last start.</p>"]
+    figures = [
         f"<figure><figcaption>{html.escape(caption)}</figcaption>{svg}</figure>" for caption, svg in drawn
     ]
-    parts.append("<h2>Time</h2>")
-    parts.append(
-        _table(("phase", "seconds"), [(key, f"{value:.2f}") for key, value in report.phases.items()])
-    )
+    parts += ["<div class=plots>", *figures, "</div>", "<h2>Time</h2>", _times(report)]
     replicas = f"{report.replicas} replicas, " if report.replicas > 1 else ""
     layout = f"{count_of(report.stages, 'stage')} x {count_of(report.shards, 'shard')}"
     parts.append(f"<h2>Ranks: {replicas}{layout}</h2>")
-    parts.append(_rank_table(report))
+    parts += [_rank_table(report), *_paging_tables(report)]
     rows = [
-        (MESSAGES.get(kind, kind), shown_bytes(count), f"{report.wire_bytes_per_token()[kind]:.1f}")
+        (MESSAGES.get(kind, kind), shown_bytes(count), shown_bytes(report.wire_bytes_per_token()[kind]))
         for kind, count in report.wire_bytes().items()
         if count
     ]
     if rows:
         parts.append("<h2>Messages between ranks</h2>")
-        parts.append(_table(("message", "sent by all ranks", "bytes per token"), rows))
+        parts.append(_table(("message", "sent by all ranks", "for each token"), rows))
     if report.errors:
         parts.append(f"<h2>Errors (the first {len(report.errors)} of {report.requests.errors})</h2>")
         parts.append(_table(("custom_id", "error"), report.errors.items()))
@@ -189,26 +198,58 @@ def _page(name: str, report: Report, drawn: Sequence[tuple[str, str]], missing: 
     return "\n".join(parts) + "\n"
 
 
+def _starts(report: Report) -> str:
+    """What each start of the command has computed, in seconds of computing, and all of them."""
+    named = [(str(number), start) for number, start in enumerate(report.earlier, 1)]
+    named.append(("last", Start(seconds=report.computing, tokens=report.tokens)))
+    named.append(("all", report.all_starts()))
+    rows = [
+        (name, f"{one.seconds:.1f}", one.tokens.prompt, one.tokens.shared, one.tokens.generated)
+        for name, one in named
+    ]
+    return _table(("start", "seconds", "prompt tokens", "shared", "generated"), rows)
+
+
+def _times(report: Report) -> str:
+    """The seconds of the phases, and of what came before them."""
+    before = report.seconds - sum(report.phases.values())
+    rows = [("starting the processes", before)] if before > 0 else []
+    rows += [(PHASES.get(key, key), value) for key, value in report.phases.items()]
+    rows.append(("in all", sum(value for _, value in rows)))
+    return _table(("phase", "seconds"), [(name, f"{value:.2f}") for name, value in rows])
+
+
 def _rank_table(report: Report) -> str:
-    head = ["rank", "host", "place", "threads", "kernels", "share of weights", "budget", "held at most"]
-    head += ["KV cache", "planned", "used at most"]
-    mixture = any(rank.experts for rank in report.ranks)
-    for kind in ("", "experts: ") if mixture else ("",):
-        head += [kind + "found", "loaded", "waits", "seconds waited"]
+    place = ("replica", "stage", "shard", "layers") if report.replicas > 1 else ("stage", "shard", "layers")
+    head = ["rank", "host", *place, "threads", "kernels", "share of weights", "KV cache"]
+    head += ["memory planned", "used at most"]
     rows = []
     for rank in report.ranks:
-        place = f"stage {rank.stage}, shard {rank.shard}: {count_of(rank.layers, 'layer')}"
-        place = f"replica {rank.replica}, {place}" if report.replicas > 1 else place
-        row = [rank.rank, rank.host, place, rank.threads, rank.kernels]
-        caches = [rank.weights, rank.experts] if mixture else [rank.weights]
-        row += [shown_bytes(sum(of.get(key, 0) for of in caches)) for key in ("share", "budget", "peak")]
-        row += [shown_bytes(rank.kv.get("bytes", 0)), shown_bytes(sum(rank.memory.values()))]
-        row.append(shown_bytes(rank.memory_peak))
-        for of in caches:
-            row += [f"{of.get(key, 0):.0f}" for key in ("hits", "misses", "stalls")]
-            row.append(f"{of.get('stall_seconds', 0.0):.2f}")
-        rows.append(row)
+        row = [rank.rank, rank.host, *(getattr(rank, name) for name in place), rank.threads, rank.kernels]
+        share = sum(of.get("share", 0) for of in (rank.weights, rank.experts))
+        sizes = share, rank.kv.get("bytes", 0), sum(rank.memory.values()), rank.memory_peak
+        rows.append([*row, *map(shown_bytes, sizes)])
     return _table(head, rows)
+
+
+def _paging_tables(report: Report) -> Iterator[str]:
+    """How often weights were in memory, of what is not there all the time."""
+    head = ["rank", "budget", "held at most", "found in memory", "loaded", "waits", "seconds waited"]
+    for kind, paged in (("weights", report.batch.streamed), ("experts", True)):
+        caches = [(rank.rank, getattr(rank, kind)) for rank in report.ranks]
+        rows = [
+            [
+                number,
+                *(shown_bytes(of.get(key, 0)) for key in ("budget", "peak")),
+                *(f"{of.get(key, 0):.0f}" for key in ("hits", "misses", "stalls")),
+                f"{of.get('stall_seconds', 0.0):.2f}",
+            ]
+            for number, of in caches
+            if of
+        ]
+        if paged and rows:
+            yield f"<h2>Uses of {'paged weights' if kind == 'weights' else kind}</h2>"
+            yield _table(head, rows)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

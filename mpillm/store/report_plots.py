@@ -22,18 +22,20 @@ Row = tuple[Any, ...]
 
 # What the page calls what report.json counts: seconds by what they went to, bytes by the message they were in.
 SECONDS = {
-    "compute": "computing", "weights": "waiting for weights", "kv": "waiting for the KV cache on disk",
+    "compute": "computing", "weights": "waiting for weights", "kv": "waiting for KV cache on disk",
     "all_reduce": "waiting for other shards", "pipe": "waiting for other stages", "step": "waiting for a step",
     "reply": "waiting for replies", "requests": "waiting for other replicas",
 }  # fmt: skip
 MESSAGES = {
     "all_reduce": "sums over shards", "pipe": "activations to the next stage", "step": "steps", "reply": "replies",
-    "requests": "requests and answers of replicas",
+    "requests": "requests and answers",
 }  # fmt: skip
 USES = {"hits": "found in memory", "misses": "loaded"}
 UNITS = ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)
 BINS = 30  # of a histogram
-VISIBLE = 2e-3  # of the longest bar: a part that is narrower is not seen
+VISIBLE = 5e-3  # of the longest bar: a part that is narrower is not seen
+WIDTH = 4.8  # inches of a figure: a phone shows it with letters that can be read
+LEGEND_COLUMNS, LEGEND_ROW = 2, 0.18  # inches
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Plot:
         """A figure of matplotlib; ImportError without it."""
         from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 
-        figure = Figure(figsize=(6.4, self.height), layout="constrained")
+        figure = Figure(figsize=(WIDTH, self.height), layout="constrained")
         self.draw(figure.add_subplot(), self)
         return figure
 
@@ -82,14 +84,15 @@ def plots(report: Report, directory: Path) -> Iterator[Plot]:
         del seconds["requests"]
     yield from _by_rank("seconds", "Time of each rank", seconds, report, _seconds_of, unit="seconds")
     yield from _by_rank("bytes", "Sent by each rank", MESSAGES, report, _sent, unit="bytes")
-    yield from _by_rank(
-        "weights",
-        "Uses of paged weights",
-        USES,
-        report,
-        lambda rank, kind: rank.weights.get(kind, 0),
-        unit="uses",
-    )
+    if report.batch.streamed:  # else each page is loaded once
+        yield from _by_rank(
+            "weights",
+            "Uses of paged weights",
+            USES,
+            report,
+            lambda rank, kind: rank.weights.get(kind, 0),
+            unit="uses",
+        )
     yield from _by_rank(
         "experts", "Uses of experts", USES, report, lambda rank, kind: rank.experts.get(kind, 0), unit="uses"
     )
@@ -134,20 +137,22 @@ def write_figures(drawn: Sequence[Plot], folder: Path) -> list[Path]:
 def _throughput(timeline: Sequence[tuple[float, int, int]]) -> Plot:
     """Generated tokens per second or, where nothing is generated (scores, embeddings), requests per second."""
     if timeline[-1][1]:
+        caption, unit = "Generated tokens per second", "tokens/s"
         rows = [*_rates([(now, tokens) for now, tokens, _ in timeline])]
-        return Plot("throughput", "Generated tokens per second", ("seconds", "tokens/s"), rows, _draw_line)
-    rows = [*_rates([(now, finished) for now, _, finished in timeline])]
-    return Plot("throughput", "Finished requests per second", ("seconds", "requests/s"), rows, _draw_line)
+    else:
+        caption, unit = "Finished requests per second", "requests/s"
+        rows = [*_rates([(now, finished) for now, _, finished in timeline])]
+    return Plot("throughput", caption, ("seconds from", "to", unit), rows, _draw_rates)
 
 
 def _rates(counted: Sequence[tuple[float, int]]) -> Iterator[Row]:
-    """The middle of each stretch of time, and the rate in it; short stretches are taken together."""
+    """The beginning and the end of each stretch of time, and the rate in it; short stretches are taken together."""
     end = counted[-1][0]
     since, had = counted[0]
     shortest = (end - since) / 100
     for now, has in counted[1:]:
-        if now > since + shortest or (now == end and now > since):
-            yield round((since + now) / 2, 3), round((has - had) / (now - since), 3)
+        if now > since + shortest or now == end > since:
+            yield round(since, 3), round(now, 3), round((has - had) / (now - since), 3)
             since, had = now, has
 
 
@@ -176,7 +181,8 @@ def _by_rank(
             (f"rank {rank.rank}", *(values[kind][i] for kind in found)) for i, rank in enumerate(report.ranks)
         ]
         columns = "rank", *(kinds[kind] for kind in found)
-        yield Plot(name, caption, columns, rows, _draw_stacked, unit, _bars_height(len(rows)))
+        height = _bars_height(len(rows)) + (len(found) - 1) // LEGEND_COLUMNS * LEGEND_ROW
+        yield Plot(name, caption, columns, rows, _draw_stacked, unit, height)
 
 
 def _bars_height(bars: int) -> float:
@@ -196,7 +202,7 @@ def _distributions(directory: Path) -> Iterator[Plot]:
         waited, ran = timings["seconds_waiting"][:], timings["seconds_running"][:]
     # Scored texts and embeddings have answers of no tokens.
     found = {name: values[values > 0] for name, values in lengths.items() if values.any()}
-    yield from _histogram("lengths", "Lengths of prompts and answers", found, "tokens")
+    yield from _histogram("lengths", f"Lengths of {' and '.join(found)}", found, "tokens")
     took = {"waiting": waited, "from the first step to the last": ran}
     yield from _histogram("latencies", "Seconds that answers took", took, "seconds")
 
@@ -214,12 +220,12 @@ def _histogram(name: str, caption: str, values: Mapping[str, Any], unit: str) ->
     yield Plot(name, caption, (f"{unit} from", "to", *values), rows, _draw_histogram, unit)
 
 
-def _draw_line(axes: Axes, plot: Plot) -> None:
-    x, y = zip(*plot.rows, strict=True)
-    axes.plot(x, y)
-    axes.set_xlabel(plot.columns[0])
-    axes.set_ylabel(plot.columns[1])
-    axes.set_ylim(bottom=0, top=1.05 * max(*y, 1e-9))  # else a line at the top is cut in half
+def _draw_rates(axes: Axes, plot: Plot) -> None:
+    starts, ends, rates = zip(*plot.rows, strict=True)
+    axes.stairs(rates, [*starts, ends[-1]], linewidth=1.5)
+    axes.set_xlabel("seconds of computing")
+    axes.set_ylabel(plot.columns[2])
+    axes.set_ylim(bottom=0, top=1.05 * max(*rates, 1e-9))  # else a line at the top is cut in half
 
 
 def _draw_stacked(axes: Axes, plot: Plot) -> None:
@@ -234,6 +240,7 @@ def _draw_stacked(axes: Axes, plot: Plot) -> None:
         scaled = [width / size for width in widths]
         axes.barh(names, scaled, left=left, label=label if max(widths) > VISIBLE * longest else None)
         left = [start + width for start, width in zip(left, scaled, strict=True)]
+    axes.set_xlim(0, 1.05 * longest / size)  # else a bar may end where the plot does
     _finish_bars(axes, plot, unit)
 
 
@@ -255,7 +262,7 @@ def _draw_beside(axes: Axes, plot: Plot) -> None:
 def _finish_bars(axes: Axes, plot: Plot, unit: str) -> None:
     axes.set_ylim(len(plot.rows) - 0.5, -0.5)  # the first at the top, and no room beyond the bars
     axes.set_xlabel(unit)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize="small")
+    _legend(axes)
 
 
 def _draw_histogram(axes: Axes, plot: Plot) -> None:
@@ -268,4 +275,12 @@ def _draw_histogram(axes: Axes, plot: Plot) -> None:
     axes.locator_params(axis="y", integer=True)
     if plot.unit == "tokens":
         axes.locator_params(axis="x", integer=True)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize="small")
+    _legend(axes)
+
+
+def _legend(axes: Axes) -> None:
+    """A legend above the plot."""
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=LEGEND_COLUMNS, frameon=False, fontsize="small",
+        handlelength=1.2, columnspacing=1.2,
+    )  # fmt: skip

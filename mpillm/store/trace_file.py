@@ -5,6 +5,7 @@ https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ NOTE = (
     "A process is a rank. Only the last spans of each rank are here (kept); sums are of all: seconds by name. "
     "Ranks on several hosts are put together by the hosts' clocks of the day."
 )
+
+MAIN = threading.main_thread().name
 
 
 @dataclass
@@ -51,40 +54,29 @@ def write(path: Path, ranks: list[RankTrace]) -> None:
 
 def _events(ranks: list[RankTrace], later: list[float]) -> Iterator[dict[str, Any]]:
     for rank, more in zip(ranks, later, strict=True):
-        numbers: dict[tuple[int, str], int] = {}
-        named = f"rank {rank.rank} on {rank.host}"
-        yield {
-            "ph": "M",
-            "name": "process_name",
-            "pid": rank.rank,
-            "tid": 0,
-            "ts": 0,
-            "args": {"name": named},
-        }
-        for span in sorted(rank.spans, key=lambda span: span.start):
-            thread = numbers.get(span.thread)
-            if thread is None:
-                thread = numbers[span.thread] = len(numbers)
-                names = {"name": span.thread[1]}
-                yield {
-                    "ph": "M",
-                    "name": "thread_name",
-                    "pid": rank.rank,
-                    "tid": thread,
-                    "ts": 0,
-                    "args": names,
-                }
+        spans = sorted(rank.spans, key=lambda span: span.start)
+        # The thread that computes comes first, those that load weights as they began.
+        threads = sorted(dict.fromkeys(span.thread for span in spans), key=lambda thread: thread[1] != MAIN)
+        numbers = {thread: number for number, thread in enumerate(threads)}
+        yield _named("process_name", rank.rank, 0, f"rank {rank.rank} on {rank.host}")
+        for thread, number in numbers.items():
+            yield _named("thread_name", rank.rank, number, thread[1])
+        for span in spans:
             # Both ends are rounded alike, so that what lies in another span still does.
             begin, end = (round(1e9 * (at + more)) for at in (span.start, span.start + span.seconds))
             event = {
                 "ph": "X",
                 "name": span.name,
                 "pid": rank.rank,
-                "tid": thread,
+                "tid": numbers[span.thread],
                 "ts": begin / 1000,
                 "dur": (end - begin) / 1000,
             }
             yield {**event, "args": span.detail} if span.detail else event
+
+
+def _named(what: str, rank: int, thread: int, name: str) -> dict[str, Any]:
+    return {"ph": "M", "name": what, "pid": rank, "tid": thread, "ts": 0, "args": {"name": name}}
 
 
 def _described(rank: RankTrace) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def test_goes_on_after(victim: str, number: signal.Signals, mpi: Mpi, tmp_path: 
     with h5py.File(output / "results.h5") as h5:
         assert everything.generated >= len(h5["tokens/ids"]) > made.tokens.generated
     assert everything.prompt > made.tokens.prompt
-    said = f"All 2 starts of this command: {everything.prompt} prompt and {everything.generated} generated"
+    said = f"With 1 earlier start of this command: {everything.prompt} prompt and {everything.generated} generated"
     assert said in again.stderr
     assert made.batch.accepted > 0
     assert run(mpi, 1, source, tmp_path / "undisturbed", "batch.speculation=off").returncode == 0

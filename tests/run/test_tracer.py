@@ -64,6 +64,7 @@ def assert_trace_events(path: Path, ranks: int) -> None:
             used.add(place)
     assert processes.keys() == set(range(ranks))
     assert used == threads.keys()
+    assert {name for (_, thread), name in threads.items() if thread == 0} == {"MainThread"}
     assert all(processes.values())
     assert all(threads.values())
 

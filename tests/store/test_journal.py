@@ -15,7 +15,7 @@ from mpillm.errors import Interrupted, OutputError
 from mpillm.store.journal import Journal
 from mpillm.store.journal_facts import began, finished
 from mpillm.store.output import Claim
-from mpillm.store.records import Finished
+from mpillm.store.records import Counts, Finished
 from tests.conftest import Mount
 from tests.job_helpers import lines, result
 from tests.store.journals import IDENTITY, NAMES, done, finish
@@ -45,6 +45,21 @@ def test_a_flush_is_one_write_and_one_sync(tmp_path: Path, monkeypatch: pytest.M
             journal.append(result(name))
         journal.flush()
     assert len(synced) == 1
+
+
+def test_what_was_computed_is_noted_without_any_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start that is killed while its first answers are long has computed, too."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with Claim(tmp_path) as claim, Journal(claim, IDENTITY, lines(*NAMES)) as journal:
+        journal.counted = lambda: Counts(1, now[0] - 100, prompt=7, generated=3, shared=0, recomputed=0)
+        for _ in range(25):
+            assert journal.commit() == 0
+            now[0] += 1.0
+    with Claim(tmp_path) as claim, Journal(claim, IDENTITY, lines(*NAMES)) as journal:
+        assert [count.seconds for count in journal.counts] == [22.0]
 
 
 def test_another_job_is_refused_with_what_differs(tmp_path: Path) -> None:

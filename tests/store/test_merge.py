@@ -80,6 +80,7 @@ def test_parts_give_what_the_whole_gives(runs: Path, tmp_path: Path) -> None:
     assert (sums.tokens.prompt, sums.tokens.generated) == (one.tokens.prompt, one.tokens.generated)
     assert sums.errors.keys() == one.errors.keys() == {"refused"}
     assert sums.timeline[-1][1] == one.tokens.generated
+    assert sums.batch.turns == one.batch.turns
     assert report_page.write_html(merged)[0].is_file()
 
 

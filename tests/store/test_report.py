@@ -52,7 +52,7 @@ def test_a_start_that_finds_all_finished_says_so() -> None:
     assert [line.partition(":")[0] for line in report_page.summary(run)] == [
         "9 requests (9 by earlier runs)",
         "Nothing was computed.",
-        "All 2 starts of this command",
+        "With 1 earlier start of this command",
     ]
 
 
@@ -86,6 +86,88 @@ def test_a_legend_names_what_can_be_seen(tmp_path: Path) -> None:
     assert "waiting for replies" not in shown
 
 
+def test_nothing_of_a_figure_is_cut_off(tmp_path: Path) -> None:
+    """Legends of all kinds fit, and leave room for a single rank's bar; no bar ends where the plot does."""
+    pytest.importorskip("matplotlib", reason="the plots are matplotlib's, an extra")
+    run = made(replicas=2)
+    del run.ranks[1:]
+    run.batch.streamed = 1
+    run.ranks[0].seconds = dict.fromkeys(report_plots.SECONDS, 1.0)
+    run.ranks[0].messages = {kind: {"bytes_sent": 50} for kind in report_plots.MESSAGES}
+    found = list(report_plots.plots(run, tmp_path))
+    assert len(found) == 4
+    for plot in found:
+        figure = plot.figure()
+        figure.draw_without_rendering()
+        (axes,) = figure.axes
+        legend = axes.get_legend()
+        if legend is None:
+            continue
+        box = legend.get_window_extent()
+        assert box.x0 >= 0, plot.name
+        assert box.x1 <= figure.bbox.x1, plot.name
+        assert box.y1 <= figure.bbox.y1, plot.name
+        assert axes.get_window_extent().height > 20, plot.name
+        assert max(bar.get_x() + bar.get_width() for bar in axes.patches) < axes.get_xlim()[1], plot.name
+
+
+def test_a_run_in_several_starts(tmp_path: Path) -> None:
+    """What each start computed, and the phases of the last one add up to its time."""
+    earlier = report.Start(seconds=30.0, tokens=report.Tokens(prompt=700, generated=11, shared=600))
+    report.write(Directory(tmp_path), made(earlier=[earlier]))
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", report_page.write_html(tmp_path)[0].read_text())
+    starts = [
+        "1",
+        "30.0",
+        "700",
+        "600",
+        "11",
+        "last",
+        "2.0",
+        "100",
+        "0",
+        "50",
+        "all",
+        "32.0",
+        "800",
+        "600",
+        "61",
+    ]
+    assert cells[:15] == starts
+    times = [
+        "starting the processes",
+        "1.00",
+        "load",
+        "1.00",
+        "loading and computing",
+        "2.00",
+        "in all",
+        "4.00",
+    ]
+    assert cells[15:23] == times
+
+
+def test_what_is_not_paged_has_no_uses(tmp_path: Path) -> None:
+    run = made()
+    report.write(Directory(tmp_path), run)
+    assert "Uses of" not in report_page.write_html(tmp_path)[0].read_text()
+    run.batch.streamed = 1
+    for rank in run.ranks:
+        rank.experts = {"budget": 2**20, "peak": 2**20, "hits": 9, "misses": 3, "stalls": 2, "loaded": 5}
+    report.write(Directory(tmp_path), run)
+    page = report_page.write_html(tmp_path)[0].read_text()
+    assert page.index("<h2>Uses of paged weights</h2>") < page.index("<h2>Uses of experts</h2>")
+
+
+def test_nothing_is_said_of_nothing() -> None:
+    """Scores have no generated tokens, and messages of next to no bytes are none."""
+    run = made()
+    run.tokens = report.Tokens(prompt=5000, generated=0)
+    assert list(report_page.summary(run))[1:] == [
+        "5000 prompt tokens in 4.0 s: 2500.0 tokens/s while computing."
+    ]
+
+
 def test_a_plot_says_what_there_is_to_see(tmp_path: Path) -> None:
     """Requests where nothing is generated, sizes in their own unit, and no other replicas where there are none."""
     pytest.importorskip("matplotlib", reason="the plots are matplotlib's, an extra")
@@ -96,7 +178,7 @@ def test_a_plot_says_what_there_is_to_see(tmp_path: Path) -> None:
         rank.seconds["requests"] = 1.0
     found = {plot.name: plot for plot in report_plots.plots(run, tmp_path)}
     assert found["throughput"].caption == "Finished requests per second"
-    assert [rate for _, rate in found["throughput"].rows] == [2.0, 3.0]
+    assert [rate for *_, rate in found["throughput"].rows] == [2.0, 3.0]
     assert "waiting for other replicas" not in found["seconds"].columns
     (axes,) = found["bytes"].figure().axes
     assert (axes.get_xlabel(), axes.patches[0].get_width()) == ("KiB", 3.0)
@@ -184,7 +266,9 @@ def test_it_is_read_back(tmp_path: Path) -> None:
 
 def test_the_page_stands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report_page, "available", lambda: False)  # matplotlib is an extra
-    report.write(Directory(tmp_path), made(warnings=["The journal was damaged."]))
+    run = made(warnings=["The journal was damaged."])
+    run.batch.streamed = 1
+    report.write(Directory(tmp_path), run)
     path, missing = report_page.write_html(tmp_path)
     assert missing == "The page has no plots: they need matplotlib (pip install 'mpillm[plots]')."
     page = path.read_text()
@@ -196,7 +280,9 @@ def test_the_page_stands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_plots_are_inline(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the plots are matplotlib's, an extra")
-    report.write(Directory(tmp_path), made())
+    run = made()
+    run.batch.streamed = 1
+    report.write(Directory(tmp_path), run)
     path, missing = report_page.write_html(tmp_path)
     first = path.read_bytes()
     assert missing is None
@@ -208,7 +294,9 @@ def test_plots_are_inline(tmp_path: Path) -> None:
 
 def test_each_plot_is_a_table(tmp_path: Path) -> None:
     """With `figures`: as CSV and, with matplotlib, as SVG and PDF; what no rank has is in none of them."""
-    report.write(Directory(tmp_path), made())
+    run = made()
+    run.batch.streamed = 1
+    report.write(Directory(tmp_path), run)
     report_page.write_html(tmp_path, tmp_path / "figures")
     names = {path.name for path in (tmp_path / "figures").iterdir()}
     assert {"throughput.csv", "seconds.csv", "bytes.csv", "weights.csv"} <= names
@@ -223,7 +311,11 @@ def test_each_plot_is_a_table(tmp_path: Path) -> None:
         ["rank 1", "600.0"],
     ]
     with (tmp_path / "figures/throughput.csv").open() as file:
-        assert list(csv.reader(file)) == [["seconds", "tokens/s"], ["0.5", "20.0"], ["1.5", "30.0"]]
+        assert list(csv.reader(file)) == [
+            ["seconds from", "to", "tokens/s"],
+            ["0.0", "1.0", "20.0"],
+            ["1.0", "2.0", "30.0"],
+        ]
 
 
 def test_lengths_and_latencies_are_those_of_the_results(tmp_path: Path) -> None:
@@ -234,11 +326,16 @@ def test_lengths_and_latencies_are_those_of_the_results(tmp_path: Path) -> None:
         h5["seconds_waiting"] = [0.0, 0.0, 1.0]
         h5["seconds_running"] = [1.0, 2.0, 3.0]
     found = {plot.name: plot for plot in report_plots.plots(made(), tmp_path)}
+    assert found["lengths"].caption == "Lengths of prompts and answers"
     for name, counts, least in (("lengths", [2, 2], 3.0), ("latencies", [3, 3], 0.0)):
         rows = found[name].rows
         assert [sum(column) for column in list(zip(*rows, strict=True))[2:]] == counts
         assert rows[0][0] == least
     assert found["lengths"].rows[-1][1] == 20.0
+    with h5py.File(tmp_path / "results.h5", "r+") as h5:
+        h5["tokens/offsets"][:] = 0
+    found = {plot.name: plot for plot in report_plots.plots(made(), tmp_path)}
+    assert found["lengths"].caption == "Lengths of prompts"
 
 
 def test_the_line_to_cite() -> None:

@@ -86,7 +86,7 @@ class UnpackedLoader(BufferLoader[Page]):
         self._source = source
         self._chunk = min(UNDER_WAY // workers, PORTION)
         self._small = 0 if past_cache else 4 * self._chunk
-        self._pool = ThreadPoolExecutor(workers, "weights-made")
+        self._pool = ThreadPoolExecutor(workers, "weights reader")
         super().__init__(self._make, parallel)
         self._arena, self._begins = new_buffer(0, ALIGNMENT), dict[str, int]()
         self.takes_any_buffer = streamed
