@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,16 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from mpillm.api.results import Ragged, Results
+from mpillm.api.results import Results
 from mpillm.store.results import HDF5
 from mpillm.words import count_of
 
 SHOWN = 10  # requests that differ
 WORDS = 24  # characters of a text, from where it differs
+VALUES = {  # of a choice, and their names in sentences
+    "logprobs": "log-probabilities", "prompt_logprobs": "prompt log-probabilities", "embeddings": "embeddings",
+    "loglikelihoods": "log-likelihoods", "probabilities": "probabilities", "relevance": "scores of relevance",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Comparison:
             if names:
                 yield f"only in the {which} run: {count_of(len(names), 'request')}, such as {names[0]}"
         for group, distance in self.largest.items():
-            yield f"{group} differ by at most {distance:.3g} where the tokens are equal"
+            yield f"{group} differ by at most {distance:.3g}, as far as the tokens are equal"
 
 
 def compare(first: Results, second: Results) -> Comparison:
@@ -159,14 +163,9 @@ def _first_difference(a: NDArray[Any], b: NDArray[Any]) -> int | None:
 def _values(
     first: Results, a: int, second: Results, b: int, where: str, largest: dict[str, float]
 ) -> str | None:
-    groups: Sequence[tuple[str, Ragged, Ragged]] = (
-        ("log-probabilities", first.logprobs, second.logprobs),
-        ("prompt log-probabilities", first.prompt_logprobs, second.prompt_logprobs),
-        ("embeddings", first.embeddings, second.embeddings),
-    )
     told = None
-    for group, one, two in groups:
-        x, y = one[a], two[b]
+    for name, group in VALUES.items():
+        x, y = getattr(first, name)[a], getattr(second, name)[b]
         if len(x) != len(y):
             return f"{where}{len(x)} and {len(y)} {group}"
         distance = _distance(group, x, y, largest)
@@ -179,6 +178,7 @@ def _distance(group: str, x: NDArray[Any], y: NDArray[Any], largest: dict[str, f
     """The largest distance of two arrays' values, counted into `largest`; None if they are equal, or not as long."""
     if len(x) != len(y) or np.array_equal(x, y, equal_nan=True):
         return None
-    distance = float(np.nanmax(np.abs(x.astype(np.float64) - y.astype(np.float64))))
+    unequal = (x != y) & ~(np.isnan(x) & np.isnan(y))  # infinities that are equal have no difference
+    distance = float(np.max(np.abs(x[unequal].astype(np.float64) - y[unequal].astype(np.float64))))
     largest[group] = max(largest.get(group, 0.0), distance)
     return distance

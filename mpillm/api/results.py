@@ -119,6 +119,21 @@ class Results:
         """The vector of each input, as in the answer."""
         return self._ragged("embeddings", "values")
 
+    @cached_property
+    def loglikelihoods(self) -> Ragged:
+        """The log-likelihood of each choice of a multiple choice."""
+        return self._ragged("loglikelihoods", "values")
+
+    @cached_property
+    def probabilities(self) -> Ragged:
+        """A classifier's probability of each label, for each input."""
+        return self._ragged("probabilities", "values")
+
+    @cached_property
+    def relevance(self) -> Ragged:
+        """What a classifier says of each pair of a query and a document."""
+        return self._ragged("relevance", "values")
+
     def rows(self) -> Iterator[dict[str, Any]]:
         """A row for each request, one by one, with the columns of `mpillm.store.table.row_of`: custom_id, status,
         error, text, and so on; None for fields that an answer does not have.
