@@ -16,7 +16,6 @@ from mpillm.words import count_of
 LIVE, LINES = 0.2, 5.0  # seconds between two looks at a terminal, and between two lines elsewhere
 FORM = "{n_fmt}/{total_fmt} requests {percentage:3.0f}% [{elapsed}<LEFT{postfix}] {bar}"  # tqdm's words
 BEFORE = FORM.replace("<LEFT", "")  # anything tells how much time is left
-TELLING = 0.05  # part of all requests, and at most one, whose time tells how much is left
 BESIDE = " requests 100% [0:00:00<0:00:00, "  # of a live line, between its numbers
 WINDOW = 10.0  # seconds that the rate of now is taken over
 
@@ -48,29 +47,6 @@ class Rates:
         return f"{overall:.0f} tokens/s ({lately:.0f} now)"
 
 
-class TimeLeft:
-    """How much time a run needs still, by the time that it has taken for requests and parts of them."""
-
-    def __init__(self, total: int, done: int) -> None:
-        """`done` of the `total` requests were answered before."""
-        self._total, self._done = total, done
-        self._begun: float | None = None  # and so much of others was computed
-
-    def begin(self, begun: Callable[[], float]) -> None:
-        """Note, the first time, what was computed before."""
-        if self._begun is None:
-            self._begun = begun()
-
-    def text(self, answered: int, begun: float, elapsed: float) -> str:
-        """The time left; empty as long as nothing tells it."""
-        self.begin(lambda: begun)
-        computed = answered - self._done + begun - (self._begun or 0.0)
-        if computed < min(TELLING * self._total, 1.0):
-            return ""
-        left = max(self._total - answered - begun, 0.0)
-        return tqdm.format_interval(elapsed * left / computed) if computed else ""
-
-
 def _waits_and_drafts(state: ProgressState, capacity: float = float("inf")) -> str:
     """What the run has waited for, and what drafts gave, as far as there is room; empty if next to nothing."""
     parts = [] if state.hits is None else [f"hits {100 * state.hits:.0f} %"]
@@ -92,7 +68,6 @@ class Live:
     def __init__(self, bar: tqdm, rates: Rates) -> None:
         """The bar has the form `BEFORE`, and a postfix with rates."""
         self._bar, self._rates, self._shown = bar, rates, 0.0
-        self._left = TimeLeft(bar.total, bar.initial)
 
     def update(self, answered: int, state: Callable[[], ProgressState]) -> None:
         self._bar.n += answered
@@ -100,8 +75,8 @@ class Live:
             return
         now = state()
         self._rates.add(now.tokens)
-        if left := self._left.text(self._bar.n, now.begun, self._rates.elapsed):
-            self._bar.bar_format = FORM.replace("LEFT", left)
+        if now.left is not None:
+            self._bar.bar_format = FORM.replace("LEFT", tqdm.format_interval(now.left))
         width = terminal.columns(sys.stderr)
         capacity = float("inf")
         if width is not None:  # else the end of a line that is too long would be cut off
@@ -116,19 +91,18 @@ class ProgressLines:
 
     def __init__(self, total: int, say: Callable[[str], None], done: int, rates: Rates) -> None:
         """`done` of the requests were answered before."""
-        self._total, self._say, self._left = total, say, TimeLeft(total, done)
+        self._total, self._say = total, say
         self._answered, self._rates, self._said = done, rates, time.monotonic()
 
     def update(self, answered: int, state: Callable[[], ProgressState]) -> None:
         self._answered += answered
-        self._left.begin(lambda: state().begun)
         if time.monotonic() < self._said + LINES:
             return
         self._said, now = time.monotonic(), state()
         self._rates.add(now.tokens)
-        left = self._left.text(self._answered, now.begun, self._rates.elapsed)
+        left = "" if now.left is None else f", {tqdm.format_interval(now.left)} left"
         part = 100 * self._answered / self._total if self._total else 100
         self._say(
             f"{self._answered} of {count_of(self._total, 'request')} ({part:.0f} %), "
-            f"{self._rates}{f', {left} left' * bool(left)}{_waits_and_drafts(now)}"
+            f"{self._rates}{left}{_waits_and_drafts(now)}"
         )

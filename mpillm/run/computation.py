@@ -20,6 +20,7 @@ from mpillm.run.leader import Given, Leader
 from mpillm.run.progress import Bar, ProgressState
 from mpillm.run.session import Session
 from mpillm.run.sharing import Sharing
+from mpillm.run.time_left import TimeLeft
 from mpillm.store.journal import Journal
 from mpillm.store.records import Counts, Result
 from mpillm.store.report import SHOWN_ERRORS, Tokens
@@ -53,6 +54,7 @@ class Computation:
         )
         self._unanswered = count
         self._began = self._checked = time.monotonic()
+        self._left = TimeLeft(len(journal.done) + count, len(journal.done))
 
     def let_go(self) -> None:
         """Release weights, KV cache and layers of the session, which is closed; `continued` does not need them."""
@@ -204,6 +206,7 @@ class Computation:
         return Counts(
             start=1 + max((counts.start for counts in self.job.earlier), default=0),
             seconds=time.monotonic() - self.job.phases.since,
+            left=self._time_left(),
             **msgspec.structs.asdict(self.tokens),
         )
 
@@ -221,8 +224,13 @@ class Computation:
             stalled=weights.stall_seconds / elapsed,
             waited=sum(count["seconds"] for count in session.counters.as_dict().values()) / elapsed,
             per_pass=totals.generated_tokens / totals.turns if totals.accepted_tokens else None,
-            begun=self._dispatcher.begun,
+            left=self._time_left(),
         )
+
+    def _time_left(self) -> float | None:
+        """Seconds, by what this session has computed."""
+        elapsed = time.monotonic() - self._began
+        return self._left.seconds(len(self.journal.done), self._dispatcher.begun, elapsed)
 
     def _capacity(self) -> Iterator[str]:
         """Yield lines about the size of a step and of the KV cache, if memory limits them."""

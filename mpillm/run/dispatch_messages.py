@@ -51,7 +51,7 @@ class Standing(msgspec.Struct, frozen=True, array_like=True):
     rows: int  # the rows of these steps
     seconds: float  # the seconds in which it had lines to compute
     lines: int  # the lines that it holds
-    whole: int  # the rows of these lines, at most
+    whole: int  # the rows of these lines, by the lengths of finished answers
     left: int  # the rows of these lines that are not yet computed
 
 

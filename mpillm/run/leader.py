@@ -18,6 +18,7 @@ from mpillm.engine.sequence import Sequence
 from mpillm.errors import Interrupted
 from mpillm.run.dispatch_messages import Standing, Unfinished
 from mpillm.run.session import Session
+from mpillm.run.time_left import AnswerLengths
 from mpillm.spec import Spec
 from mpillm.store import results
 from mpillm.store.records import PartialResult, Result, line_key
@@ -43,6 +44,7 @@ class Leader:
         self._every = spec.job.checkpoint_tokens
         self._pending: dict[str, Pending] = {}
         self._began, self._idle = time.monotonic(), 0.0
+        self._lengths = AnswerLengths()
 
     def requests(self, take: Callable[[], Given | None]) -> Iterator[Request]:
         """Return an iterator of requests, made when the engine asks for them; `take` returns the next line or None."""
@@ -60,6 +62,7 @@ class Leader:
 
     def take(self, completion: FinishedCompletion) -> bool:
         """Keep a completion; return whether it was the last one of its line, which is then answered."""
+        self._lengths.add(len(completion.tokens), completion.request.max_tokens)
         pending = self._pending[completion.request.id]
         completions = pending.take(completion)
         if completions is None:
@@ -94,15 +97,17 @@ class Leader:
 
     def standing(self, waiting: int = 0) -> Standing:
         """Return its progress; `waiting` further lines that it holds count like the mean of the others."""
-        totals, whole = self.engine.totals, 0
+        totals, unfinished = self.engine.totals, self.engine.unfinished
+        prompts = answers = 0  # tokens; of the answers, at most
         for pending in self._pending.values():
             done = {completion.request.choice for completion in pending.completions}
-            whole += sum(
-                len(request.prompt) + request.max_tokens
-                for request in pending.work.requests
-                if request.choice not in done
-            )
-        left = whole - sum(one.computed for one in self.engine.unfinished)
+            for request in pending.work.requests:
+                if request.choice not in done:
+                    prompts += len(request.prompt)
+                    answers += request.max_tokens
+        generated = sum(one.generated for one in unfinished)
+        whole = prompts + generated + self._lengths.part(answers) * (answers - generated)
+        left = whole - sum(one.computed for one in unfinished)
         lines = len(self._pending)
         alike = (lines + waiting) / max(lines, 1)
         return Standing(

@@ -19,7 +19,7 @@ class ProgressState:
     waited: float  # the share of the time in which it waited for other ranks
     # The mean number of tokens that a step draws for a sequence; None if no drafts helped.
     per_pass: float | None = None
-    begun: float = 0.0  # the computed part of unanswered requests, as a number of requests
+    left: float | None = None  # the seconds that it still needs; None as long as nothing tells them
 
 
 class Bar(Protocol):

@@ -100,6 +100,7 @@ class Counts(msgspec.Struct, tag="counts", frozen=True):
     generated: int
     shared: int  # of the prompts' tokens, those that were not computed
     recomputed: int
+    left: float | None = None  # seconds until the run ends, as far as anything told
 
 
 class Verified(msgspec.Struct, tag="sound", frozen=True):

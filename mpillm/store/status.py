@@ -43,6 +43,7 @@ class Status(msgspec.Struct, kw_only=True, frozen=True):
     prompt_tokens: int  # of all starts, without those that were shared
     generated_tokens: int
     owner: str = ""  # the process that runs it
+    left: float | None = None  # seconds that a running one needs still, by what it wrote last
 
     @property
     def exit_code(self) -> int:
@@ -64,6 +65,8 @@ class Status(msgspec.Struct, kw_only=True, frozen=True):
             starts = f", in {self.starts} starts" if self.starts > 1 else ""
             tokens = f"{self.prompt_tokens} prompt and {count_of(self.generated_tokens, 'generated token')}"
             yield f"  computed  {tokens} in {_ago(self.seconds)}{starts}"
+        if self.left is not None:
+            yield f"  left      {_ago(self.left)}"
         if self.partial:
             yield f"  partial   {count_of(self.partial, 'unfinished request')} with saved tokens"
         if self.damaged:
@@ -138,7 +141,9 @@ class Reader:
             raise JobError(
                 f"The journal {self._path / JOURNAL} is damaged: it does not say which job it belongs to."
             )
-        total, counts = len(found.keys or b"") // KEY_BYTES, found.counts.values()
+        total, counts = len(found.keys or b"") // KEY_BYTES, list(found.counts.values())
+        idle = max(0.0, time.time() - facts.st_mtime)
+        left = counts[-1].left if owner is not None and counts else None
         state: Literal["running", "stopped", "complete"] = "complete" if found.finished else "stopped"
         return Status(
             directory=str(self._path),
@@ -157,7 +162,8 @@ class Reader:
             seconds=sum(count.seconds for count in counts),
             prompt_tokens=sum(count.prompt - count.shared for count in counts),
             generated_tokens=sum(count.generated for count in counts),
-            idle=max(0.0, time.time() - facts.st_mtime),
+            idle=idle,
+            left=left - idle if left is not None and left > idle else None,  # else it is out of date
             owner=owner or "",
         )
 
@@ -204,7 +210,9 @@ def watch(reader: Reader, every: float, say: Callable[[str], None]) -> Status:
         pace = ""
         if now.answered > first.answered:
             rate = (now.answered - first.answered) / spent
-            pace = f", {60 * rate:.1f} a minute, {_ago((now.total - now.answered) / rate)} left"
+            pace = f", {60 * rate:.1f} a minute"
+        if now.left is not None:
+            pace += f", {_ago(now.left)} left"
         say(f"{now.answered} of {count_of(now.total, 'request')} ({part:.0f} %){pace}")
         time.sleep(every)
         now = reader.look()

@@ -22,8 +22,8 @@ from tests.conftest import Mpi, clean_environment, run_bounded
 from tests.e2e.jobs import CHAT, command, mixed_lines, write_lines
 
 
-def state(tokens: int) -> ProgressState:
-    return ProgressState(tokens, hits=0.5, stalled=0.25, waited=0.0)
+def state(tokens: int, left: float | None = None) -> ProgressState:
+    return ProgressState(tokens, hits=0.5, stalled=0.25, waited=0.0, left=left)
 
 
 def test_lines_come_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,7 +33,7 @@ def test_lines_come_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = progress.ProgressLines(40, said.append, 0, progress.Rates())
     for step in range(1, 13):
         now[0] += 1.0
-        lines.update(1, lambda step=step: state(100 * step))  # type: ignore[misc]
+        lines.update(1, lambda step=step: state(100 * step, left=40.0 - step))  # type: ignore[misc]
     assert said == [
         "5 of 40 requests (12 %), 100 tokens/s (100 now), 00:35 left, hits 50 %, waits for disk 25 %",
         "10 of 40 requests (25 %), 100 tokens/s (100 now), 00:30 left, hits 50 %, waits for disk 25 %",
@@ -48,24 +48,11 @@ def test_a_run_that_goes_on_counts_what_was_answered_before(monkeypatch: pytest.
     now[0] += 5.0
     lines.update(0, lambda: state(5500))
     now[0] += 5.0
-    lines.update(4, lambda: state(6000))
+    lines.update(4, lambda: state(6000, left=40.0))
     assert [line.split(", hits")[0] for line in said] == [
         "20 of 40 requests (50 %), 100 tokens/s (100 now)",
         "24 of 40 requests (60 %), 100 tokens/s (100 now), 00:40 left",
     ]
-
-
-def test_parts_of_requests_tell_how_much_time_is_left() -> None:
-    """All requests of a batch end late: 30 seconds have computed half of 40."""
-    left = progress.TimeLeft(40, 0)
-    assert not left.text(0, 0.0, 1.0)
-    assert left.text(0, 20.0, 30.0) == left.text(1, 19.0, 30.0) == "00:30"
-    assert left.text(40, 0.0, 60.0) == "00:00"
-    resumed = progress.TimeLeft(40, 10)  # and 5 requests' worth of others
-    assert not resumed.text(10, 5.0, 1.0)
-    assert resumed.text(10, 15.0, 10.0) == "00:15"
-    assert resumed.text(30, 5.0, 10.0) == "00:02"  # of the 20 since, 5 were computed before
-    assert progress.TimeLeft(1, 0).text(0, 0.0, 1.0) == ""
 
 
 def test_the_rate_of_now_forgets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,8 @@ def test_a_run_is_seen_from_outside(openmpi: Mpi, tmp_path: Path) -> None:
         assert 0 < before < 300
         watching = watcher(output)
         assert ": running by process" in left(watcher(output)), "Ctrl-C ends the watching, and not the run"
+        _, later = status(output)
+        assert isinstance(later["left"], float), "as the run itself tells"
     finally:
         os.killpg(launcher.pid, signal.SIGKILL)
         launcher.wait()
@@ -90,7 +92,7 @@ def test_a_run_is_seen_from_outside(openmpi: Mpi, tmp_path: Path) -> None:
         assert ": stopped" in said
         assert "run its command again to continue" in said
     code, now = status(output)
-    assert (code, now["state"]) == (75, "stopped")
+    assert (code, now["state"], now["left"]) == (75, "stopped", None)
     assert before <= int(str(now["answered"])) < 300
     assert now["starts"] == 1
     first = int(str(now["generated_tokens"]))

@@ -1,0 +1,50 @@
+"""How much time a run needs still, by what it has taken for requests and parts of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TELLING = 0.05  # part of all requests, and at most one, whose time tells how much is left
+
+
+@dataclass
+class AnswerLengths:
+    """How many tokens finished answers have, of those that they were allowed."""
+
+    used: int = 0
+    allowed: int = 0
+
+    def add(self, used: int, allowed: int) -> None:
+        """An answer is finished."""
+        self.used += used
+        self.allowed += allowed
+
+    def part(self, running: int) -> float:
+        """The part of what they are allowed that answers will use.
+
+        Those that run are allowed `running` tokens together, and count as whole ones: short ones finish first.
+        """
+        allowed = self.allowed + running
+        return (self.used + running) / allowed if allowed else 1.0
+
+
+class TimeLeft:
+    """Requests are taken to be alike: what they took tells what the others take."""
+
+    def __init__(self, total: int, done: int) -> None:
+        """`done` of the `total` requests were answered before."""
+        self._total, self._done = total, done
+        self._begun: float | None = None  # and so much of others was computed
+
+    def seconds(self, answered: int, begun: float, elapsed: float) -> float | None:
+        """The seconds left; None as long as nothing tells them.
+
+        So many are `answered` by now, requests' worth `begun` of others, in `elapsed` seconds. The first call
+        tells what was begun before.
+        """
+        if self._begun is None:
+            self._begun = begun
+        computed = answered - self._done + begun - self._begun
+        if computed < min(TELLING * self._total, 1.0) or computed <= 0:
+            return None
+        return elapsed * max(self._total - answered - begun, 0.0) / computed
