@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mpillm import spec
 from mpillm.cli.console import Console
+from mpillm.cli.terminal import launcher_reads_terminal
 from mpillm.comm.world import World
 from mpillm.errors import JobError
 
@@ -83,7 +84,8 @@ def run_chat(world: World, options: argparse.Namespace) -> int:
     """Talk until the input ends."""
     from mpillm.serve import chat
 
-    return chat.run(world, _spec(world, options, "out/chat"), Console(lambda: world.rank == 0))
+    person = os.isatty(0) or launcher_reads_terminal()
+    return chat.run(world, _spec(world, options, "out/chat"), Console(lambda: world.rank == 0), person)
 
 
 def _spec(world: World, options: argparse.Namespace, output: str) -> spec.Spec:

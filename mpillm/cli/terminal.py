@@ -34,6 +34,20 @@ def terminal_of_launcher(stream: int) -> TextIO | None:
     return os.fdopen(descriptor, "w", encoding="utf-8", errors="replace")
 
 
+def launcher_reads_terminal() -> bool:
+    """Whether the launcher passes on what is typed on a terminal."""
+    try:
+        descriptor = os.open(
+            f"{_launcher_streams()}/0", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC
+        )
+    except OSError:
+        return False
+    try:
+        return os.isatty(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def both_streams_meet() -> bool:
     """Whether stdout and stderr go through a launcher that writes both to the same place."""
     folder = _launcher_streams()

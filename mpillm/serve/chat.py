@@ -7,6 +7,7 @@ conversation's beginning stays in the KV cache from turn to turn.
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import sys
 import threading
@@ -18,6 +19,7 @@ import msgspec
 from mpillm.batch.endpoints.chat import ChatCompletionsEndpoint
 from mpillm.batch.streaming import ChatStream
 from mpillm.batch.work import Model
+from mpillm.comm.launch import launched_by
 from mpillm.comm.world import World
 from mpillm.engine.request import FinishedCompletion
 from mpillm.engine.worker import follow
@@ -37,11 +39,13 @@ HELP = """\
 /system TEXT   start a new conversation with a system message
 /reset         start a new conversation
 /retry         answer the last message again
-/exit          leave (Ctrl-D does the same); Ctrl-C stops an answer"""
+/exit          leave"""
+KEYS = " (Ctrl-D does the same); Ctrl-C stops an answer"
+KEYS_LAUNCHED = "; Ctrl-C ends mpiexec"  # Open MPI's tells nobody of Ctrl-D
 
 
-def run(world: World, spec: Spec, progress: Progress) -> int:
-    """Talk until the input ends (collective); the exit code."""
+def run(world: World, spec: Spec, progress: Progress, person: bool) -> int:
+    """Talk until the input ends (collective); the exit code. `person` says whether somebody types it."""
     path = model_path(world, spec, progress)
     with contextlib.closing(Session(world, spec, path)) as session:
         if world.rank:
@@ -50,7 +54,7 @@ def run(world: World, spec: Spec, progress: Progress) -> int:
         model = model_of(session, path)
         engine = session.engine()
         arrivals = Arrivals(capacity=1, background=0)
-        lines = typed()
+        lines = typed(person)
         chat = Conversation(spec, model, arrivals, lines, progress.say)
         reader = threading.Thread(target=chat.talk, name="chat")
         with first_signal_calls(chat.interrupt, again=True):
@@ -126,7 +130,8 @@ class Conversation:
             self._messages.pop()
             self._ask(self._messages.pop())
         else:
-            self._write(f"{HELP}\n")
+            launched = launched_by(os.environ) is not None
+            self._write(f"{HELP}{KEYS_LAUNCHED if launched else KEYS}\n")
         return True
 
     def _ask(self, message: dict[str, Any]) -> None:

@@ -25,15 +25,16 @@ class Typed(Protocol):
         """Wait for no line any more, from another thread."""
 
 
-def typed() -> Typed:
-    """The lines of the standard input."""
-    return Edited() if os.isatty(0) and os.isatty(1) else Plain()
+def typed(person: bool) -> Typed:
+    """The lines of the standard input; `person` says whether somebody types them, who wants to be asked."""
+    return Edited() if os.isatty(0) and os.isatty(1) else Plain(person)
 
 
 class Plain:
     """Lines of a pipe or a file, or of a terminal behind a launcher."""
 
-    def __init__(self) -> None:
+    def __init__(self, asks: bool) -> None:
+        self._asks = asks
         self._ended = False
         self._held = b""
 
@@ -41,7 +42,7 @@ class Plain:
         self._ended = True
 
     def __call__(self, prompt: str) -> str:
-        if os.isatty(0):
+        if self._asks:
             sys.stdout.write(prompt)
             sys.stdout.flush()
         while b"\n" not in self._held:

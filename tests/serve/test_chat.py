@@ -53,9 +53,9 @@ def test_turns_from_a_pipe(openmpi: Mpi, tmp_path: Path) -> None:
     (first, alone) = answers(tmp_path, ["the fox"], ["S:be kind", "over the dog"])
     (second,) = answers(tmp_path, ["the fox", first, "over the dog"])
     typed = "the fox\nover the dog\n/retry\n/unknown\n\n/system be kind\nover the dog\n/exit\nnever\n"
-    for command, env in (
-        ([sys.executable], clean_environment()),
-        (openmpi.command(2), openmpi.environment()),
+    for command, env, help_ends in (
+        ([sys.executable], clean_environment(), "stops an answer"),
+        (openmpi.command(2), openmpi.environment(), "Ctrl-C ends mpiexec"),
     ):
         words = [str(word) for word in [*command, "-m", "mpillm", "chat", "--model", CHAT, *SETTINGS]]
         done = subprocess.run(words, input=typed, env=env, capture_output=True, text=True, check=False)
@@ -63,7 +63,7 @@ def test_turns_from_a_pipe(openmpi: Mpi, tmp_path: Path) -> None:
         said, help_text, last = done.stdout.partition("/help  ")
         assert said == visible(f"{first}\n{second}\n{second}\n", "\n")  # control characters are shown as such
         assert help_text
-        assert last.endswith(visible(f"stops an answer\n{alone}\n", "\n"))
+        assert last.endswith(visible(f"{help_ends}\n{alone}\n", "\n"))
         assert "Talking to chat" in done.stderr
 
 
@@ -149,3 +149,37 @@ sys.exit(main(sys.argv[1:]))
         words, input=typed, env=clean_environment(), capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (0, visible(f"\n{answer}\n\n", "\n")), done.stderr
+
+
+@pytest.mark.mpiexec
+def test_a_terminal_behind_a_launcher_is_asked(mpi: Mpi, tmp_path: Path) -> None:
+    """Whoever sits there sees when to type."""
+    (answer,) = answers(tmp_path, ["the fox"])
+    terminal, inside = pty.openpty()
+    # Open MPI's mpiexec reads only the terminal whose foreground it is.
+    words = [
+        "setsid",
+        "--ctty",
+        "--wait",
+        *map(str, mpi.command(2)),
+        "-m",
+        "mpillm",
+        "chat",
+        "--model",
+        str(CHAT),
+    ]
+    with subprocess.Popen(
+        [*words, *SETTINGS],
+        stdin=inside,
+        stdout=inside,
+        stderr=subprocess.PIPE,
+        env=mpi.environment(TERM="xterm"),
+    ) as process:
+        os.close(inside)
+        seen = b""
+        for typed, shown in ((b"the fox\n", "> "), (b"/exit\n", f"{visible(answer)}\r\n> ")):
+            while not seen.endswith(shown.encode()):
+                seen += os.read(terminal, 4096)
+            os.write(terminal, typed)
+        assert process.wait() == 0
+    os.close(terminal)
