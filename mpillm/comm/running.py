@@ -78,7 +78,8 @@ def _leave(world: World, code: int, error: MpillmError | None) -> int:
     except RankLost:  # does not matter any more: this rank has done its work, or has failed
         if error:
             _report(world, error)
-        world.exit(error.exit_code if error else code)
+        # Others, such as spare ranks, may have noticed the loss before this one, and wait for it to agree how to go on.
+        world.exit(error.exit_code if error else code, others=True)
     if error and not arrived:
         world.abort(str(error), error.exit_code)
     failed = departure.failed

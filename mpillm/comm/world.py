@@ -253,8 +253,10 @@ class World(Exchange):
             raise
         return beating
 
-    def exit(self, code: int) -> NoReturn:
-        """End this process at once, without ending MPI."""
+    def exit(self, code: int, others: bool = False) -> NoReturn:
+        """End this process at once, without ending MPI; `others`: and all other ranks, if this is rank 0."""
+        if others and self._heartbeat is not None and self.rank == 0:
+            self._heartbeat.end_all(code)
         self.stop_heartbeat()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -80,7 +80,8 @@ class LayoutChoice:
                 "for each replica."
             )
         machines = self._at_first(threads)
-        found = world.on_rank_0(partial(self._search, spec, machines, WORTH))
+        worth = WORTH if spec.layout.hosts == "auto" else 1.0
+        found = world.on_rank_0(partial(self._search, spec, machines, worth))
         if self._worth_measuring(found):
             for effort, least in ((measure.QUICKLY, SHORT), (1.0, LONG))[machines.measured :]:
                 if found.seconds > least:

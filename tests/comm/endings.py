@@ -100,6 +100,23 @@ def signalled(world: World, number: signal.Signals) -> int:
     return blocked(world)
 
 
+def lost_at_last(world: World) -> int:
+    """Rank 1 dies when rank 0 needs no other any more; rank 2 stands by, and notices it first."""
+    from mpillm.comm.faults import RankLost
+
+    world.go_on_with([0])
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if world.rank == 2:
+        try:
+            with world.losses():
+                world.stand_by()
+        except RankLost:
+            world.shrink()
+    time.sleep(2)
+    return 0
+
+
 def out_of_step(world: World) -> int:
     from mpillm.comm.channel import Pipe
     from mpillm.comm.counters import MessageCounters

@@ -68,6 +68,14 @@ def test_an_error_is_no_lost_rank(openmpi: Mpi) -> None:
     assert "lost" not in done.stderr
 
 
+def test_a_rank_that_is_lost_when_rank_0_is_done_keeps_nobody_waiting(openmpi: Mpi) -> None:
+    """Rank 0 leaves without the others' consent to go on, for which a spare rank would wait until the deadline."""
+    words = [openmpi.mpiexec, "--with-ft", "ulfm", "-n", "3", sys.executable, PROGRAM, "lost_at_last"]
+    done = run_bounded(words, env=openmpi.environment(MPILLM_DEADLINE="8"))
+    assert done.returncode == 0, done.stderr
+    assert "agreed" not in done.stderr
+
+
 @pytest.mark.parametrize("rows", ["1", "3"])
 def test_a_message_of_another_size_ends_all(mpi: Mpi, rows: str) -> None:
     run = run_ending(mpi, 2, "out_of_step", ROWS=rows)
