@@ -29,7 +29,7 @@ class Exchange:
         """Call `done` until it is true; return the seconds that took."""
         raise NotImplementedError
 
-    def _check_losses(self) -> None:
+    def check_losses(self) -> None:
         """RankLost if another rank has noticed a loss, or a heartbeat has stopped, before MPI reports it here."""
         raise NotImplementedError
 
@@ -45,7 +45,7 @@ class Exchange:
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's value, in rank order, on every rank."""
-        wait(self._startup.Ibarrier().Test, crowded=True, look=self._check_losses if self.survives else None)
+        wait(self._startup.Ibarrier().Test, crowded=True, look=self.check_losses if self.survives else None)
         received: list[T] = self._exchanged(lambda: self._startup.allgather(value))
         return received
 

@@ -75,11 +75,11 @@ def _leave(world: World, code: int, error: MpillmError | None) -> int:
             except Interrupted as signalled:
                 error = error or signalled
                 arrived = _all_arrive(world, departure, error)
+            world.check_losses()  # a spare rank may have been lost after it had told that it leaves
     except RankLost:  # does not matter any more: this rank has done its work, or has failed
         if error:
             _report(world, error)
-        # Others, such as spare ranks, may have noticed the loss before this one, and wait for it to agree how to go on.
-        world.exit(error.exit_code if error else code, others=True)
+        world.exit(error.exit_code if error else code)
     if error and not arrived:
         world.abort(str(error), error.exit_code)
     failed = departure.failed

@@ -87,7 +87,7 @@ class World(Exchange):
 
     def wait(self, done: Callable[[], object]) -> float:
         """Call `done` until it is true, with pauses that suit this node; return the seconds that took."""
-        return wait(done, self.oversubscribed, self._check_losses if self.survives else None)
+        return wait(done, self.oversubscribed, self.check_losses if self.survives else None)
 
     def wait_for_flags(self, arrived: Callable[[float, float], bool], ranks: Sequence[int]) -> float:
         """Wait for what `ranks` of this machine write to shared memory (`waiting.wait_for_flags`); return the seconds.
@@ -98,13 +98,16 @@ class World(Exchange):
         def look() -> None:
             for rank in ranks:
                 self.comm.Iprobe(rank)
-            if self.survives:
-                self._check_losses()
+            self.check_losses()
 
         return wait_for_flags(arrived, self.oversubscribed, look)
 
-    def _check_losses(self) -> None:
-        if self.comm.Is_revoked() or (self._heartbeat is not None and self._heartbeat.lost):
+    def check_losses(self) -> None:
+        """RankLost if a loss is known, of a spare rank too, where the others can go on."""
+        if not self.survives:
+            return
+        revoked = self._ending.Is_revoked() or self.comm.Is_revoked()
+        if revoked or (self._heartbeat is not None and self._heartbeat.lost):
             raise RankLost
 
     @contextmanager
@@ -158,8 +161,7 @@ class World(Exchange):
         """Wait on a spare rank until all ranks leave; RankLost if the others want it to help after a loss."""
         departure = self.depart(0, failed=False)
         while not departure.arrived():
-            if self.survives:
-                self._check_losses()
+            self.check_losses()
             time.sleep(STAND_BY)
 
     def depart(self, code: int, failed: bool) -> Departure:
@@ -253,10 +255,8 @@ class World(Exchange):
             raise
         return beating
 
-    def exit(self, code: int, others: bool = False) -> NoReturn:
-        """End this process at once, without ending MPI; `others`: and all other ranks, if this is rank 0."""
-        if others and self._heartbeat is not None and self.rank == 0:
-            self._heartbeat.end_all(code)
+    def exit(self, code: int) -> NoReturn:
+        """End this process at once, without ending MPI."""
         self.stop_heartbeat()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -123,7 +123,7 @@ class World(Exchange):
         self._startup, self.survives = Comm(error, revoked), survives
     def wait(self, done):
         return 0.0
-    def _check_losses(self):
+    def check_losses(self):
         pass
 
 garbage = ValueError("unsupported pickle protocol: 215")

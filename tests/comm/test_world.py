@@ -69,7 +69,7 @@ def test_an_error_is_no_lost_rank(openmpi: Mpi) -> None:
 
 
 def test_a_rank_that_is_lost_when_rank_0_is_done_keeps_nobody_waiting(openmpi: Mpi) -> None:
-    """Rank 0 leaves without the others' consent to go on, for which a spare rank would wait until the deadline."""
+    """It leaves at once: a spare rank that wants to agree with it how to go on would wait until the deadline."""
     words = [openmpi.mpiexec, "--with-ft", "ulfm", "-n", "3", sys.executable, PROGRAM, "lost_at_last"]
     done = run_bounded(words, env=openmpi.environment(MPILLM_DEADLINE="8"))
     assert done.returncode == 0, done.stderr
