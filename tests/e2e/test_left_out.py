@@ -99,7 +99,10 @@ def test_an_error_of_the_others_ends_all(openmpi: Mpi, job: list[str]) -> None:
         ("2:step:9:SIGKILL", ["host0"]),  # one can go on alone, and is faster so
         ("0:step:9:SIGKILL", ["host2"]),
         ("0:step:9:SIGKILL,2:step:9:SIGKILL", ["host1"]),  # the spare rank is all that is left
-        ("1:stand:2:SIGKILL,0:step:1:SLOW", ["host0", "host2"]),  # the spare rank itself, before all is computed
+        (
+            "1:stand:2:SIGKILL,0:step:1:SLOW",
+            ["host0", "host2"],
+        ),  # the spare rank itself, before all is computed
     ],
 )
 def test_a_spare_rank_outlives_others(
