@@ -130,6 +130,8 @@ cdef class Experts:
         self.first = self.experts[0]
         self.function = function_of(activation, self.first.matrices.gated, limit, alpha)
         for expert in self.experts:
+            if expert.matrices.down.first.row_bytes and expert.matrices.down.first.quantised():
+                raise ValueError("quantised weights of a mixture's experts must be packed")
             if expert.sizes != self.first.sizes:
                 raise ValueError(f"experts of one mixture are alike, not {self.first.sizes} and {expert.sizes}")
 

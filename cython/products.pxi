@@ -2,7 +2,7 @@
 
 
 cdef class Product:
-    """A matrix [n, k], checked once; its panels may lie apart, and rows of floats `row_bytes` (0: they are packed)."""
+    """A matrix [n, k], checked once; its panels may lie apart, and rows `row_bytes`, as in a file (0: packed)."""
 
     cdef list data
     cdef const uint8_t *at[MK_MAX_PANELS]
@@ -19,7 +19,9 @@ cdef class Product:
             self.x_bytes = count_blocks(self.edges, MK_BLOCK) * MK_ACTIVATION
         else:
             self.x_bytes = mk_float_bytes(type, &self.edges[0], self.panels)
-        if row_bytes and (not mk_is_float(type) or mk_block(type) > 1 or row_bytes < k * mk_block_bytes(type)):
+        cdef bint fits = packed_bytes(type, MK_TILE, self.edges) <= MK_STORED_TILE if self.quantised() \
+            else mk_is_float(type) and mk_block(type) == 1
+        if row_bytes and (not fits or row_bytes < mk_row_bytes(type, k)):
             raise ValueError(f"rows of {k} values of block type {type} cannot lie {row_bytes} bytes apart")
 
     cdef int put(self, int first, int count, const uint8_t[::1] w) except -1:

@@ -102,7 +102,7 @@ long mk_panels(int type, const uint8_t *w, long n, long row_bytes, const int32_t
     long begin = 0;
     for (int p = 0; p < panels; p++) {
         at[p] = w + begin;
-        begin += row_bytes ? (bounds[p + 1] - bounds[p]) * mk_block_bytes(type)
+        begin += row_bytes ? mk_row_bytes(type, bounds[p + 1] - bounds[p])
                            : panel_bytes(type, n, bounds[p + 1] - bounds[p]);
     }
     return row_bytes && n ? begin + (n - 1) * row_bytes : begin;
@@ -128,7 +128,8 @@ void mk_matmul(mk_work *work, int type, const uint8_t *const *at, long n, long r
     mk_product job = product_of(work, type, at, n, row_bytes, bounds, panels, x, x_stride, m, out, out_stride,
                                 panel_stride);
     const long tile = panel_bytes(type, MK_TILE, bounds[panels]);
-    mk_step_of(work, mk_active->matmul, job.tiles * mk_blocks(m, (int)job.chunk), 1, 0)->matmul = job;
+    const mk_range range = row_bytes && mk_is_quantised(type) ? mk_stored : mk_active->matmul;
+    mk_step_of(work, range, job.tiles * mk_blocks(m, (int)job.chunk), 1, 0)->matmul = job;
     work->last->minimum = MINIMUM / (tile * (m < job.chunk ? m : job.chunk) + 1);
 }
 

@@ -59,6 +59,7 @@ enum {
     MK_KV_BLOCK = 32,        /* tokens */
     MK_MAX_LEVELS = 7,       /* of the tree over panels */
     MK_MAX_PANELS = 64,
+    MK_STORED_TILE = 1 << 18, /* bytes: what a tile of quantised rows that lie as in a file takes, packed, at most */
     MK_MAX_HEAD_DIM = 2048,
 };
 
@@ -183,8 +184,8 @@ void mk_quantize_rows(mk_work *work, const float *x, long stride, const int32_t 
 void mk_float_rows(mk_work *work, int type, const float *x, long stride, const int32_t *at, long m,
                    const int32_t *bounds, int panels, uint8_t *out, long out_bytes);
 long mk_float_bytes(int type, const int32_t *bounds, int panels);
-/* Where the panels of a matrix begin; returns its bytes.  row_bytes: of float weights whose rows lie so far apart, with
- * all of their panels; 0: packed. */
+/* Where the panels of a matrix begin; returns its bytes.  row_bytes: rows lie so far apart, in ggml's form, with all of
+ * their panels; 0: packed. */
 long mk_panels(int type, const uint8_t *w, long n, long row_bytes, const int32_t *bounds, int panels, const uint8_t **at);
 /* at: where each panel begins; x: activations for the type, grouped, x_stride bytes a row.
  * panel_stride: 0 folds the panels. */

@@ -217,7 +217,7 @@ MK_INLINE void pack_rows(const int type, const uint8_t *const *in, long at, int 
             else pack_block(type, in, at + b * bytes, rows, out + b * packed);
 }
 
-static void pack_panel(int type, const uint8_t *const *in, long at, int rows, long count, uint8_t *out) {
+void mk_pack_panel(int type, const uint8_t *const *in, long at, int rows, long count, uint8_t *out) {
     switch (type) {
 #define CASE(name, ...) case MK_##name: pack_rows(MK_##name, in, at, rows, count, out); break;
         MK_BLOCK_TYPES(CASE)
@@ -241,7 +241,7 @@ static void quantise_panel(const mk_pack_job *job, const uint8_t *const *in, int
             mk_active->of_rows->dequantize(&read, 0, 1);
             mk_active->of_rows->quantize(&write, 0, 1);
         }
-        pack_panel(job->type, blocks, 0, rows, count, out);
+        mk_pack_panel(job->type, blocks, 0, rows, count, out);
         out += count * mk_packed_bytes(job->type) * MK_TILE;
     }
 }
@@ -263,6 +263,8 @@ static void pack_tiles(const void *argument, long begin, long end) {
         int rows = job->n - tile * MK_TILE < MK_TILE ? (int)(job->n - tile * MK_TILE) : MK_TILE;
         for (int r = 0; r < rows; r++) in[r] = job->in + stored_row(tile * MK_TILE + r, job->head) * job->stride;
         uint8_t *out = job->out;
+        const long columns = job->bounds[job->panels] - job->bounds[0];
+        if (!job->head && job->stride <= 2 * mk_row_bytes(job->stored, columns)) mk_look_at(in[0], rows, job->stride);
         for (int p = 0; p < job->panels; p++) {
             long first = job->bounds[p], last = job->bounds[p + 1], count = mk_blocks(last - first, block);
             uint8_t *to = out + (before + tile) * count * packed;
@@ -273,7 +275,7 @@ static void pack_tiles(const void *argument, long begin, long end) {
                 continue;
             }
             if (job->stored != job->type) quantise_panel(job, in, rows, first, last, to);
-            else pack_panel(job->type, in, first / block * bytes, rows, count, to);
+            else mk_pack_panel(job->type, in, first / block * bytes, rows, count, to);
             out += mk_is_float(job->type) ? job->whole * count * bytes : tiles * count * packed;
         }
     }

@@ -35,7 +35,7 @@ struct mk_product {
     long tiles, n, m, chunk; /* items are (chunk of rows of x, tile of W) */
     const int32_t *bounds;
     const uint8_t *const *at; /* the panels of W */
-    long row_bytes;           /* from one row of float weights to the next; 0: a panel's rows follow one another */
+    long row_bytes;           /* from one row, as in a file, to the next; 0: W is packed */
     const uint8_t *x;
     long x_stride; /* bytes */
     float *out;
@@ -45,6 +45,18 @@ struct mk_product {
     const float *bias;    /* NULL, or [n]: added likewise, to the first panel */
 };
 typedef mk_product mk_matmul_job;
+
+/* Pack `count` blocks, from byte `at` on, of a tile's rows (pack.c). */
+void mk_pack_panel(int type, const uint8_t *const *in, long at, int rows, long count, uint8_t *out);
+void mk_stored(const void *job, long begin, long end); /* products with rows as in a file, whatever the path (stored.c) */
+
+/* Have a tile's rows in the second cache, if it holds them: one after the other they come two to three times as fast as
+ * from all rows in turn. */
+static inline void mk_look_at(const uint8_t *first, int rows, long stride) {
+    enum { CACHE = 1 << 19 };
+    const long bytes = (rows - 1) * stride;
+    for (long i = 0; i < bytes && bytes < CACHE; i += 64) (void)*(const volatile uint8_t *)(first + i);
+}
 
 typedef struct {
     const mk_product *products; /* with as many panels and rows of W each; items are (panel, tile) */

@@ -18,6 +18,7 @@ from mpillm.kernels.types import (
     kv_pools,
     packed_nbytes,
     strided_nbytes,
+    used_as_stored,
 )
 
 Array = npt.NDArray[Any]
@@ -52,7 +53,7 @@ def require_weights(
 ) -> npt.NDArray[np.int64]:
     """Check the packed bytes of W [n, k], or, if `row_bytes` > 0, its rows at that distance; return the bounds."""
     edges = check_bounds(bounds, k, type.block)
-    if row_bytes and (type.block > 1 or type.coded or row_bytes < k * type.block_bytes):
+    if row_bytes and (not used_as_stored(type, k, bounds) or row_bytes < type.row_bytes(k)):
         raise ValueError(f"rows of {k} values of block type {type} cannot lie {row_bytes} bytes apart")
     nbytes = strided_nbytes(type, n, k, row_bytes) if row_bytes else packed_nbytes(type, n, k, edges)
     require("w", w, (nbytes,), np.uint8)

@@ -19,6 +19,7 @@ Bounds = Sequence[int] | npt.NDArray[Any]
 QUANT_BLOCK = 32  # values that share one scale (ggml's QK8_0 = QK4_0 = QK4_1)
 SUPER_BLOCK = 256  # values of a K-quant's block: 8 parts of 32 with small scales of their own (ggml's QK_K)
 TILE_ROWS = 16  # rows of W that are interleaved: the lanes of a kernel
+STORED_TILE = 2**18  # bytes: what a tile of quantised rows that lie as in a file takes, packed, at most
 # int8 q[32], f32 scale, f32 scale * sum(q), i32 -8, -128 times sum(q), i32 -32 times sum(q[:16]), sum(q[16:])
 ACTIVATION_BLOCK_BYTES = 56
 # Columns of a BF16 product's step: each of 16 lanes adds the odd and then the even column of its pair.
@@ -200,8 +201,15 @@ def coded_nbytes(k: int) -> int:
     return -(-k // BF16_BLOCK) * CODED_HEAD + -(-k // PAIRED) * CODED_STEP
 
 
+def used_as_stored(type: BlockType, k: int, bounds: Bounds) -> bool:
+    """Whether products take a matrix whose rows of k values lie as in a file; rows in blocks are packed meanwhile."""
+    if type.quantised:
+        return packed_nbytes(type, TILE_ROWS, k, bounds) <= STORED_TILE
+    return type.block == 1 and not type.coded
+
+
 def strided_nbytes(type: BlockType, n: int, k: int, row_bytes: int) -> int:
-    """Bytes from the first of n rows of k floats to the end of the last one, at a distance of `row_bytes`."""
+    """Bytes from the first of n rows of k values to the end of the last one, at a distance of `row_bytes`."""
     return (n - 1) * row_bytes + type.row_bytes(k) if n else 0
 
 

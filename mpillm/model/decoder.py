@@ -90,7 +90,9 @@ class Decoder:
 
     def note_step(self, seconds: float) -> None:
         """Note how long a step took (see `Weights.note_step`)."""
-        self._rank.weights.note_step(seconds)
+        if self._rank.weights.note_step(seconds):
+            self._rank.forget_kept()
+            self._stack = None
 
     def forward(self, batch: Batch) -> Floats | None:
         """Run the step's rows through this stage: the last layer's output [m, d] on the last stage, else None."""

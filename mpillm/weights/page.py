@@ -24,7 +24,7 @@ T = TypeVar("T")
 class Matrix:
     """A kernel-ready matrix [n, k]: `data` is uint8, packed in column panels `bounds` (int32, P + 1).
 
-    If `row_bytes` > 0, it is not packed: `data` has rows of floats, `row_bytes` apart, as in their file.
+    If `row_bytes` > 0, it is not packed: `data` has rows that lie `row_bytes` apart, as in their file.
 
     In packed models a matrix may consist of `parts` (`data` is then empty). They are matrices with all of its columns,
     one below the other, or with all of its rows and some of its column panels, side by side.
@@ -53,7 +53,7 @@ class AdaptedMatrix(Matrix):
 
 
 class Placed(NamedTuple):
-    """The memory of an entry; if `row_bytes` > 0, it has rows of floats, `row_bytes` apart, as in their file."""
+    """The memory of an entry; if `row_bytes` > 0, it has rows that lie `row_bytes` apart, as in their file."""
 
     data: Bytes
     row_bytes: int

@@ -100,6 +100,30 @@ def test_float_weights_are_used_where_they_lie(path: str, type: BlockType) -> No
             assert cases.same(got, want)
 
 
+@pytest.mark.parametrize("path", kernels.available())
+@pytest.mark.parametrize("type", [type for type in BlockType if type.quantised])
+def test_quantised_weights_are_used_where_they_lie(path: str, type: BlockType) -> None:
+    """As floats: some columns of a wider matrix give what they give when packed, in each panel too."""
+    rng = np.random.default_rng(9)
+    n, k, unit = 37, 1024, max(type.block, 32)
+    kernels.set_path(path)
+    stored = cases.canonical(rng, type, n, k + unit)
+    width = type.row_bytes(k)
+    left = stored[:, -width:]
+    here = stored.reshape(-1)[stored.shape[1] - width :]
+    bounds = np.array([0, 256, 256, 512, k], np.int32)
+    packed = np.empty(kernels.packed_nbytes(type, n, k, bounds), np.uint8)
+    kernels.pack(type, left, k, bounds, packed)
+    for m in (1, 5, 19):
+        x = np.empty((m, kernels.activation_nbytes(k, bounds)), np.uint8)
+        kernels.quantize_rows(cases.values(rng, m, k), bounds, x)
+        want, got = np.zeros((2, 4, m, n), np.float32)
+        kernels.matmul(type, packed, n, k, bounds, x, want, fold=False)
+        for threads in (1, 2):
+            kernels.matmul(type, here, n, k, bounds, x, got, threads, False, stored.shape[1])
+            assert cases.same(got, want)
+
+
 @pytest.mark.parametrize("path", COMPILED)
 def test_bf16_is_the_sum_of_the_manual(path: str) -> None:
     """Bit for bit what NumPy makes of it: products of two BF16 are exact, so multiplying and adding is an fma."""

@@ -23,7 +23,7 @@ from mpillm.kernels import BlockType
 from mpillm.model.opening import config_of, open_source, open_unpacked
 from mpillm.partition.grid import Place
 from mpillm.tools.pack import PackedType
-from mpillm.weights.formats.loaders import InPlaceLoader
+from mpillm.weights.formats.in_place import InPlaceLoader
 from mpillm.weights.inventory import HEAD
 from mpillm.weights.io import verified
 from mpillm.weights.io.filesystem import network_kind

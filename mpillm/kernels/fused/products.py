@@ -13,7 +13,7 @@ from mpillm.kernels.types import F32, U8, BlockType, Bounds, Norm, activation_nb
 
 
 class Packed(Protocol):
-    """A matrix [n, k] with its column panels: packed, or rows of floats at a distance of `row_bytes`."""
+    """A matrix [n, k] with its column panels: packed, or rows at a distance of `row_bytes`, as in a file."""
 
     @property
     def type(self) -> BlockType: ...

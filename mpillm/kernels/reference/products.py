@@ -124,7 +124,7 @@ def matmul(type: BlockType, w: U8, n: int, k: int, bounds: Bounds, x: npt.NDArra
            threads: int = 1, fold: bool = True, row_bytes: int = 0) -> None:  # fmt: skip
     """out [m, n] = x [m, k] @ W[n, k].T; with fold=False, out [P, m, n] are the sums of the column panels.
 
-    `row_bytes` > 0 is the distance between the rows of floats in w, as in a file; 0 means that w is packed.
+    `row_bytes` > 0 is the distance between the rows in w, as in a file; 0 means that w is packed.
     """
     type = BlockType(type)
     edges = require_weights(type, w, n, k, bounds, row_bytes)
@@ -136,10 +136,18 @@ def matmul(type: BlockType, w: U8, n: int, k: int, bounds: Bounds, x: npt.NDArra
         require("out", out, (parts, len(x), n), np.float32)
     sums = np.empty((parts, len(x), n), np.float32)
     if type.quantised:
+        w = _packed(type, w, n, k, bounds, row_bytes) if row_bytes else w
         _quantised_panels(type, w, n, edges, x, sums)
     else:
         _unquantised_panels(type, w, n, edges, x, row_bytes, sums)
     out[...] = lanes.tree(sums) if fold else sums
+
+
+def _packed(type: BlockType, w: U8, n: int, k: int, bounds: Bounds, row_bytes: int) -> U8:
+    rows = np.lib.stride_tricks.as_strided(w, (n, type.row_bytes(k)), (row_bytes, 1))
+    out = np.empty(packed_nbytes(type, n, k, bounds), np.uint8)
+    pack(type, rows, k, bounds, out)
+    return out
 
 
 def _quantised_panels(

@@ -79,6 +79,10 @@ class Rank:
             found = self._kept[key] = make()
         return found
 
+    def forget_kept(self) -> None:
+        """Pages have other memory now: what refers to the old one is made anew."""
+        self._kept.clear()
+
     def kept_of(self, page: Page, make: Callable[[], T], *key: object) -> T:
         """Like `kept`, for what is made of one page; it is made anew for a page that is adapted."""
         return make() if page.adapted else self.kept(make, *key)

@@ -1,47 +1,23 @@
-"""Loaders of an unpacked model's pages: they pack matrices for the kernels, or use them in place in mapped files."""
+"""Loaders of an unpacked model's pages: they pack matrices for the kernels, or use them where they lie (`in_place`)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
-from pathlib import Path
-from typing import NamedTuple, Protocol
 
-from mpillm.weights.fill import TensorReader, fill, load
+from mpillm.weights.fill import load
+from mpillm.weights.formats.in_place import InPlaceLoader, TensorFiles, warm
 from mpillm.weights.io.filesystem import can_populate, network_kind
-from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.io.numa import spread
 from mpillm.weights.io.reading import PORTION, REQUESTS, Bytes, new_buffer
-from mpillm.weights.page import Page, Placed
-from mpillm.weights.paging.loaders import Kind, MappingLoader
+from mpillm.weights.page import Page
+from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.paging.pager import BufferLoader, Loader
-from mpillm.weights.plan import ALIGNMENT, PagePlan, PageTensor, aligned
+from mpillm.weights.plan import ALIGNMENT, PagePlan
 
 UNDER_WAY = 16 * 2**20  # bytes of an unpacked model that all threads together are at
 LOADING_NBYTES = 48 * 2**20  # of these and of their values, where rows are decoded before they are packed
-
-
-class StoredRows(NamedTuple):
-    """Rows in file number `file`, `nbytes` from `offset` on, each `row_bytes` long."""
-
-    file: int
-    offset: int
-    nbytes: int
-    row_bytes: int
-
-
-class TensorFiles(TensorReader, Protocol):
-    """Tensors in mapped files; `formats.tensors.TensorSource` is one."""
-
-    path: Path
-    mapped: tuple[MappedFile, ...]
-
-    def in_place(self, entry: PageTensor) -> StoredRows | None:
-        """Where what is planned lies just as products can take it."""
-
-    def read_past_cache(self) -> None:
-        """From now on rows of matrices are read past the page cache."""
 
 
 def open_unpacked_loader(
@@ -49,14 +25,15 @@ def open_unpacked_loader(
 ) -> Loader[Page]:
     """The loader of some pages of an unpacked model (see `Source.open_loader`).
 
-    "auto" maps what stays, for that costs nothing but reading it once, if there are matrices that products can take as
-    they lie in the files. What is streamed it reads past the page cache, which is faster than filling that cache and
-    emptying it again; and what comes over a network, always.
+    "auto" maps what stays if products can take some of it as it lies in the files: floats, for that costs nothing but
+    reading them once, and quantised matrices if the page cache has them. What is streamed it reads past the page cache,
+    which is faster than filling that cache and emptying it again; and what comes over a network, always.
     """
     slow_faults = network_kind(source.path) is not None
     mapped = kind != "read" and not streamed and not (slow_faults and kind == "auto") and can_populate()
-    if mapped and any(source.in_place(entry) for page in pages for entry in page.entries):
-        return InPlaceLoader(source, REQUESTS if pages[0].expert >= 0 else 2)
+    entries = [entry for page in pages for entry in page.entries] if mapped else []
+    if any(map(source.in_file, entries)) or warm(source, entries):
+        return InPlaceLoader(source, pages, threads, REQUESTS if pages[0].expert >= 0 else 2)
     past_cache = kind == "read" or (kind == "auto" and (streamed or slow_faults))
     return UnpackedLoader(source, threads, pages, streamed, past_cache)
 
@@ -110,39 +87,3 @@ class UnpackedLoader(BufferLoader[Page]):
     def _make(self, plan: PagePlan, buffer: Bytes) -> Page:
         pool = None if plan.nbytes <= self._small else self._pool
         return load(plan, self._source, buffer, pool, self._chunk)
-
-
-class InPlaceLoader(MappingLoader):
-    """Pages of an unpacked model that stay: matrices are used where they lie in its files, which ranks of a node share.
-
-    What products cannot take so (vectors, rows in another order, columns of a matrix) is made ready in a buffer beside.
-    The files are mapped once more for it, for what is read of them otherwise gives its pages back.
-    """
-
-    takes_any_buffer = False
-
-    def __init__(self, source: TensorFiles, parallel: int) -> None:
-        super().__init__(source.mapped, parallel)
-        self._source = source
-
-    def allocate(self, plan: PagePlan, dropped: list[Bytes]) -> Bytes:
-        return new_buffer(sum(aligned(entry.nbytes) for entry in self._beside(plan)), ALIGNMENT)
-
-    def load(self, plan: PagePlan, buffer: Bytes) -> Page:
-        places, at = {}, 0
-        for entry in self._beside(plan):
-            places[entry.offset] = Placed(buffer[at : at + entry.nbytes], 0)
-            at += aligned(entry.nbytes)
-        fill([[(entry, places[entry.offset].data)] for entry in self._beside(plan)], self._source)
-        for entry in plan.entries:
-            if there := self._source.in_place(entry):
-                memory = self._maps[there.file].view(there.offset, there.nbytes)
-                self._make_resident(there.file, memory)
-                places[entry.offset] = Placed(memory, there.row_bytes)
-        return Page(plan, buffer, places)
-
-    def release(self, plan: PagePlan) -> None:
-        """The maps go when the files are closed: the next run finds the pages where they are."""
-
-    def _beside(self, plan: PagePlan) -> list[PageTensor]:
-        return [entry for entry in plan.entries if self._source.in_place(entry) is None]

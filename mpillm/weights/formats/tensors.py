@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpillm import kernels
-from mpillm.kernels.types import BlockType
+from mpillm.kernels.types import BlockType, used_as_stored
 from mpillm.partition.grid import Place
 from mpillm.weights.fill import Rows
 from mpillm.weights.formats.delivered import QUANTIZE, check_unquantised, delivered_types, quantised_to
 from mpillm.weights.formats.extent import Extent, llama_cpp_rows
-from mpillm.weights.formats.loaders import LOADING_NBYTES, UNDER_WAY, StoredRows, open_unpacked_loader
+from mpillm.weights.formats.in_place import StoredRows
+from mpillm.weights.formats.loaders import LOADING_NBYTES, UNDER_WAY, open_unpacked_loader
 from mpillm.weights.formats.stored import Bytes, Floats, Stored
 from mpillm.weights.inventory import Inventory, PageSpec
 from mpillm.weights.io.mapped import MappedFile
@@ -119,17 +120,19 @@ class TensorSource:
         return Rows(stored.type, _blocks(stored, raw, cols), head)
 
     def in_place(self, entry: PageTensor) -> StoredRows | None:
-        """Where what is planned lies just as products can take it: whole rows of floats, in their order."""
-        extent = self._extents[entry.key]
+        """Where what is planned lies just as products can take it: whole rows in their order; no expert in blocks."""
+        extent, type = self._extents[entry.key], entry.type
         there = extent.at(entry.rows.start)
-        unchanged = extent.stored.own and entry.type.block == 1 and entry.type == extent.stored.type
+        unchanged = extent.stored.own and type == extent.stored.type
         whole = bool(entry.bounds) and len(entry.cols) == extent.k
-        if there is None or not unchanged or not whole or there[1] % entry.type.block_bytes:
+        if there is None or not unchanged or not whole or not used_as_stored(type, entry.k, entry.bounds):
+            return None
+        if entry.key.expert >= 0 if type.quantised else there[1] % type.block_bytes:
             return None
         return StoredRows(self.mapped.index(there[0]), there[1], entry.n * extent.row_bytes, extent.row_bytes)
 
     def in_file(self, entry: PageTensor) -> bool:
-        """Whether what is planned can be used where it lies in its file."""
+        """Whether what is planned can be used where it lies in its file for good."""
         return entry.type.block == 1 and self.in_place(entry) is not None
 
     def head_rows(self, key: Key) -> int:

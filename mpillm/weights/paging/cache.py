@@ -78,6 +78,7 @@ class WeightCache(Pager[T]):
         self._wanted: int | None = None  # the page that a use waits for
         self._cursor = -1  # the page that was asked for last
         self._clock = 0
+        self._numbers = {page.name: number for number, page in enumerate(self.pages)}
         self._unused = len(self.pages)  # pages that have not been used yet
         self._start()
 
@@ -94,6 +95,19 @@ class WeightCache(Pager[T]):
     def count_hits(self, uses: int) -> None:
         """Count uses by a caller that kept the pages, as it may do once all are in memory and stay there."""
         self.counters.hits += uses
+
+    def renew(self) -> bool:
+        """Use what the loader has made anew, between two steps; return whether there was anything."""
+        if self.counters.loads < len(self.pages):
+            return False  # threads are still at it
+        renewed = self._loader.renewed()
+        for plan, page in renewed:
+            slot = self._slots[self._numbers[plan.name]]
+            assert slot.page is not None
+            slot.page.drop()
+            slot.page = page
+            slot.buffer = slot.buffer[:0]
+        return bool(renewed)
 
     def read_further_ahead(self) -> None:
         """Give up one page of the fixed part, if there is a small one, so that one more page is read ahead."""

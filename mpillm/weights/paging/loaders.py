@@ -16,6 +16,8 @@ from mpillm.errors import ModelError
 from mpillm.weights.io.filesystem import POPULATE_READ, cached, madvise, map_cached
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.io.reading import REQUEST_BYTES, REQUESTS, Bytes, changed, open_file
+from mpillm.weights.page import Page
+from mpillm.weights.plan import PagePlan
 
 Kind = Literal["auto", "mmap", "read"]
 
@@ -60,6 +62,10 @@ class ParallelLoader:
             stack.callback(self.close)
             self._files.extend(_Watched(file) for file in files)
             stack.pop_all()
+
+    def renewed(self) -> Sequence[tuple[PagePlan, Page]]:
+        """See `Loader.renewed`."""
+        return ()
 
     def close(self) -> None:
         """Let go of the files."""

@@ -38,6 +38,9 @@ class Loader(Protocol[Loaded_co]):
     def load(self, plan: PagePlan, buffer: Bytes) -> Loaded_co:
         """Fill the page's buffer, and return what users of the page get."""
 
+    def renewed(self) -> Sequence[tuple[PagePlan, Loaded_co]]:
+        """Pages that the loader has made anew: use them instead. Called between steps, the first time after one."""
+
     def release(self, plan: PagePlan) -> None:
         """The page was dropped: nobody reads its bytes any more."""
 
@@ -58,6 +61,9 @@ class BufferLoader(Generic[T]):
 
     def load(self, plan: PagePlan, buffer: Bytes) -> T:
         return self._make(plan, buffer)
+
+    def renewed(self) -> Sequence[tuple[PagePlan, T]]:
+        return ()
 
     def release(self, plan: PagePlan) -> None:
         """The buffer is freed with the last view of it."""

@@ -1,0 +1,83 @@
+"""Quantised matrices that are used where they lie in a file until they are packed."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+
+import numpy as np
+import pytest
+
+from mpillm import kernels
+from mpillm.model.opening import config_of, open_source
+from mpillm.partition.grid import Place
+from mpillm.weights.formats import in_place
+from mpillm.weights.formats.in_place import InPlaceLoader
+from mpillm.weights.formats.loaders import UnpackedLoader
+from mpillm.weights.page import Matrix, Page
+from mpillm.weights.plan import PagePlan
+from mpillm.weights.source import rank_plans
+from tests.tools.packing import expected, model_path, outcome
+
+NAMES = ["llama_kquants.gguf", "llama_mixed.gguf", "qwen3moe_q8_0.gguf"]
+
+
+def product(matrix: Matrix) -> list[float]:
+    x = np.random.default_rng(0).standard_normal((3, matrix.k)).astype(np.float32)
+    out = np.empty((3, matrix.n), np.float32)
+    kernels.Products(matrix)(x, [out])
+    values: list[float] = out.ravel().tolist()
+    return values
+
+
+@pytest.mark.parametrize(("name", "shards"), [(NAMES[0], 1), (NAMES[0], 2), (NAMES[1], 1), (NAMES[2], 1)])
+def test_blocks_are_used_in_place_until_they_are_packed(name: str, shards: int) -> None:
+    with closing(open_source(model_path(name))) as source:
+        pages = rank_plans(config_of(source), Place(0, 1, shards), source)
+        common = [page for page in pages if page.expert < 0]
+        model_path(name).read_bytes()  # so that the page cache has it
+        with closing(source.open_loader("auto", 2, common, False)) as loader:
+            assert isinstance(loader, InPlaceLoader)
+            first = {plan.name: loader.load(plan, loader.allocate(plan, [])) for plan in common}
+            renewed: dict[str, Page] = {}
+            until = time.monotonic() + 60
+            while len(renewed) < len(loader._to_pack) and time.monotonic() < until:
+                renewed |= {plan.name: page for plan, page in loader.renewed()}
+            in_blocks = 0
+            for plan in common:
+                for entry in plan.entries:
+                    if entry.bounds and entry.type.quantised:
+                        (before, *_) = first[plan.name].matrices(entry.key.role)
+                        in_blocks += before.row_bytes > 0
+                        assert (before.row_bytes > 0) == (source.in_place(entry) is not None)
+                        if plan.name in renewed:
+                            (after, *_) = renewed[plan.name].matrices(entry.key.role)
+                            assert not after.row_bytes
+                            assert product(before) == product(after)
+            assert in_blocks
+            del first, renewed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_answers_are_the_same_while_pages_are_packed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page after each step, in place of one that the layers have used."""
+    want = outcome(model_path(name), name, loader="read")
+    renewed, waiting, given = InPlaceLoader.renewed, list[tuple[PagePlan, Page]](), list[str]()
+
+    def one_by_one(loader: InPlaceLoader) -> list[tuple[PagePlan, Page]]:
+        waiting.extend(renewed(loader))
+        now, waiting[:1] = waiting[:1], []
+        given.extend(plan.name for plan, _ in now)
+        return now
+
+    monkeypatch.setattr(InPlaceLoader, "renewed", one_by_one)
+    assert outcome(model_path(name), name) == want == expected(name)
+    assert len(set(given)) > 2
+
+
+def test_what_the_page_cache_lacks_is_packed_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_place, "cached", lambda *_: False)
+    with closing(open_source(model_path(NAMES[0]))) as source:
+        pages = rank_plans(config_of(source), Place(0, 1, 1), source)
+        with closing(source.open_loader("auto", 2, pages, False)) as loader:
+            assert isinstance(loader, UnpackedLoader)
