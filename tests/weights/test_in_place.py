@@ -43,6 +43,7 @@ def test_blocks_are_used_in_place_until_they_are_packed(name: str, shards: int) 
             until = time.monotonic() + 60
             while len(renewed) < len(loader._to_pack) and time.monotonic() < until:
                 renewed |= {plan.name: page for plan, page in loader.renewed()}
+            assert len(renewed) == len(loader._to_pack)
             in_blocks = 0
             for plan in common:
                 for entry in plan.entries:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -74,7 +75,7 @@ class InPlaceLoader(MappingLoader):
         self._threads = threads
         self._to_pack = [page for page in pages if any(map(self._for_now, page.entries))]
         self._packers = ThreadPoolExecutor(max(threads // 2, 1), "weights-packed")
-        self._packed: list[Future[Page]] | None = None  # what is not handed out yet; None: nothing has begun
+        self._packed: deque[Future[Page]] | None = None  # what is not handed out yet; None: nothing has begun
 
     def allocate(self, plan: PagePlan, dropped: list[Bytes]) -> Bytes:
         return new_buffer(self._beside(plan, self._source.in_place), ALIGNMENT)
@@ -88,14 +89,14 @@ class InPlaceLoader(MappingLoader):
             sizes = [self._beside(plan, self._for_good) for plan in self._to_pack]
             memory = new_buffer(sum(sizes), ALIGNMENT)
             spread(memory, self._threads)
-            self._packed = [
+            self._packed = deque(
                 self._packers.submit(self._pack, plan, memory[end - size : end])
                 for plan, size, end in zip(self._to_pack, sizes, accumulate(sizes), strict=True)
-            ]
-        done = [future.result() for future in self._packed if future.done()]
-        self._packed = [future for future in self._packed if not future.done()]
-        for page in done:
-            self._unmap(page.plan)
+            )
+        done = list[Page]()
+        while self._packed and self._packed[0].done():  # in the order in which they began
+            done.append(self._packed.popleft().result())
+            self._unmap(done[-1].plan)
         return [(page.plan, page) for page in done]
 
     def release(self, plan: PagePlan) -> None:
