@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from mpillm import version
-from mpillm.cli import bench, instead, serve, supervise
-from mpillm.errors import JobError
+from mpillm.cli import bench, serve, supervise
+from mpillm.cli.parser import CommandParser
 
 if TYPE_CHECKING:
     from mpillm.spec import TableFormat
@@ -29,69 +27,13 @@ exit codes: 0 all done, 1 done but some requests ended in an error,
 to continue), 70 a bug in mpillm"""
 
 
-HIDDEN = {"ranks"}  # commands that people do not type
+Add = Callable[..., argparse.ArgumentParser]  # adds a command
 LEAST_MEMORY = 2**20  # bytes that a machine has: less was meant in another unit
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what to type instead, where that can be guessed."""
-
-    def parse_args(self, words: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
-        options, unknown = self.parse_known_args(words)
-        if unknown:
-            self.error(self._instead(options.command, unknown, words))
-        return options
-
-    def _instead(self, command: str | None, unknown: list[str], words: Sequence[str]) -> str:
-        """A sentence on the words that mean nothing; the first one that can be explained decides."""
-        parser = self._commands().get(command or "", self)
-        known = [name for action in parser._actions for name in action.option_strings]
-        before = [name for action in self._actions for name in action.option_strings]
-        if found := instead.sentence(command or "", unknown, words, known, before):
-            return found
-        if not unknown[0].startswith("-"):
-            usage = " ".join(parser.format_usage().split()).replace("usage:", "type")
-            return f"{unknown[0]!r} is an unexpected argument; {usage}"
-        return f"there is no option {unknown[0]}; {parser.prog} --help lists all"
-
-    def _commands(self) -> Mapping[str, argparse.ArgumentParser]:
-        found = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
-        return found[0].choices if found else {}
-
-    def error(self, message: str) -> NoReturn:
-        """Say what is wrong, and what to type instead where that can be guessed."""
-        if given := re.match(r"argument COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)", message):
-            commands = [name for name in re.findall(r"[\w-]+", given[2]) if name not in HIDDEN]
-            job = [f"run {given[1]}"] if given[1].endswith(".toml") else []
-            option = [f"mpillm --{given[1]}"] if given[1] in ("help", "version") else []
-            close = job or option or difflib.get_close_matches(given[1], commands, n=1)
-            other = f"did you mean {close[0]}?" if close else f"there are {', '.join(commands)}"
-            message = f"there is no command {given[1]!r}; {other}"
-        elif given := re.match(r"(argument .*): invalid (\w+) value: (.*)", message):
-            kind = "number" if given[2] == "float" else "whole number"
-            message = f"{given[1]}: {given[3]} is not a {kind}"
-            if given[0].startswith("argument -n: ") and given[3] == "'p'":  # -np, as mpiexec has it
-                message = "there is no option -np; type -n N, or mpiexec -np N python -m mpillm"
-        elif message.startswith("the following arguments are required"):
-            wanted = [action for action in self._actions if action.required]
-            shown = [
-                " ".join([*action.option_strings[:1], str(action.metavar or action.dest.upper())])
-                for action in wanted
-            ]
-            message = f"{message}; type {self.prog} {' '.join(shown)}"
-        elif given := re.match(r"(argument .*): invalid choice: '?(.*?)'? \(choose from (.*)\)", message):
-            words = re.findall(r"[\w-]+", given[3])
-            close = difflib.get_close_matches(given[2].lower(), words, n=1)
-            meant = f"; did you mean {close[0]}?" if close else ""
-            message = f"{given[1]}: {given[2]!r} is not one of {', '.join(words)}{meant}"
-        elif not re.search(r"type |did you mean|none of|--help", message):
-            message = f"{message}; {self.prog} --help lists all"
-        self.exit(JobError.exit_code, f"{self.prog}: {message}\n")
 
 
 def command_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    parser = _Parser(
+    parser = CommandParser(
         prog="mpillm",
         description="Batches of LLM requests on CPUs, over MPI.",
         epilog=EXAMPLES,
@@ -106,7 +48,30 @@ def command_parser() -> argparse.ArgumentParser:
         help="log more, on all ranks; give it twice for debugging",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    run = commands.add_parser("run", help="run a job: read a file of requests, write a directory of answers")
+    add = commands.add_parser
+    _add_jobs(add)
+    _add_models(add)
+    _add_results(add)
+    serve.add_chat(add("chat", help="chat with a model in the terminal"))
+    serve.add(add("serve", help="serve a model by OpenAI's HTTP interface, with a web page"))
+    doctor = add("doctor", help="check MPI, threads, kernels, the model file, network and disk")
+    doctor.add_argument("--model", default=None, help="a model that every rank must be able to read")
+    doctor.add_argument(
+        "--output", type=Path, metavar="FILE", help="write the measurements to this file, for plan --hosts"
+    )
+    supervise.add(add("launch", help="start ranks, and start them again after a failure"))
+    # What follows is the harness's, whose options are no options here.
+    lm_eval = add("lm-eval", help="run lm-evaluation-harness on a model", prefix_chars="\0", add_help=False)
+    lm_eval.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="as for lm_eval")
+    bench.add(add("bench", help="measure speed, and compare it with the machine's limits"))
+    ranks = add("ranks")  # of `mpillm.LLM`, which alone uses it: no help
+    ranks.add_argument("address", metavar="SOCKET")
+    ranks.add_argument("-n", type=_positive, default=1)
+    return parser
+
+
+def _add_jobs(add: Add) -> None:
+    run = add("run", help="run a job: read a file of requests, write a directory of answers")
     _job_arguments(run)
     run.add_argument(
         "--trace",
@@ -114,7 +79,7 @@ def command_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="write a trace of all ranks, as JSON for ui.perfetto.dev",
     )
-    plan = commands.add_parser("plan", help="predict the memory, time and layout of a job")
+    plan = add("plan", help="predict the memory, time and layout of a job")
     _job_arguments(plan)
     plan.add_argument("--ranks", type=_positive, metavar="N", help="number of ranks (1, or all of --hosts)")
     plan.add_argument(
@@ -143,9 +108,10 @@ def command_parser() -> argparse.ArgumentParser:
         help="print a job file with the least memory that reaches this rate",
     )
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    pack = commands.add_parser(
-        "pack", help="store a model in the kernels' format, which starts and streams faster"
-    )
+
+
+def _add_models(add: Add) -> None:
+    pack = add("pack", help="store a model in the kernels' format, which starts and streams faster")
     pack.add_argument("source", metavar="SRC", help="catalogue name, Hugging Face directory or GGUF file")
     pack.add_argument(
         "target", metavar="DST", type=Path, help="directory to write; an interrupted pack is completed"
@@ -156,17 +122,20 @@ def command_parser() -> argparse.ArgumentParser:
         default="source",
         help="block type of the stored matrices (that of the source)",
     )
-    worker = commands.add_parser("worker", help="serve a root of Distributed-Llama as a worker")
+    worker = add("worker", help="serve a root of Distributed-Llama as a worker")
     worker.add_argument("--host", default="0.0.0.0", help="the address that the root connects to (all)")
     worker.add_argument("--port", type=_positive, default=9990, help="(9990)")
     worker.add_argument("--nthreads", type=_positive, default=1, metavar="N", help="threads (1)")
-    commands.add_parser("models", help="list the catalogue with sizes, and all supported architectures")
-    pull = commands.add_parser("pull", help="fetch a model of the catalogue, or hf:owner/name")
+    add("models", help="list the catalogue with sizes, and all supported architectures")
+    pull = add("pull", help="fetch a model of the catalogue, or hf:owner/name")
     pull.add_argument("name", help="such as smollm2-135m")
-    init = commands.add_parser("init", help="write job files, hostfiles, Slurm scripts or the documentation")
+    init = add("init", help="write job files, hostfiles, Slurm scripts or the documentation")
     init.add_argument("what", choices=("job", "hostfile", "slurm", "docs"))
     init.add_argument("directory", type=Path)
-    report = commands.add_parser("report", help="make an HTML page with plots of a finished run")
+
+
+def _add_results(add: Add) -> None:
+    report = add("report", help="make an HTML page with plots of a finished run")
     report.add_argument("directory", type=Path, help="the run's output directory")
     report.add_argument(
         "--figures",
@@ -174,9 +143,7 @@ def command_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="also write each plot to this directory, as SVG, PDF and CSV",
     )
-    export = commands.add_parser(
-        "export", help="make a table of a finished run: the input's rows, each with its answer"
-    )
+    export = add("export", help="make a table of a finished run: the input's rows, each with its answer")
     export.add_argument("directory", type=Path, help="the run's output directory")
     export.add_argument(
         "--format", choices=FORMATS, help="format of the table (by the ending of FILE, or csv)"
@@ -187,18 +154,18 @@ def command_parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--input", type=Path, metavar="FILE", help="path of the input, if it was moved after the run"
     )
-    status = commands.add_parser("status", help="show the progress of a run, while it runs or after")
+    status = add("status", help="show the progress of a run, while it runs or after")
     status.add_argument("directory", type=Path, help="the run's output directory")
     status.add_argument("--json", action="store_true", help="print JSON")
-    watch = commands.add_parser("watch", help="show the progress of a run every few seconds until it ends")
+    watch = add("watch", help="show the progress of a run every few seconds until it ends")
     watch.add_argument("directory", type=Path, help="the run's output directory")
     watch.add_argument(
         "--every", type=_positive, default=5, metavar="SECONDS", help="time between two lines (5)"
     )
-    compare = commands.add_parser("compare", help="show what differs between the results of two runs")
+    compare = add("compare", help="show what differs between the results of two runs")
     compare.add_argument("first", type=Path, help="a finished run's output directory")
     compare.add_argument("second", type=Path, help="another finished run's output directory")
-    merge = commands.add_parser("merge", help="merge the outputs of a job's parts into one")
+    merge = add("merge", help="merge the outputs of a job's parts into one")
     merge.add_argument(
         "parts",
         metavar="PART",
@@ -207,26 +174,6 @@ def command_parser() -> argparse.ArgumentParser:
         help="output directories of finished runs, or one directory that contains them",
     )
     merge.add_argument("--output", required=True, type=Path, help="directory for the merged results")
-    serve.add_chat(commands.add_parser("chat", help="chat with a model in the terminal"))
-    serve.add(commands.add_parser("serve", help="serve a model by OpenAI's HTTP interface, with a web page"))
-    doctor = commands.add_parser(
-        "doctor", help="check MPI, threads, kernels, the model file, network and disk"
-    )
-    doctor.add_argument("--model", default=None, help="a model that every rank must be able to read")
-    doctor.add_argument(
-        "--output", type=Path, metavar="FILE", help="write the measurements to this file, for plan --hosts"
-    )
-    supervise.add(commands.add_parser("launch", help="start ranks, and start them again after a failure"))
-    # What follows is the harness's, whose options are no options here.
-    lm_eval = commands.add_parser(
-        "lm-eval", help="run lm-evaluation-harness on a model", prefix_chars="\0", add_help=False
-    )
-    lm_eval.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="as for lm_eval")
-    bench.add(commands.add_parser("bench", help="measure speed, and compare it with the machine's limits"))
-    ranks = commands.add_parser("ranks")  # of `mpillm.LLM`, which alone uses it: no help
-    ranks.add_argument("address", metavar="SOCKET")
-    ranks.add_argument("-n", type=_positive, default=1)
-    return parser
 
 
 def _job_arguments(parser: argparse.ArgumentParser) -> None:
