@@ -204,9 +204,9 @@ def blocks_needed(tokens: int, windows: Sequence[int]) -> int:
 
 
 @cache
-def longest_sequence(n_blocks: int, windows: Sequence[int], limit: int = 2**31 - 1) -> int:
-    """The most tokens, up to `limit`, of a sequence that `n_blocks` blocks hold."""
-    low, high = 0, limit
+def longest_sequence(n_blocks: int, windows: Sequence[int]) -> int:
+    """The most tokens, up to 2^31 - 1, of a sequence that `n_blocks` blocks hold."""
+    low, high = 0, 2**31 - 1
     while low < high:
         tokens = high - (high - low) // 2
         if blocks_needed(tokens, windows) <= n_blocks:

@@ -46,7 +46,7 @@ def open_unpacked(path: str | Path, quantize: str = "none") -> TensorSource:
     return opening.open_unpacked(path, _Families(), quantize)
 
 
-def open_described(path: Path, quantize: str = "none", again: bool = False) -> Source:
+def open_described(path: Path, quantize: str, again: bool = False) -> Source:
     """Open a model for a plan: a directory with nothing but a config.json will do, or the header of a GGUF file."""
     if path.suffix.lower() == ".gguf" and path.is_file():
         from mpillm.weights.formats.gguf_file import open_gguf

@@ -105,11 +105,9 @@ def read_classifier(source: Source, spec: ClassifierSpec) -> Classifier:
     return Classifier(spec.pooling, tuple(layers), spec.labels, spec.decision)
 
 
-def answers_classifier(
-    source: Source, no: int | None, yes: int, decision: Decision = "softmax"
-) -> Classifier:
+def answers_classifier(source: Source, no: int | None, yes: int) -> Classifier:
     """The classifier of a model that answers in words: rows of its LM head, of the last token's hidden state."""
     ids = [yes] if no is None else [no, yes]
     weight = source.read_f32(Key("head"), np.array(ids))
     labels = ("yes",) if no is None else ("no", "yes")
-    return Classifier("last", (Dense(weight),), labels, "sigmoid" if no is None else decision)
+    return Classifier("last", (Dense(weight),), labels, "sigmoid" if no is None else "softmax")

@@ -108,8 +108,9 @@ def read_mamba(
     )
 
 
-def read_limit(fields: Fields, key: str = "time_step_limit") -> tuple[float, float]:
+def read_limit(fields: Fields) -> tuple[float, float]:
     """The bounds of steps; the upper one may be infinite, as JSON or transformers write it."""
+    key = "time_step_limit"
     value = fields.raw(key)
     if value is None:
         return 0.0, math.inf

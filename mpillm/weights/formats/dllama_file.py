@@ -64,7 +64,7 @@ def is_dllama(path: Path) -> bool:
         return path.suffix == ".m"
 
 
-def open_dllama(path: Path, families: Families, quantize: str = "none") -> TensorSource:
+def open_dllama(path: Path, families: Families, quantize: str) -> TensorSource:
     """The model in a file, with the tokenizer beside it; ModelError if it is not complete or not sound."""
     file = MappedFile(path)
     try:

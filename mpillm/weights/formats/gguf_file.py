@@ -28,7 +28,7 @@ from mpillm.weights.roles import Key
 _LAYER = re.compile(r"blk\.(?P<layer>[0-9]{1,6})\.")
 
 
-def open_gguf(path: Path, families: Families, quantize: str = "none", whole: bool = True) -> TensorSource:
+def open_gguf(path: Path, families: Families, quantize: str, whole: bool = True) -> TensorSource:
     """The model in a GGUF file (any part of a split one); ModelError if it is not complete or not sound.
 
     Without `whole` its header is enough, for what needs no weights.

@@ -31,7 +31,7 @@ MODELOPT = "hf_quant_config.json"
 _LAYER = re.compile(r"(?:model\.)?layers\.(?P<layer>[0-9]{1,6})\.")
 
 
-def open_hf(path: Path, families: Families, quantize: str = "none") -> TensorSource:
+def open_hf(path: Path, families: Families, quantize: str) -> TensorSource:
     """The model in a directory with config.json; ModelError if it is not complete or not sound."""
     config, metadata = read_config(path)
     family = families.of_config(config, str(path))

@@ -28,7 +28,7 @@ class PaperSource:
     files_read_as_stored: tuple[Path, ...] = ()
     loading_nbytes = LOADING_NBYTES
 
-    def __init__(self, path: Path, config: dict[str, Any], model: Inventory, quantize: str = "none") -> None:
+    def __init__(self, path: Path, config: dict[str, Any], model: Inventory, quantize: str) -> None:
         """`model` is what the family reads in `config`; `path` the directory where that lies.
 
         ModelError if the checkpoint's weights are quantised: files say how each tensor is.

@@ -65,7 +65,7 @@ class ReadLoader(ParallelLoader):
 
     takes_any_buffer = True
 
-    def __init__(self, files: Sequence[StoredFile], parallel: int = 2) -> None:
+    def __init__(self, files: Sequence[StoredFile], parallel: int) -> None:
         super().__init__(files, parallel)
         self._direct = [open_direct(file.path) for file in files]
 

@@ -271,7 +271,7 @@ def _floats(type: BlockType, packed: NDArray[np.uint8], columns: int) -> Iterato
         yield packed.view(FLOATS[type])
 
 
-def open_packed(path: Path, quantize: str = "none") -> PackedSource:
+def open_packed(path: Path, quantize: str) -> PackedSource:
     """The model in a packed directory; ModelError if it is not complete or not sound."""
     if quantize != "none":
         raise JobError(
