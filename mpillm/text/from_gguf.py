@@ -50,35 +50,13 @@ def read(fields: Mapping[str, Any], where: str = "the GGUF file") -> TokenizerPa
     for token in END_NAMES & vocab.keys():
         types[vocab[token]] = CONTROL  # some converters mark them otherwise by mistake
 
-    if kind == "gpt2":
-        core, begins = _byte_level(ggml, vocab)
-    elif kind == "llama":
-        scores = ggml.numbers("scores", float, len(tokens), 0.0)
-        merges = merges_of_scores(tokens, scores, vocab, types)
-        core, begins = _sentencepiece(ggml, tokens, vocab, merges, prefix=True), True
-    elif kind == "gemma4":
-        core, begins = _sentencepiece(ggml, tokens, vocab, _merges(ggml), prefix=False), True
-    elif kind == "bert":
-        core, begins = word_pieces(ggml, tokens, types), True
-    elif kind == "t5":
-        core, begins = unigrams(ggml, tokens), False
-    else:
-        raise ModelError(
-            f"The tokenizer in {where} is of the type {kind!r}; gpt2, llama, gemma4, bert and t5 are known."
-        )
-
+    core, begins = _core(ggml, kind, tokens, vocab, types)
     special = [token for token, type in zip(tokens, types, strict=True) if type in {CONTROL, UNKNOWN}]
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     own = [token for token, type in zip(tokens, types, strict=True) if type == USER_DEFINED]
     core.add_tokens([AddedToken(token, normalized=False) for token in own])
 
-    given = {name: ggml.id(key, len(tokens)) for name, key in _IDS.items()}
-    named = {name: tokens[id] for name, id in given.items() if id is not None}
-    if kind == "llama":  # llama.cpp's defaults
-        named = {"bos_token": tokens[1], "eos_token": tokens[2]} | named if len(tokens) > 2 else named
-    if kind == "bert":
-        usual = {"bos_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]", "pad_token": "[PAD]"}
-        named = {name: token for name, token in usual.items() if token in vocab} | named
+    named = _named(ggml, kind, tokens, vocab)
     ends = {id for id in (ggml.id(key, len(tokens)) for key in _END_IDS) if id is not None}
     ends |= {vocab[token] for token in END_NAMES & set(special)}
     if "eos_token" in named:
@@ -100,6 +78,38 @@ def read(fields: Mapping[str, Any], where: str = "the GGUF file") -> TokenizerPa
         add_eos=None if reads_pairs else add_eos,
         templates=_templates(fields),
     )
+
+
+def _core(
+    ggml: TokenizerFields, kind: object, tokens: list[str], vocab: dict[str, int], types: list[int]
+) -> tuple[Tokenizer, bool]:
+    """The tokenizer of this kind, and whether texts begin with BOS if the file does not say."""
+    if kind == "gpt2":
+        return _byte_level(ggml, vocab)
+    if kind == "llama":
+        merges = merges_of_scores(tokens, ggml.numbers("scores", float, len(tokens), 0.0), vocab, types)
+        return _sentencepiece(ggml, tokens, vocab, merges, prefix=True), True
+    if kind == "gemma4":
+        return _sentencepiece(ggml, tokens, vocab, _merges(ggml), prefix=False), True
+    if kind == "bert":
+        return word_pieces(ggml, tokens, types), True
+    if kind == "t5":
+        return unigrams(ggml, tokens), False
+    raise ModelError(
+        f"The tokenizer in {ggml.where} is of the type {kind!r}; gpt2, llama, gemma4, bert and t5 are known."
+    )
+
+
+def _named(ggml: TokenizerFields, kind: object, tokens: list[str], vocab: dict[str, int]) -> dict[str, str]:
+    """The special tokens by their names in `transformers`, with llama.cpp's defaults."""
+    given = {name: ggml.id(key, len(tokens)) for name, key in _IDS.items()}
+    named = {name: tokens[id] for name, id in given.items() if id is not None}
+    if kind == "llama" and len(tokens) > 2:
+        return {"bos_token": tokens[1], "eos_token": tokens[2]} | named
+    if kind == "bert":
+        usual = {"bos_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]", "pad_token": "[PAD]"}
+        return {name: token for name, token in usual.items() if token in vocab} | named
+    return named
 
 
 def _put_around(core: Tokenizer, kind: str, named: Mapping[str, str], add_bos: bool, add_eos: bool) -> None:
