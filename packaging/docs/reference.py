@@ -15,7 +15,8 @@ from mkdocs.structure.files import File, Files
 
 from mpillm import errors, spec
 from mpillm.batch.endpoints import ENDPOINTS
-from mpillm.cli.arguments import HIDDEN, command_parser
+from mpillm.cli.arguments import command_parser
+from mpillm.cli.parser import HIDDEN
 from mpillm.engine.limits import Totals
 from mpillm.serve import openapi
 from mpillm.serve.metrics import Metrics
