@@ -19,7 +19,8 @@ import pytest
 
 from mpillm import read_results, spec
 from mpillm.batch.endpoints import ENDPOINTS
-from mpillm.cli import arguments
+from mpillm.cli.arguments import command_parser
+from mpillm.cli.parser import HIDDEN
 from mpillm.engine.limits import Totals
 from mpillm.model.families import architectures, gguf_architectures
 from mpillm.serve import openapi
@@ -139,7 +140,7 @@ def check_python(words: list[str]) -> None:
 
 def check_mpillm(words: list[str]) -> None:
     """The command line parses, and the job it names is a good one."""
-    options = arguments.command_parser().parse_args(words)
+    options = command_parser().parse_args(words)
     if options.command == "launch":
         assert options.hostfile is None or (ROOT / options.hostfile).is_file(), options.hostfile
         return check_mpillm(options.words)
@@ -281,11 +282,11 @@ def test_the_site_is_built(tmp_path: Path) -> None:
     done = run_bounded(words, env=clean_environment(NO_MKDOCS_2_WARNING="1"), cwd=ROOT)
     assert done.returncode == 0, done.stderr
     reference = html.unescape((tmp_path / "site/reference/index.html").read_text())
-    subparsers = arguments.command_parser()._subparsers
+    subparsers = command_parser()._subparsers
     assert subparsers is not None
     choices = next(action.choices for action in subparsers._group_actions)
     assert choices is not None
-    for told in [f"mpillm {name}" for name in choices if name not in arguments.HIDDEN]:
+    for told in [f"mpillm {name}" for name in choices if name not in HIDDEN]:
         assert f">{told}<" in reference, told
     metrics = [name for name, _ in Metrics(Totals()).described()]
     urls = [*(endpoint.url for endpoint in ENDPOINTS), *openapi.document()["paths"]]
