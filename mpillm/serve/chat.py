@@ -40,6 +40,7 @@ HELP = """\
 /reset         start a new conversation
 /retry         answer the last message again
 /exit          leave"""
+NEW = "/reset starts a new conversation"
 KEYS = " (Ctrl-D does the same); Ctrl-C stops an answer"
 KEYS_LAUNCHED = "; Ctrl-C ends mpiexec"  # Open MPI's tells nobody of Ctrl-D
 
@@ -140,7 +141,7 @@ class Conversation:
         try:
             text = self._answer()
         except RequestError as error:
-            self._write(f"{error}\n")
+            self._write(f"{error}{f'; {NEW}' if len(self._messages) > 1 else ''}\n")
         finally:
             self._answers = False
         if text:
@@ -172,14 +173,20 @@ class Conversation:
             choice = msgspec.json.decode(body["choices"][0])
             text += self._show(stream.rest(choice["message"]))
         self._show({"content": "\n"})
-        if event is not None and event[0].finish_reason == "length" and not self._cut:
+        if event is not None and event[0].finish_reason == "length":
+            self._say_why_cut(len(event[0].tokens))
+        return text
+
+    def _say_why_cut(self, tokens: int) -> None:
+        limit = self._spec.sampling.max_tokens
+        if tokens < limit:
+            self._say(f"The answer was cut because the context is full; {NEW}.")
+        elif not self._cut:
             self._cut = True
-            limit = self._spec.sampling.max_tokens
             self._say(
                 f"The answer was cut after {count_of(limit, 'token')}; --set "
                 f"sampling.max_tokens={4 * limit} allows more."
             )
-        return text
 
     def _show(self, delta: dict[str, Any]) -> str:
         """Write what comes of an answer; its content."""

@@ -183,3 +183,17 @@ def test_a_terminal_behind_a_launcher_is_asked(mpi: Mpi, tmp_path: Path) -> None
             os.write(terminal, typed)
         assert process.wait() == 0
     os.close(terminal)
+
+
+def test_a_full_context(tmp_path: Path) -> None:
+    """An answer that is cut and a message that has no room say how to begin anew, which works."""
+    typed = "the fox\nthe dog\n/reset\nthe fox\n"
+    words = [*SETTINGS, "--set", "memory.max_context=16", "--set", "sampling.max_tokens=40"]
+    command = [sys.executable, "-m", "mpillm", "chat", "--model", str(CHAT), *words]
+    done = subprocess.run(
+        command, input=typed, env=clean_environment(), capture_output=True, text=True, check=False
+    )
+    first, _, last = done.stdout.partition("\n")
+    assert "context is 16 tokens; shorten it or raise memory.max_context; /reset starts a new" in done.stdout
+    assert last.endswith(f"{first}\n\n")
+    assert done.stderr.count("The answer was cut because the context is full; /reset starts a new") == 2
