@@ -23,7 +23,7 @@ NEXT = {
     "job": ["mpiexec -n 2 python -m mpillm run {0}/quickstart.toml"],
     "hostfile": [
         "put your machines' names into {0}/openmpi.hosts (Open MPI) or {0}/mpich.hosts (MPICH), then:",
-        "mpiexec --hostfile {0}/openmpi.hosts -x PATH -n 4 python -m mpillm doctor",
+        "mpiexec --hostfile {0}/openmpi.hosts -x PATH --bind-to none -n 4 python -m mpillm doctor",
     ],
     "slurm": ["cd {0} && sbatch slurm/one-node.sbatch jobs/quickstart.toml"],
 }

@@ -232,6 +232,48 @@ def test_chat_and_batches(browser: WebDriver, server: str, tmp_path: Path) -> No
     assert all("401" in entry["message"] for entry in errors), errors
 
 
+def test_code_and_a_server_that_goes(browser: WebDriver) -> None:
+    """Code stands in a block that scrolls; a lost connection is said in words, and what has come stays."""
+    wait = WebDriverWait(browser, 60)
+    text = f"see **this**:\n```html\n{HTML}  # {'x' * 300}\n  b\n```\nand `that`"
+    event = json.dumps({"choices": [{"delta": {"content": text}}]})
+    browser.execute_script(
+        """
+        const bytes = new TextEncoder().encode(`data: ${arguments[0]}\\n\\n`);
+        let pulls = 0;
+        async function pull(stream) {  // the cut comes when what came before it is on the page
+            if (!pulls++) return stream.enqueue(bytes);
+            await new Promise((done) => setTimeout(done, 300));
+            stream.error(new TypeError("network error"));
+        }
+        const answers = [new Response(new ReadableStream({ pull }, { highWaterMark: 0 }))];
+        window.fetch = async (url, how) => {
+            if (!url.endsWith("completions")) return new Response('{"data": [{"id": "m", "max_model_len": 9}]}');
+            if (answers.length) return answers.pop();
+            throw new TypeError("Failed to fetch");
+        };
+        """,
+        event,
+    )
+    for count, said in enumerate(
+        ("The connection to the server ended before the answer did.", "The server does not answer."), 1
+    ):
+        browser.find_element(By.ID, "text").send_keys("a" + Keys.ENTER)
+        wait.until(
+            lambda _, count=count: len(browser.find_elements(By.CSS_SELECTOR, ".message.error")) == count
+        )
+        assert browser.find_elements(By.CSS_SELECTOR, ".message.error")[-1].text == said
+        assert browser.find_element(By.ID, "send").is_enabled()
+    (answer,) = browser.find_elements(By.CSS_SELECTOR, ".message.assistant")
+    shown = f"see **this**:\n{HTML}  # {'x' * 300}\n  b\nand `that`"
+    assert answer.get_property("textContent") == shown
+    (code,) = answer.find_elements(By.TAG_NAME, "pre")
+    assert code.get_property("scrollWidth") > code.get_property("clientWidth")
+    assert browser.find_element(By.ID, "text").get_property("value") == "a", "it need not be typed again"
+    assert too_faint(browser) == []
+    look(browser, "code")
+
+
 def test_a_report_with_long_names(browser: WebDriver, tmp_path: Path) -> None:
     """On a desk its tables fit the page; on a phone they scroll, and the page does not."""
     run = made()

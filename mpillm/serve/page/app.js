@@ -1,5 +1,6 @@
 const $ = (id) => document.getElementById(id);
 const messages = [];
+const GONE = "The server does not answer.", CUT = "The connection to the server ended before the answer did.";
 const rows = new Map();  // of batches, by their ids
 let running = null;
 
@@ -11,7 +12,9 @@ for (const id of ["key", "name", "system", "temperature", "tokens"]) {
 async function call(path, options = {}) {
   const headers = { ...(options.headers ?? {}) };
   if ($("key").value) headers.Authorization = `Bearer ${$("key").value}`;
-  const response = await fetch(path, { ...options, headers });
+  const response = await fetch(path, { ...options, headers }).catch((error) => {
+    throw error.name === "AbortError" ? error : new Error(GONE);
+  });
   if (!response.ok) {
     const body = await response.json().catch(() => null);
     const hint = response.status === 401 ? " Type it under Settings." : "";
@@ -21,12 +24,22 @@ async function call(path, options = {}) {
 }
 
 function show(role, text = "") {
-  const element = document.createElement("p");
+  const element = document.createElement("div");
   element.className = `message ${role}`;
   element.textContent = text;
   $("messages").append(element);
   element.scrollIntoView({ block: "end" });
   return element;
+}
+
+// What stands between fences is shown as code; nothing is taken for HTML.
+function render(element, text) {
+  element.replaceChildren(...text.split(/^```.*$\n?/m).map((part, index) => {
+    if (index % 2 === 0) return part;
+    const code = document.createElement("pre");
+    code.textContent = part;
+    return code;
+  }));
 }
 
 // Whoever reads further up stays there.
@@ -41,7 +54,9 @@ async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
   for (;;) {
-    const { done, value } = await reader.read();
+    const { done, value } = await reader.read().catch((error) => {
+      throw error.name === "AbortError" ? error : new Error(CUT);
+    });
     if (done) return;
     const parts = (held + value).split("\n\n");
     held = parts.pop();
@@ -89,7 +104,7 @@ async function answer(question) {
       if (event.error) throw new Error(event.error.message);
       const delta = event.choices[0]?.delta ?? {};
       if (delta.reasoning_content) follow(element, () => thought.append(delta.reasoning_content));
-      if (delta.content) follow(element, () => { text += delta.content; element.textContent = text; });
+      if (delta.content) follow(element, () => { text += delta.content; render(element, text); });
     }
   } catch (error) {
     if (error.name !== "AbortError") show("error", error.message);
@@ -207,7 +222,7 @@ async function refresh() {
     $("state").className = "";
   } catch (error) {
     $("state").className = "error";
-    $("state").textContent = error.message === "Failed to fetch" ? "The server does not answer." : error.message;
+    $("state").textContent = error.message;
   }
 }
 
