@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mpillm.planning.kernel_rates import WHOLE, core_speed
@@ -36,9 +36,10 @@ def same(paces: Sequence[float], before: Sequence[float]) -> bool:
     return all(1 / SAME < now / then < SAME for now, then in zip(paces, before, strict=True))
 
 
-def by_pace(paces: Sequence[float], ranks_per_host: Sequence[int]) -> list[Speed]:
-    """What is assumed of ranks of these paces."""
-    hosts = [count for count in ranks_per_host for _ in range(count)]
-    return [
-        ASSUMED.shared_by(count).slowed(ASSUMED.core / own) for own, count in zip(paces, hosts, strict=True)
-    ]
+def by_pace(paces: Sequence[float], ranks_per_host: Sequence[int]) -> Iterator[Speed]:
+    """What is assumed of ranks of these paces; those that are about as fast as the fastest one are alike."""
+    hosts, fastest = [count for count in ranks_per_host for _ in range(count)], max(paces)
+    known: dict[tuple[float, int], Speed] = {}
+    for own, count in zip(paces, hosts, strict=True):
+        counted = fastest if fastest < SAME * own else own
+        yield known.setdefault((counted, count), ASSUMED.shared_by(count).slowed(ASSUMED.core / counted))

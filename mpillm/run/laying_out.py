@@ -123,7 +123,7 @@ class LayoutChoice:
             return self._machines()
         if (noted := self._noted(threads, 0.0)) is not None:
             return noted
-        speeds = pace.by_pace(self._paces, world.nodes.ranks_per_host)
+        speeds = list(pace.by_pace(self._paces, world.nodes.ranks_per_host))
         return replace(self._machines(), speeds=speeds, glimpsed=True)
 
     def _measured(self, threads: int, effort: float) -> Machines:

@@ -119,7 +119,7 @@ def test_a_short_run_looks_how_fast_cores_are(
 ) -> None:
     """Where it is too short to measure more: so many hosts compute, and it takes as long as with the best part."""
     hosts = [1] * len(paces)
-    speeds = pace.by_pace(paces, hosts)
+    speeds = list(pace.by_pace(paces, hosts))
     machines = Machines(hosts, [2**33] * len(hosts), speeds=speeds, glimpsed=True, loads=loads)
     for requests, count in used.items():
         found, without, _ = for_run(layouts(planner, requests), machines, 1.15)
@@ -130,7 +130,7 @@ def test_a_short_run_looks_how_fast_cores_are(
 
 
 def test_those_who_share_a_machine_have_its_cores_alone_without_the_others() -> None:
-    speeds = pace.by_pace((0.5, 0.5, 1.0), [1, 1, 1])
+    speeds = list(pace.by_pace((0.5, 0.5, 1.0), [1, 1, 1]))
     loads = [("a", 0.5), ("a", 1.5), ("b", 1.0)]
     machines = Machines([1, 1, 1], [2**33] * 3, speeds=speeds, loads=loads)
     assert [speed.core for speed in machines.of_ranks([0, 2]).speeds] == [1.0, 1.0]

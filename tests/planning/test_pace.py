@@ -19,3 +19,12 @@ def test_a_core_that_others_use_too_counts_in_part(tmp_path: Path) -> None:
 
 def test_it_is_that_of_this_machine() -> None:
     assert 0 < pace.pace() < 100
+
+
+def test_hosts_that_are_about_as_fast_are_alike() -> None:
+    """A share of the lines for each of them must not depend on noise."""
+    speeds = list(pace.by_pace((0.9, 1.0, 0.33, 0.9), [1, 1, 1, 1]))
+    assert speeds[0] is speeds[1] is speeds[3]
+    assert [speed.core for speed in speeds] == pytest.approx([1.0, 1.0, 0.33, 1.0])
+    assert speeds[0].memory == pytest.approx(speeds[2].memory / 0.33)
+    assert [speed.memory for speed in pace.by_pace((1.0, 1.0), [2])] == [speeds[0].memory / 2] * 2
