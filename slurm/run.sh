@@ -9,6 +9,7 @@
 set -uo pipefail
 
 say() { echo "run.sh: $*" >&2; }
+SOON=300 # seconds
 
 here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck disable=SC1091
@@ -84,11 +85,27 @@ trap '' USR1 TERM
 interrupted=no
 [ "$code" = 75 ] && interrupted=yes
 [ -n "$warned" ] && [ "$code" -gt 2 ] && interrupted=yes
-[ "$interrupted" = no ] && exit "$code"
+[ "$warned" = TERM ] && [ "$code" != 0 ] && interrupted=yes # Open MPI's mpiexec returns 1
+if [ "$interrupted" = no ] && [ "$code" != 0 ] && tail --bytes=2000 "/proc/$$/fd/2" 2>/dev/null | grep -q 'oom-kill\|Out Of Memory'; then
+    say "Slurm killed the run because it took more memory than the job asked for; type sbatch --mem=SIZE ..., with what mpillm plan predicts and a tenth"
+    exit 137
+fi
+if [ "$interrupted" = no ]; then
+    [ "$code" = 0 ] || say "the run ended with exit code $code; what mpillm says of it is above the lines of ${start[0]}"
+    exit "$code"
+fi
 
-if [ "$warned" != TERM ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "${MPILLM_RESTARTS:-100}" ]; then
+# Without a warning, what ended the run soon (a full disk, say) would end it soon again.
+soon=no
+[ -z "$warned" ] && [ "$SECONDS" -lt "$SOON" ] && soon=yes
+
+if [ "$warned" != TERM ] && [ "$soon" = no ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "${MPILLM_RESTARTS:-100}" ]; then
     say "interrupted (exit code $code); the job is queued again"
     scontrol requeue "$SLURM_JOB_ID" && exit 75
 fi
-say "interrupted (exit code $code); run the same sbatch command again to continue"
+if [ "$warned" = TERM ]; then
+    say "interrupted by Slurm; a preempted job is queued again, and after scancel the same sbatch command continues the run"
+else
+    say "interrupted (exit code $code); run the same sbatch command again to continue"
+fi
 exit 75

@@ -51,7 +51,20 @@ LAUNCHER_OPTIONS = {
     "-x": 1,
 }
 # Programs of others; what they do is theirs.
-SYSTEM = {"auditwheel", "schemathesis", "inspect", "export", "split", "apt", "pip", "."}
+SYSTEM = {
+    "auditwheel",
+    "schemathesis",
+    "inspect",
+    "export",
+    "split",
+    "mkdir",
+    "sbcast",
+    "cd",
+    "apt",
+    "pip",
+    "python3",
+    ".",
+}
 MADE_UP = {"JOB.toml", "hosts", "records.jsonl"}
 
 
@@ -351,24 +364,27 @@ def test_the_tutorial_for_python_runs(tmp_path: Path) -> None:
 def test_the_tutorial_for_slurm_runs(tmp_path: Path) -> None:
     """Its commands, typed one after the other with its example as the input and a tiny model.
 
-    pip and pull are left out, and sbatch's words are run here; tests/cluster/test_slurm.py has the scripts in a Slurm.
+    The environment and pull are left out, and sbatch's words are run here; tests/cluster/test_slurm.py has the
+    scripts in a Slurm.
     """
     page, env = ROOT / "docs/tutorial-slurm.md", clean_environment()
     folder, typed = tmp_path, list(fenced(page))
     for line in typed:
         words = shlex.split(line)
-        if words[0] == "pip" or words[3:4] == ["pull"]:
+        if words[0] in ("pip", "python3", ".") or words[3:4] == ["pull"]:
+            continue
+        if words[0] == "cd":
+            folder /= words[1]
             continue
         if words[0] == "sbatch":
-            words = ["python", "-m", "mpillm", "run", *words[2:]]
+            words = ["python", "-m", "mpillm", "run", *words[words.index("slurm/one-node.sbatch") + 1 :]]
         if words[3] in ("plan", "run"):
             words += ["--model", str(CHAT)]
         done = run_bounded([sys.executable, *words[1:]], env=env, cwd=folder)
         assert done.returncode == 0, (line, done.stderr)
         if words[3] == "init":
-            folder = tmp_path / words[-1]
             (request,) = re.findall(r"^```json\n(.*?)^```", page.read_text(), flags=re.M | re.S)
-            (folder / "records.jsonl").write_text(request)
+            (folder / words[-1] / "records.jsonl").write_text(request)
     answer = json.loads((folder / "out/records/results.jsonl").read_text())
     assert answer["custom_id"] == "record-1"
     assert answer["response"]["body"]["choices"][0]["message"]["content"] in ("positive", "negative")

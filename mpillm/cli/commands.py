@@ -223,16 +223,16 @@ def _export(options: argparse.Namespace) -> int:
 
 def _status(options: argparse.Namespace) -> int:
     from mpillm.store.readable import as_json
-    from mpillm.store.status import Reader
+    from mpillm.store.watching import reader_of
 
-    with contextlib.closing(Reader(options.directory)) as reader:
+    with contextlib.closing(reader_of(options.directory)) as reader:
         now = reader.look()
     print(as_json(now).decode() if options.json else "\n".join(now.lines()))
     return now.exit_code
 
 
 def _watch(options: argparse.Namespace) -> int:
-    from mpillm.store.status import watch, when_begun
+    from mpillm.store.watching import watch, when_begun
 
     def say(line: str) -> None:
         print(line, flush=True)

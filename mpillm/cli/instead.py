@@ -10,6 +10,11 @@ RANKS_OF_LAUNCHERS = ("-n", "-np", "--np", "--ranks")
 UNDER_MPIEXEC = ("bench", "chat", "doctor", "pack", "serve")
 # A run goes on by itself, and never overwrites another one's answers.
 GOING_ON = ("--resume", "--continue", "--restart", "--force", "--overwrite")
+OF_SLURM = {
+    "--account", "--array", "--constraint", "--cpus-per-task", "--dependency", "--exclude", "--exclusive",
+    "--job-name", "--mem", "--mem-per-cpu", "--nodelist", "--nodes",
+    "--ntasks", "--ntasks-per-node", "--partition", "--qos", "--time",
+}  # fmt: skip
 # Options of other programs that ask for what there is in another way, or not at all.
 ELSEWHERE = {
     **dict.fromkeys(
@@ -44,6 +49,9 @@ def sentence(
         if name in RANKS_OF_LAUNCHERS and command in UNDER_MPIEXEC:
             started = f"mpiexec -n {value or 'N'} python -m mpillm {command}"
             return f"the launcher sets the number of ranks; type {started} ..."
+        if command == "run" and name in OF_SLURM:
+            typed = f"{name}={value}" if value and not value.startswith("-") else name
+            return f"{name} is an option of Slurm; type it before the script: sbatch {typed} slurm/one-node.sbatch ..."
         if command == "run" and name in GOING_ON:
             return (
                 f"there is no option {name}: the same command continues a stopped run, and another --output "

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 CRASHED = 70  # exit code after an unforeseen error (EX_SOFTWARE of sysexits.h)
 # Seconds in which the other ranks must finish or fail too, before the error of one rank aborts all.
 GRACE = 2.0
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def run(world: World, program: Callable[[World], int]) -> int:
@@ -88,6 +89,10 @@ def _leave(world: World, code: int, error: MpillmError | None) -> int:
     final = departure.code
     if world.lost:
         world.exit(final)  # MPI_Finalize may wait for the dead
+    if (
+        world.size > 1
+    ):  # srun ends the ranks that are left when one has ended with an error, and their codes count
+        _ignore_signals()
     world.end(final, orderly=not failed)
     return final
 
@@ -108,30 +113,30 @@ def _all_arrive(world: World, departure: Departure, error: MpillmError | None) -
 def _interruptible() -> Iterator[None]:
     """SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) raise Interrupted once; launchers tend to send several signals.
 
-    SIGUSR2 is from a supervisor, which says itself why it stops the ranks: its Interrupted has no text.
+    SIGUSR2 is from a supervisor, which says itself why it stops the ranks: its Interrupted has no text. Signals that
+    are ignored at the end stay so: one more would kill the process on its way out, and change its exit code.
     """
 
     def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
-        for name in caught:
-            signal.signal(name, signal.SIG_IGN)
+        _ignore_signals()
         if number == signal.SIGUSR2:
             raise Interrupted
         raise Interrupted(
             f"Stopped by {signal.Signals(number).name}; run the same command again to continue."
         )
 
-    caught: Sequence[signal.Signals] = (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGUSR1,
-        signal.SIGUSR2,
-    )
-    before = [signal.signal(name, interrupt) for name in caught]
+    before = [signal.signal(name, interrupt) for name in STOPS]
     try:
         yield
     finally:
-        for name, handler in zip(caught, before, strict=True):
-            signal.signal(name, handler)
+        for name, handler in zip(STOPS, before, strict=True):
+            if signal.getsignal(name) is interrupt:
+                signal.signal(name, handler)
+
+
+def _ignore_signals() -> None:
+    for name in STOPS:
+        signal.signal(name, signal.SIG_IGN)
 
 
 def _in_a_line(bug: BaseException) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
@@ -33,6 +35,7 @@ from mpillm.planning.job_time import Demand
 from mpillm.planning.limits import limits
 from mpillm.planning.needs import needs_of
 from mpillm.planning.planner import Planner
+from mpillm.planning.shortage import shortage
 from mpillm.planning.wire import wire_in_words, with_wire
 from mpillm.run import draft
 from mpillm.run.laying_out import LayoutChoice
@@ -61,14 +64,16 @@ class Session:
         shards_before: int | None = None,
         replicated: bool = False,
         leave_out: bool = False,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         """Open the model and distribute it over the ranks (collective).
 
         `origin` is that of the run if ranks were lost. `shards_before` shards are used if the job does not set their
         number and the model can be cut so. There is one replica unless `replicated`. All ranks are used unless
         `leave_out` allows to leave out those of slow hosts: these are spare then (`World.spare`), and their session has
-        only its `origin`.
+        only its `origin`. `say` tells the user at once, on rank 0, what the system may kill the run for.
         """
+        self._say = say
         self._replicated, self._leave_out = replicated, leave_out
         self.world, self._origin, self._shards_before = world, origin, shards_before
         self.job, self.spec = spec, spec  # the job for all ranks, and with this rank's own values
@@ -132,6 +137,11 @@ class Session:
         self.reason = "; ".join(filter(None, (chosen.reason, chosen.compared)))
         self._kv_tokens = 0
         world.go_on_with(found.ranks)
+        if self._say is not None and world.rank == 0:
+            plans = self.planner.replicas(self.job, self.replicas, self.needs, self.machines.names)
+            ranks = [rank for replica in plans for rank in replica.ranks]
+            if lacking := shortage(ranks, self.machines, "SLURM_JOB_ID" in os.environ):
+                self._say(lacking)
 
     def _take_place(self) -> None:
         """Set this rank's place in the layout, and the warnings about it."""

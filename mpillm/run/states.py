@@ -253,7 +253,8 @@ def begin(
         since = world.on_rank_0(lambda: began(rank.claim))
         path = model_path(world, rank.spec, rank.progress)
         spec, shards = rank.kept(origin)
-        session = Session(world, spec, path, origin, shards, replicated=True, leave_out=True)
+        say = rank.progress.say
+        session = Session(world, spec, path, origin, shards, replicated=True, leave_out=True, say=say)
         unless_begun.callback(session.close)
         if world.spare:
             return StandingBy(session.origin, losses)

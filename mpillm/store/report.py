@@ -215,6 +215,11 @@ def read(directory: Path) -> Report:
     try:
         return msgspec.json.decode(path.read_bytes(), type=Report)
     except FileNotFoundError:
+        if any(directory.glob(f"*/{JSON}")):
+            raise JobError(
+                f"{directory} has the runs of several parts; type mpillm merge {directory} --output DIR, then "
+                "mpillm report DIR."
+            ) from None
         raise JobError(f"There is no finished run in {directory}: it has no {JSON}.") from None
     except NotADirectoryError:
         raise JobError(f"{directory} is a file; give the output directory of a run.") from None

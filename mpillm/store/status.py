@@ -7,7 +7,7 @@ import errno
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -20,8 +20,6 @@ from mpillm.store.output import JOURNAL, LOCK, NO_LOCKS, owner_of
 from mpillm.store.records import KEY_BYTES, JournalHeader, Scan, scan
 from mpillm.store.same_job import MODEL_FILE
 from mpillm.words import count_of
-
-LOOK = 0.5  # seconds between two looks for a journal
 
 
 class Status(msgspec.Struct, kw_only=True, frozen=True):
@@ -64,9 +62,9 @@ class Status(msgspec.Struct, kw_only=True, frozen=True):
         if self.starts:
             starts = f", in {self.starts} starts" if self.starts > 1 else ""
             tokens = f"{self.prompt_tokens} prompt and {count_of(self.generated_tokens, 'generated token')}"
-            yield f"  computed  {tokens} in {_ago(self.seconds)}{starts}"
+            yield f"  computed  {tokens} in {ago(self.seconds)}{starts}"
         if self.left is not None:
-            yield f"  left      {_ago(self.left)}"
+            yield f"  left      {ago(self.left)}"
         if self.partial:
             yield f"  partial   {count_of(self.partial, 'unfinished request')} with saved tokens"
         if self.damaged:
@@ -75,12 +73,13 @@ class Status(msgspec.Struct, kw_only=True, frozen=True):
                 "part will run again"
             )
         if self.state == "running":
-            yield f"  written   {_ago(self.idle)} ago"
+            yield f"  written   {ago(self.idle)} ago"
         elif self.state == "stopped":
-            yield f"  written   {_ago(self.idle)} ago; run its command again to continue"
+            yield f"  written   {ago(self.idle)} ago; run its command again to continue"
 
 
-def _ago(seconds: float) -> str:
+def ago(seconds: float) -> str:
+    """A duration as h:mm:ss."""
     return str(timedelta(seconds=round(seconds)))
 
 
@@ -185,35 +184,3 @@ class Reader:
     def close(self) -> None:
         """Close the directory."""
         self._directory.close()
-
-
-def when_begun(path: Path, say: Callable[[str], None]) -> Reader:
-    """The reader of a directory as soon as a run has begun in it, which may be queued; says once that it waits."""
-    said = False
-    while True:
-        try:
-            return Reader(path)
-        except (NotBegun, Starting):
-            if not said:
-                say(f"No run has started in {path} yet; waiting for one (Ctrl-C stops waiting).")
-            said = True
-            time.sleep(LOOK)
-
-
-def watch(reader: Reader, every: float, say: Callable[[str], None]) -> Status:
-    """Say how far a run is, every so many seconds, until it runs no longer; the last status."""
-    start = time.monotonic()
-    first = now = reader.look()
-    while now.state == "running":
-        spent = time.monotonic() - start
-        part = 100 * now.answered / now.total if now.total else 100
-        pace = ""
-        if now.answered > first.answered:
-            rate = (now.answered - first.answered) / spent
-            pace = f", {60 * rate:.1f} a minute"
-        if now.left is not None:
-            pace += f", {_ago(now.left)} left"
-        say(f"{now.answered} of {count_of(now.total, 'request')} ({part:.0f} %){pace}")
-        time.sleep(every)
-        now = reader.look()
-    return now

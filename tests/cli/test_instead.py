@@ -32,6 +32,7 @@ MISTAKES = {
     "another program's option": ("plan --batch-size=4", "type --set batch.max_num_seqs=4"),
     "vLLM's option": ("run --tensor-parallel-size 2", "type --set layout.shards=2"),
     "ranks of a run": ("run --ranks 4", "type mpillm launch -n 4 run"),
+    "sbatch's option": ("run --mem=64G", "type it before the script: sbatch --mem=64G slurm/one-node.sbatch ..."),
     "mpiexec's option": ("run -n 4 jobs/a.toml", "type mpillm launch -n 4 run"),
     "a model as a word": ("chat smollm2-135m", "to choose a model, type --model smollm2-135m"),
     "help": ("help", "did you mean mpillm --help?"),

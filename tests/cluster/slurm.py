@@ -80,7 +80,10 @@ KillWait=5
 MinJobAge=600
 OverTimeLimit=0
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=1
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=2
 """
 
 
@@ -175,7 +178,9 @@ class Slurm:
 
     def _idle(self) -> int:
         """The number of nodes that are ready for work."""
-        done = run_bounded(["sinfo", "--noheader", "--Node", "--format=%t"], 30, self.environment())
+        done = run_bounded(
+            ["sinfo", "--noheader", "--Node", "--partition=main", "--format=%t"], 30, self.environment()
+        )
         return done.stdout.split().count("idle")
 
     def _spawn(self, name: str, *options: str) -> None:

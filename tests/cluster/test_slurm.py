@@ -41,6 +41,9 @@ if "--wait" in sys.argv and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
         time.sleep(0.05)
     world.Barrier()
     sys.exit(75 if told else 3)
+if "--killed" in sys.argv:
+    print("srun: error: n0: task 0: Out Of Memory", file=sys.stderr, flush=True)
+    sys.exit(1)
 if "--fail" in sys.argv:
     sys.exit(int(sys.argv[-1]))
 """
@@ -146,6 +149,7 @@ def test_a_job_that_is_cancelled_stays_cancelled(stub: Path, slurm: Slurm, launc
     until(lambda: not slurm.command("squeue", "--noheader", f"--jobs={job}").strip())
     done = slurm.wait(job, stub / "log")
     assert (done.state, done.restarts) == ("CANCELLED", 0), done.log
+    assert "after scancel the same sbatch command continues the run" in done.log
     assert "stopping (signal TERM)" in done.log
     assert "the job is queued again" not in done.log
 
@@ -173,6 +177,35 @@ def test_the_warning_comes_before_the_time_limit(stub: Path, slurm: Slurm) -> No
 def test_other_exit_codes_are_the_job_s(stub: Path, submit: Submit, code: int) -> None:
     job = submit(stub, "--ntasks=1", "slurm/one-node.sbatch", "job.toml", "--fail", str(code))
     assert (job.state, job.exit_code, job.restarts) == ("FAILED", code, 0), job.log
+    assert job.log.splitlines()[-1].startswith(f"run.sh: the run ended with exit code {code}; ")
+
+
+@one_mpi
+def test_what_ends_a_run_at_once_is_not_tried_again(stub: Path, submit: Submit) -> None:
+    """A full disk, say, ends it with 75 without a warning."""
+    job = submit(stub, "--ntasks=1", "slurm/one-node.sbatch", "job.toml", "--fail", "75")
+    assert (job.state, job.exit_code, job.restarts) == ("FAILED", 75, 0), job.log
+    assert "run the same sbatch command again to continue" in job.log.splitlines()[-1]
+
+
+@one_mpi
+def test_a_run_that_was_killed_for_memory_is_not_complete(stub: Path, submit: Submit) -> None:
+    """What srun says stands in the log; its exit code is that of a complete run with errors."""
+    job = submit(stub, "--ntasks=1", "slurm/one-node.sbatch", "job.toml", "--killed")
+    assert (job.state, job.exit_code) == ("FAILED", 137), job.log
+    assert "type sbatch --mem=SIZE" in job.log.splitlines()[-1]
+
+
+@one_mpi
+def test_a_preempted_job_goes_on_later(stub: Path, slurm: Slurm) -> None:
+    words = ["--nodes=4", "--cpus-per-task=2", "slurm/many-nodes.sbatch", "job.toml", "--wait"]
+    job = slurm.submit("--output=log", *words, cwd=stub)
+    until(lambda: all((stub / f"ready{rank}").exists() for rank in range(4)))
+    other = slurm.submit("--output=log2", "--partition=urgent", "--nodes=4", "--wrap=true", cwd=stub)
+    done = slurm.wait(job, stub / "log")
+    assert (done.state, done.exit_code, done.restarts) == ("COMPLETED", 0, 1), done.log
+    assert len(re.findall("ranks=4 nodes=n", done.log)) == 2
+    assert slurm.wait(other, stub / "log2").state == "COMPLETED"
 
 
 @one_mpi
@@ -189,7 +222,36 @@ def test_array(stub: Path, slurm: Slurm) -> None:
     for name, end in zip(("000", "001"), ends, strict=False):
         words = ["run", "job.toml", "--input", f"parts/{name}.jsonl", "--output", f"out/all/{name}"]
         assert f"words={[*words, '--set', 'sampling.seed=3']}" in end.log
-    assert "parts has 2 .jsonl files, none for array task 2" in ends[2].log
+    assert "parts has 2 .jsonl files, none for array task 2; type sbatch --array=0-1 ..." in ends[2].log
+
+
+@one_mpi
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--array=0", "slurm/array.sbatch", "job.toml", "nothing", "out"], "nothing has no .jsonl files"),
+        (
+            ["slurm/array.sbatch", "job.toml", "parts", "out"],
+            "none for array task ?; type sbatch --array=0-0 ...",
+        ),
+        (
+            ["--chdir=out", "slurm/one-node.sbatch", "job.toml"],
+            "type sbatch in the directory that has slurm/",
+        ),
+    ],
+)
+def test_what_to_type_instead(stub: Path, slurm: Slurm, words: list[str], says: str) -> None:
+    for name in ("parts", "out"):
+        (stub / name).mkdir()
+    (stub / "parts/000.jsonl").touch()
+    outside = "--chdir=out" in words
+    typed = [f"../{word}" if word.startswith("slurm/") else word for word in words[1:]] if outside else words
+    log = stub / "log"
+    job = slurm.submit(f"--output={log}", *typed, cwd=stub / "out" if outside else stub)
+    array = any(word.startswith("--array") for word in words)
+    done = slurm.wait(f"{job}_0" if array else job, log)
+    assert (done.state, done.exit_code) == ("FAILED", 2), done.log
+    assert says in done.log
 
 
 @one_mpi
@@ -219,6 +281,18 @@ def test_the_real_job_gives_the_same_bytes(
     done = submit(checkout, options, f"slurm/{script}", "job.toml")
     assert (done.state, done.exit_code) == ("COMPLETED", 0), done.log
     assert results(checkout) == reference(checkout, mpi, job)
+
+
+@one_mpi
+def test_a_refused_job_ends_with_its_exit_code(checkout: Path, slurm: Slurm, submit: Submit) -> None:
+    """srun ends the ranks that are left as soon as one has ended; that changes no code, and hides no message."""
+    write_job(checkout, requests=2, max_tokens=2)
+    words = ["--nodes=4", "slurm/many-nodes.sbatch", "job.toml"]
+    assert submit(checkout, *words).exit_code == 0
+    job = slurm.submit("--output=log2", *words, "--set", "sampling.max_tokens=3", cwd=checkout)
+    done = slurm.wait(job, checkout / "log2")
+    assert (done.state, done.exit_code) == ("FAILED", 2), done.log
+    assert "mpillm: The output directory out belongs to another job: sampling.max_tokens" in done.log
 
 
 @one_mpi

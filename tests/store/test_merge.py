@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -124,3 +125,31 @@ def test_what_cannot_be_merged_is_named(runs: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(JobError, match=r"are not parts of the same job: their job differs .*max_tokens"):
         merge([runs / "whole", other], tmp_path / "out")
+
+
+def test_the_status_of_parts(runs: Path, tmp_path: Path) -> None:
+    """Of a directory of parts, as an array makes them; a merged one and a report of parts say what to type."""
+    parts = tmp_path / "parts"
+    shutil.copytree(runs / "parts", parts)
+    words = [sys.executable, "-m", "mpillm"]
+    status = [*words, "status", parts]
+    done = run_bounded(status, env=clean_environment())
+    assert done.returncode == 1, "a line of a part is an error"
+    assert done.stdout.startswith(
+        f"{parts}: 3 runs begun, 3 complete\n  requests  6 of 6 (100 %), 1 with an error\n"
+    )
+    watched = run_bounded([*words, "watch", parts], env=clean_environment())
+    assert (watched.returncode, watched.stdout) == (1, done.stdout)
+    journal = parts / "001/journal"
+    journal.write_bytes(journal.read_bytes()[:-20])  # as a killed run leaves it
+    cut = run_bounded(status, env=clean_environment())
+    assert cut.returncode == 75
+    assert ": 3 runs begun, 2 complete\n" in cut.stdout
+    assert "\n  001  stopped: 0 of 1 requests, written 0:00:" in cut.stdout
+    found = json.loads(run_bounded([*status, "--json"], env=clean_environment()).stdout)
+    assert [part["state"] for part in found["parts"]] == ["complete", "stopped", "complete"]
+    page = run_bounded([*words, "report", parts], env=clean_environment())
+    assert (page.returncode, f"type mpillm merge {parts} --output DIR" in page.stderr) == (2, True)
+    merge([runs / "parts"], tmp_path / "merged")
+    merged = run_bounded([*words, "status", tmp_path / "merged"], env=clean_environment())
+    assert (merged.returncode, f"type: mpillm report {tmp_path / 'merged'}" in merged.stderr) == (2, True)

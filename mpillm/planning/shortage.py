@@ -1,0 +1,32 @@
+"""What to tell the user if the ranks of a host may take more memory than it has left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mpillm.planning.machines import Machines
+from mpillm.planning.rank_plan import RankPlan
+from mpillm.spec import shown_bytes
+
+STARTED = 45 * 2**20  # bytes that a rank has taken before what is free is measured: Python and MPI
+SPARE = 1.1  # times what is planned: mpiexec and the page cache (docs/memory.md)
+
+
+def shortage(plans: Sequence[RankPlan], machines: Machines, in_slurm: bool) -> str | None:
+    """A sentence on the host that lacks most bytes for its ranks, with what to type; None if no host lacks any."""
+    needed, free = (
+        [0] * len(machines.ranks_per_host),
+        [STARTED * count for count in machines.ranks_per_host],
+    )
+    for plan, host, left in zip(plans, machines.host_of_rank, machines.free, strict=True):
+        needed[host] += plan.held
+        free[host] += left
+    host = max(range(len(needed)), key=lambda one: needed[one] - free[one])
+    if needed[host] <= free[host]:
+        return None
+    ask = f"type sbatch --mem={int(SPARE * needed[host]) // 2**20 + 1}M ..., or " if in_slurm else ""
+    return (
+        f"{machines.host_names()[host]} has {shown_bytes(free[host])} for this run, which may take "
+        f"{shown_bytes(needed[host])} there and be killed for it; {ask}lower memory.kv or memory.weights, or use "
+        "more hosts."
+    )

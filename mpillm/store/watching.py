@@ -1,0 +1,146 @@
+"""`mpillm status` and `watch` of an output directory, or of one that holds the parts of an array."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from mpillm.errors import JobError
+from mpillm.store.output import JOURNAL
+from mpillm.store.results import JSONL
+from mpillm.store.status import NotBegun, Reader, Starting, Status, ago
+from mpillm.words import count_of
+
+LOOK = 0.5  # seconds between two looks for a journal
+
+
+class Parts(msgspec.Struct, kw_only=True, frozen=True):
+    """How far the parts of an array are, those that have begun."""
+
+    directory: str
+    parts: list[Status]
+
+    @property
+    def state(self) -> Literal["running", "stopped", "complete"]:
+        """Running if one part is, complete if all are."""
+        states = {part.state for part in self.parts}
+        if "running" in states:
+            return "running"
+        return "stopped" if "stopped" in states else "complete"
+
+    @property
+    def total(self) -> int:
+        """Requests of all parts that have begun."""
+        return sum(part.total for part in self.parts)
+
+    @property
+    def answered(self) -> int:
+        """Those that are on disk."""
+        return sum(part.answered for part in self.parts)
+
+    @property
+    def left(self) -> float | None:
+        """Seconds that those that run need still; None if one does not say."""
+        left = [part.left for part in self.parts if part.state == "running"]
+        known = [seconds for seconds in left if seconds is not None]
+        return max(known) if known and len(known) == len(left) else None
+
+    @property
+    def exit_code(self) -> int:
+        """75 if a part is not complete, 1 if a request ended in an error, else 0."""
+        return max(part.exit_code for part in self.parts)
+
+    def lines(self) -> Iterator[str]:
+        """What a person wants to read: the sums, and the parts that are not complete."""
+        complete = sum(part.state == "complete" for part in self.parts)
+        yield f"{self.directory}: {count_of(len(self.parts), 'run')} begun, {complete} complete"
+        share = f" ({100 * self.answered / self.total:.0f} %)" if self.total else ""
+        errors = sum(part.errors for part in self.parts)
+        yield f"  requests  {self.answered} of {self.total}{share}{f', {errors} with an error' if errors else ''}"
+        generated = sum(part.generated_tokens for part in self.parts)
+        if generated:
+            prompts = sum(part.prompt_tokens for part in self.parts)
+            seconds = sum(part.seconds for part in self.parts)
+            tokens = f"{prompts} prompt and {count_of(generated, 'generated token')}"
+            yield f"  computed  {tokens} in {ago(seconds)}"
+        for part in self.parts:
+            if part.state != "complete":
+                far = f"{part.answered} of {part.total} requests, written {ago(part.idle)} ago"
+                yield f"  {Path(part.directory).name}  {part.state}: {far}"
+
+
+class PartsReader:
+    """The directories in a directory that are outputs of runs; a complete one is read once."""
+
+    def __init__(self, path: Path) -> None:
+        """NotBegun if there is none."""
+        self._path = path
+        self._complete = dict[Path, Status]()
+        if not self._found():
+            if (path / JSONL).exists():
+                raise JobError(f"{path} was made by mpillm merge and is complete; type: mpillm report {path}")
+            raise NotBegun(f"The directory {path} is not the output directory of a run: it has no {JOURNAL}.")
+
+    def _found(self) -> list[Path]:
+        return sorted(path for path in self._path.iterdir() if (path / JOURNAL).exists())
+
+    def look(self) -> Parts:
+        """The status now; OutputError if a journal cannot be read."""
+        parts = list[Status]()
+        for path in self._found():
+            if (now := self._complete.get(path)) is None:
+                with closing(Reader(path)) as reader:
+                    now = reader.look()
+            if now.state == "complete":
+                self._complete[path] = now
+            parts.append(now)
+        return Parts(directory=str(self._path), parts=parts)
+
+    def close(self) -> None:
+        """Nothing is open between two looks."""
+
+
+def reader_of(path: Path) -> Reader | PartsReader:
+    """The reader of an output directory, or of one with the parts of an array."""
+    try:
+        return Reader(path)
+    except NotBegun:
+        if not path.is_dir():
+            raise
+    return PartsReader(path)
+
+
+def when_begun(path: Path, say: Callable[[str], None]) -> Reader | PartsReader:
+    """The reader of a directory as soon as a run has begun in it, which may be queued; says once that it waits."""
+    said = False
+    while True:
+        try:
+            return reader_of(path)
+        except (NotBegun, Starting):
+            if not said:
+                say(f"No run has started in {path} yet; waiting for one (Ctrl-C stops waiting).")
+            said = True
+            time.sleep(LOOK)
+
+
+def watch(reader: Reader | PartsReader, every: float, say: Callable[[str], None]) -> None:
+    """Say how far a run is, or the parts of an array, every so many seconds, until none runs any longer."""
+    start = time.monotonic()
+    first = now = reader.look()
+    while now.state == "running":
+        spent = time.monotonic() - start
+        part = 100 * now.answered / now.total if now.total else 100
+        pace = ""
+        if now.answered > first.answered:
+            rate = (now.answered - first.answered) / spent
+            pace = f", {60 * rate:.1f} a minute"
+        if now.left is not None:
+            pace += f", {ago(now.left)} left"
+        say(f"{now.answered} of {count_of(now.total, 'request')} ({part:.0f} %){pace}")
+        time.sleep(every)
+        now = reader.look()
