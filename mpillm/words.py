@@ -1,8 +1,17 @@
-"""Numbers of things in sentences."""
+"""Numbers of things, and their names, in sentences."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 def count_of(number: int | str, kind: str) -> str:
     """`1 rank`, `2 ranks`: a number, which may be formatted already, and the plural where it is not one."""
     return f"{number} {kind}{'' if str(number) == '1' else 's'}"
+
+
+def some_of(names: Sequence[str], kind: str) -> str:
+    """`a`, `a, b and c`, or `a, b and 5 other hosts`: at most three names, of things of one kind."""
+    if len(names) > 3:
+        names = [*names[:2], count_of(len(names) - 2, f"other {kind}")]
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

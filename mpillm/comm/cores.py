@@ -111,8 +111,8 @@ def node_cores(ranks: list[Cores]) -> int:
     return max(1, cores)
 
 
-def binding(host: str, ranks: list[Cores]) -> str:
-    """What to tell the user if mpiexec, by itself, has left cores of this node without a rank; else nothing.
+def binding(ranks: list[Cores]) -> str:
+    """What mpiexec has done if, by itself, it has left cores of the node with these ranks without one; else nothing.
 
     Open MPI binds each of up to two ranks to one core, and a rank's threads with it.
     """
@@ -123,8 +123,8 @@ def binding(host: str, ranks: list[Cores]) -> str:
     if not used < there:
         return ""
     return (
-        f"On {host}, mpiexec bound the ranks to {len(used)} of {len(there)} cores; the others are idle. Add "
-        "--bind-to none after mpiexec."
+        f"mpiexec bound the ranks to {len(used)} of {len(there)} cores; the others are idle. Add --bind-to none "
+        "after mpiexec."
     )
 
 

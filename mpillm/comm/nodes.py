@@ -14,7 +14,7 @@ from mpillm import version
 from mpillm.comm.cores import Cores, binding, node_cores
 from mpillm.comm.faults import Process
 from mpillm.comm.free_memory import free_memory
-from mpillm.words import count_of
+from mpillm.words import count_of, some_of
 
 CLOCKS = 60.0  # seconds by which hosts' clocks may differ; ranks do not start at the same moment
 
@@ -139,7 +139,10 @@ class Nodes:
         hosts: dict[str, list[Cores]] = {}
         for rank in self._ranks:
             hosts.setdefault(rank.host, []).append(rank.cores)
-        return list(filter(None, (binding(host, ranks) for host, ranks in hosts.items())))
+        said: dict[str, list[str]] = {}
+        for host, ranks in hosts.items():
+            said.setdefault(binding(ranks), []).append(host)
+        return [f"On {some_of(names, 'host')}, {text}" for text, names in said.items() if text]
 
 
 def _boot_id() -> str:

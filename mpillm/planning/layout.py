@@ -147,6 +147,8 @@ def _compared(best: Found, found: list[Found]) -> str:
     if not second.fits:
         return f"no other of {len(found)} layouts fits"
     times = second.time.seconds / best.time.seconds
+    if times < 1:  # not clearly less (CLEARLY): the rule's layout is kept
+        return f"as good as any of {len(found)} layouts tried; {what} would take about as long"
     return f"the best of {len(found)} layouts tried; {what} would take {times:.2f} times as long"
 
 

@@ -20,7 +20,7 @@ from mpillm.planning.hosts import Host
 from mpillm.planning.measure import Measured
 from mpillm.planning.speed import KINDS, ROWS
 from mpillm.weights.identity import fingerprint
-from mpillm.words import count_of
+from mpillm.words import count_of, some_of
 
 SLOW_LINK = 20e6  # bytes per second: less than a fifth of gigabit Ethernet
 UNEQUAL = 0.7  # of the fastest host's speed: below, it is worth a word
@@ -166,7 +166,7 @@ def _version(rank: _RankFindings) -> str:
 
 
 def _about_nodes(world: World, everyone: Sequence[_RankFindings]) -> Iterator[str]:
-    numbers = world.nodes.numbers
+    numbers, busy = world.nodes.numbers, dict[str, float]()
     for _, ranks in groupby(sorted(range(world.size), key=numbers.__getitem__), key=numbers.__getitem__):
         rank = next(ranks)
         one, host = everyone[rank], world.hosts[rank]
@@ -181,18 +181,21 @@ def _about_nodes(world: World, everyone: Sequence[_RankFindings]) -> Iterator[st
             remedy = "; install gcc and python3-dev, then mpillm again" if one.why_no_kernels else ""
             yield f"{host}: the compiled kernels {why}{remedy}."
         if one.load > one.ranks + BUSY:
-            yield f"{host}: other processes ran meanwhile (load {one.load:.1f}); measure again when it is idle."
+            busy[host] = one.load
+    if busy:
+        where, load = some_of(list(busy), "host"), max(busy.values())
+        idle = "it is" if len(busy) == 1 else "they are"
+        yield f"{where}: other processes ran meanwhile (load {load:.1f}); measure again when {idle} idle."
     yield from world.nodes.bindings
     yield from world.nodes.clocks
 
 
 def _about_links(world: World, links: Sequence[LinkTiming]) -> Iterator[str]:
-    for link in links:
-        if link.bandwidth < SLOW_LINK:
-            yield (
-                f"{_ends(world, link)}: a slow network; stages send least, and wire.between_stages = "
-                '"q8_0" a quarter of that.'
-            )
+    if slow := [_ends(world, link) for link in links if link.bandwidth < SLOW_LINK]:
+        yield (
+            f"{some_of(slow, 'link')}: a slow network; stages send least, and wire.between_stages = "
+            '"q8_0" a quarter of that.'
+        )
 
 
 def _about_hosts(hosts: Sequence[Host]) -> Iterator[str]:

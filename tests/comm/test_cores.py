@@ -41,9 +41,9 @@ def test_hardware_threads_of_a_core_count_once(tmp_path: Path) -> None:
 def test_what_mpiexec_bound_away() -> None:
     there = frozenset(range(16))
     bound = [Cores(frozenset({rank}), launcher=there) for rank in range(2)]
-    assert "On node7, mpiexec bound the ranks to 2 of 16 cores" in binding("node7", bound)
-    assert not binding("node7", [Cores(there, launcher=there)] * 2)
-    assert not binding("node7", [Cores(frozenset({0}))])  # srun, or nobody: as asked for
+    assert binding(bound).startswith("mpiexec bound the ranks to 2 of 16 cores")
+    assert not binding([Cores(there, launcher=there)] * 2)
+    assert not binding([Cores(frozenset({0}))])  # srun, or nobody: as asked for
 
 
 def test_the_tightest_group_counts(tmp_path: Path) -> None:

@@ -33,3 +33,17 @@ def test_clocks_that_are_wrong_are_said_with_their_host() -> None:
     assert behind.startswith("The clock of pi is 999000000 seconds behind that of pc: ")
     assert ahead.startswith("The clock of late is 3600 seconds ahead of that of pc: ")
     assert "timedatectl" in ahead
+
+
+def test_what_many_hosts_have_alike_is_said_once() -> None:
+    there = frozenset(range(2))
+    ranks = [
+        RankInfo(f"n{n}", f"n{n}", Cores(frozenset({0}), launcher=there), Process(n, 0.0, 0), 1, "", 0.0)
+        for n in range(5)
+    ]
+    (said,) = Nodes(0, ranks).bindings
+    assert said.startswith("On n0, n1 and 3 other hosts, mpiexec bound the ranks to 1 of 2 cores;")
+    (few,) = Nodes(0, ranks[:3]).bindings
+    assert few.startswith("On n0, n1 and n2, mpiexec bound")
+    (one,) = Nodes(0, ranks[:1]).bindings
+    assert one.startswith("On n0, mpiexec bound")

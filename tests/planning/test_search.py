@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from hypothesis import given, settings
@@ -13,11 +15,12 @@ from hypothesis import strategies as st
 from mpillm import spec
 from mpillm.errors import LayoutError
 from mpillm.model.opening import config_of, open_source
+from mpillm.partition.replicas import Replica
 from mpillm.planning.estimate import demand_of, estimate, replica_shares
 from mpillm.planning.hosts import Host, machines_of
 from mpillm.planning.input_needs import InputNeeds
 from mpillm.planning.job_time import Demand
-from mpillm.planning.layout import CLEARLY, Layouts
+from mpillm.planning.layout import CLEARLY, Layouts, _compared
 from mpillm.planning.layout_plans import Found
 from mpillm.planning.machines import Machines
 from mpillm.planning.planner import Planner
@@ -242,3 +245,19 @@ def test_q8_0_must_be_clearly_faster_than_every_exact_layout() -> None:
     assert exact.time.seconds > DEAR * found.time.seconds
     many, _, _ = for_run(layouts(requests=64), slow)
     assert (shapes(many), many.chosen.wire) == ([(1, 1)] * 2, "f32")
+
+
+def test_a_layout_that_is_hardly_faster_is_not_said_to_be_slower() -> None:
+    """The rule's layout is kept where another one is less than CLEARLY times as fast."""
+
+    def found(seconds: float, stages: int) -> Found:
+        made = SimpleNamespace(
+            chosen=SimpleNamespace(replicas=(Replica(0, stages, 1),)),
+            fits=True,
+            time=SimpleNamespace(seconds=seconds),
+        )
+        return cast(Found, made)
+
+    best, other = found(1.0, 1), found(0.99, 2)
+    assert _compared(best, [best, other]).endswith("2 stages x 1 shard would take about as long")
+    assert _compared(other, [best, other]).endswith("would take 1.01 times as long")
