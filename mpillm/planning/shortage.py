@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from mpillm.planning.machines import Machines
-from mpillm.planning.rank_plan import RankPlan
+from mpillm.planning.rank_plan import ReplicaPlan
 from mpillm.spec import shown_bytes
 
 STARTED = 45 * 2**20  # bytes that a rank has taken before what is free is measured: Python and MPI
 SPARE = 1.1  # times what is planned: mpiexec and the page cache (docs/memory.md)
 
 
-def shortage(plans: Sequence[RankPlan], machines: Machines, in_slurm: bool) -> str | None:
+def shortage(replicas: Iterable[ReplicaPlan], machines: Machines, in_slurm: bool) -> str | None:
     """A sentence on the host that lacks most bytes for its ranks, with what to type; None if no host lacks any."""
     needed, free = (
         [0] * len(machines.ranks_per_host),
         [STARTED * count for count in machines.ranks_per_host],
     )
+    plans = [rank for replica in replicas for rank in replica.ranks]
     for plan, host, left in zip(plans, machines.host_of_rank, machines.free, strict=True):
         needed[host] += plan.held
         free[host] += left

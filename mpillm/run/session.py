@@ -139,8 +139,7 @@ class Session:
         world.go_on_with(found.ranks)
         if self._say is not None and world.rank == 0:
             plans = self.planner.replicas(self.job, self.replicas, self.needs, self.machines.names)
-            ranks = [rank for replica in plans for rank in replica.ranks]
-            if lacking := shortage(ranks, self.machines, "SLURM_JOB_ID" in os.environ):
+            if lacking := shortage(plans, self.machines, "SLURM_JOB_ID" in os.environ):
                 self._say(lacking)
 
     def _take_place(self) -> None:
