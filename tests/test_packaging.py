@@ -178,6 +178,17 @@ def test_the_conda_recipe_needs_what_the_package_needs() -> None:
     assert host - {"python", "pip"} == names(PROJECT["build-system"]["requires"])
 
 
+def test_the_page_lists_each_extra() -> None:
+    page = (ROOT / "docs/install.md").read_text()
+    listed = {
+        name
+        for row in re.findall(r"^\| (`.*?) \|", page, flags=re.M)
+        for name in re.findall(r"`([a-z-]+)`", row)
+    }
+    ours = {"docs", "test", "fuzz", "lint"}  # CONTRIBUTING.md
+    assert PROJECT["project"]["optional-dependencies"].keys() - ours <= listed
+
+
 def test_containers_install_what_there_is() -> None:
     extras = PROJECT["project"]["optional-dependencies"].keys()
     for name in ("Containerfile", "apptainer.def"):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mpillm import spec
-from mpillm.api.plain import json_of
+from mpillm.api.plain import json_of, ranks_of
 from mpillm.api.results import Results
 from mpillm.errors import Interrupted, JobError, MpillmError
 
@@ -33,7 +33,7 @@ class Job:
         if "ranks" in keys:
             raise JobError(f"The number of ranks is given to run: Job(...).run(ranks={keys['ranks']}).")
         self._words = [] if path is None else [os.fspath(path)]
-        names = {name: os.fspath(keys.pop(name)) for name in ("model", "input", "output") if name in keys}
+        names = {name: _path(name, keys.pop(name)) for name in ("model", "input", "output") if name in keys}
         self._words += [word for name, value in names.items() for word in (f"--{name}", value)]
         settings = list(_settings(keys))
         self._words += [word for setting in settings for word in ("--set", setting)]
@@ -51,7 +51,7 @@ class Job:
         The results include requests with an error. Ranks that fail are started again. Raises MpillmError if the job
         cannot run, and Interrupted (or KeyboardInterrupt after Ctrl-C) if it stopped; the same call continues it.
         """
-        words = [sys.executable, "-m", "mpillm", "launch", "-n", str(ranks), "run", *self._words]
+        words = [sys.executable, "-m", "mpillm", "launch", "-n", str(ranks_of(ranks)), "run", *self._words]
         # A session of its own: Ctrl-C is passed on once, and then waited for.
         with subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
@@ -73,6 +73,13 @@ class Job:
 
     def __repr__(self) -> str:
         return f"<Job {' or '.join(self.spec.model_names)}: {self.spec.input} to {self.spec.output.path}>"
+
+
+def _path(name: str, given: Any) -> str:
+    if isinstance(given, str | os.PathLike):
+        return str(os.fspath(given))
+    asked = " (requests in a list are for LLM(...).stream)" if name == "input" else ""
+    raise JobError(f"Job: {name}: expected a path{asked}, not {given!r:.60}.")
 
 
 def _settings(keys: Mapping[str, Any]) -> Iterator[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 
 from mpillm.api.answers import (
     Answer,
@@ -17,7 +18,7 @@ from mpillm.api.answers import (
     Score,
     answer_of,
 )
-from mpillm.api.plain import json_of, several
+from mpillm.api.plain import chats_of, json_of, ranks_of, several
 from mpillm.words import count_of
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str,
+        model: str | os.PathLike[str],
         ranks: int | None = None,
         *,
         comm: MPI.Intracomm | None = None,
@@ -64,9 +65,19 @@ class LLM:
         from mpillm.comm import program
         from mpillm.errors import JobError
 
-        values = {"model": model, "input": "/dev/null", "output": "/dev/null/none", **settings}
+        for key in ("input", "output", "request", "prompt", "messages"):
+            if key in settings:
+                raise JobError(
+                    f"LLM takes no {key}: requests are for its methods, such as generate; files for Job."
+                )
+        name = os.fspath(model) if isinstance(model, os.PathLike) else model
+        values = {"model": name, "input": "/dev/null", "output": "/dev/null/none", **settings}
         self._spec = spec.checked(values, "LLM", arguments={"ranks", "comm"})
         self._world = None
+        if comm is not None and not hasattr(comm, "Dup"):
+            raise JobError(
+                f"comm must be a communicator of mpi4py, not {comm!r:.60}; leave it out for all ranks."
+            )
         if comm is not None or program.inside():
             self._world = program.world_of(comm)
             if ranks not in (None, self._world.size):
@@ -74,9 +85,7 @@ class LLM:
                     f"ranks={ranks}, but the program has {count_of(self._world.size, 'rank')}; leave ranks out."
                 )
             self._world.limit_threads(self._world.threads())
-        elif ranks is not None and not (isinstance(ranks, int) and ranks >= 1):
-            raise JobError(f"ranks must be a whole number >= 1, not {ranks!r}.")
-        self._ranks = ranks or 1
+        self._ranks = 1 if ranks is None else ranks_of(ranks)
         self._asking = threading.Lock()  # held by the call whose answers are being read
         self._asks: int | None = None  # the thread of that call
         self._backend = self._start()
@@ -111,14 +120,7 @@ class LLM:
 
     def chat(self, messages: Messages | Sequence[Messages], **body: Any) -> list[Generation]:
         """Answer one or several chats; `body` has keys of /v1/chat/completions."""
-        if isinstance(messages, str | Mapping):
-            raise TypeError(
-                f'chat takes a list such as [{{"role": "user", "content": "Hi"}}], not {messages!r:.60}'
-            )
-        chats: list[Any] = list(messages)
-        if chats and isinstance(chats[0], Mapping):
-            chats = [chats]
-        lines = [_line({"messages": chat, **body}) for chat in chats]
+        lines = [_line({"messages": chat, **body}) for chat in chats_of(messages)]
         return _kind(Generation, self._answers(lines))
 
     @overload
@@ -167,7 +169,7 @@ class LLM:
 
     def stream(
         self, requests: Iterable[Prompt | Messages | Mapping[str, Any]], **body: Any
-    ) -> Iterator[Answer]:
+    ) -> Generator[Answer, None, None]:
         """Yield the answers in the order in which they finish; `index` is the number of the request.
 
         A request is a prompt, the messages of a chat, or a line of the batch format as a dictionary (for any endpoint,
@@ -177,7 +179,7 @@ class LLM:
         lines = [_request(request, body) for request in several(requests)]
         return self._stream(lines)
 
-    def _stream(self, lines: Sequence[bytes]) -> Iterator[Answer]:
+    def _stream(self, lines: Sequence[bytes]) -> Generator[Answer, None, None]:
         from mpillm.errors import JobError
 
         if self._asks == threading.get_ident():
@@ -202,7 +204,13 @@ class LLM:
     def _prompts(
         self, prompts: Prompt | Sequence[Prompt], body: Mapping[str, Any], key: str = "prompt"
     ) -> list[bytes]:
-        return [_line({key: prompt, **body}) for prompt in several(prompts)]
+        each = several(prompts)
+        for prompt in each:
+            if isinstance(prompt, Mapping):
+                raise TypeError(
+                    f"expected a text or token ids, not {prompt!r:.60}; messages are for chat, and lines for stream"
+                )
+        return [_line({key: prompt, **body}) for prompt in each]
 
     def close(self) -> None:
         """End the ranks, or release the model in the caller's ranks. A later call loads it again."""
@@ -215,6 +223,9 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an LLM cannot be sent to another process; make one there")
 
     def __repr__(self) -> str:
         return f"<LLM {self.model}, {self.layout}>"

@@ -7,6 +7,15 @@ from collections.abc import Iterable, Mapping
 from numbers import Integral
 from typing import Any
 
+from mpillm.errors import JobError
+
+
+def ranks_of(given: Any) -> int:
+    """A number of ranks; JobError if it is none."""
+    if not isinstance(given, Integral) or isinstance(given, bool) or given < 1:
+        raise JobError(f"ranks must be a whole number >= 1, not {given!r}.")
+    return int(given)
+
 
 def json_of(value: Any) -> str:
     """A value as JSON; TypeError if it is none."""
@@ -19,7 +28,9 @@ def _plain(value: Any) -> Any:
         return value.tolist()
     if isinstance(value, Mapping):
         return dict(value)
-    if isinstance(value, Iterable) and not isinstance(value, bytes | bytearray):
+    if isinstance(value, bytes | bytearray):
+        raise TypeError(f"expected a text, not bytes; decode them: {bytes(value)[:60]!r}.decode()")
+    if isinstance(value, Iterable):
         return list(value)
     raise TypeError(f"{type(value).__name__} cannot be written as JSON: {str(value)[:60]!r}")
 
@@ -35,3 +46,20 @@ def several(given: Any) -> list[Any]:
         raise TypeError(f"expected a text, token ids, or several of these, not {given!r:.60}")
     listed = list(given)
     return [listed] if listed and all(isinstance(one, Integral) for one in listed) else listed
+
+
+def chats_of(given: Any) -> list[Any]:
+    """A list of chats: of one alone, which is a list of messages, or of several. TypeError if it is neither."""
+    chats = list(given) if _is_list(given) else [given]
+    if _is_list(given) and chats and isinstance(chats[0], Mapping):
+        return [chats]
+    for chat in chats:
+        if not _is_list(chat):
+            raise TypeError(
+                f'chat takes a list such as [{{"role": "user", "content": "Hi"}}], not {chat!r:.60}'
+            )
+    return chats
+
+
+def _is_list(given: Any) -> bool:
+    return isinstance(given, Iterable) and not isinstance(given, str | Mapping)

@@ -158,6 +158,8 @@ class Remote:
         self.close()
         ours = [line.removeprefix("mpillm: ") for line in said if line.startswith("mpillm: ")]
         reason = (ours or [line for line in said if line.strip()] or ["they said nothing"])[-1]
+        if ours and self._process.returncode == JobError.exit_code:
+            return JobError(reason)  # it would end so again
         return Interrupted(f"The ranks have ended (exit code {self._process.returncode}): {reason}")
 
 

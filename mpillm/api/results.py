@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from functools import cached_property
 from importlib.util import find_spec
+from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from mpillm.errors import JobError
 from mpillm.store.results import HDF5, JSONL
 from mpillm.store.table import as_cell, row_of
+from mpillm.words import count_of
 
 
 class Ragged:
@@ -31,8 +33,7 @@ class Ragged:
         return len(self.offsets) - 1
 
     def __getitem__(self, row: int) -> NDArray[Any]:
-        if not 0 <= row < len(self):
-            raise IndexError(row)
+        row = range(len(self))[index(row)]
         return self.values[self.offsets[row] : self.offsets[row + 1]]
 
 
@@ -54,6 +55,9 @@ class Results:
 
     def __len__(self) -> int:
         return len(self.status)
+
+    def __repr__(self) -> str:
+        return f"<Results {self.directory}: {count_of(len(self), 'request')}>"
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """The lines of results.jsonl, one by one."""
@@ -146,6 +150,8 @@ class Results:
 
         A `text` that is a choice of token ids is JSON, as in tables. Raises ImportError if neither is installed.
         """
+        if library not in (None, "pandas", "polars"):
+            raise ValueError(f"frame makes frames of pandas or polars, not of {library!r}")
         name = library or next((name for name in ("pandas", "polars") if find_spec(name)), None)
         if name is None:
             raise ImportError("A frame needs pandas or polars: pip install pandas.")

@@ -12,8 +12,9 @@ import pandas
 import polars
 import pytest
 
-from mpillm import Job
-from mpillm.api.plain import json_of, several
+from mpillm import LLM, Job
+from mpillm.api.plain import chats_of, json_of, ranks_of, several
+from mpillm.api.results import Ragged
 from mpillm.errors import JobError
 from tests.job_helpers import CHAT
 
@@ -49,11 +50,60 @@ def test_what_is_no_request(wrong: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    "wrong", ["Hello", ["Hello"], {"role": "user"}, None, 5, [[{"role": "user"}], "Hello"]]
+)
+def test_what_is_no_chat(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r'chat takes a list such as \[{"role": "user"'):
+        chats_of(wrong)
+
+
+def test_one_chat_and_several() -> None:
+    chat = [{"role": "user", "content": "Hi"}]
+    assert chats_of(chat) == chats_of(iter(chat)) == chats_of([chat]) == [chat]
+    assert chats_of((chat, iter(chat)))[0] == chat
+    assert chats_of([]) == []
+
+
+@pytest.mark.parametrize("wrong", [0, -1, True, "2", 1.0, None])
+def test_what_is_no_number_of_ranks(wrong: Any) -> None:
+    with pytest.raises(JobError, match="ranks must be a whole number >= 1, not"):
+        ranks_of(wrong)
+
+
+def test_bytes_are_to_be_decoded() -> None:
+    with pytest.raises(TypeError, match=r"expected a text, not bytes; decode them: b'the fox'\.decode\(\)"):
+        json_of([b"the fox"])
+
+
+@pytest.mark.parametrize("key", ["input", "output", "prompt", "messages", "request"])
+def test_a_model_takes_no_files(key: str) -> None:
+    with pytest.raises(JobError, match=f"LLM takes no {key}: requests are for its methods"):
+        LLM(CHAT, **{key: "a"})
+
+
+def test_a_communicator_is_one_of_mpi4py() -> None:
+    with pytest.raises(JobError, match="comm must be a communicator of mpi4py, not 3"):
+        LLM(CHAT, comm=3)  # type: ignore[arg-type]
+
+
+def test_rows_are_counted_from_either_end() -> None:
+    rows = Ragged(np.arange(5), np.array([0, 2, 5]))
+    assert rows[-1].tolist() == rows[np.int64(1)].tolist() == [2, 3, 4]
+    assert [len(row) for row in rows] == [2, 3]
+    with pytest.raises(IndexError):
+        rows[2]
+    with pytest.raises(TypeError):
+        rows[0:1]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
     ("keys", "said"),
     [
         ({"inputs": "a"}, "Job has an unknown key 'inputs'; did you mean 'input'"),
         ({"ranks": 2}, r"given to run: Job\(\.\.\.\)\.run\(ranks=2\)"),
         ({"memory": "4GiB"}, "memory: expected a table, with keys such as memory.weights, not '4GiB'"),
+        ({"input": [{"prompt": "a"}]}, r"input: expected a path \(requests in a list are for LLM"),
+        ({"model": None}, "model: expected a path, not None"),
         ({"layout": 2}, "layout: expected a table, with keys such as layout.replicas, not 2"),
     ],
 )
@@ -70,7 +120,7 @@ def test_what_json_has_no_form_for() -> None:
         "documents": pandas.Series(["a", "b"]),
     }
     assert json.loads(json_of(body)) == {"stop": ["a"], "temperature": 0.5, "n": 2, "documents": ["a", "b"]}
-    for wrong in (b"bytes", object(), 3j):
+    for wrong in (object(), 3j):
         with pytest.raises(TypeError, match="cannot be written as JSON"):
             json_of({"prompt": wrong})
 

