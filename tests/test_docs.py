@@ -332,11 +332,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_python_code_of_the_page_on_results_runs(results: Path) -> None:
-    code = re.findall(r"^```python\n(.*?)^```", RESULTS.read_text(), flags=re.M | re.S)
+    sections = [
+        re.findall(r"^```python\n(.*?)^```", section, flags=re.M | re.S)
+        for section in RESULTS.read_text().split("\n## ")
+    ]
+    code = [block for blocks in sections for block in blocks]
+    alone = [f"exec({''.join(blocks)!r}, {{}})" for blocks in sections]  # whoever begins to read there
     told = (
         "print(len(answers), list(failed.custom_id), tokens.tolist() == list(results.tokens[0]), len(means))"
     )
-    words = [sys.executable, "-c", "\n".join([*code, told])]
+    words = [sys.executable, "-c", "\n".join([*alone, *code, told])]
     done = run_bounded(words, env=clean_environment(), cwd=results)
     assert done.stdout.splitlines()[-1:] == ["5 ['request-4'] True 3"], done.stderr
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import IO
 
 import msgspec
@@ -47,18 +45,19 @@ class Remote:
 
     def __init__(self, spec: Spec, ranks: int) -> None:
         """Start the ranks and wait until the model is laid out; MpillmError says why it is not."""
-        folder = Path(tempfile.mkdtemp(prefix="mpillm-"))
-        held = _Held(folder)
+        held = _Held()
         self._owner = held.owner
         self._close = weakref.finalize(self, held.end)  # also when this process ends
         self._log = held.log  # what the ranks say is read when they have ended
-        address = str(folder / "socket")
-        words = [sys.executable, "-m", "mpillm", "ranks", address, "-n", str(ranks)]
-        with socket.socket(socket.AF_UNIX) as listener:
+        with (  # the folder is gone once rank 0 has come, so that a process that is killed leaves none
+            tempfile.TemporaryDirectory(prefix="mpillm-") as folder,
+            socket.socket(socket.AF_UNIX) as listener,
+        ):
+            address = f"{folder}/socket"
             listener.bind(address)
             listener.listen(1)
             self._process = held.process = subprocess.Popen(
-                words,
+                [sys.executable, "-m", "mpillm", "ranks", address, "-n", str(ranks)],
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
@@ -173,7 +172,6 @@ def _environment() -> dict[str, str]:
 class _Held:
     """What must be ended."""
 
-    folder: Path
     # The process that may end it: not one that was forked from it.
     owner: int = field(default_factory=os.getpid)
     log: IO[bytes] = field(default_factory=tempfile.TemporaryFile)
@@ -204,7 +202,6 @@ class _Held:
             if self.process is not None:
                 end_session(self.process)
             self.log.close()
-            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _ended_within(process: subprocess.Popen[bytes], seconds: float) -> None:

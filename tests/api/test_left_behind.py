@@ -86,7 +86,8 @@ def test_nothing_is_left_behind(number: signal.Signals, when: str, ranks: int, s
         caller.wait()
         assert said == says or (when == "starting" and said == "")  # it may be ready by now
         assert not [path for path in shared if path.exists()]
-        assert number == signal.SIGKILL or os.listdir(folder) == []
+        while os.listdir(folder):  # mpiexec ends after its ranks
+            time.sleep(0.05)
 
 
 def test_ranks_that_do_not_leave_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +103,7 @@ def test_ranks_that_do_not_leave_by_themselves(tmp_path: Path, monkeypatch: pyte
             processes = [psutil.Process(started.pid), *below(started.pid)]
             shared = shared_by(processes)
             assert shared
-            remote._Held(tmp_path, process=started).end()
+            remote._Held(process=started).end()
     assert not psutil.wait_procs(processes, timeout=HANGS)[1]
     assert not [path for path in shared if path.exists()]
 
