@@ -99,6 +99,7 @@ def test_a_source_archive_has_what_a_build_needs(checkout: Path) -> None:
     assert not {name for name in inside if Path(name).match("cython/*.c")}, (
         "made by Cython, for one version of it"
     )
+    assert not {name for name in inside if name.startswith("tests")}, "without their files they do not run"
 
 
 def test_a_wheel_of_the_source_archive_is_that_of_the_checkout(checkout: Path, tmp_path: Path) -> None:
