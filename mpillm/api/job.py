@@ -33,7 +33,9 @@ class Job:
         if "ranks" in keys:
             raise JobError(f"The number of ranks is given to run: Job(...).run(ranks={keys['ranks']}).")
         self._words = [] if path is None else [os.fspath(path)]
-        names = {name: _path(name, keys.pop(name)) for name in ("model", "input", "output") if name in keys}
+        names: dict[str, Any] = {
+            name: _path(name, keys.pop(name)) for name in ("model", "input", "output") if name in keys
+        }
         self._words += [word for name, value in names.items() for word in (f"--{name}", value)]
         settings = list(_settings(keys))
         self._words += [word for setting in settings for word in ("--set", setting)]

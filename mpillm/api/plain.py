@@ -12,7 +12,7 @@ from mpillm.errors import JobError
 
 def ranks_of(given: Any) -> int:
     """A number of ranks; JobError if it is none."""
-    if not isinstance(given, Integral) or isinstance(given, bool) or given < 1:
+    if isinstance(given, bool) or not isinstance(given, Integral) or int(given) < 1:
         raise JobError(f"ranks must be a whole number >= 1, not {given!r}.")
     return int(given)
 
