@@ -6,7 +6,7 @@
 
 /* The rows of x that one tile of W is multiplied with take about so many bytes, so that they stay in the cache; but at
  * least FEW_ROWS go together whatever they take, so that W is read once for a batch that decodes. */
-enum { CACHE = 1 << 18, FLOAT_CACHE = 1 << 20, FEW_ROWS = 2 * MK_ROWS, FEW_TILES = 32 };
+enum { CACHE = 1 << 18, FLOAT_CACHE = 1 << 22, FEW_ROWS = 2 * MK_ROWS, FEW_TILES = 32 };
 
 /* A part reads so many bytes, times rows of x; what it prefetches beyond its end is then a small share. */
 enum { MINIMUM = 1 << 17 };
@@ -117,7 +117,7 @@ static mk_product product_of(mk_work *work, int type, const uint8_t *const *at, 
     if (job.in_tiles) job.x_stride = tile_bytes(bounds, panels);
     job.chunk = (mk_is_quantised(type) ? CACHE : FLOAT_CACHE) / (job.x_stride + !job.x_stride) / MK_ROWS * MK_ROWS;
     if (job.chunk < FEW_ROWS) job.chunk = FEW_ROWS;
-    if (job.tiles < FEW_TILES && job.chunk > FEW_ROWS) job.chunk = FEW_ROWS; /* share out the rows too */
+    if (job.tiles <= FEW_TILES && job.chunk > FEW_ROWS) job.chunk = FEW_ROWS; /* share out the rows too */
     const long chunks = mk_blocks(m, (int)job.chunk);
     for (int p = 0; p < panels; p++) work->weights += chunks * panel_bytes(type, n, bounds[p + 1] - bounds[p]);
     return job;

@@ -168,7 +168,9 @@ static void add_lanes(pair_sums *sums, int i, int g, int rows, vf *out) {
 }
 
 /* A panel, like `float_panel`, of up to WIDE tiles, for rows in tiles. */
-static void bf16_panel(const mk_matmul_job *job, int rows, int p, long tile, int tiles, const uint8_t *x, vf *sums) {
+static void bf16_panel(const mk_matmul_job *job, int rows, int p, long tile, int tiles, int again, const uint8_t *x,
+                           vf *sums) {
+    (void)again;
     const long columns = job->bounds[p + 1] - job->bounds[p], blocks = mk_blocks(columns, MK_BF16_BLOCK);
     const long stride = job->row_bytes ? job->row_bytes : columns * 2, first = tile * MK_TILE;
     const long coded = mk_is_coded(job->type) ? mk_coded_bytes(columns) : 0;

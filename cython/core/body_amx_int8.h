@@ -140,7 +140,9 @@ static void copy_rows(const uint8_t *x, long x_stride, long count, row_block *to
 }
 
 /* A panel, like `panel`, for whole groups of 16 rows. */
-static void amx_panel(const mk_matmul_job *job, int rows, int p, long tile, int tiles, const uint8_t *x, vf *sums) {
+static void amx_panel(const mk_matmul_job *job, int rows, int p, long tile, int tiles, int again, const uint8_t *x,
+                           vf *sums) {
+    (void)again;
     const amx_functions *of_type = &AMX_FUNCTIONS[job->type];
     const long count = mk_blocks(job->bounds[p + 1] - job->bounds[p], mk_block(job->type));
     const long stride = count * mk_packed_bytes(job->type) * MK_TILE;

@@ -81,6 +81,28 @@ DECODED_TIMES(8)
 static void (*const DECODED_TIMES_ROWS[])(int, const uint8_t *, long, const uint8_t *, long, long, vf *) = {
     NULL, decoded_times_1, decoded_times_2, decoded_times_3, decoded_times_4, NULL, NULL, NULL, decoded_times_8};
 
+#ifdef VEC_BF16
+/* The same for whole steps of PAIRS_ROWS rows of x: sums [pair][row of x]. */
+static void decoded_pairs(const uint8_t *rows, long ahead, const uint8_t *x, long x_stride, long columns, vf *sums) {
+    const long stride = columns * 2;
+    for (int pair = 0; pair < MK_TILE / 2; pair++, sums += PAIRS_ROWS) {
+        const uint8_t *row = rows + PAIR_ROW(pair) * stride;
+        for (long line = 0; ahead && line < stride; line += 64) {
+            __builtin_prefetch(row + ahead + line);
+            __builtin_prefetch(row + ahead + line + 4 * stride);
+        }
+        if (columns == MK_BF16_BLOCK) pairs_block(row, 4 * stride, x, x_stride, PAIRS_STEPS, sums);
+        else pairs_block(row, 4 * stride, x, x_stride, columns / 32, sums);
+    }
+}
+#define HAS_PAIRS(T, columns) ((T) == PAIRS_ROWS && (columns) % 32 == 0)
+#define CODED_SUMS(pairs, a, T) ((pairs) ? vf_sums_of_pairs(a, T) : vf_sums(a, T))
+#else
+#define decoded_pairs(...) (void)0
+#define HAS_PAIRS(T, columns) 0
+#define CODED_SUMS(pairs, a, T) vf_sums(a, T)
+#endif
+
 /* A block of so many columns times one row of x; sums [row] go on. */
 static void block_times_one(const uint8_t *block, long columns, const uint8_t *x, vf *sums) {
     uint8_t four[4 * MK_BF16_BLOCK * 2] __attribute__((aligned(64)));
@@ -102,10 +124,13 @@ static int coded_rows(long rows) {
     return (int)rows / group * group;
 }
 
-static void coded_panel(const mk_matmul_job *job, int rows, int p, long tile, int tiles, const uint8_t *x, vf *sums) {
+static void coded_panel(const mk_matmul_job *job, int rows, int p, long tile, int tiles, int again, const uint8_t *x,
+                           vf *sums) {
+    (void)again;
     const long columns = job->bounds[p + 1] - job->bounds[p], x_stride = MK_GROUP * job->x_stride;
     const int T = rows < MK_GROUP ? rows : rows < CODED_GROUP ? MK_GROUP : CODED_GROUP;
     const uint8_t *w = job->at[p] + tile * mk_coded_bytes(columns);
+    const int pairs = HAS_PAIRS(T, columns);
     const unsigned mode = mk_flush_denormals();
     decoded_rows decoded;
     vf acc[MK_TILE * CODED_ROWS];
@@ -118,11 +143,12 @@ static void coded_panel(const mk_matmul_job *job, int rows, int p, long tile, in
             if (T == 1) block_times_one(w, width, from, acc);
             else decode_block(w, mk_blocks(width, 32), decoded);
             for (int t = 0; t < rows && T > 1; t += T, ahead = 0)
-                DECODED_TIMES_ROWS[T](MK_TILE, decoded, ahead, from + t * job->x_stride, x_stride, width,
+                if (pairs) decoded_pairs(decoded, ahead, from + t * job->x_stride, x_stride, width, acc + t * MK_TILE);
+                else DECODED_TIMES_ROWS[T](MK_TILE, decoded, ahead, from + t * job->x_stride, x_stride, width,
                                       acc + t * MK_TILE);
             w += mk_coded_bytes(width);
         }
-        for (int t = 0; t < rows; t++) sums[t] = vf_sums(acc + t / T * T * MK_TILE + t % T, T);
+        for (int t = 0; t < rows; t++) sums[t] = CODED_SUMS(pairs, acc + t / T * T * MK_TILE + t % T, T);
     }
     mk_restore(mode);
 }

@@ -10,9 +10,9 @@
  * In blocks with scales (body_scaled.h) a lane's chain begins at zero too, and at a block's end its scale times the chain is
  * added to the sums so far, which one fma rounds. */
 
-/* w: `rows` (1..16) rows, `stride` bytes apart, and what follows so many bytes `ahead` (0: the rows after them); x: T
- * rows of columns in steps, as api.c's float_rows has made them, whose groups are x_stride bytes apart; sums [T]: lane r
- * is row r's. */
+/* w: `rows` (1..16) rows, `stride` bytes apart, and what follows so many bytes `ahead` (0: the rows after them; FETCHED:
+ * nothing, W is in the cache); x: T rows of columns in steps, as api.c's float_rows has made them, whose groups are
+ * x_stride bytes apart; sums [T]: lane r is row r's. */
 typedef void (*float_function)(const uint8_t *w, long stride, long ahead, int rows, const uint8_t *x, long x_stride,
                                long columns, vf *sums);
 
@@ -22,6 +22,7 @@ enum { BF16_STEP = MK_BF16_PAIRS };
 enum { BF16_STEP = MK_BF16_HALVES };
 #endif
 enum { DEPTH = 1024 /* columns of several rows of x that stay in the first cache while rows of W pass by */ };
+enum { FETCHED = -1 };
 enum { MAX_STREAMS = 4 /* rows of W at a time */, MAX_FLOAT_SUMS = 24 /* of theirs and rows of x */ };
 enum { FLOAT_ROWS = VEC_ROWS > 4 ? 8 : 4 /* of x at a time, at most */ };
 
@@ -222,9 +223,20 @@ HOT void float_tile(const int type, const int R, const int T, const uint8_t *w, 
     for (int t = 0; t < T; t++) sums[t] = vf_sums(acc + t, T);
 }
 
+#ifdef VEC_BF16
+#include "body_pairs.h"
+#define PAIRS_TILE(type, T)                                                                                        \
+    if (type == MK_BF16 && T == PAIRS_ROWS && rows == MK_TILE && columns && columns % 32 == 0) {                   \
+        pairs_tile(w, stride, ahead, x, x_stride, columns, sums);                                                  \
+        return;                                                                                                    \
+    }
+#else
+#define PAIRS_TILE(type, T)
+#endif
 #define FLOAT_TILE(type, T)                                                                                        \
     static void type##_##T(const uint8_t *w, long stride, long ahead, int rows, const uint8_t *x, long x_stride,   \
                            long columns, vf *sums) {                                                               \
+        PAIRS_TILE(type, T)                                                                                        \
         float_tile(type, STREAMS_OF(type, T), T, w, stride, ahead, rows, x, x_stride, columns, sums);                       \
     }
 #if VEC_ROWS > 4

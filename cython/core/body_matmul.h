@@ -14,6 +14,7 @@
 #include "body_unpacked.h"
 
 enum { RUN_SUMS = 64 /* of tiles that lie one after the other: so many tiles with one row, fewer with more */ };
+enum { TILES_CACHE = 3 << 17 /* bytes of float tiles that stay in the second cache */ };
 
 static void store_tiles(const mk_matmul_job *job, const vf *sums, long tile, int tiles, long row, int rows, float *out) {
     for (int t = 0; t < rows; t++)
@@ -26,20 +27,21 @@ static void store_tiles(const mk_matmul_job *job, const vf *sums, long tile, int
         }
 }
 
-/* Tiles `tile`... of panel p, for `rows` rows of x: sums [tiles][rows]. */
-typedef void (*panel_function)(const mk_matmul_job *job, int rows, int p, long tile, int tiles, const uint8_t *x,
-                               vf *sums);
+/* Tiles `tile`... of panel p, for `rows` rows of x: sums [tiles][rows].  again: other rows of x had these tiles before. */
+typedef void (*panel_function)(const mk_matmul_job *job, int rows, int p, long tile, int tiles, int again,
+                               const uint8_t *x, vf *sums);
 
 /* Whether the panels of a tile lie in the same rows, and should be read one after the other. */
 static int side_by_side(const mk_matmul_job *job) { return job->row_bytes && job->panels > 1; }
 
-static void float_panel(const mk_matmul_job *job, int rows, int p, long tile, int tiles, const uint8_t *x, vf *sums) {
+static void float_panel(const mk_matmul_job *job, int rows, int p, long tile, int tiles, int again, const uint8_t *x,
+                        vf *sums) {
     const int type = job->type;
     const long columns = job->bounds[p + 1] - job->bounds[p], x_stride = MK_GROUP * job->x_stride;
     const long stride = job->row_bytes ? job->row_bytes : mk_row_bytes(type, columns);
     const unsigned mode = type == MK_BF16 ? mk_flush_denormals() : 0;
-    long ahead = 0;
-    if (side_by_side(job)) /* the next panel, or the next tile's first one */
+    long ahead = again ? FETCHED : 0;
+    if (side_by_side(job) && !again) /* the next panel, or the next tile's first one */
         ahead = p + 1 < job->panels ? job->at[p + 1] - job->at[p] : job->at[0] - job->at[p] + MK_TILE * stride;
     const float_function of_shape = FLOAT_TILE_FUNCTIONS(type)[rows - 1];
     for (long first = tile * MK_TILE; tiles--; first += MK_TILE, sums += rows) {
@@ -49,7 +51,9 @@ static void float_panel(const mk_matmul_job *job, int rows, int p, long tile, in
     if (type == MK_BF16) mk_restore(mode);
 }
 
-static void panel(const mk_matmul_job *job, int rows, int p, long tile, int tiles, const uint8_t *x, vf *sums) {
+static void panel(const mk_matmul_job *job, int rows, int p, long tile, int tiles, int again, const uint8_t *x,
+                  vf *sums) {
+    (void)again;
     const int type = job->type;
     const long count = mk_blocks(job->bounds[p + 1] - job->bounds[p], mk_block(type));
     const long stride = count * mk_packed_bytes(type) * MK_TILE;
@@ -80,7 +84,7 @@ static void product(const mk_matmul_job *job, panel_function panel, vf *pending,
             continue;
         }
         vf *sums = pending + depth++ * capacity;
-        panel(job, rows, p, tile, tiles, x, sums);
+        panel(job, rows, p, tile, tiles, row % job->chunk != 0, x, sums);
         x += bytes;
         if (job->panel_stride) {
             store_tiles(job, sums, tile, tiles, row, rows, job->out + p * job->panel_stride);
@@ -108,6 +112,10 @@ static int some_tiles(const mk_matmul_job *job, long tile, long tiles, long row,
     vf pending[MK_MAX_LEVELS][RUN_SUMS];
     int rows = rows_at_once(job->type, limit - row);
     if (tiles > RUN_SUMS / rows) tiles = RUN_SUMS / rows;
+    if (floats) { /* they pass by again for the next rows of x */
+        const long bytes = MK_TILE * mk_row_bytes(job->type, job->bounds[job->panels] - job->bounds[0]);
+        if (tiles * bytes > TILES_CACHE) tiles = bytes < TILES_CACHE ? TILES_CACHE / bytes : 1;
+    }
     if (side_by_side(job)) tiles = 1;
     for (; row < limit; row += rows) {
         rows = rows_at_once(job->type, limit - row);

@@ -167,7 +167,9 @@ static int unpacked_rows(long rows) {
     return rows < UNPACKED_ROWS ? (int)rows / MK_GROUP * MK_GROUP : UNPACKED_ROWS;
 }
 
-static void unpacked_panel(const mk_matmul_job *job, int rows, int p, long tile, int tiles, const uint8_t *x, vf *sums) {
+static void unpacked_panel(const mk_matmul_job *job, int rows, int p, long tile, int tiles, int again, const uint8_t *x,
+                           vf *sums) {
+    (void)again;
     const int type = job->type;
     const long blocks = mk_blocks(job->bounds[p + 1] - job->bounds[p], mk_block(type));
     const long stride = blocks * mk_packed_bytes(type) * MK_TILE, parts = blocks * (mk_block(type) / MK_BLOCK);

@@ -95,17 +95,28 @@ MK_INLINE vf vf_halves(vf a) {
     return _mm512_zextps256_ps512(_mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)));
 }
 
-/* Lane r is vf_hadd(a[r * step]): 16 of them share their shuffles. */
 #define ZMM_ADD(shuffle, a, b, low, high) _mm512_add_ps(shuffle(a, b, low), shuffle(a, b, high))
-MK_INLINE vf vf_sums(const vf *a, const int step) {
-    vf eighths[8], quarters[4], pairs[2];
-    for (int i = 0; i < 8; i++) {
-        int r = i / 4 * 8 + i % 4;
-        eighths[i] = ZMM_ADD(_mm512_shuffle_f32x4, a[r * step], a[(r + 4) * step], 0x44, 0xee);
-    }
-    for (int i = 0; i < 4; i++) quarters[i] = ZMM_ADD(_mm512_shuffle_f32x4, eighths[i], eighths[i + 4], 0x88, 0xdd);
+MK_INLINE vf vf_both_halves(vf a, vf b) { /* vf_halves of a and, above, of b */
+    return ZMM_ADD(_mm512_shuffle_f32x4, a, b, 0x44, 0xee);
+}
+
+/* vf_sums where a[i * step] already has both halves of vectors r and r + 4, r = i / 4 * 8 + i % 4. */
+MK_INLINE vf vf_sums_of_pairs(const vf *a, const int step) {
+    vf quarters[4], pairs[2];
+    for (int i = 0; i < 4; i++)
+        quarters[i] = ZMM_ADD(_mm512_shuffle_f32x4, a[i * step], a[(i + 4) * step], 0x88, 0xdd);
     for (int i = 0; i < 2; i++) pairs[i] = ZMM_ADD(_mm512_shuffle_ps, quarters[2 * i], quarters[2 * i + 1], 0x44, 0xee);
     return ZMM_ADD(_mm512_shuffle_ps, pairs[0], pairs[1], 0x88, 0xdd);
+}
+
+/* Lane r is vf_hadd(a[r * step]): 16 of them share their shuffles. */
+MK_INLINE vf vf_sums(const vf *a, const int step) {
+    vf both[8];
+    for (int i = 0; i < 8; i++) {
+        const int r = i / 4 * 8 + i % 4;
+        both[i] = vf_both_halves(a[r * step], a[(r + 4) * step]);
+    }
+    return vf_sums_of_pairs(both, 1);
 }
 
 MK_INLINE vb vb_load(const uint8_t *p) { return _mm512_loadu_si512(p); }

@@ -128,10 +128,10 @@ def test_quantised_weights_are_used_where_they_lie(path: str, type: BlockType) -
 def test_bf16_is_the_sum_of_the_manual(path: str) -> None:
     """Bit for bit what NumPy makes of it: products of two BF16 are exact, so multiplying and adding is an fma."""
     rng = np.random.default_rng(12)
-    n, k, m = 21, 333, 11
+    n, k, m = 21, 1677, 11  # a panel of whole steps of 32, more than pass by at a time, and one of any length
     weights = cases.canonical(rng, BlockType.BF16, n, k).view(np.uint16).copy()
     weights[2:4] = weights[0]  # rows that are denormal, or of any exponent
-    bounds, x = np.array([0, 100, 333], np.int32), rng.standard_normal((m, k)).astype(np.float32)
+    bounds, x = np.array([0, 1344, 1677], np.int32), rng.standard_normal((m, k)).astype(np.float32)
     case = cases.Case("product", [int(BlockType.BF16), n, k, m, 1], [weights.view(np.uint8), bounds, x])
     kernels.set_path("numpy")
     want = case.run()[-1]
