@@ -6,7 +6,7 @@
 
 /* The rows of x that one tile of W is multiplied with take about so many bytes, so that they stay in the cache; but at
  * least FEW_ROWS go together whatever they take, so that W is read once for a batch that decodes. */
-enum { CACHE = 1 << 18, FLOAT_CACHE = 1 << 22, FEW_ROWS = 2 * MK_ROWS, FEW_TILES = 32 };
+enum { CACHE = 1 << 18, FLOAT_CACHE = 1 << 22, FEW_ROWS = 4 * MK_ROWS, FEW_TILES = 32 };
 
 /* A part reads so many bytes, times rows of x; what it prefetches beyond its end is then a small share. */
 enum { MINIMUM = 1 << 17 };

@@ -13,7 +13,7 @@
 #include "body_tiles.h"
 #include "body_unpacked.h"
 
-enum { RUN_SUMS = 64 /* of tiles that lie one after the other: so many tiles with one row, fewer with more */ };
+enum { RUN_SUMS = 128 /* of tiles that lie one after the other: so many tiles with one row, fewer with more */ };
 enum { TILES_CACHE = 3 << 17 /* bytes of float tiles that stay in the second cache */ };
 
 static void store_tiles(const mk_matmul_job *job, const vf *sums, long tile, int tiles, long row, int rows, float *out) {

@@ -2,7 +2,7 @@
  * UNPACKED_TILES tiles of W share what is loaded of x: with one tile, loads take longer than products.  Integer sums are
  * exact and each output's chain of fma is that of body_plain.h or body_super.h, so the bits are theirs. */
 
-enum { UNPACKED_ROWS = 32, UNPACKED_PARTS = MK_PARTS /* of 32 columns, at a time */ };
+enum { UNPACKED_ROWS = 64, UNPACKED_PARTS = MK_PARTS /* of 32 columns, at a time */ };
 enum { UNPACKED_TILES = VEC_ROWS > 4 ? 2 : 1, UNPACKED_SUMS = UNPACKED_TILES * MK_GROUP };
 enum { UNPACKED_FROM = 2 * MK_GROUP /* rows of x */ };
 enum { UNPACKED_SIZES = VEC_ALIKE ? 0 : 8 /* where in `groups` the sizes of 8 bits are, as vb_multiply takes them */ };
