@@ -112,7 +112,7 @@ def test_a_line_takes_few_bytes_from_the_check_to_its_answer(
     monkeypatch.setattr(capacity, "HELD", 1 << 12)
     monkeypatch.setattr("mpillm.batch.names.RECENT", 1)
     held = {}
-    for count in (50, 1600, 3200):
+    for count in (50, 800, 1600):
         said = job(tmp_path / str(count))
         said.input_path.parent.mkdir()
         with said.input_path.open("w") as file:
@@ -135,4 +135,4 @@ def test_a_line_takes_few_bytes_from_the_check_to_its_answer(
         finally:
             tracemalloc.stop()
     # 28 bytes, and what arrays have in reserve.
-    assert 10 * 1600 < held[3200] - held[1600] < 56 * 1600
+    assert 10 * 800 < held[1600] - held[800] < 56 * 800

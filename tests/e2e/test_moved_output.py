@@ -29,7 +29,7 @@ def said_by(launcher: subprocess.Popen[str]) -> str:
 
 @pytest.mark.parametrize("how", ["moved", "deleted"])
 def test_the_run_stops_and_says_where_its_journal_is(how: str, openmpi: Mpi, tmp_path: Path) -> None:
-    source = write_lines(tmp_path / "in.jsonl", mixed_lines(400, seed=4, tokens=60))
+    source = write_lines(tmp_path / "in.jsonl", mixed_lines(200, seed=4, tokens=60))
     other = write_lines(tmp_path / "other.jsonl", mixed_lines(4, seed=5))
     output, away = tmp_path / "out", tmp_path / "away"
     launcher = subprocess.Popen(

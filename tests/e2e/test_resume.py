@@ -59,10 +59,24 @@ def wait_for_results(journal: Path, launcher: subprocess.Popen[Any], nbytes: int
     pytest.fail("the run ended before it could be disturbed")
 
 
+def undisturbed_run(folder: Path, lines: list[dict[str, Any]], *settings: str) -> Path:
+    done = run(get_mpi("openmpi"), 1, write_lines(folder / "in.jsonl", lines), folder / "out", *settings)
+    assert done.returncode == 0, done.stderr
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def mixed_undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    lines = mixed_lines(200, seed=4, tokens=60)
+    return undisturbed_run(tmp_path_factory.mktemp("mixed"), lines, "batch.speculation=off")
+
+
 @pytest.mark.parametrize(
     ("victim", "number"), [("rank 1", signal.SIGKILL), ("rank 0", signal.SIGKILL), ("all", signal.SIGTERM)]
 )
-def test_goes_on_after(victim: str, number: signal.Signals, mpi: Mpi, tmp_path: Path) -> None:
+def test_goes_on_after(
+    victim: str, number: signal.Signals, mpi: Mpi, mixed_undisturbed: Path, tmp_path: Path
+) -> None:
     source = write_lines(tmp_path / "in.jsonl", mixed_lines(200, seed=4, tokens=60))
     output, settings = tmp_path / "out", ["batch.max_num_seqs=4", "batch.speculation=prompt-lookup"]
     launcher = start(mpi, 2, command(source, output, *settings))
@@ -94,9 +108,8 @@ def test_goes_on_after(victim: str, number: signal.Signals, mpi: Mpi, tmp_path: 
     said = f"With 1 earlier start of this command: {everything.prompt} prompt and {everything.generated} generated"
     assert said in again.stderr
     assert made.batch.accepted > 0
-    assert run(mpi, 1, source, tmp_path / "undisturbed", "batch.speculation=off").returncode == 0
     for name in ("results.jsonl", "results.h5"):
-        assert (output / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+        assert (output / name).read_bytes() == (mixed_undisturbed / name).read_bytes()
 
 
 def long_lines() -> list[dict[str, Any]]:
@@ -126,11 +139,8 @@ ADAPTERS = [
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the long lines give at a stretch."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    source = write_lines(folder / "in.jsonl", long_lines())
-    done = run(get_mpi("openmpi"), 1, source, folder / "out", "job.checkpoint_tokens=0", *ADAPTERS)
-    assert done.returncode == 0, done.stderr
-    return folder / "out"
+    settings = ("job.checkpoint_tokens=0", *ADAPTERS)
+    return undisturbed_run(tmp_path_factory.mktemp("undisturbed"), long_lines(), *settings)
 
 
 @pytest.mark.parametrize(("every", "number"), [(16, signal.SIGKILL), (100_000, signal.SIGUSR1)])
@@ -151,13 +161,9 @@ def test_long_answers_go_on_from_their_middle(
     assert not (output / "results.jsonl").exists()
     again = run(openmpi, 2, source, output, *settings)
     assert again.returncode == 0, again.stderr
-    at_a_stretch = ["job.checkpoint_tokens=0", *ADAPTERS]
-    assert run(openmpi, 1, source, tmp_path / "undisturbed", *at_a_stretch).returncode == 0
     for name in ("results.jsonl", "results.h5"):
-        assert (output / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
-    reports = [
-        json.loads((folder / "report.json").read_text()) for folder in (output, tmp_path / "undisturbed")
-    ]
+        assert (output / name).read_bytes() == (undisturbed / name).read_bytes()
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (output, undisturbed)]
     again_tokens, all_tokens = (report["tokens"]["generated"] for report in reports)
     assert again_tokens < all_tokens - 16
 
