@@ -6,6 +6,7 @@ import itertools
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from mpillm.planning.speed import Speed
 
@@ -32,7 +33,7 @@ class Machines:
         """The number of ranks."""
         return len(self.free)
 
-    @property
+    @cached_property
     def host_of_rank(self) -> list[int]:
         """The number of each rank's host."""
         return [host for host, count in enumerate(self.ranks_per_host) for _ in range(count)]

@@ -159,25 +159,23 @@ def _too_large(machines: Machines, plans: list[RankPlan]) -> Iterator[str]:
 def _gains(
     spec: Spec, planner: Planner, machines: Machines, asked: InputNeeds, now: Estimate
 ) -> Iterator[tuple[str, float]]:
-    """How many times as fast the job is with one more host, with more memory, and so on."""
+    """How many times as fast the job is with one more host, with more memory on each rank, and so on."""
     memory = spec.memory
     if not isinstance(memory.kv, (str, int)) or not isinstance(memory.weights, (str, int)):
         return  # more for whom?
-    budget = memory.weights_bytes
+    budget = memory.weights_bytes  # None: all weights are in memory
+    weights = memory if budget is None else msgspec.structs.replace(memory, weights=budget + GIB)
     more = {
-        "1 GiB more of memory.kv on each rank": (
-            msgspec.structs.replace(memory, kv=memory.kv_bytes + GIB),
-            machines,
-        )
+        "1 GiB more of memory.kv": (msgspec.structs.replace(memory, kv=memory.kv_bytes + GIB), machines),
+        "1 GiB more of memory.weights": (weights, machines),
     }
-    if budget is not None:
-        more["1 GiB more of memory.weights on each rank"] = (
-            msgspec.structs.replace(memory, weights=budget + GIB), machines
-        )  # fmt: skip
-    more["one more host, like the last one"] = memory, machines.with_another()
+    more["one more host like the last one"] = memory, machines.with_another()
     if len(machines.ranks_per_host) > 1:
         more["twice the network's rate"] = memory, machines.with_faster_network(2)
     for name, (changed, on) in more.items():
+        if changed is memory and on is machines:
+            yield name, 1.0
+            continue
         with suppress(MpillmError):
             job = msgspec.structs.replace(spec, memory=changed)
             yield name, now.seconds / laid_out(job, planner, on, asked).time.seconds

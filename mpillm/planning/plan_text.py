@@ -24,7 +24,11 @@ def as_text(plan: Plan) -> str:
 
 def _wrapped(line: str, indent: int = LABEL) -> str:
     return textwrap.fill(
-        line, COLUMNS, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+        line,
+        COLUMNS,
+        subsequent_indent=" " * indent,
+        break_long_words=not line.startswith("model"),  # a path is copied
+        break_on_hyphens=False,
     )
 
 
@@ -124,7 +128,7 @@ def _time(plan: Plan) -> Iterator[str]:
     tokens = (
         f"{sequences}, {count_of(time.prompt_tokens, 'prompt token')} and up to {time.generated_tokens} more"
     )
-    yield f"time      {_duration(time.seconds)} for {'the input' if time.of_input else 'an input of'}"
+    yield f"time      {_duration(time.seconds)} for {'the input:' if time.of_input else 'an input of'}"
     yield f"          {tokens}"
     yield f"          ({known})"
     yield (
@@ -133,18 +137,22 @@ def _time(plan: Plan) -> Iterator[str]:
     )
     together = f" in {time.micro_batches} micro-batches" if time.micro_batches > 1 else ""
     at_once = count_of(time.sequences // plan.replicas, "sequence")
-    yield (
-        f"          a step of {at_once}{together} takes {1000 * time.step:.1f} ms; its limit: {time.limit}"
-    )
+    yield (f"          a step of {at_once}{together} takes {_step(time.step)}; its limit: {time.limit}")
     if plan.stages > 1:
         yield f"          slowest: {time.slowest}; stages wait {100 * time.bubble:.0f} % of a step for each other"
     for name, gain in plan.gains.items():
         if gain > WORTH:
             yield f"          {gain:.2f} times as fast with {name}"
+    if same := [name for name, gain in plan.gains.items() if gain <= WORTH]:
+        yield f"          no faster with {' or '.join([', '.join(same[:-1])] * (len(same) > 1) + same[-1:])}"
 
 
 def _mib(nbytes: int) -> str:
     return f"{nbytes / 2**20:.1f}"
+
+
+def _step(seconds: float) -> str:
+    return f"{1000 * seconds:.1f} ms" if seconds < 10 else f"{seconds:.1f} s"
 
 
 def _duration(seconds: float) -> str:

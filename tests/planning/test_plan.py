@@ -194,7 +194,24 @@ def test_time_follows_the_speeds_of_hosts() -> None:
         on([Host(memory="1GiB")])
     )
     assert pipeline.gains["twice the network's rate"] >= 1
-    assert on([slow]).gains["one more host, like the last one"] > 1.5
+    assert on([slow]).gains["one more host like the last one"] > 1.5
+
+
+def test_what_more_of_something_brings_is_said_also_if_it_is_nothing() -> None:
+    text = " ".join(plan_text.as_text(planned("llama3", 1)).split())
+    assert "no faster with 1 GiB more of memory.kv or 1 GiB more of memory.weights" in text
+    made = planned("llama3", 1, "memory.weights=60KiB")
+    assert made.gains["1 GiB more of memory.weights"] > 1.03
+    text = plan_text.as_text(made)
+    assert f"{made.gains['1 GiB more of memory.weights']:.2f} times as fast with 1 GiB more" in text
+    assert "no faster with 1 GiB more of memory.kv\n" in text
+
+
+def test_long_names_of_hosts_stay_within_80_columns() -> None:
+    hosts = [Host(memory="8GiB", name=f"{'node-with-a-long-name-' * 5}{number}") for number in range(3)]
+    text = plan_text.as_text(on(hosts, "layout.replicas=1", "layout.stages=3"))
+    assert "slowest: rank" in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_a_page_that_is_streamed_is_no_larger_than_one_of_them() -> None:
