@@ -7,6 +7,7 @@ from functools import cached_property
 
 from mpillm.kernels.types import ACTIVATION_BLOCK_BYTES, MIXED_ROWS, QUANT_BLOCK, BlockType
 from mpillm.model.config import ModelConfig
+from mpillm.model.layers.spec import LayerSpec
 from mpillm.partition.grid import Place
 from mpillm.weights.roles import ROLES
 from mpillm.weights.source import Source
@@ -26,6 +27,11 @@ class Activations:
     copied: float = QUANTISED
 
     @cached_property
+    def _layers(self) -> frozenset[LayerSpec]:
+        """Each kind of layer once: planning asks often, and a model has many layers."""
+        return frozenset(self.config.layers)
+
+    @cached_property
     def angles_nbytes(self) -> int:
         """Bytes of a position's cosines and sines, of all kinds of RoPE that layers have."""
         turns = {layer.mixer.turn for layer in self.config.layers if layer.mixer and layer.mixer.turn}
@@ -42,7 +48,7 @@ class Activations:
         beside = any(layer.parallel for layer in config.layers)
         widest = max(
             part.row_nbytes(place, config.block, d, self.copied)
-            for layer in set(config.layers)
+            for layer in self._layers
             for part in layer.parts
         )
         summed = 2 * shards * d if shards > 1 else 0
@@ -57,7 +63,7 @@ class Activations:
             (
                 layer.mlp.mixed_row_nbytes(place, config.block, config.hidden, self.copied)
                 * max(min(MIXED_ROWS, rows * layer.mlp.count) - rows, 0)
-                for layer in set(config.layers)
+                for layer in self._layers
                 if layer.mlp
             ),
             default=0,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mpillm import kernels
 from mpillm.kernels import KV_BLOCK, Activation, BlockType
-from mpillm.planning.speed import ROWS, Products
+from mpillm.planning.speed import ROWS, WIDTH, Products
 from mpillm.weights.io.reading import new_buffer
 from mpillm.weights.plan import ALIGNMENT, aligned
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
-WIDTH, NUMPY_WIDTH = 2048, 256  # of the matrix that is multiplied: a layer's of a model of about 10^9 weights
+NUMPY_WIDTH = 256  # columns without the compiled kernels
 MEMORY = 128 * 2**20  # bytes that are read, of matrices too: few caches hold as many
 PIECE = 4 * 2**20  # of them at a time
 # Of each timing: so many seconds, and so many calls unless they take PATIENCE times as long.

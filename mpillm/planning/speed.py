@@ -10,6 +10,7 @@ from functools import cache
 from mpillm.kernels import BlockType
 
 ROWS = (1, 4, 16, 64)  # of activations, with which products are measured; the last may be missing
+WIDTH = 2048  # columns of the matrices that are multiplied then: of a layer of a model of about 10^9 weights
 SMALL, LARGE = 512 * 1024, 4 * 2**20  # bytes of requests with which disks are measured
 KINDS = ("q4_0", "q4_k", "q8_0", "bf16", "f32")  # that stand for all block types
 

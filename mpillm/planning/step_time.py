@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from mpillm.comm.parts import adders, lanes
 from mpillm.kernels import KV_BLOCK, BlockType
-from mpillm.planning.speed import LARGE, SMALL, Speed
+from mpillm.planning.speed import LARGE, SMALL, WIDTH, Speed
 
 # Seconds of what is no kernel, measured with SmolLM2-135M on a core of Zen 5 (`Speed.core` is 1): between kernels that
 # have taken all of its caches, Python needs twice what it needs alone.
@@ -25,6 +25,9 @@ LAYER = 20e-6  # of a layer: the start of its kernels
 WAIT = 10e-6  # of a layer, times the root of the rows: threads meet after each kernel, and the last tile is one's alone
 APART = 120e-6  # of a layer whose kernels are called one by one, more than that
 LOAD = 50e-6  # of a page of weights that is loaded
+# Products are measured with matrices of WIDTH columns. Narrower ones read and write more values for each operation,
+# each of which takes so many times as long as one in a norm (0.28e-9 and 0.17e-9 s; 576 columns, 16 to 256 rows).
+NARROW = 1.7
 # Of a byte of streamed weights: the cores that compute read it and make it ready too (0.2 to 0.3e-9 measured with
 # SmolLM2 and a Llama of 10^9 weights, packed and not).
 STREAMED = 0.25e-9
@@ -174,7 +177,11 @@ def rank_time(work: RankWork, speed: Speed, batch: StepRows) -> StepTime:
         # Blocks are read and computed whole; the rows of a prompt share what is read.
         read = max(batch.sequences, 1.0) * (context + KV_BLOCK / 2) * layers.nbytes / speed.memory
         kv += read + batch.rows * (context + KV_BLOCK) * layers.operations / rate
-    values = batch.rows * (work.values + share * work.experts_values) + with_logits * work.head_values
+    values = (
+        batch.rows * _values(work.products, work.values)
+        + batch.rows * share * _values(work.experts, work.experts_values)
+        + with_logits * _values(work.head, work.head_values)
+    )
     streamed = work.streamed - work.streamed_experts * (1 - used)
     loads = streamed / work.page if work.page else 0.0
     layer = LAYER + WAIT * math.sqrt(batch.rows) + APART * work.apart
@@ -260,6 +267,11 @@ def _round(stages: Sequence[Stage], batch: StepRows, count: int) -> Round:
     once = sum(time.total for time in times)
     seconds = max(count * times[slowest].total, once)
     return Round(seconds, count, slowest, times[slowest], 1 - count * once / (len(times) * seconds))
+
+
+def _values(weights: WeightCounts, values: float) -> float:
+    """The values of a row in norms that take as long as the `values` that these products read and write."""
+    return values + NARROW * max(values - 2 * sum(weights.values()) / WIDTH, 0.0)
 
 
 def _seconds(weights: WeightCounts, speed: Speed, rows: float) -> float:

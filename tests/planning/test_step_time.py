@@ -10,7 +10,7 @@ import pytest
 
 from mpillm.kernels import KV_BLOCK, BlockType
 from mpillm.planning.job_time import PROMPT_TOKEN, REQUEST, Demand, job_time
-from mpillm.planning.speed import Speed
+from mpillm.planning.speed import WIDTH, Speed
 from mpillm.planning.step_time import (
     APART,
     DRAWN,
@@ -18,6 +18,7 @@ from mpillm.planning.step_time import (
     INSIDE,
     LAYER,
     LOAD,
+    NARROW,
     ONE_BY_ONE,
     STEP,
     STREAMED,
@@ -101,8 +102,11 @@ def test_what_is_no_product_takes_time_by_rows_and_pages_and_by_the_core() -> No
     """Values of rows, logits that are asked for, layers apart, pages that are loaded; half of it on a faster core."""
     rows = StepRows(100, 3, 0, scored=7)
     first = rank_time(work(), SPEED, rows).other
-    wide = rank_time(work(values=1e4, head_values=1e6), SPEED, rows)
+    wide = rank_time(work(values=1e4, head={BlockType.Q4_0: 2e9}, head_values=1e6), SPEED, rows)
     assert wide.other - first == pytest.approx((100 * 1e4 + 10 * 1e6) / 1e9)
+    # Matrices of 2048 columns would have 1000 values for as many weights.
+    narrow = rank_time(work(weights=WIDTH * 500, values=3000), SPEED, rows)
+    assert narrow.other - first == pytest.approx(100 * (3000 + NARROW * 2000) / 1e9)
     assert rank_time(work(apart=True), SPEED, rows).other - first == pytest.approx(2 * APART)
     paged = rank_time(work(streamed=10**6, page=1e5), SPEED, rows)
     assert paged.other - first == pytest.approx(10 * LOAD + 10**6 * STREAMED)
@@ -217,9 +221,11 @@ def test_planned_and_measured_times_are_printed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`python -m tests.planning.times`, one small job of it."""
+    monkeypatch.setattr("tests.planning.times.RUNS", 2)
     monkeypatch.setattr("sys.argv", ["times", "--model", str(CHAT), "--only", "one answer"])
     compare_times()
     printed = capsys.readouterr().out
     pair = r" +[\d.]+ +[\d.]+ +\d+\.\d\d (ok|OFF)"
     head = r"seconds, MiB +planned +measured +ratio +planned +measured +ratio"
-    assert re.fullmatch(rf"{head} *\none answer{pair} *{pair} *\n", printed), printed
+    line = rf"one answer{pair} *{pair} +\d+\.\d\d \d+\.\d\d"
+    assert re.fullmatch(rf"{head} +all runs\n{line}\n", printed), printed
