@@ -1,4 +1,4 @@
-# Storing keys and values, attention, and a layer's attention from hidden states to the product with o.
+# Storage of keys and values, attention, and a layer's attention from hidden states to the product with o.
 
 
 def kv_store(int kv_type, const float[:, :] k, v, const int32_t[::1] block,
@@ -67,7 +67,10 @@ cdef struct Rows:
 cdef Rows rows_of(cos, sin, const int32_t[::1] block, const int32_t[::1] offset, const int32_t[::1] pos,
                   const int32_t[::1] table, const int32_t[::1] table_start, long m, int rotary, int window,
                   Py_ssize_t blocks) except *:
-    """Where the rows of a step belong, checked; the caller keeps the arrays. rotary: 0 needs no cos and sin."""
+    """Check and return the positions and blocks of a step's rows; the caller keeps the arrays alive.
+
+    With rotary 0, cos and sin are not used.
+    """
     cdef const float[:, ::1] cosines, sines
     cdef Rows rows = Rows(m, NULL, NULL, &block[0], &offset[0], &pos[0], &table[0], &table_start[0])
     if rotary:
@@ -92,7 +95,7 @@ cdef class Attention:
     cdef bint interleaved, gated, chunked, normed_after_rope, bidirectional
     cdef mk_tuning tuning
     cdef float scale, softcap
-    cdef long steps  # at most
+    cdef long steps  # the maximum number of steps
 
     def __init__(self, q, k, v, o, const int32_t[::1] kv_of_head, int kvh, int hd, float scale, *, int window=0,
                  int value_dim=0, norm=None, biases=None, qk_norms=None, rotary=None, bint interleaved=False,
@@ -172,7 +175,7 @@ cdef class Attention:
         return finish(&work, threads)
 
     cdef size_t space(self, long m) noexcept:
-        """Bytes of what `add` takes for m rows."""
+        """Bytes that `add` takes from the space for m rows."""
         cdef long wide = self.heads * self.hd, narrow = self.kvh * self.hd, values = self.kvh * self.vd
         return (floats(m * self.qkv.first.k) + floats(m * wide) + floats(m * narrow) + floats(m * values)
                 + floats(m * self.heads * self.vd) + self.qkv.space(m) + self.attend_space(m))
@@ -221,13 +224,13 @@ cdef class Attention:
 
     cdef int add_attend(self, mk_work *work, Space space, float *q, float *k, const float *v, const float *gate,
                         const Rows *rows, int kv_type, const Pools *pools, Sums *out) except -1:
-        """out = what attention makes of q, k, v and the gate or NULL, contiguous rows; q and k are rotated in place."""
+        """out = attention of q, k, v and the gate (or NULL), which have contiguous rows; rotates q and k in place."""
         cdef long m = rows.m, wide = self.heads * self.hd, narrow = self.kvh * self.hd
         cdef long mixed_wide = self.heads * self.vd
         cdef float *mixed = <float *>space.take(4 * m * mixed_wide)
         if self.rotary:
             mk_rope(work, q, wide, rows.cos, rows.sin, m, self.heads, self.hd, self.rotary, self.interleaved)
-            mk_join(work, m > 1)  # one row is done before another thread knows of it
+            mk_join(work, m > 1)  # a single row is computed before another thread could begin
             mk_rope(work, k, narrow, rows.cos, rows.sin, m, self.kvh, self.hd, self.rotary, self.interleaved)
             mk_join(work, 0)
         if self.normed_after_rope:

@@ -1,4 +1,4 @@
-# Checks of arguments that several functions share: each raises ValueError and says what must hold.
+# Checks of arguments that several functions share; each raises ValueError with the condition that must hold.
 
 
 cdef int require(str name, tuple want, tuple got) except -1:
@@ -14,7 +14,7 @@ cdef int require_vector(str name, Py_ssize_t want, Py_ssize_t got) except -1:
 
 
 cdef int require_rows(str name, const float[:, :] x, Py_ssize_t rows, Py_ssize_t width) except -1:
-    """A matrix with contiguous rows; a negative count is any."""
+    """Check a matrix with contiguous rows; a negative count allows any number."""
     if (rows >= 0 and x.shape[0] != rows) or (width >= 0 and x.shape[1] != width):
         want = [x.shape[0] if rows < 0 else rows, x.shape[1] if width < 0 else width]
         raise ValueError(f"{name} must have shape {want}, not {[x.shape[0], x.shape[1]]}")
@@ -30,7 +30,7 @@ cdef int require_type(int type) except -1:
 
 
 cdef const int32_t[::1] check_bounds(bounds, long k, int block):
-    """Panel bounds as int32; they rise from 0 to k, and inner ones are multiples of `block`."""
+    """Return panel bounds as int32; they must rise from 0 to k, and inner ones must be multiples of `block`."""
     cdef const int32_t[::1] edges = np.ascontiguousarray(bounds, np.int32)
     cdef Py_ssize_t panels = edges.shape[0] - 1, i
     if panels < 1 or panels & (panels - 1) or panels > 64:
@@ -46,7 +46,7 @@ cdef const int32_t[::1] check_bounds(bounds, long k, int block):
 
 
 cdef int require_whole(long k) except -1:
-    """K-quants come in whole blocks."""
+    """Check that rows of a K-quant consist of whole blocks."""
     if k % MK_SUPER:
         raise ValueError(f"the columns of a K-quant matrix must be a multiple of {MK_SUPER}, not {k}")
     return 0
@@ -140,7 +140,7 @@ cdef int require_chunks(int window, bint chunked) except -1:
 
 
 cdef mk_tuning tuning_of(tuning) except *:
-    """beta, length and offset, or None."""
+    """Return the tuning of (beta, length, offset), or none for None."""
     cdef mk_tuning found = mk_tuning(0.0, 0, 0)
     if tuning is not None:
         found.beta, found.length, found.offset = tuning
@@ -159,7 +159,7 @@ cdef int require_range(str name, const int32_t[::1] values, int limit) except -1
 
 cdef int require_tables(const int32_t[::1] pos, const int32_t[::1] table, const int32_t[::1] start, int window,
                         Py_ssize_t pool) except -1:
-    """Every block that a row will read is in its table and in the pool."""
+    """Check that every block that a row reads is in its table and in the pool."""
     cdef Py_ssize_t row, first, last, b, low = 0, high = -1
     for row in range(pos.shape[0]):
         if pos[row] < 0 or start[row] < 0 or start[row] + pos[row] // MK_KV_BLOCK >= table.shape[0]:
@@ -167,7 +167,7 @@ cdef int require_tables(const int32_t[::1] pos, const int32_t[::1] table, const 
                              f"{table.shape[0] - start[row]} blocks")
         first = (pos[row] - window + 1) // MK_KV_BLOCK if window and pos[row] >= window else 0
         last = pos[row] // MK_KV_BLOCK
-        if row == 0 or start[row] != start[row - 1] or first < low:  # blocks low..high of the last sequence are fine
+        if row == 0 or start[row] != start[row - 1] or first < low:  # blocks low..high of this sequence are checked
             low, high = first, first - 1
         for b in range(max(first, high + 1), last + 1):
             if not 0 <= table[start[row] + b] < pool:
@@ -177,7 +177,7 @@ cdef int require_tables(const int32_t[::1] pos, const int32_t[::1] table, const 
 
 
 cdef int rotary_of(int rotary, int hd) except -1:
-    """The number of dimensions of a head that are rotated; 0 means all of them."""
+    """Return how many dimensions of a head are rotated; `rotary` 0 stands for all of them."""
     if hd % 2 and not rotary:
         raise ValueError(f"rope needs an even head dimension, not {hd}")
     if rotary < 0 or rotary % 2 or rotary > hd:
@@ -201,7 +201,7 @@ cdef int require_cap(float cap) except -1:
 
 cdef int require_sequences(const int32_t[::1] first_rows, const int32_t[::1] slots, Py_ssize_t rows, Py_ssize_t states
                            ) except -1:
-    """Sequences of at least one row each, which begin at row 0, and a slot for each of them."""
+    """Check that the first sequence begins at row 0, that each has at least one row, and that no two share a slot."""
     cdef Py_ssize_t i, count = first_rows.shape[0]
     require_vector("slots", count, slots.shape[0])
     for i in range(count):

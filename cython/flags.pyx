@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""Flags in memory that processes share: each process counts what it has written there, and waits for the others."""
+"""Flags in shared memory, by which processes tell each other that they have written their part of an exchange."""
 
 from libc.stdint cimport uint32_t
 
@@ -16,7 +16,7 @@ cdef extern from *:
     #include <unistd.h>
     #endif
 
-    #define POLLS 64  /* between two looks at the clock */
+    #define POLLS 64  /* polls between two reads of the clock */
 
     #if defined(__x86_64__)
     #define RELAX() __builtin_ia32_pause()
@@ -73,28 +73,28 @@ cdef extern from *:
 
 
 cdef class Flags:
-    """A flag for each process, a cache line each: its count, how many sleep until it changes, and two sizes.
+    """A flag for each process, in its own cache line: its count, the number of sleeping waiters, and two sizes.
 
-    Each process raises its own flag for each exchange, and then waits until all others have been raised as often.
+    Each process raises its own flag for each exchange, and then waits until the others have the same count.
     """
 
     cdef uint32_t[:, ::1] words
     cdef int own
 
     def __init__(self, uint32_t[:, ::1] words, int own):
-        """`words` are zero at first, uint32 [processes, 16], in memory that all of them share."""
+        """`words`, uint32 [processes, 16] in shared memory, must be zero at first."""
         if words.shape[1] != 16 or not 0 <= own < words.shape[0]:
             raise ValueError(f"flags are 16 words each, and there must be one of number {own}")
         self.words, self.own = words, own
 
     def raised(self, uint32_t nbytes):
-        """Raise the own flag: `nbytes` were written for this exchange."""
+        """Raise this process's flag: it has written `nbytes` bytes for this exchange."""
         cdef uint32_t count = self.words[self.own, 0] + 1
         self.words[self.own, 2 + (count & 1)] = nbytes
         flag_raise(&self.words[self.own, 0])
 
     def wait(self, double spin, double sleep):
-        """Wait for all others, each for so many seconds at most; return whether all have been raised."""
+        """Wait for all other flags, each for at most `seconds`; return whether all have been raised."""
         cdef uint32_t count = self.words[self.own, 0]
         cdef int other, reached = 1
         with nogil:
@@ -105,7 +105,7 @@ cdef class Flags:
         return reached != 0
 
     def unlike(self):
-        """After `wait`: a process that wrote another number of bytes than this one, and that number; else None."""
+        """After `wait`: return a process that wrote a different number of bytes, and that number; else None."""
         cdef uint32_t size = self.words[self.own, 0] & 1
         cdef uint32_t expected = self.words[self.own, 2 + size]
         cdef int other

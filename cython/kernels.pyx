@@ -15,7 +15,7 @@ include "declarations.pxi"  # what core/kernels.h declares; setup.py makes it
 
 
 def available():
-    """Names of the paths this build has and this machine can run, slowest first."""
+    """Return the names of the paths that this build has and this machine can run, slowest first."""
     names = []
     while mk_path_name(len(names)) != NULL:
         names.append(mk_path_name(len(names)).decode())
@@ -23,13 +23,13 @@ def available():
 
 
 def set_path(str name):
-    """Use a path; ValueError if it is not among `available()`."""
+    """Use a path; raises ValueError if it is not in `available()`."""
     if mk_set_path(name.encode()):
         raise ValueError(f"this machine has no kernel path {name!r}")
 
 
 def block_types():
-    """The kind, the values, the bytes and the packed bytes of a block of each type."""
+    """Return the kind, the values, the bytes and the packed bytes of a block of each type."""
     kinds = ("float", "plain", "super", "coded", "scaled")
     return [(kinds[mk_kind(type)], mk_block(type), mk_block_bytes(type), mk_packed_bytes(type))
             for type in range(MK_TYPES)]

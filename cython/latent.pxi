@@ -2,7 +2,7 @@
 
 
 cdef class HeadProducts:
-    """A product for each head: head i's part of x [m, heads * k] times its matrix [n, k], side by side."""
+    """A product for each head: its part of x [m, heads * k] times its matrix [n, k]; the results are side by side."""
 
     cdef list pieces  # a Product for each head
     cdef long heads, n, k, steps
@@ -22,7 +22,7 @@ cdef class HeadProducts:
 
     cdef int add(self, mk_work *work, Space space, const float *x, long stride, long x_head, long m, float *out,
                  long out_stride, long out_head) except -1:
-        """out + i * out_head = what x + i * x_head makes with head i's matrix."""
+        """At out + i * out_head: the product of the rows at x + i * x_head with head i's matrix."""
         cdef Product piece
         cdef Py_ssize_t head
         cdef list taken = []
@@ -38,16 +38,16 @@ cdef class HeadProducts:
 
 
 cdef class LatentAttention:
-    cdef Products first, q, o  # first: of hidden states
+    cdef Products first, q, o  # first: the products of the hidden states
     cdef HeadProducts k_b, v_b
     cdef NormStep norm, q_norm, kv_norm
     cdef Vector q_bias, kv_bias
     cdef const int32_t[::1] kv_of_head
     cdef int heads, nope, rotary, latent, hd, key, vd, window
-    cdef long rank  # of q; 0: not of low rank
+    cdef long rank  # the rank of q; 0: q has full rank
     cdef bint interleaved
     cdef float scale
-    cdef long steps  # at most
+    cdef long steps  # the maximum number of steps
 
     def __init__(self, q, kv_a, k_b, v_b, o, float scale, *, kv_norm, q_a=None, q_norm=None, norm=None, biases=None,
                  bint interleaved=True):

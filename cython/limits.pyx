@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, embedsignature=True
-"""What no kernel can beat: how fast memory is read, and how fast 8-bit integers are multiplied and added in registers.
+"""The limits of the machine: the bandwidth of reading memory, and the rate of 8-bit multiply-adds in registers.
 
 Only `mpillm bench` uses this. It measures the machine's best instruction set, whichever path the kernels take.
 """
@@ -98,7 +98,7 @@ cdef extern from *:
 
 
 def read(const uint8_t[::1] data, int threads):
-    """Read all of `data`, in so many threads; the bits that are set anywhere in the first words of its cache lines."""
+    """Read all of `data` with `threads` threads; return the OR of the first words of its cache lines."""
     cdef uint64_t seen
     with nogil:
         seen = read_all(&data[0], data.shape[0], threads)
@@ -106,7 +106,7 @@ def read(const uint8_t[::1] data, int threads):
 
 
 def int8(long rounds, int threads):
-    """Do `rounds` of products in each thread; how many multiplications and additions that were (0: none are known)."""
+    """Compute `rounds` of products in each thread; return the number of operations (0 if this CPU has no test)."""
     cdef double operations
     with nogil:
         operations = multiply(rounds, threads)

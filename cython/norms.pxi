@@ -1,4 +1,4 @@
-# Norms, biases, and what is added to the hidden states.
+# Norms, biases, and additions to the hidden states.
 
 
 cdef class NormStep:
@@ -16,7 +16,7 @@ cdef class NormStep:
 
     cdef void add(self, mk_work *work, const float *x, long stride, int groups, long m, float *out, long out_stride
                   ) noexcept:
-        """Normalise m rows; out may be x."""
+        """Normalise m rows; `out` may be `x`."""
         if self.centred:
             mk_layer_norm(work, x, stride, self.weight.at, self.bias.at, self.eps, m, self.width, out, out_stride)
         else:
@@ -31,7 +31,7 @@ cdef class NormStep:
 
 
 cdef NormStep norm_of(str name, norm, tuple widths):
-    """None, or the norm of one of these widths."""
+    """Return the step of a norm with one of these widths, or None."""
     if norm is None:
         return None
     if norm.width not in widths:
@@ -40,13 +40,13 @@ cdef NormStep norm_of(str name, norm, tuple widths):
 
 
 cdef void add_bias(mk_work *work, float *x, long stride, Vector bias, long m) noexcept:
-    """x [m, n] += the bias [n], if there is one; what follows is joined."""
+    """x [m, n] += the bias [n], if there is one; the next steps are joined."""
     if bias.at:
         mk_add_rows(work, x, stride, bias.at, 0, 1.0, m, bias.values.shape[0])
         mk_join(work, 1)
 
 
-cdef enum: RESIDUAL_STEPS = 3  # at most
+cdef enum: RESIDUAL_STEPS = 3  # the maximum number of steps
 
 
 cdef class Residual:

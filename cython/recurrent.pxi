@@ -4,7 +4,7 @@ from libc.math cimport INFINITY
 
 
 cdef class Convolution:
-    """A causal convolution of each channel with w [taps, channels], and the floats of its inputs before a step."""
+    """A causal convolution of each channel with w [taps, channels], and the floats of its preceding inputs."""
 
     cdef const float[:, ::1] w
     cdef Vector bias
@@ -23,7 +23,7 @@ cdef class Convolution:
 
 
 cdef long tails_of(list convs) noexcept:
-    """Floats of all convolutions' inputs before a step."""
+    """Floats of the preceding inputs of all convolutions."""
     cdef Convolution conv
     cdef long total = 0
     for conv in convs:

@@ -2,7 +2,7 @@
 
 
 cdef class Vector:
-    """A vector [n], or none: then `at` is NULL."""
+    """A vector [n], or none; `at` is NULL then."""
 
     cdef const float[::1] values
     cdef const float *at

@@ -1,12 +1,12 @@
 # Whole layers as one call.
 
-# Layers of one parallel region have so many rows of activations together, unless one layer has more: each region costs
-# some microseconds, and at its end the caller waits for every thread, also for one whose core another program has.
-# Between regions Python handles signals, and a caller with messages looks after them.
+# The layers of one parallel region have this many rows of activations in total, unless one layer has more. A region
+# costs some microseconds, and at its end the caller waits for every thread, even one whose core another program uses.
+# Between regions Python handles signals, and the caller can make progress with messages.
 cdef enum:
     REGION_ROWS = 256
     REGION_ROWS_WITH_MESSAGES = 16
-    TABLE = 5  # of what is known of a step's rows, the one thing that is not of each row
+    TABLE = 5  # the index, in a step's arrays, of the table, the only array without an element for each row
 
 
 cdef class LayerStack:
@@ -95,7 +95,7 @@ cdef class LayerStack:
 
     cdef int compute(self, Py_ssize_t first, Py_ssize_t last, float *x, long m, Rows *places, Sums *part,
                      int threads) except -1:
-        """Layers first .. last - 1 of the rows x, in one parallel region; each takes the same space."""
+        """Compute layers first .. last - 1 of the rows x in one parallel region; the layers share the space."""
         cdef Attention attention
         cdef Residual after_attention, after_mlp
         cdef Mlp mlp
@@ -123,7 +123,7 @@ cdef class LayerStack:
         return finish(&work, threads)
 
     cdef Rows rows_at(self, int place, where, long m) except *:
-        """The rows of one place, checked for all of its layers."""
+        """Return the rows of one place, checked for all layers that use them."""
         cdef Attention attention
         cdef int rotary = 0
         layers = [(layer[0], len(keys)) for layer, at, (keys, values) in zip(self.layers, self.places, self.pools)

@@ -1,4 +1,4 @@
-# The memory and the steps of one call, and running them.
+# The memory and the steps of one call, and their execution.
 
 from libc.errno cimport EAGAIN
 
@@ -31,7 +31,7 @@ cdef class Space:
         return self.at - whole_lines(size)
 
     cdef void release(self, void *piece) noexcept:
-        """Give back a piece and all that was taken after it."""
+        """Release a piece, and all pieces that were taken after it."""
         self.at = <char *>piece
 
 
@@ -40,22 +40,22 @@ cdef size_t whole_lines(size_t size) noexcept:
 
 
 cdef size_t floats(long count) noexcept:
-    """Bytes that a Space needs for so many floats."""
+    """Bytes that a Space needs for `count` floats."""
     return whole_lines(4 * count)
 
 
 cdef void begin(mk_work *work, Space space, long steps) noexcept:
-    """Begin a work of at most so many steps, which lie in the space."""
+    """Begin a work of at most `steps` steps, which are stored in the space."""
     mk_begin_in(work, <mk_step *>space.take(steps * sizeof(mk_step)), steps)
 
 
 cdef size_t step_bytes(long steps) noexcept:
-    """Bytes that a Space needs for them."""
+    """Bytes that a Space needs for `steps` steps."""
     return whole_lines(steps * sizeof(mk_step))
 
 
 cdef int finish(mk_work *work, int threads) except -1:
-    """Run what has been added, without the GIL."""
+    """Run the steps that have been added, without the GIL."""
     cdef int failed
     cdef long capacity = mk_capacity(work)
     with nogil:
@@ -76,10 +76,10 @@ def first_touch(uint8_t[::1] memory, int threads=1):
 
 
 def regions():
-    """How many times work was given to the threads since the start of the process."""
+    """Return the number of parallel regions since the start of the process."""
     return mk_regions()
 
 
 def weights_read():
-    """Bytes of matrices that their products passed through since the start of the process."""
+    """Return the bytes of matrices that products have read since the start of the process."""
     return mk_weights_read()

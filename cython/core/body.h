@@ -1,5 +1,5 @@
-/* The kernels, written once over the 16-lane layer that was included before; NAME is the path's.  A path whose products of
- * bytes, or of BF16, alone differ from another one's names that one as LIKE, and has the rest from it. */
+/* The kernels, written once over the 16-lane vector layer that the path includes first; NAME is the name of the path.  A
+ * path that differs from another one only in its products of bytes or of BF16 names it as LIKE and uses its other kernels. */
 #include <math.h>
 #include <string.h>
 

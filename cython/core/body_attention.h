@@ -1,15 +1,15 @@
 /* Attention over the blocked KV cache: lanes are tokens for q.k, head dimensions for p.v, and the softmax streams over
  * a sequence's blocks of 32 positions in their order.  An item is a group of queries (rows x heads) that share a
- * sequence and a KV head.  They are worked on in tiles of queries that stay in registers against a block of keys or
- * values; where a group has several tiles, a block is transposed to floats once for all of them.  None of this changes an
- * output: every score is one chain of fma over dimensions, every sum one over tokens, whatever the tile. */
+ * sequence and a KV head.  They are computed in tiles of queries, which stay in registers, for one block of keys or values
+ * at a time; if a group has several tiles, a block is transposed to floats once for all of them.  Tiles do not change the
+ * output: every score is one chain of fma over dimensions, and every sum one over tokens. */
 
 #include "body_kv_blocks.h"
 #include "body_queries.h"
 
 typedef struct {
-    long first, last; /* positions it attends to */
-    long from, to;    /* of those, the ones in the block at hand; from > to if none is */
+    long first, last; /* the positions to which it attends */
+    long from, to;    /* those of them in the current block; from > to if there are none */
     float *out;
     float top;        /* largest score so far */
     vf total;         /* sum of p in lanes */
@@ -17,7 +17,7 @@ typedef struct {
 
 typedef struct {
     const mk_attention_job *job;
-    int count, shape; /* queries; tiles have QUERIES[shape] each, of which the last tile may leave some unused */
+    int count, shape; /* the number of queries; tiles have QUERIES[shape] queries, of which the last may use fewer */
     long lanes;
     float q[MK_ATTENTION_SUMS];    /* tiles [hd][Q], scaled */
     float sums[MK_ATTENTION_SUMS]; /* tiles [Q][lanes] */
@@ -25,8 +25,8 @@ typedef struct {
     query queries[MK_MAX_QUERIES];
 } query_group;
 
-/* Scores to probabilities relative to the largest score so far; what was summed before is brought to that scale.
- * cap: of the scores, or 0. */
+/* Turn scores into probabilities relative to the largest score so far, and rescale the earlier sums.  cap: the soft cap of
+ * the scores, or 0. */
 MK_INLINE void stream_softmax(query *q, float *p, float *sums, int vd, float cap) {
     static const float index[MK_KV_BLOCK] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
                                              16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
@@ -57,7 +57,7 @@ MK_INLINE void stream_softmax(query *q, float *p, float *sums, int vd, float cap
     q->total = vf_add(q->total, vf_add(part[0], part[1]));
 }
 
-/* One tile against one block of keys and one of values, each of a type. */
+/* Compute one tile of queries with one block of keys and one of values; each block has a type. */
 static void visit(query_group *group, int tile, int type, int value_type, long start, const uint8_t *keys,
                   const uint8_t *values, const uint8_t *next_keys, const uint8_t *next_values) {
     const query_tile *many = &QUERY_TILE_FUNCTIONS[value_type][group->shape];
@@ -76,7 +76,7 @@ static void visit(query_group *group, int tile, int type, int value_type, long s
         to = q->to < to ? q->to : to;
         if (q->from <= q->to) stream_softmax(q, p + j * MK_KV_BLOCK, sums + j * lanes, vd, group->job->softcap);
     }
-    /* Tokens at the edges, to which only some queries attend, are taken query by query. */
+    /* Tokens to which only some of the queries attend are computed query by query. */
     int together = from <= to;
     for (int j = 0; j < count; j++) {
         long end = together ? from - 1 : queries[j].to;
@@ -95,11 +95,11 @@ static float tuned(const mk_tuning *tuning, long position) {
     return (float)(1.0 + (double)tuning->beta * log(1.0 + (double)stretch));
 }
 
-/* Queries in whole tiles of a shape. */
+/* The number of queries, rounded up to whole tiles. */
 static long padded(int count, int shape) { return mk_blocks(count, QUERIES[shape]) * QUERIES[shape]; }
 
-/* Lay a group's queries out; returns its first and last position.  A sink is a score that was there before all others,
- * whose value is zero. */
+/* Arrange a group's queries in tiles; returns its first and last position.  A sink counts as an earlier score whose value
+ * is zero. */
 static void gather(query_group *group, const mk_query_group *item, long *low, long *high) {
     static const float first_lane[MK_TILE] = {1.0f};
     const mk_attention_job *job = group->job;
@@ -149,7 +149,7 @@ static void attend(const mk_attention_job *job, const mk_query_group *item) {
     const int32_t *table = job->table + job->table_start[item->row];
     for (long block = low / MK_KV_BLOCK, last = high / MK_KV_BLOCK; block <= last; block++) {
         long at = (long)table[block] * job->kvh + item->kv_head;
-        /* With few queries a block is done before memory has given the next: the one after that is fetched. */
+        /* With few queries a block is computed faster than the next one arrives, so the one after it is prefetched. */
         long ahead = (long)table[block + 2 < last ? block + 2 : last] * job->kvh + item->kv_head;
         const uint8_t *keys = (const uint8_t *)job->kpool + at * key_bytes;
         const uint8_t *next_keys = (const uint8_t *)job->kpool + ahead * key_bytes;

@@ -1,13 +1,13 @@
-/* Blocks of the KV cache of one head: 32 tokens, keys by dimension, values by token, as F32, F16 or Q8_0 (mk_kv_bytes). How
- * they are read, and how rows become F16 and Q8_0 to be stored in them. */
+/* Reads blocks of the KV cache of one head, and converts rows to F16 and Q8_0 to store them.  A block has 32 tokens, keys
+ * by dimension, values by token, as F32, F16 or Q8_0 (mk_kv_bytes). */
 
-/* Into the second-level cache: the first level allows fewer misses at a time, and memory would wait for them. */
+/* Prefetch into the second-level cache, because the first level allows fewer outstanding misses. */
 #define FETCH(p) __builtin_prefetch(p, 0, 2)
 
-/* The blocks of heads with more dimensions are not transposed: each tile reads them as they are. */
+/* Blocks of heads with more dimensions are not transposed; each tile reads them directly. */
 enum { MAX_FLOAT_DIM = 256 };
 
-/* Vector `vector` of the keys of dimension i; scale: of these tokens' Q8_0 blocks. */
+/* Vector `vector` of the keys of dimension i; scale: the scales of the tokens' Q8_0 blocks. */
 MK_INLINE vf load_keys(const int type, const uint8_t *keys, int hd, long i, int vector, vf scale) {
     long at = i * MK_KV_BLOCK + vector * MK_TILE;
     if (type == MK_F32) return vf_load((const float *)keys + at);
@@ -15,7 +15,7 @@ MK_INLINE vf load_keys(const int type, const uint8_t *keys, int hd, long i, int 
     return vf_mul(scale, vf_load_i8(keys + 2 * hd + at));
 }
 
-/* Dimensions i .. of a token's value: 16, or with `rest` as many as there are, and zeros. */
+/* 16 dimensions of a token's value from i on; with `rest` fewer, padded with zeros. */
 MK_INLINE vf load_values(const int type, const int rest, const uint8_t *values, int hd, long token, long i,
                          const float *scales) {
     long at = token * hd + i;
@@ -28,7 +28,7 @@ MK_INLINE vf load_values(const int type, const int rest, const uint8_t *values, 
     return vf_load_f16(half);
 }
 
-/* A head's block as floats, in its own order. */
+/* Convert a head's block to floats, in the same order. */
 HOT void block_floats(const int type, const int is_keys, const uint8_t *block, const uint8_t *next, int hd,
                       float *out) {
     const long count = (long)hd * MK_KV_BLOCK;
@@ -53,7 +53,7 @@ static void to_floats(int type, int is_keys, const uint8_t *block, const uint8_t
     else block_floats(MK_Q8_0, 0, block, next, hd, out);
 }
 
-/* The first vd dimensions of a head's block of keys as its values: floats, token by token. */
+/* Convert the first vd dimensions of a head's keys to its values: floats, token by token. */
 HOT void keys_as_values(const int type, const uint8_t *keys, int hd, int vd, float *out) {
     float part[MK_TILE][MK_KV_BLOCK];
     for (int begin = 0; begin < vd; begin += MK_TILE) {

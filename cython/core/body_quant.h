@@ -1,6 +1,6 @@
-/* Blocks: quantise and dequantise rows.  Items are rows. */
+/* Quantises and dequantises rows of blocks.  Items are rows. */
 
-/* 1/d, and 0 where that is no finite number: such a block's integers are 0. */
+/* 1/d, or 0 if that is not finite, so that the integers of such a block are 0. */
 MK_INLINE float inverse(float d) {
     float inverse = 1.0f / d;
     return inverse - inverse == 0.0f ? inverse : 0.0f;
@@ -19,8 +19,8 @@ MK_INLINE int all_finite(vf a, vf b) {
     return vf_hadd(vf_add(vf_mul(a, zero), vf_mul(b, zero))) == 0.0f;
 }
 
-/* 32 values to integers; the scale is amax / 127.  A block with inf or NaN gets scale NaN and zeros.
- * sums: of the first 16 integers, and of the others. */
+/* Quantise 32 values; the scale is amax / 127.  A block with inf or NaN gets scale NaN and integers 0.
+ * sums: the sums of the first 16 integers and of the others. */
 MK_INLINE void quantise_q8(vf a, vf b, int8_t *q, float *scale, int32_t *sums) {
     float d = vf_hmax(vf_max(vf_abs(a), vf_abs(b))) / 127.0f;
     if (!all_finite(a, b)) {
@@ -38,7 +38,7 @@ MK_INLINE void quantise_q8(vf a, vf b, int8_t *q, float *scale, int32_t *sums) {
     sums[1] = vi_sum(hi);
 }
 
-/* The first of 32 values that have this magnitude; 0 if that is 0. */
+/* The first of 32 values with this magnitude; 0 if the magnitude is 0. */
 MK_INLINE float first_of(const float *x, vf a, vf b, float size) {
     static const float place[MK_TILE] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     vf peak = vf_set1(size), none = vf_set1(-MK_BLOCK), low = vf_sub(vf_set1(0.0f), vf_load(place));
@@ -87,7 +87,7 @@ static void quantize(const void *argument, long begin, long end) {
         }
 }
 
-/* Panels of activations, each padded to whole blocks with zeros; rows in groups. */
+/* Quantise panels of activations, each padded with zeros to whole blocks; rows are grouped. */
 static void quantize_rows(const void *argument, long begin, long end) {
     const mk_rows_job *job = argument;
     for (long row = begin; row < end; row++) {
@@ -111,7 +111,7 @@ static void quantize_rows(const void *argument, long begin, long end) {
 
 static const int8_t E2M1[16] = {MK_E2M1_VALUES(MK_AS_IT_IS)};
 
-/* One block of up to 32 values; d * q is exact, so an fma gives the same. */
+/* Dequantise one block of up to 32 values; d * q is exact, so an fma gives the same bits. */
 MK_INLINE void dequantise_block(int type, const uint8_t *in, float *values) {
     uint16_t h[2] = {0};
     const int bits = mk_bits(type) == 5 ? 4 : 0;
@@ -132,7 +132,7 @@ MK_INLINE void dequantise_block(int type, const uint8_t *in, float *values) {
     }
 }
 
-/* A K-quant's block: the products are exact, so a value is rounded once. */
+/* Dequantise a K-quant's block; the products are exact, so a value is rounded once. */
 static void dequantise_super(int type, const uint8_t *in, float *values) {
     uint16_t h[2] = {0};
     memcpy(h, in + mk_d_at(type), 2 * (size_t)mk_f16s(type));

@@ -1,6 +1,6 @@
-/* The tile of unpacked weights (body_unpacked.h) for 32 registers of 16 bytes: a quarter of the 16 rows of W after the other,
- * so that sums of T rows of x, their bytes, and a quarter's integers are all in registers.  Each quarter's 8 groups lie one
- * after the other. */
+/* The tile of unpacked weights (body_unpacked.h) for 32 registers of 16 bytes.  It computes one quarter of the 16 rows of W
+ * after the other, so that the sums and bytes of T rows of x and the integers of a quarter stay in registers.  The 8 groups
+ * of a quarter are contiguous. */
 
 #define VEC_PUT(to, g, groups) quarters_put(*(to), g, groups)
 
@@ -15,7 +15,7 @@ MK_INLINE void quarters_put(uint8_t *p, const int g, const vb *groups) {
         }
 }
 
-/* What 32 columns of T rows of x are multiplied as: 8 columns of two rows are 16 bytes. */
+/* The operands of 32 columns of T rows of x: 8 columns of two rows are 16 bytes. */
 MK_INLINE void quarter_bytes(const int T, const mk_activation *a, int8x16_t (*x)[2]) {
     UNROLL
     for (int t = 0; t < T; t++) {

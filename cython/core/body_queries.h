@@ -1,5 +1,5 @@
-/* Tiles of queries against one block of the KV cache: scores of its keys, and sums of its values.  A tile's queries stay in
- * registers; how many fit depends on the path. */
+/* Computes scores of keys and sums of values for a tile of queries and one block of the KV cache.  The queries of a tile
+ * stay in registers; their number depends on the path. */
 
 #if VEC_QUERIES == 12
 enum { KEY_VECTORS = 2, MAX_COLUMNS = 4, QUERY_SHAPES = 5 };
@@ -19,7 +19,7 @@ enum { QUERY_SHAPES = 3 };
 #define QUERY_COUNT(type, Q) Q,
 static const int QUERIES[QUERY_SHAPES] = {EACH_SHAPE(QUERY_COUNT, )};
 
-/* p [Q][32] = the block's scores: q [hd][Q] times keys.  `next` is fetched meanwhile. */
+/* p [Q][32] = the scores of the block: q [hd][Q] times keys.  Prefetches `next`. */
 HOT void scores(const int type, const int Q, const float *q, const uint8_t *keys, const uint8_t *next, int hd,
                 float *p) {
     const int part = type == MK_Q8_0 ? MK_BLOCK : hd, line = mk_kv_bytes(type, 1);

@@ -1,9 +1,9 @@
-/* Token mixers with a state for each sequence.  The rows of a sequence are neighbours and follow one another in one
- * fixed order of operations, so the bits depend neither on how a prompt is cut into steps nor on other sequences.
- * Items are (lanes of 16 channels or value dimensions, sequence): each goes through all rows of its sequence. */
+/* Token mixers with a state for each sequence.  The rows of a sequence are neighbours and are computed one after the other
+ * in a fixed order of operations, so the bits depend neither on how a prompt is cut into steps nor on other sequences.
+ * Items are (16 channels or value dimensions, sequence); each computes all rows of its sequence. */
 
-/* ln(1 + e^x) = max(x, 0) + ln(1 + u) with u = e^-|x|, and ln(1 + u) = 2 artanh(u / (2 + u)), whose series ends here
- * with an error below 2e-9 of it. */
+/* ln(1 + e^x) = max(x, 0) + ln(1 + u) with u = e^-|x|, and ln(1 + u) = 2 artanh(u / (2 + u)); the series of artanh is
+ * truncated with a relative error below 2e-9. */
 MK_INLINE vf vf_softplus(vf x) {
     const vf zero = vf_set1(0.0f), u = vf_exp(vf_sub(zero, vf_abs(x)));
     const vf s = vf_div(u, vf_add(u, vf_set1(2.0f))), square = vf_mul(s, s);
@@ -55,7 +55,7 @@ static void short_conv(const void *argument, long begin, long end) {
     }
 }
 
-/* Sums over the key dimensions run in so many chains, dimension j in chain j % DELTA_CHAINS. */
+/* Sums over key dimensions have DELTA_CHAINS partial sums; dimension j is added to sum j % DELTA_CHAINS. */
 enum { DELTA_CHAINS = 4 };
 
 #define EACH_KEY(dk, use)                                                                    \
@@ -106,10 +106,10 @@ MK_INLINE vf decay_and_learn(float *state, long dk, vf decay, vf delta, const fl
     return of_chains(sums);
 }
 
-/* What an item goes through: rows first .. last - 1, with 16 columns of a head's state from column i on.  Each head's
- * state [dk, dv] lies in pieces of 16 columns: [piece][dk][16]. */
+/* An item: rows first .. last - 1, and 16 columns of a head's state from column i on.  The state [dk, dv] of a head is
+ * stored in pieces of 16 columns: [piece][dk][16]. */
 typedef struct {
-    long first, last, head, key, i; /* key: where the head's key begins in a row */
+    long first, last, head, key, i; /* key: the first column of the head's key in a row */
     float *state;
 } mk_piece;
 

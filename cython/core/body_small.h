@@ -31,7 +31,7 @@ static void square_sums(const void *argument, long begin, long end) {
     for (long row = begin; row < end; row++) job->out[row] = sum_of_squares(job->a + row * job->a_stride, job->d);
 }
 
-/* The squares of each of `heads` parts of a row are summed apart, and the sums added in order. */
+/* The squares of each of `heads` parts of a row are summed separately, and these sums are added in order. */
 static void rms_norm(const void *argument, long begin, long end) {
     const mk_small_job *job = argument;
     const float *w = job->b;
@@ -89,7 +89,7 @@ static void rope(const void *argument, long begin, long end) {
         }
 }
 
-/* The same where b is the neighbour of a. */
+/* The same for neighbouring a and b. */
 static void rope_interleaved(const void *argument, long begin, long end) {
     const mk_small_job *job = argument;
     long half = job->d / 2;
@@ -111,7 +111,7 @@ MK_INLINE vf sigmoid_times(vf x, vf factor) { /* factor / (1 + e^-x) */
     return vf_div(factor, vf_add(vf_set1(1.0f), vf_exp(vf_sub(vf_set1(-0.0f), x))));
 }
 
-/* The activation f(gate) of mpillm.kernels.types.Activation; of MK_SWIGLU_CLAMPED the gate alone. */
+/* The activation f(gate) of mpillm.kernels.types.Activation; for MK_SWIGLU_CLAMPED only the factor of the gate. */
 MK_INLINE vf activated(const int kind, vf g, vf limit, vf alpha) {
     vf cube;
     switch (kind) {
@@ -206,7 +206,7 @@ static void lse_parts(const void *argument, long begin, long end) {
         vf plain = vf_set1(0.0f), tempered = plain;
         EACH(i, d) {
             vf v = vf_sub(vf_row(x, i, d, -INFINITY), shift), u = vf_mul(v, inv_t);
-            if (i + MK_TILE > d) { /* beyond the end nothing is added, whatever inv_t is */
+            if (i + MK_TILE > d) { /* lanes after the end add nothing, for any inv_t */
                 float lanes[MK_TILE];
                 vf_store(lanes, u);
                 u = vf_load_part(lanes, d - i, -INFINITY);
@@ -220,7 +220,7 @@ static void lse_parts(const void *argument, long begin, long end) {
     }
 }
 
-/* The k best so far are a heap with the worst at its root: the lower value, of equals the higher id. */
+/* The k best so far are a heap whose root is the worst: the lowest value, and of equal values the highest id. */
 MK_INLINE int worse(float a, int32_t i, float b, int32_t j) { return a < b || (a == b && i > j); }
 
 static void sift(float *values, int32_t *ids, long size, long at) {

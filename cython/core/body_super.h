@@ -1,7 +1,7 @@
-/* Tiles of K-quants, whose blocks have 8 parts of 32 columns with scales of their own (super.h). */
+/* Tiles of K-quants, whose blocks have 8 parts of 32 columns, each with its own scales (super.h). */
 
-/* The scales and minima of a part of 16 rows, as products take them: one of each for the part, or one for each half. */
-/* What the scales and minima of 16 rows' blocks are multiplied by. */
+/* The scales and minima of a part of 16 rows for products: one of each for the part, or one for each half. */
+/* The factors of the scales and minima of 16 rows' blocks. */
 typedef struct {
     vf d, m;
 } super_scales;
@@ -46,7 +46,7 @@ MK_INLINE part_scales load_scales(const int type, const uint8_t *small, const ui
     return of;
 }
 
-/* As `start_of`, for the half h of a part. */
+/* Like `start_of`, for half h of a part. */
 MK_INLINE int32_t start_of_half(const int type, const mk_activation *a, const int h) {
     if (mk_is_grid(type)) return VEC_Q8_BIAS ? a->offset32[h] * 4 : 0;
     return type == MK_Q6_K ? a->offset32[h] : type == MK_Q3_K ? a->offset32[h] / 8 : 0;

@@ -4,7 +4,7 @@
 
 #include "active.h"
 
-/* Q8_0: the integers of one row (`step` 1) or column (`step` 32) of a head's block, and their scales. */
+/* Store one row (`step` 1) or column (`step` 32) of a head's Q8_0 block, and its scales. */
 static void put_q8(const float *x, uint8_t *block, int hd, long offset, long at, long step) {
     int8_t q[MK_MAX_HEAD_DIM];
     uint16_t scales[MK_MAX_HEAD_DIM / MK_BLOCK];
@@ -13,7 +13,7 @@ static void put_q8(const float *x, uint8_t *block, int hd, long offset, long at,
     for (int i = 0; i < hd / MK_BLOCK; i++) memcpy(block + 2 * (i * MK_KV_BLOCK + offset), &scales[i], 2);
 }
 
-/* One row of K goes to one column of its block, one row of V to one row; with vd 0 there is no V. */
+/* A row of K is stored in a column of its block, a row of V in a row; vd 0 means that there is no V. */
 static void store(const void *argument, long begin, long end) {
     const mk_store_job *job = argument;
     int hd = job->hd, vd = job->vd;
@@ -50,10 +50,10 @@ void mk_kv_store(mk_work *work, int kv_type, const float *k, long k_stride, cons
         .block = block, .offset = offset, .kpool = kpool, .vpool = vpool};
 }
 
-/* Groups: runs of rows of one sequence times runs of heads of one KV head, as many as a thread's stack holds. */
+/* Divide the queries into groups: consecutive rows of a sequence times heads of one KV head, as fit on a thread's stack. */
 static long group_queries(mk_query_group *groups, const int32_t *table_start, const int32_t *kv_of_head, long m,
                           int heads, int hd) {
-    /* Models have few wide heads, which use the stack's whole capacity; others leave more items for the threads. */
+    /* Models have few wide heads, so their groups use the whole capacity; smaller groups of others give more items. */
     int maximum = (hd > MK_WIDE_HEAD ? MK_ATTENTION_SUMS : MK_ATTENTION_SUMS / 2) / MK_LANES(hd);
     long count = 0;
     if (maximum > MK_MAX_QUERIES) maximum = MK_MAX_QUERIES;

@@ -1,12 +1,14 @@
-/* Tiles of BF12: BF16 with its low bytes as they are, and 4 bits for each high byte (sign and upper seven bits of the
- * exponent), which stand for one of the 16 that a block has most of.  Values with another one are exceptions, which a block
- * lists: up to 10, and a matrix that has a block with more stays BF16.  Trained weights have about one exception in 10^4, for
- * 16 high bytes are 2^16 of range.  (Such codes of exponents: DFloat11, arXiv:2504.11651; ZipNN, arXiv:2411.05239.)
+/* Tiles of BF12: BF16 whose low bytes are stored unchanged, and whose high bytes (sign and upper seven bits of the exponent)
+ * are coded in 4 bits.  The codes of a block stand for its 16 most frequent high bytes.  Values with other high bytes are
+ * exceptions, which the block lists: up to 10.  A matrix with more exceptions in any block stays BF16.  Trained weights have
+ * about one exception in 10^4, because 16 high bytes cover a range of 2^16.  (Related codes of exponents: DFloat11,
+ * arXiv:2504.11651; ZipNN, arXiv:2411.05239.)
  *
- * A block is 16 rows of up to 256 columns: a head (16 high bytes, the number of exceptions, an unused byte, 10 times column,
- * row and high byte), and then, for each 4 rows, 32 columns after 32: the low bytes of rows 0 and 1, those of rows 2 and 3,
- * and the codes of all, in the low halves those of rows 0 and 1.  Of two rows 64 bytes are four times 8 columns of the first
- * row and 8 of the second, so that interleaving bytes of 128-bit lanes makes rows of them. */
+ * A block has 16 rows of up to 256 columns.  Its head has 16 high bytes, the number of exceptions, an unused byte, and 10
+ * times the column, row and high byte of an exception.  Then follow, for each 4 rows, steps of 32 columns: the low bytes of
+ * rows 0 and 1, those of rows 2 and 3, and the codes of all four, where low nibbles belong to rows 0 and 1.  The 64 bytes
+ * of two rows alternate 8 columns of the first row and 8 of the second, so that interleaving the bytes of 128-bit lanes
+ * restores the rows. */
 #ifndef MK_CODED_H
 #define MK_CODED_H
 
@@ -16,7 +18,7 @@
 
 enum { MK_CODED_CODES = 16, MK_CODED_COUNT = 16, MK_CODED_LIST = 18, MK_CODED_EXCEPTIONS = 10, MK_CODED_FOUR = 192 };
 
-/* The most frequent high bytes of a block, the lower one first of two that are equally frequent. */
+/* Find the most frequent high bytes of a block; of two that are equally frequent, the lower one comes first. */
 static inline void mk_code_table(const uint8_t *const *in, int rows, long columns, uint8_t *table) {
     uint16_t counts[4][256] = {{0}};
     uint8_t found[256];
@@ -36,7 +38,7 @@ static inline void mk_code_table(const uint8_t *const *in, int rows, long column
     }
 }
 
-/* 32 columns of a row, or so many: their low bytes and codes.  Returns whether all have a code. */
+/* Store low bytes and codes of up to 32 columns of a row; returns whether all high bytes have a code. */
 __attribute__((always_inline)) static inline int mk_code_step(const uint8_t *in, long columns, const uint8_t *codes, uint8_t *low, uint8_t *code) {
     uint8_t all = 0;
     for (long c = 0; c < columns; c++) {
@@ -47,7 +49,7 @@ __attribute__((always_inline)) static inline int mk_code_step(const uint8_t *in,
     return all < MK_CODED_CODES;
 }
 
-/* One block of `rows` rows; returns the number of its exceptions. */
+/* Code one block of `rows` rows; returns the number of its exceptions. */
 static inline int mk_code_block(const uint8_t *const *in, int rows, long columns, uint8_t *out) {
     uint8_t codes[256];
     const long steps = mk_blocks(columns, 32);
@@ -84,7 +86,7 @@ static inline int mk_code_block(const uint8_t *const *in, int rows, long columns
     return exceptions;
 }
 
-/* Columns first ... first + columns - 1 of a tile's rows of BF16; 0 if a block has too many exceptions. */
+/* Code columns first .. first + columns - 1 of a tile's BF16 rows; returns 0 if a block has too many exceptions. */
 static inline int mk_code_tile(const uint8_t *const *in, long first, int rows, long columns, uint8_t *out) {
     int fits = 1;
     for (long c = 0; c < columns; c += MK_BF16_BLOCK) {

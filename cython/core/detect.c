@@ -1,4 +1,4 @@
-/* Which paths this machine has, and which one is in use. */
+/* Detects the paths that this machine can run, and selects one. */
 #define _DEFAULT_SOURCE /* syscall */
 #include <string.h>
 
@@ -11,7 +11,7 @@
 #include <unistd.h>
 #endif
 
-enum { XMM_YMM = 0x6, ZMM = 0xe6, TILES = 0x60000 }; /* XCR0: registers that the operating system saves */
+enum { XMM_YMM = 0x6, ZMM = 0xe6, TILES = 0x60000 }; /* bits of XCR0: registers that the operating system saves */
 
 static int bit(unsigned word, int index) { return word >> index & 1; }
 
@@ -22,7 +22,7 @@ static unsigned saved_registers(void) {
     return low;
 }
 
-/* Linux saves tiles for a process that has asked for it; 0 if it may not have them. */
+/* Linux saves tile registers only for a process that asks for it; returns 0 if it is refused. */
 static int may_have_tiles(void) {
 #ifdef MK_AMX
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18 };
@@ -32,7 +32,7 @@ static int may_have_tiles(void) {
 #endif
 }
 
-/* What this machine has, of what the paths need. */
+/* Returns the features of this machine that paths need. */
 static unsigned look(void) {
     unsigned a, b, c, d, c1, b7 = 0, c7 = 0, d7 = 0, a71 = 0, found = MK_HAS_SCALAR;
     if (!__get_cpuid(1, &a, &b, &c1, &d) || !bit(c1, 27)) return found; /* OSXSAVE */

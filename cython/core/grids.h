@@ -1,5 +1,5 @@
-/* IQ2 and IQ3: magnitudes of 8 (4) neighbouring columns are one of a list, and each column has a sign.  Parts of 32
- * columns have one odd scale, or one for each half. */
+/* IQ2 and IQ3: an index into a table gives the magnitudes of 8 (IQ3: 4) neighbouring columns, and each column has a sign.
+ * Parts of 32 columns have an odd scale, or one for each half. */
 #ifndef MK_GRIDS_H
 #define MK_GRIDS_H
 
@@ -13,15 +13,15 @@ extern const uint32_t mk_iq3_xxs_grid[256], mk_iq3_s_grid[512];
 
 static inline int mk_is_grid(int type) { return mk_is_super(type) && !mk_bits(type); }
 
-/* Bytes of a row's part in a tile, beside its scales: indices, then signs, then high bits of indices. */
+/* Bytes of a row's part in a tile, without its scales: indices, then signs, then high bits of indices. */
 static inline int mk_grid_bytes(int type) {
     return type == MK_IQ3_S ? 13 : type == MK_IQ3_XXS ? 12 : type == MK_IQ2_S ? 9 : 8;
 }
 
-/* What block scales are to be multiplied by. */
+/* The factor of the block scales. */
 static inline float mk_grid_unit(int type) { return type == MK_IQ3_S ? 1.0f : type == MK_IQ3_XXS ? 0.25f : 0.125f; }
 
-/* Part s of a row's block as it lies in a tile; returns the byte of its scales, where they lie apart. */
+/* Copy part s of a row's block in the form of a tile; returns the byte of its scales, if they are stored apart. */
 static inline uint8_t mk_grid_take(int type, const uint8_t *in, int s, uint8_t *out) {
     const int wide = type == MK_IQ2_S ? 4 : 8; /* bytes of indices */
     memcpy(out, in + 2 + wide * s, (size_t)wide);
@@ -34,7 +34,7 @@ static inline uint8_t mk_grid_take(int type, const uint8_t *in, int s, uint8_t *
     }
 }
 
-/* The scale of half h, of a part and the byte of its scales: 2 s + 1 of four bits s. */
+/* The scale of half h of a part, from the part and the byte of its scales: 2 s + 1, where s has four bits. */
 static inline int mk_grid_scale(int type, const uint8_t *part, uint8_t scales, int h) {
     int s = scales >> 4 * h & 15;
     if (type == MK_IQ2_XXS) s = part[7] >> 4;
@@ -43,7 +43,7 @@ static inline int mk_grid_scale(int type, const uint8_t *part, uint8_t scales, i
     return 2 * s + 1;
 }
 
-/* Seven signs, and the eighth, with which their number is even. */
+/* Seven signs, and an eighth that makes the number of negative ones even. */
 static inline unsigned mk_even_signs(unsigned seven) {
     const unsigned folded = seven ^ seven >> 4;
     return seven | (0x6996u >> (folded & 15) & 1) << 7;
@@ -77,7 +77,7 @@ static inline uint64_t mk_grid_eight(int type, const uint8_t *part, int i) {
         size |= (uint64_t)mk_iq3_s_grid[part[2 * i + 1] | (word >> 1 & 1) << 8] << 32;
         signs = part[8 + i];
     }
-    /* A byte of `negative` is 1 where the sign's bit is set; no magnitude is 0, so that no carry leaves a byte. */
+    /* A byte of `negative` is 1 if the sign bit is set; no magnitude is 0, so the negation carries into no other byte. */
     const uint64_t bits = signs * 0x0101010101010101u & 0x8040201008040201u;
     const uint64_t negative = (bits + 0x7f7f7f7f7f7f7f7fu) >> 7 & 0x0101010101010101u;
     return (size ^ negative * 255) + negative;

@@ -28,7 +28,7 @@ static inline float mk_from_f16(uint16_t h) {
     return mk_bits_float(sign | ((rest << 13) + 0x38000000u));
 }
 
-/* 2^(e - 128): the scale of doubled e2m1 numbers, half of what an MX block's exponent says. */
+/* 2^(e - 128): half of the scale of an MX block, because the table has doubled e2m1 numbers. */
 static inline float mk_from_e8m0(uint8_t e) {
     return mk_bits_float(e < 2 ? 0x00200000u << e : (uint32_t)(e - 1) << 23);
 }

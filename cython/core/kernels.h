@@ -1,8 +1,8 @@
-/* The compute kernels' C interface: what kernels.pyx and the tests' harness call.
+/* The C interface of the compute kernels, for kernels.pyx and the tests' harness.
  *
- * Shapes and layouts are those of mpillm/kernels (types.py, reference/); arguments have been checked by the caller.
- * Functions that take a `work` add a step to it; mk_run does the steps with at most `threads` threads, and gives the
- * same bits for any number of them, on every path. */
+ * Shapes and layouts are those of mpillm/kernels (types.py, reference/); the caller has checked the arguments.  Functions
+ * with an argument `work` add a step to it; mk_run computes the steps with at most `threads` threads.  The bits of the
+ * results depend neither on the number of threads nor on the path. */
 #ifndef MK_KERNELS_H
 #define MK_KERNELS_H
 
@@ -10,16 +10,16 @@
 #include <stdint.h>
 
 /* Block types, in the order of their numbers: X(name, kind, values of a block, bytes of a block in ggml's form, bytes of
- * a block in a tile, F16 numbers of a block, bits of a value). The bits are 0 where values are looked up in a grid.
+ * a block in a tile, F16 numbers of a block, bits of a value). The bits are 0 if values are looked up in a grid.
  *
- * The kind decides how a type is packed and which product it has. FLOAT rows stay as they are (body_float.h), and so do
- * the rows of SCALED blocks: codes that stand for floats, behind the F32 scale of all of them (body_scaled.h). A PLAIN
- * block is its F16 numbers, or the byte of an exponent if it has none, and then its values (body_plain.h). SUPER blocks
- * are K-quants (super.h, body_super.h). CODED rows are BF16 in files, and come out of a tile with the same bits (coded.h).
+ * The kind determines how a type is packed and multiplied. Rows of FLOAT types are stored unchanged (body_float.h), and
+ * so are rows of SCALED blocks, which have an F32 scale and codes that stand for floats (body_scaled.h). A PLAIN block
+ * has F16 numbers, or the byte of an exponent if it has none, and then its values (body_plain.h). SUPER blocks are
+ * K-quants (super.h, body_super.h). CODED rows are BF16 in files; a tile decodes to the same bits (coded.h).
  *
- * A new type needs a row here and in mpillm/kernels/types.py. Where the bodies of its kind do not fit, it also needs its
- * own in pack.c, in dequantise of body_quant.h, in load_groups of body_plain.h, in raised_by of body_unpacked.h, and in
- * its kind's tile. */
+ * A new type needs a row here and in mpillm/kernels/types.py. If the bodies of its kind do not fit, it also needs its own
+ * in pack.c, in dequantise of body_quant.h, in load_groups of body_plain.h, in raised_by of body_unpacked.h, and in the
+ * tile of its kind. */
 #define MK_BLOCK_TYPES(X)                 \
     X(F32, FLOAT, 1, 4, 4, 0, 32)         \
     X(F16, FLOAT, 1, 2, 2, 0, 16)         \
@@ -53,11 +53,11 @@ enum {
     MK_TILE = 16,            /* rows of W that are interleaved */
     MK_BLOCK = 32,           /* values that share a scale */
     MK_SUPER = 256,          /* values of a K-quant's block */
-    MK_BF16_BLOCK = 256,     /* columns of BF16 weights whose chains begin anew */
+    MK_BF16_BLOCK = 256,     /* columns of BF16 weights whose sum begins at zero */
     MK_ACTIVATION = 56,      /* bytes of mk_activation */
     MK_GROUP = 4,            /* rows of x that are interleaved */
     MK_KV_BLOCK = 32,        /* tokens */
-    MK_MAX_LEVELS = 7,       /* of the tree over panels */
+    MK_MAX_LEVELS = 7,       /* levels of the tree over panels */
     MK_MAX_PANELS = 64,
     MK_STORED_TILE = 1 << 18, /* bytes: what a tile of quantised rows that lie as in a file takes, packed, at most */
     MK_MAX_HEAD_DIM = 2048,
@@ -85,12 +85,12 @@ enum { MK_ACTIVATIONS(MK_NUMBER) MK_ACTIVATION_COUNT };
 MK_TRAIT(mk_kind, MK_KIND_OF)
 MK_TRAIT(mk_block, MK_VALUES_OF)
 MK_TRAIT(mk_block_bytes, MK_BYTES_OF)
-MK_TRAIT(mk_packed_bytes, MK_PACKED_OF) /* of a block in a tile, where 6-bit scales have become bytes */
+MK_TRAIT(mk_packed_bytes, MK_PACKED_OF) /* bytes of a block in a tile, in which 6-bit scales take a byte */
 MK_TRAIT(mk_f16s, MK_F16S_OF)
 MK_TRAIT(mk_bits, MK_BITS_OF)
 
 static inline int mk_is_scaled(int type) { return mk_kind(type) == MK_KIND_SCALED; }
-/* Whether products take rows of W one by one, and x as floats. */
+/* Whether rows of W are stored separately, and x is in floats. */
 static inline int mk_is_float(int type) { return mk_kind(type) == MK_KIND_FLOAT || mk_is_scaled(type); }
 static inline int mk_is_super(int type) { return mk_kind(type) == MK_KIND_SUPER; }
 static inline int mk_is_coded(int type) { return mk_kind(type) == MK_KIND_CODED; }
@@ -100,13 +100,12 @@ static inline int mk_is_quantised(int type) { return mk_kind(type) == MK_KIND_PL
 /* Bytes before the values of a PLAIN block. */
 static inline int mk_scale_bytes(int type) { return mk_f16s(type) ? 2 * mk_f16s(type) : 1; }
 
-/* The 16 values that a nibble can stand for, X(value): of MXFP4 the e2m1 numbers times 2; of IQ4_NL and IQ4_XS ggml's
- * kvalues_iq4nl. */
+/* The 16 values of a nibble, X(value): for MXFP4 the e2m1 numbers times 2; for IQ4_NL and IQ4_XS ggml's kvalues_iq4nl. */
 #define MK_E2M1_VALUES(X) X(0) X(1) X(2) X(3) X(4) X(6) X(8) X(12) X(0) X(-1) X(-2) X(-3) X(-4) X(-6) X(-8) X(-12)
 #define MK_IQ4_VALUES(X) \
     X(-127) X(-104) X(-83) X(-65) X(-49) X(-35) X(-22) X(-10) X(1) X(13) X(25) X(38) X(53) X(69) X(89) X(113)
 
-/* Whether activations are rounded to BF16 for it, and how many of its columns a product takes at a time. */
+/* Whether activations are rounded to BF16, and how many columns a step of a product has. */
 static inline int mk_is_bf16(int type) { return type == MK_BF16 || type == MK_BF12; }
 static inline int mk_float_step(int type) { return mk_is_bf16(type) ? 32 : 16; }
 
@@ -117,34 +116,34 @@ static inline int mk_float_step(int type) { return mk_is_bf16(type) ? 32 : 16; }
     X(0.24611230194568634f) X(0.33791524171829224f) X(0.44070982933044434f) X(0.5626170039176941f)                   \
     X(0.7229568362236023f) X(1.0f)
 
-/* Bytes of one head's keys, or values, in a block: with Q8_0 first the scales, [hd / 32][token], then the integers. */
+/* Bytes of one head's keys or values in a block.  A Q8_0 block has first the scales, [hd / 32][token], then the integers. */
 static inline long mk_kv_bytes(int type, int hd) { return (long)hd * (type == MK_F32 ? 128 : type == MK_F16 ? 64 : 34); }
 
 static inline long mk_blocks(long columns, int block) { return (columns + block - 1) / block; }
 
-/* Bytes of so many columns of a row in ggml's form. */
+/* Bytes of `columns` columns of a row in ggml's form. */
 static inline long mk_row_bytes(int type, long columns) { return mk_blocks(columns, mk_block(type)) * mk_block_bytes(type); }
 
-/* A tile of a CODED type: blocks of 256 columns, each a head and 16 rows of steps of 32 columns (coded.h). */
+/* A tile of a CODED type: blocks of 256 columns, each with a head and steps of 32 columns of 16 rows (coded.h). */
 enum { MK_CODED_HEAD = 48, MK_CODED_STEP = 768 /* bytes */ };
 static inline long mk_coded_bytes(long columns) {
     return mk_blocks(columns, MK_BF16_BLOCK) * MK_CODED_HEAD + mk_blocks(columns, 32) * MK_CODED_STEP;
 }
 
-/* A block of 32 activations, with the sums that a product begins with. Rows of x lie in groups of MK_GROUP rows: first
- * the first block of each row, then the second block of each row, and so on. The last group may have fewer rows. */
+/* A block of 32 activations, with the sums at which a product begins. Rows of x are stored in groups of MK_GROUP rows: the
+ * first block of each row, then the second block of each row, and so on. The last group may have fewer rows. */
 typedef struct {
     int8_t q[MK_BLOCK];
     float scale, total;   /* scale * sum(q) */
-    /* Stored weights have 8, 128 or 32 added; these take it away again from a product. */
+    /* Stored weights are larger by 8, 128 or 32; these offsets correct a product. */
     int32_t offset8, offset128; /* -8 * sum(q), -128 * sum(q) */
-    int32_t offset32[2];        /* -32 times the sum of q's first half, and of its second */
+    int32_t offset32[2];        /* -32 times the sums of the first and of the second half of q */
 } mk_activation;
 
-/* Paths: names of the instruction sets that this build has and this machine can run, slowest first. */
+/* Paths: the instruction sets that this build has and this machine can run, slowest first. */
 int mk_path_count(void);
 const char *mk_path_name(int index); /* NULL past the end */
-int mk_set_path(const char *name);   /* 0, or -1: not on this machine */
+int mk_set_path(const char *name);   /* 0, or -1 if this machine cannot run it */
 
 /* Scores of the query at position p are multiplied by 1 + beta ln(1 + floor((p + offset) / length)). */
 typedef struct {
@@ -158,26 +157,26 @@ typedef struct mk_work mk_work;
 typedef struct mk_step mk_step;
 typedef struct mk_product mk_product;
 void mk_begin(mk_work *work);
-void mk_begin_in(mk_work *work, mk_step *steps, long capacity); /* the list is the caller's, until the run */
-void mk_join(mk_work *work, int on); /* whether a step may run beside the one before it */
+void mk_begin_in(mk_work *work, mk_step *steps, long capacity); /* the caller owns the list of steps */
+void mk_join(mk_work *work, int on); /* whether the next steps may run concurrently with the step before them */
 enum { MK_NO_MEMORY = 1, MK_TOO_MANY_STEPS, MK_NO_THREADS };
-int mk_run(mk_work *work, int threads); /* 0, or one of these, and nothing was done */
-long mk_capacity(const mk_work *work); /* steps that its list holds */
-/* Write to each page of new memory, in turn by each thread: on a machine with several NUMA nodes every matrix then lies
- * spread over the nodes of the threads.  Does nothing where there is one thread. */
+int mk_run(mk_work *work, int threads); /* 0, or one of these errors; nothing was computed then */
+long mk_capacity(const mk_work *work); /* the number of steps that its list holds */
+/* Write to each page of new memory, the threads in turn, so that every matrix is spread over the NUMA nodes of the
+ * threads.  Does nothing with one thread. */
 void mk_first_touch(uint8_t *memory, long bytes, int threads);
-int mk_regions(void); /* runs since the start of the process, by any thread */
-long mk_weights_read(void); /* bytes of matrices that their products passed through, likewise */
+int mk_regions(void); /* the number of runs since the start of the process, by any thread */
+long mk_weights_read(void); /* the bytes of matrices that their products read */
 
 /* Strides are in elements.  bounds: int32 [panels + 1]. */
-/* `n` canonical rows of the type `stored` (a float type, if not `type`), `stride` bytes apart, to rows `first`... of
- * `whole`.  head > 0: the halves of so many rows are interleaved, as llama.cpp stores q and k.  *misfit becomes 1 where
- * rows have too many exceptions for a CODED type; nothing can be made of `out` then. */
+/* Pack `n` canonical rows of type `stored` (`type` or a float type), at a distance of `stride` bytes, as the rows from
+ * `first` on of `whole` rows.  head > 0: the halves of `head` rows are interleaved, as llama.cpp stores q and k.  *misfit
+ * becomes 1 if rows have too many exceptions for a CODED type; `out` is undefined then. */
 void mk_pack(mk_work *work, int type, int stored, const uint8_t *canonical, long stride, long n, long head, const
              int32_t *bounds, int panels, uint8_t *out, long first, long whole, int *misfit);
 void mk_quantize(mk_work *work, int type, const float *x, long stride, long n, long k, uint8_t *out);
 void mk_dequantize(mk_work *work, int type, const uint8_t *canonical, long n, long k, float *out, long stride);
-/* at: the m rows of x that are taken, or NULL: the first m */
+/* at: the indices of m rows of x; NULL: the first m rows */
 void mk_quantize_rows(mk_work *work, const float *x, long stride, const int32_t *at, long m, const int32_t *bounds,
                       int panels, uint8_t *out, long out_bytes);
 /* The same for weights of a float type: out_bytes is mk_float_bytes. */
@@ -191,29 +190,29 @@ long mk_panels(int type, const uint8_t *w, long n, long row_bytes, const int32_t
  * panel_stride: 0 folds the panels. */
 void mk_matmul(mk_work *work, int type, const uint8_t *const *at, long n, long row_bytes, const int32_t *bounds,
                int panels, const void *x, long x_stride, long m, float *out, long out_stride, long panel_stride);
-/* x += scale * rows, which with rows_stride 0 are all the same one */
+/* x += scale * rows; rows_stride 0: the same row for all */
 void mk_add_rows(mk_work *work, float *x, long stride, const float *rows, long rows_stride, float scale, long m, long d);
 void mk_copy_rows(mk_work *work, const float *x, long x_stride, long m, long d, float *out, long out_stride);
-/* A product of a mixture: row rows[i] of out += weights[i] * what mk_matmul would write to row i; before that, with a
- * bias [n], the same row of the first panel += weights[i] * bias.  The products of a step have as many rows of W each,
- * and add up one after the other. */
+/* A product of a mixture: row rows[i] of out += weights[i] * row i of the result of mk_matmul.  With a bias [n], the same
+ * row of the first panel += weights[i] * bias before that.  The products of a step have the same number of rows of W, and
+ * are added one after the other. */
 void mk_weigh(mk_work *work, mk_product *product, int type, const uint8_t *const *at, long n, long row_bytes,
               const int32_t *bounds, int panels, const void *x, long x_stride, long m, float *out, long out_stride,
               long panel_stride, const int32_t *rows, const float *weights, const float *bias);
 void mk_mixture(mk_work *work, const mk_product *products, long count);
 void mk_fold(mk_work *work, const float *parts, int panels, long m, long d, float *out, long stride);
 void mk_square_sums(mk_work *work, const float *x, long stride, long m, long d, float *out);
-/* w: NULL is all ones.  The sum of squares of each of `groups` equal parts of a row is made apart. */
+/* w: NULL is all ones.  The squares of each of `groups` equal parts of a row are summed separately. */
 void mk_rms_norm(mk_work *work, const float *x, long x_stride, const float *w, float eps, int groups, long m, long d,
                  float *out, long out_stride);
 /* w, bias: NULL is all ones, all zeros */
 void mk_layer_norm(mk_work *work, const float *x, long x_stride, const float *w, const float *bias, float eps, long m,
                    long d, float *out, long out_stride);
-/* cosine, sine [m, rotary / 2].  The first `rotary` of each head's hd dimensions are rotated, in pairs
- * (i, i + rotary / 2), or (2i, 2i + 1) if they are interleaved. */
+/* cosine, sine [m, rotary / 2].  Rotates the first `rotary` of each head's hd dimensions, in pairs (i, i + rotary / 2),
+ * or (2i, 2i + 1) if interleaved. */
 void mk_rope(mk_work *work, float *x, long stride, const float *cosine, const float *sine, long m, int heads, int hd,
              int rotary, int interleaved);
-/* out = f(gate) * up, or f(gate) if up is NULL; limit is MK_SWIGLU_CLAMPED's, alpha also MK_SILU_SCALED's. */
+/* out = f(gate) * up, or f(gate) if up is NULL; MK_SWIGLU_CLAMPED uses limit and alpha, MK_SILU_SCALED uses alpha. */
 void mk_activate(mk_work *work, int kind, const float *gate, long gate_stride, const float *up, long up_stride,
                  float limit, float alpha, long m, long d, float *out, long out_stride);
 void mk_softcap(mk_work *work, float *x, long stride, float cap, long m, long d); /* x = cap * tanh(x / cap) */
@@ -226,9 +225,9 @@ void mk_lse_parts(mk_work *work, const float *x, long stride, const float *inv_t
 void mk_kv_store(mk_work *work, int kv_type, const float *k, long k_stride, const float *v, long v_stride, const
                  int32_t *block,
                  const int32_t *offset, long m, void *kpool, void *vpool, int kvh, int hd, int vd);
-/* vpool: NULL where a head's values are the first vd dimensions of its keys.  chunked: a row attends to the positions of
- * its own chunk of `window` ones.  bidirectional: a row attends to as many positions after it as before it, up to the last
- * row of its sequence.  tuning: NULL, or what multiplies scores besides `scale`. */
+/* vpool: NULL if a head's values are the first vd dimensions of its keys.  chunked: a row attends to its own chunk of
+ * `window` positions.  bidirectional: a row attends to as many positions after it as before it, up to the last row of its
+ * sequence.  tuning: NULL, or a further factor of the scores. */
 void mk_attention(mk_work *work, int kv_type, const float *q, long q_stride, float *out, long out_stride, const void
                   *kpool,
                  const void *vpool, const int32_t *pos, const int32_t *table, const int32_t *table_start,
@@ -237,20 +236,21 @@ void mk_attention(mk_work *work, int kv_type, const float *q, long q_stride, flo
 /* steps = softplus(scale * x + bias) within low .. high, out = e^(rates * steps); rates, bias [d]; steps may be NULL. */
 void mk_decays(mk_work *work, const float *x, float scale, const float *rates, const float *bias, float low, float high,
                long m, long d, float *steps, float *out);
-/* Rows first_rows[s] .. first_rows[s + 1] - 1 (the last one's: m - 1) are those of sequence s, whose state is in slot
- * slots[s].  A causal convolution of each channel, then SiLU if `silu`: w [taps, channels], the last tap is the row's
- * own; bias: NULL is all zeros; tails [slot], tail_stride apart: the taps - 1 rows before, [taps - 1, channels]. */
+/* Rows first_rows[s] .. first_rows[s + 1] - 1 (for the last sequence: m - 1) belong to sequence s, whose state is in slot
+ * slots[s].  A causal convolution of each channel, then SiLU if `silu`.  w [taps, channels], whose last tap belongs to the
+ * row itself; bias: NULL is all zeros; tails [slot], at a distance of tail_stride: the preceding rows
+ * [taps - 1, channels]. */
 void mk_short_conv(mk_work *work, const float *x, long x_stride, const float *w, const float *bias, float *tails,
                    long tail_stride, const int32_t *first_rows, const int32_t *slots, long sequences, long m,
                    long channels, int taps, int silu, float *out, long out_stride);
 /* For each row and head: S *= decay; S += k (beta * (v - k S)); out [m, heads * dv] = q S.  q, k [m, keys * dk], of
- * which a head has number key_of_head[head]; v [m, heads * dv]; decay, beta [m, heads]; states [slot], state_stride
- * apart: [heads, pieces of 16 columns, dk, 16]. */
+ * which a head uses number key_of_head[head]; v [m, heads * dv]; decay, beta [m, heads]; states [slot], at a distance of
+ * state_stride: [heads, pieces of 16 columns, dk, 16]. */
 void mk_delta_rule(mk_work *work, const float *q, const float *k, const float *v, const float *decay, const float *beta,
                    float *states, long state_stride, const int32_t *first_rows, const int32_t *slots, long sequences,
                    const int32_t *key_of_head, long m, int keys, int heads, int dk, int dv, float *out);
 /* For each row and head: S = decay S + b (step * x); out [m, heads * dv] = c S + skip * x.  b, c [m, groups * dk], of
- * which a head has number group_of_head[head]; x [m, heads * dv]; step, decay [m, heads]; skip [heads]; states as in
+ * which a head uses number group_of_head[head]; x [m, heads * dv]; step, decay [m, heads]; skip [heads]; states as in
  * mk_delta_rule. */
 void mk_selective_scan(mk_work *work, const float *c, const float *b, const float *x, const float *decay,
                        const float *step, const float *skip, float *states, long state_stride,

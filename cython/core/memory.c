@@ -1,6 +1,6 @@
-/* Memory of calls.  A large piece is kept for the next call, and lies in huge pages: each page of a new one costs a fault,
- * and those of one prompt took an eighth of its time.  One beyond KEPT is not: it would come on top of the arrays that
- * are made between calls, and its pages are huge, so that they cost little. */
+/* Memory of calls.  A large piece is kept for the next call and uses huge pages: page faults of new memory took an eighth
+ * of the time of a prompt.  A piece larger than KEPT is not kept, because it would add to the arrays that are allocated
+ * between calls; its pages are huge, so that their faults cost little. */
 #define _GNU_SOURCE
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -12,7 +12,7 @@
 
 enum { LINE = 64, LARGE = 1 << 20, HUGE_PAGE = 1 << 21, KEPT = 32 << 20 };
 
-/* Before the memory, in a cache line of its own. */
+/* Stored before the memory, in its own cache line. */
 typedef struct {
     size_t size;
 } header;

@@ -4,8 +4,8 @@
 
 #include <stddef.h>
 
-/* So many bytes from the begin of a cache line on, or NULL.  The last piece of 1 to 32 MiB that was released is
- * kept for the next call that takes one. */
+/* Returns memory aligned to a cache line, or NULL.  The last released piece of 1 to 32 MiB is kept for the next call that
+ * takes such a piece. */
 void *mk_take_memory(size_t size);
 void mk_release_memory(void *memory);
 

@@ -1,4 +1,4 @@
-/* What a path is: one table of range functions.  Each does items begin..end-1 of a job; run.c splits jobs into ranges. */
+/* A path is a table of range functions.  Each computes items begin .. end - 1 of a job; run.c divides jobs into ranges. */
 #ifndef MK_PATH_H
 #define MK_PATH_H
 
@@ -10,8 +10,8 @@ typedef void (*mk_range)(const void *job, long begin, long end);
 
 typedef struct {
     int type, stored, panels;
-    long n, head, stride; /* the rows that are there: items are their tiles */
-    long first, whole;    /* of the matrix's rows */
+    long n, head, stride; /* n: the given rows; items are their tiles */
+    long first, whole;    /* the first given row, and the number of rows of the matrix */
     const int32_t *bounds;
     const uint8_t *in;
     uint8_t *out;
@@ -75,12 +75,12 @@ typedef struct {
 
 typedef struct {
     int rows, heads;     /* queries of this item: rows x heads */
-    long row, end;       /* end: behind the last row of the sequence */
+    long row, end;       /* end: one after the last row of the sequence */
     int head, kv_head;
 } mk_query_group;
 
-typedef struct mk_query_groups { /* of one attention */
-    struct mk_query_groups *next; /* of another one of the same work */
+typedef struct mk_query_groups { /* the groups of one attention */
+    struct mk_query_groups *next; /* those of another attention of the same work */
     mk_query_group items[];
 } mk_query_groups;
 
@@ -104,7 +104,7 @@ typedef struct {
     void *kpool, *vpool;
 } mk_store_job; /* items are rows */
 
-typedef struct { /* of a step's rows: those of a sequence are neighbours, and it has a slot for its state */
+typedef struct { /* the sequences of a step: the rows of one are neighbours, and it has a slot for its state */
     const int32_t *first_rows, *slots;
     long count, rows;
 } mk_sequences;
@@ -112,7 +112,7 @@ typedef struct { /* of a step's rows: those of a sequence are neighbours, and it
 typedef struct {
     mk_sequences of;
     const float *x, *w, *bias; /* w [taps, channels] */
-    float *out, *tails;        /* of each slot the taps - 1 inputs before, [taps - 1, channels] */
+    float *out, *tails;        /* tails: the preceding inputs of each slot, [taps - 1, channels] */
     long x_stride, out_stride, tail_stride, channels;
     int taps, silu;
 } mk_conv_job; /* items are (16 channels, sequence) */
@@ -141,29 +141,29 @@ typedef union {
 struct mk_step {
     mk_range range;
     mk_job job;
-    long items, grain, parts; /* `grain` items are never parted */
-    long minimum;             /* items of a part, if each thread gets one */
-    int uneven;               /* items differ much in cost: each is a part */
-    int joined;               /* needs nothing of the step before it: is of the same set */
-    long before;              /* parts of its set before its own */
-    long set, all;            /* of a set's first step: how many steps there are in it, and parts; */
-    atomic_long next;         /* the part to be taken next */
+    long items, grain, parts; /* `grain` items stay together */
+    long minimum;             /* the least items of a part, if each thread gets a part */
+    int uneven;               /* items differ much in cost, so each is a part */
+    int joined;               /* does not depend on the step before it, and is in the same set */
+    long before;              /* the number of parts of earlier steps of its set */
+    long set, all;            /* in the first step of a set: the numbers of its steps and of its parts */
+    atomic_long next;         /* likewise: the next part to be taken */
 };
 
-/* What one call does: sets of steps, split over the threads, all of one done before the next begins. */
+/* The work of one call: sets of steps.  The threads share the parts of a set, and complete it before the next begins. */
 struct mk_work {
     long count, capacity;
-    int joining, failed;    /* failed: 0, or why the work will not run */
-    long weights;           /* bytes that products read */
-    mk_query_groups *groups; /* attentions'; freed after the run */
-    mk_step *steps, own[MK_STEPS], spare; /* spare: what is added once the list is full */
-    mk_step *last;          /* that was added */
-    atomic_long now;        /* the first step of the set whose parts may be taken; -1: not yet; count: all are done */
-    atomic_long done;       /* parts of it that are done */
+    int joining, failed;    /* failed: 0, or the error that mk_run returns */
+    long weights;           /* bytes of weights that products read */
+    mk_query_groups *groups; /* groups of all attentions; freed after the run */
+    mk_step *steps, own[MK_STEPS], spare; /* spare: filled instead of a step if the list is full */
+    mk_step *last;          /* the step that was added last */
+    atomic_long now;        /* the first step of the announced set; -1: none yet; count: all sets are done */
+    atomic_long done;       /* the parts of this set that are done */
 };
 
-/* The operations on rows of a path, functions of the same names in its body: X(name).  Paths that differ only in their
- * products have the same ones. */
+/* The operations on rows of a path, named like the functions of its body: X(name).  Paths that differ only in their
+ * products share them. */
 #define MK_OPERATIONS(X)                                                                                         \
     X(quantize) X(dequantize) X(quantize_rows) X(fold) X(square_sums) X(rms_norm) X(layer_norm) X(rope)          \
     X(rope_interleaved) X(activate) X(softcap) X(softmax) X(top_k) X(lse_parts) X(attention) X(decays)           \
@@ -185,26 +185,26 @@ typedef struct {
     mk_range tile_rows;  /* NULL, or what lays out MK_IN_TILES rows of x and more in tiles, for BF16 weights */
 } mk_path;
 
-/* Attention's queries and running sums lie on the stack of a thread: so many floats of each, for a group of queries.
- * MK_QUERY_TILE is a multiple of every path's tiles. */
+/* The queries and running sums of a group are on a thread's stack, MK_ATTENTION_SUMS floats each.  MK_QUERY_TILE is a
+ * multiple of the tile sizes of all paths. */
 enum { MK_ATTENTION_SUMS = 16384, MK_MAX_QUERIES = 48, MK_QUERY_TILE = 12, MK_WIDE_HEAD = 256 };
 
 enum { MK_ROWS = 16 /* a multiple of every path's rows of x in a tile */ };
 
 enum { MK_IN_TILES = 9 };
 
-/* 32 values of x for BF16 weights: 16 floats of odd columns and 16 of even ones, or BF16 in their order. */
+/* Bytes of 32 values of x for BF16 weights: 16 floats of odd and 16 of even columns, or BF16 in the order of columns. */
 enum { MK_BF16_HALVES = 128, MK_BF16_PAIRS = 64 };
 
-/* Where products of bytes are summed in 16 bits, in pairs: products of group g of 4 columns begin such a sum, or are its
- * last.  2 * 2 * 63 * 127 fits, 8 * 2 * 15 * 127, and 2 * 128 * 127. */
+/* If pairs of products of bytes are summed in 16 bits: whether group g of 4 columns begins such a sum, or ends it.  The
+ * sums are at most 2 * 2 * 63 * 127, 8 * 2 * 15 * 127, and 2 * 128 * 127, and do not overflow. */
 #define MK_FIRST_PAIRS(bits, g) ((bits) == 8 || ((bits) == 6 ? (g) % 2 == 0 : (g) == 0))
 #define MK_LAST_PAIRS(bits, g, last) ((bits) == 8 || ((bits) == 6 ? (g) % 2 == 1 : (g) == (last)))
 
 #define MK_LANES(d) (((d) + MK_TILE - 1) / MK_TILE * MK_TILE)
 
-/* A new step of `items`; its job is all zeros.  Where the list is full, the work fails (mk_run says so), and the job
- * returned is one that never runs: callers need no check of their own. */
+/* Add a step of `items` items, and return its job, all zeros.  If the list is full, the job never runs and mk_run returns
+ * an error, so callers need not check. */
 mk_job *mk_step_of(mk_work *work, mk_range range, long items, long grain, int uneven);
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -212,7 +212,7 @@ mk_job *mk_step_of(mk_work *work, mk_range range, long items, long grain, int un
 #elif defined(__aarch64__)
 #define MK_ARM 1
 #endif
-/* AMX where the compiler's assembler knows it, and the kernel gives leave to use it. */
+/* AMX needs an assembler that knows it, and Linux, which must permit its use. */
 #if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define MK_AMX 1
 #define MK_AMX_PATH(X) X(amx, MK_HAS_AMX)
@@ -220,10 +220,9 @@ mk_job *mk_step_of(mk_work *work, mk_range range, long items, long grain, int un
 #define MK_AMX_PATH(X)
 #endif
 
-/* The paths of this architecture, slowest first: X(name, what the machine must have).  A new instruction set is a row
- * here, what it needs in detect.c, and a file path_NAME.c with a header of the vector layer; nothing else lists
- * the paths.  Processors with AMX do one VDPBF16PS in two cycles, which is half of what fma does; others do
- * two in the time of one. */
+/* The paths of this architecture, slowest first: X(name, required feature).  A new instruction set needs a row here, its
+ * test in detect.c, and a file path_NAME.c with a header of the vector layer; nothing else lists the paths.  Processors
+ * with AMX compute one VDPBF16PS in two cycles, half the rate of fma; others compute it at twice the rate of fma. */
 #ifdef MK_X86
 enum {
     MK_HAS_SCALAR = 1, MK_HAS_AVX = 2, MK_HAS_AVX2 = 4, MK_HAS_AVX_VNNI = 8, MK_HAS_AVX512 = 16, MK_HAS_SLOW_BF16 = 32,
@@ -233,7 +232,7 @@ enum {
     X(scalar, MK_HAS_SCALAR) X(avx, MK_HAS_AVX) X(avx2, MK_HAS_AVX2) X(avx2vnni, MK_HAS_AVX_VNNI)            \
     X(avx512, MK_HAS_AVX512) X(avx512bf16, MK_HAS_SLOW_BF16) X(avx512vnni, MK_HAS_AVX512_VNNI)               \
     X(avx512bf16, MK_HAS_FAST_BF16) MK_AMX_PATH(X)
-int mk_pairs_are_chains(void); /* whether this processor's VDPBF16PS is what body_float.h says */
+int mk_pairs_are_chains(void); /* whether this processor's VDPBF16PS equals the two fma of body_float.h */
 #elif defined(MK_ARM)
 enum { MK_HAS_SCALAR = 1, MK_HAS_NEON = 2, MK_HAS_DOTPROD = 4, MK_HAS_I8MM = 8 };
 #define MK_PATHS(X) \
@@ -245,7 +244,7 @@ enum { MK_HAS_SCALAR = 1 };
 #define MK_DECLARE(name, needs) extern const mk_path mk_##name;
 MK_PATHS(MK_DECLARE)
 
-/* MK_TARGET("avx2") ... MK_TARGET_END: the instruction set of a file, without compiler flags. */
+/* MK_TARGET("avx2") ... MK_TARGET_END selects the instruction set of a file without compiler flags. */
 #define MK_PRAGMA(text) _Pragma(#text)
 #ifdef __clang__
 #define MK_TARGET(set) MK_PRAGMA(clang attribute push(__attribute__((target(set))), apply_to = function))
@@ -257,7 +256,7 @@ MK_PATHS(MK_DECLARE)
 
 #define MK_INLINE static inline __attribute__((always_inline))
 
-/* Denormals count as zeros, and results that would be denormal are: from here to mk_restore, in this thread. */
+/* Treat denormal operands as zeros and flush denormal results to zero, in this thread, until mk_restore. */
 #ifdef __SSE__
 #include <xmmintrin.h>
 static inline unsigned mk_flush_denormals(void) {
@@ -274,7 +273,7 @@ static inline unsigned mk_flush_denormals(void) {
     return (unsigned)mode;
 }
 static inline void mk_restore(unsigned mode) { __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)mode) : "memory"); }
-#else /* such a processor keeps them, and its sums may differ by them */
+#else /* other processors keep denormals, and their sums may differ by them */
 static inline unsigned mk_flush_denormals(void) { return 0; }
 static inline void mk_restore(unsigned mode) { (void)mode; }
 #endif

@@ -12,7 +12,7 @@ MK_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma,f16c")
 
 static uint32_t next(uint32_t *state) { return *state = *state * 1664525u + 1013904223u; }
 
-/* 32 BF16, or 16 floats, of any bits and so many exponents. */
+/* Operands for the check below: 32 BF16 or 16 floats with random bits and a range of exponents. */
 static vf some(uint32_t *state, uint32_t exponents, int first) {
     uint32_t bits[MK_TILE];
     for (int j = 0; j < MK_TILE; j++) {
@@ -26,7 +26,7 @@ static vf some(uint32_t *state, uint32_t exponents, int first) {
     return vf_load((const float *)(const void *)bits);
 }
 
-/* With ties, sums that cancel, denormals, and products that are. */
+/* Compares VDPBF16PS with two fma on ties, cancelling sums, denormal operands and denormal products. */
 int mk_pairs_are_chains(void) {
     static const int FROM[] = {0, 60, 120, 126, 150}, UP_TO[] = {60, 10, 14, 3, 12};
     uint32_t state = 1;

@@ -1,8 +1,8 @@
-/* Threads: only this file knows them.  Where the compiler has no OpenMP, it computes with one.
+/* Runs the steps of a work with OpenMP threads; no other file starts threads.  Without OpenMP it uses one thread.
  *
- * A call is one parallel region.  In it thread 0, the caller, announces the sets of steps one after the other, and all
- * threads take parts of them.  The caller waits for parts that were taken, never for a thread, except at the region's
- * end.  A second caller at the same time (the weight cache reads ahead) works alone. */
+ * A call is one parallel region.  Thread 0, the caller, announces one set of steps after the other, and all threads take
+ * parts of the announced set.  The caller waits for parts that were taken, and waits for threads only at the end of the
+ * region.  A second call at the same time (from a thread that reads ahead) is computed by its caller alone. */
 #define _GNU_SOURCE /* pthread_getattr_np */
 #include <stdlib.h>
 #include <string.h>
@@ -10,7 +10,7 @@
 
 #include "path.h"
 
-enum { PARTS = 4 /* for each thread, so that a slow one gets fewer */ };
+enum { PARTS = 4 /* parts per thread, so that a slow thread takes fewer */ };
 
 static atomic_int regions;
 static atomic_long weights_read;
@@ -38,7 +38,7 @@ void mk_join(mk_work *work, int on) { work->joining = on; }
 mk_job *mk_step_of(mk_work *work, mk_range range, long items, long grain, int uneven) {
     mk_step *step = &work->spare;
     if (work->count < work->capacity) step = &work->steps[work->count++];
-    else work->failed = MK_TOO_MANY_STEPS; /* the spare step is written and never run */
+    else work->failed = MK_TOO_MANY_STEPS; /* the caller fills the spare step, which is never run */
     work->last = step;
     step->range = range;
     step->items = items;
@@ -55,21 +55,21 @@ mk_job *mk_step_of(mk_work *work, mk_range range, long items, long grain, int un
 #include <pthread.h>
 #include <sched.h>
 
-/* Spins of about 50 ns: how long a thread looks for the next set before it sleeps.  comm/cores.py has libgomp spin as
- * long between regions. */
+/* A thread spins this often, about 50 ns each, before it sleeps.  comm/cores.py lets libgomp spin as long between
+ * regions. */
 enum { SPINS = 4000, YIELD = 64, STACK = 1 << 20 };
 
-/* Where other programs have the cores, a region waits for threads that came too late to help.  After so many regions in a
- * row of at least SHORT nanoseconds in which nobody helped, so many calls are done alone. */
+/* If other programs use the cores, a region waits at its end for threads that start too late to help.  After IN_VAIN
+ * consecutive regions of at least SHORT nanoseconds without help, the next ALONE calls are computed by the caller alone. */
 enum { SHORT = 20000, IN_VAIN = 4, ALONE = 32 };
 
 static struct {
     atomic_int busy; /* a region is open */
-    int alone;       /* no more regions in this process: it is the child of one that had some */
+    int alone;       /* no regions in this process, because it was forked from one that had regions */
     int prepared, spins;
-    int threads; /* so many have been started before, so they can be */
+    int threads; /* the number of threads that have been started before, and so can be started */
     int in_vain, calls_alone;
-    atomic_int helped; /* somebody took a part besides the caller */
+    atomic_int helped; /* a thread other than the caller took a part */
     pthread_mutex_t asleep;
     pthread_cond_t wake;
     atomic_int sleepers;
@@ -84,10 +84,10 @@ static void relax(int spin) {
 #endif
 }
 
-/* The child of a fork has none of its parent's threads, and libgomp, which does not know, would wait for them. */
+/* The child of a fork does not have its parent's threads, but libgomp would wait for them. */
 static void forget_threads(void) { team.alone = 1; }
 
-/* Whether the caller has the team for itself now.  It must give it back (close_region). */
+/* Reserve the threads for the caller, which releases them with close_region; returns 0 if they are in use. */
 static int claim_team(void) {
     if (team.alone || atomic_exchange(&team.busy, 1)) return 0;
     if (!team.prepared) {
@@ -107,8 +107,8 @@ static void *wait_for(void *mutex) {
     return NULL;
 }
 
-/* Whether so many threads can run at a time.  libgomp ends the process where one does not start (ulimit -u and -v, or a
- * cgroup's limit), so they are started once before it starts its own.  The team is the caller's. */
+/* Whether `threads` threads can be started.  libgomp ends the process if one cannot (ulimit -u or -v, or a limit of the
+ * cgroup), so they are started and joined once before libgomp starts its own.  The caller has reserved the threads. */
 static int threads_start(int threads) {
     if (threads <= team.threads) return 1;
     pthread_mutex_t ends = PTHREAD_MUTEX_INITIALIZER;
@@ -123,7 +123,7 @@ static int threads_start(int threads) {
     return count == threads;
 }
 
-/* Whether this call may open a region: not while calls are done alone. */
+/* Whether this call may open a region; it may not while calls are computed by their callers alone. */
 static int open_region(void) {
     if (!claim_team()) return 0;
     if (!team.calls_alone) return 1;
@@ -132,7 +132,7 @@ static int open_region(void) {
     return 0;
 }
 
-/* Whether this thread's stack holds the kernels' blocks (AMX has 800 KB of them); OMP_STACKSIZE may make it too small. */
+/* Whether this thread's stack is large enough for the kernels' arrays (AMX needs 800 KB); OMP_STACKSIZE may limit it. */
 static int has_stack(void) {
 #ifdef __linux__
     static _Thread_local size_t size;
@@ -148,7 +148,7 @@ static int has_stack(void) {
 #endif
 }
 
-/* Let all threads see set `now`; those that sleep too, if there is something for them. */
+/* Announce set `now` to all threads; wake those that sleep, if there are parts for them. */
 static void announce(mk_work *work, long now, int wake) {
     atomic_store(&work->now, now);
     if (!wake || !atomic_load(&team.sleepers)) return;
@@ -157,7 +157,7 @@ static void announce(mk_work *work, long now, int wake) {
     pthread_mutex_unlock(&team.asleep);
 }
 
-/* The set that is announced after set `seen`. */
+/* Wait for the set that is announced after set `seen`, and return it. */
 static long next_set(mk_work *work, long seen) {
     for (int spin = 0; spin < team.spins && atomic_load(&work->now) == seen; spin++) relax(spin);
     if (atomic_load(&work->now) == seen) {
@@ -175,7 +175,7 @@ static void do_part(mk_step *step, long part) {
     step->range(&step->job, grains * part / step->parts * step->grain, end < step->items ? end : step->items);
 }
 
-/* Do one part of what may be done now; 0 if all are taken. */
+/* Compute one part of the announced set; returns 0 if all are taken. */
 static int take_part(mk_work *work) {
     long now = atomic_load(&work->now), low = 0;
     if (now < 0 || now == work->count) return 0;
@@ -204,7 +204,7 @@ static long clock_now(void) {
     return time.tv_sec * 1000000000l + time.tv_nsec;
 }
 
-/* Returns how many nanoseconds the sets took. */
+/* Returns the nanoseconds that the sets took. */
 static long lead(mk_work *work) {
     const long began = clock_now();
     for (long now = 0; now < work->count; now += work->steps[now].set) {
@@ -235,7 +235,7 @@ static int run_together(mk_work *work, int threads) {
 void mk_first_touch(uint8_t *memory, long bytes, int threads) {
     enum { CHUNK = 1 << 21 /* a huge page */, PAGE = 4096 };
     if (!claim_team()) return;
-    if (!threads_start(threads)) threads = 1; /* the next mk_run says so */
+    if (!threads_start(threads)) threads = 1; /* the next mk_run reports it */
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (long begin = 0; begin < bytes; begin += CHUNK)
         for (long at = begin; at < begin + CHUNK && at < bytes; at += PAGE) memory[at] = 0;
@@ -253,7 +253,7 @@ static void run_alone(mk_work *work) {
         if (step->items > 0) step->range(&step->job, 0, step->items);
 }
 
-/* Cut the steps into parts; returns the largest number of parts of a set. */
+/* Divide the steps into parts; returns the largest number of parts of a set. */
 static long prepare(mk_work *work, int threads) {
     long maximum = 0;
     atomic_store(&work->now, -1);

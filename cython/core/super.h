@@ -1,5 +1,5 @@
-/* K-quants: 256 values in 8 parts of 32, each with a scale and a minimum (Q4_K, Q5_K), two scales (Q6_K, Q3_K), two
- * of both (Q2_K) or one scale (IQ4_XS) of its own; and those of grids.h. */
+/* K-quants: blocks of 256 values in 8 parts of 32.  A part has a scale and a minimum (Q4_K, Q5_K), two scales (Q6_K, Q3_K),
+ * two scales and two minima (Q2_K), or one scale (IQ4_XS).  The types of grids.h are K-quants too. */
 #ifndef MK_SUPER_H
 #define MK_SUPER_H
 
@@ -8,7 +8,7 @@
 
 #include "grids.h"
 
-/* A row's part: its values are d * scale[h] * q - dmin * minimum[h], where h is the half that a column is in. */
+/* A part of a row: a value is d * scale[h] * q - dmin * minimum[h], where h is the half of its column. */
 typedef struct {
     int8_t q[MK_BLOCK];
     int16_t scale[2];
@@ -17,7 +17,7 @@ typedef struct {
 
 enum { MK_PARTS = MK_SUPER / MK_BLOCK };
 
-/* Whether the halves of a part have scales of their own. */
+/* Whether each half of a part has its own scale. */
 static inline int mk_halved(int type) {
     return type == MK_Q2_K || type == MK_Q3_K || type == MK_Q6_K || type == MK_IQ2_XS || type == MK_IQ2_S;
 }
@@ -27,7 +27,7 @@ static const int8_t mk_iq4[16] = {MK_IQ4_VALUES(MK_AS_IT_IS)};
 
 static inline uint32_t mk_word(const uint8_t *p) { uint32_t v; memcpy(&v, p, 4); return v; }
 
-/* Part s of a block of Q4_K or Q5_K: d and dmin, 8 scales and 8 minima of 6 bits, (a bit of each value,) nibbles. */
+/* Part s of a block of Q4_K or Q5_K: d and dmin, 8 scales and 8 minima of 6 bits, fifth bits (Q5_K), nibbles. */
 static inline void mk_split_q45(int type, const uint8_t *in, int s, mk_part *part) {
     const uint8_t *nibbles = in + (type == MK_Q4_K ? 16 : 48) + 32 * (s / 2), *first = in + 4 + s % 4, *last = first + 8;
     part->scale[0] = part->scale[1] = (int16_t)(s < 4 ? first[0] & 63 : (last[0] & 15) | first[0] >> 6 << 4);
@@ -98,10 +98,10 @@ static inline void mk_split(int type, const uint8_t *in, int s, mk_part *part) {
     }
 }
 
-/* Where d and dmin are in a row's block. */
+/* The offsets of d and dmin in a row's block. */
 static inline int mk_d_at(int type) { return type == MK_Q2_K ? 80 : type == MK_Q3_K ? 108 : type == MK_Q6_K ? 208 : 0; }
 
-/* Where the parts of a tile's block lie: 16 rows' d (and dmin), their scales, part by part, then the values. */
+/* The offsets in a tile's block: d (and dmin) of 16 rows, then the small scales by part, then the values. */
 static inline int mk_scales_at(int type) { return 32 * mk_f16s(type); }
 static inline int mk_part_scales(int type) {
     if (type == MK_IQ2_XXS || type == MK_IQ3_XXS) return 0;

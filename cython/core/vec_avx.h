@@ -40,8 +40,8 @@ MK_INLINE __m256 avx_even(const uint16_t *p) { /* of 16 BF16 */
 }
 MK_INLINE vf vf_even(const uint16_t *p) { return (vf){avx_even(p), avx_even(p + 16)}; }
 
-/* fma of four floats.  In double the product is exact; the sum is rounded to odd (its error, exact by TwoSum, decides
- * to which neighbour), and rounding an odd 53-bit number to 24 bits is rounding the exact sum (Boldo and Melquiond). */
+/* fma of four floats.  In double precision the product is exact.  The sum is rounded to odd (its error, exact by TwoSum,
+ * decides in which direction); rounding that to 24 bits equals rounding the exact sum (Boldo and Melquiond). */
 MK_INLINE __m128 avx_fma4(__m128 a, __m128 b, __m128 c) {
     __m256d p = _mm256_mul_pd(_mm256_cvtps_pd(a), _mm256_cvtps_pd(b)), d = _mm256_cvtps_pd(c);
     __m256d s = _mm256_add_pd(p, d), t = _mm256_sub_pd(s, p);
@@ -59,7 +59,7 @@ MK_INLINE __m128 avx_fma4(__m128 a, __m128 b, __m128 c) {
     }
     return _mm256_cvtpd_ps(_mm256_castsi256_pd(WIDEN(half[0], half[1])));
 }
-/* A call, because there is too much of it for every place. */
+/* Not inlined, because it is long. */
 static __attribute__((noinline)) __m256 avx_fma8(__m256 a, __m256 b, __m256 c) {
     __m128 lo = avx_fma4(_mm256_castps256_ps128(a), _mm256_castps256_ps128(b), _mm256_castps256_ps128(c));
     __m128 hi = avx_fma4(_mm256_extractf128_ps(a, 1), _mm256_extractf128_ps(b, 1), _mm256_extractf128_ps(c, 1));

@@ -136,7 +136,7 @@ MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, vb
 MK_INLINE vb vb_signed(vb a) { return a; }
 MK_INLINE vb vb_size(vb a) { return (vb){_mm256_abs_epi8(a.lo), _mm256_abs_epi8(a.hi)}; }
 typedef vi vp;
-/* Sums one after the other: a compiler that adds them as a tree has all products in memory before. */
+/* Added one after the other: if a compiler adds them as a tree, it spills all products first. */
 MK_INLINE __m256i ymm_keep(__m256i a) { __asm__("" : "+x"(a)); return a; }
 MK_INLINE void ymm_multiply(const int bits, const int g, const int last, __m256i w, __m256i size, __m256i x,
                             __m256i *dot, __m256i *pairs) {

@@ -1,11 +1,11 @@
-/* What follows from the layer alone: parts of vectors, exp, tanh and the normal distribution. */
+/* Functions written with the vector layer: parts of vectors, exp, tanh and the normal distribution. */
 
-#ifndef HOT /* code that is worth a copy in every place, with its constants, loops unrolled */
+#ifndef HOT /* functions that are inlined everywhere, so that constants propagate and loops unroll */
 #define HOT MK_INLINE
 #define UNROLL _Pragma("GCC unroll 32")
 #endif
 
-/* The first `count` lanes (0..16) of p, the others `fill`. */
+/* The first `count` lanes (0..16) of p; the others are `fill`. */
 static inline vf vf_load_part(const float *p, long count, float fill) {
     float lanes[MK_TILE];
     for (int j = 0; j < MK_TILE; j++) lanes[j] = fill;
@@ -31,13 +31,13 @@ MK_INLINE vf vf_lookup(const float *table, const uint8_t *p, const int shift) {
 }
 #endif
 
-/* Of 16 bytes what mk_from_e8m0 makes of each, in two factors for the denormals. */
+/* mk_from_e8m0 of each of 16 bytes, as a product of two factors because of denormals. */
 MK_INLINE vf vf_load_e8m0(const uint8_t *p) {
     vi e = vi_sub(vi_trunc(vf_load_u8(p)), vi_set1(128)), half = vi_half(e);
     return vf_mul(vf_pow2(half), vf_pow2(vi_sub(e, half)));
 }
 
-/* Lanes i .. i + 15 of a row of d values, whatever lies beyond being `fill`. */
+/* Values i .. i + 15 of a row of d values; those after its end are `fill`. */
 MK_INLINE vf vf_row(const float *row, long i, long d, float fill) {
     return i + MK_TILE <= d ? vf_load(row + i) : vf_load_part(row + i, d - i, fill);
 }

@@ -8,7 +8,7 @@
 
 #include "path.h"
 
-#if defined(__GNUC__) && !defined(__clang__) /* which has all sums of a tile in memory if it orders loads before products */
+#if defined(__GNUC__) && !defined(__clang__) /* gcc spills all sums of a tile if it moves loads before products */
 #pragma GCC optimize("no-schedule-insns")
 #endif
 
@@ -163,7 +163,7 @@ MK_INLINE void neon_mmla(int32x4_t *sum, int8x16_t x, int8x16_t w) {
     __asm__(".arch armv8.2-a+i8mm\n\tsmmla %0.4s, %1.16b, %2.16b" : "+w"(*sum) : "w"(x), "w"(w));
 }
 #endif
-/* All loaded before any is used, so that loads are pairs. */
+/* Load all before any is used, so that compilers emit pair loads. */
 MK_INLINE vb vb_keep(vb a) { __asm__("" : "+w"(a.q[0]), "+w"(a.q[1]), "+w"(a.q[2]), "+w"(a.q[3])); return a; }
 typedef struct { char none; } vp;
 MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, vb size, const int8_t *x, vi *dot,

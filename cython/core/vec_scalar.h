@@ -1,4 +1,4 @@
-/* The 16-lane layer in plain C: the definition that every other header must equal bit for bit.
+/* The 16-lane vector layer in plain C.  Every other vec_*.h must give the same bits.
  *
  * vf: 16 floats; vi: 16 int32; vb: 64 bytes, 4 of each of 16 rows. */
 #ifndef MK_VEC_H
@@ -69,7 +69,7 @@ VF(vf_halves, (vf a), j < 8 ? a.f[j] + a.f[(j + 8) & 15] : 0.0f) /* the first st
 VF(vf_sums, (const vf *a, int step), vf_hadd(a[j * step])) /* of 16 vectors that lie so far apart */
 
 MK_INLINE vb vb_load(const uint8_t *p) { vb r; memcpy(&r, p, 64); return r; }
-/* Of every byte the bits from `from` on, as many as `mask` has, moved to `to`. */
+/* In every byte: the bits from `from` on, as many as `mask` has, moved to `to`. */
 MK_INLINE vb vb_bits(vb a, int from, int mask, int to) {
     for (int j = 0; j < 64; j++) a.b[j] = (int8_t)(((uint8_t)a.b[j] >> from & mask) << to);
     return a;
@@ -79,7 +79,7 @@ MK_INLINE vb vb_table(const int8_t *table, vb nibbles) { /* table [16] */
     for (int j = 0; j < 64; j++) nibbles.b[j] = table[nibbles.b[j]];
     return nibbles;
 }
-/* Of each 16 bytes the first 8 of both, in pairs, to a, and the last 8 to b. */
+/* For each 16 bytes: interleave the first 8 of a and b into a, and the last 8 into b. */
 MK_INLINE void vb_zip(vb low, vb high, uint8_t *a, uint8_t *b) {
     for (int j = 0; j < 64; j++) {
         uint8_t *to = (j % 16 < 8 ? a : b) + j / 16 * 16 + j % 8 * 2;

@@ -1,4 +1,4 @@
-/* Floats of the layer in two 256-bit halves: what AVX and AVX2 have in common. */
+/* Floats of the vector layer in two 256-bit halves, shared by AVX and AVX2. */
 #include <immintrin.h>
 #include <string.h>
 
