@@ -103,7 +103,7 @@ class Planner:
                 n_blocks,
                 share,
                 self._activations(place, rows),
-                self._process(one, place, share, rows, kept) + share.beyond,
+                self._process(one, place, share, kept) + share.beyond,
                 0 if place.rank else drafting,
             )
             for one, place, cache, share in zip(specs, places, caches, shares, strict=True)
@@ -155,9 +155,9 @@ class Planner:
             self._known[key] = memory.activations(self._rows, place, rows)
         return int(self._known[key])
 
-    def _process(self, spec: Spec, place: Place, share: WeightsShare, rows: memory.Rows, kept: int) -> int:
+    def _process(self, spec: Spec, place: Place, share: WeightsShare, kept: int) -> int:
         streams = share.streamed > 0
-        later = memory.taken_later(spec, self.source, self.config, place, rows, streams)
+        later = memory.taken_later(spec, self.source, place, streams)
         return memory.process(self.source, self.config, place, share.pages, kept, later, streams)
 
     def _like(self, place: Place) -> tuple[Any, ...]:

@@ -69,7 +69,7 @@ def _planned_memory(session: Session) -> memory.RankMemory:
     cached, stages = (capacity, limits.n_blocks, limits.windows), limits.micro_batches
     rows = memory.step_rows(session.needs, session.spec, config, step, cached, stages, limits.streams)
     streams = weights.streamed > 0
-    later = memory.taken_later(session.spec, session.source, config, place, rows, streams)
+    later = memory.taken_later(session.spec, session.source, place, streams)
     pages = [page.nbytes for page in weights.pages]
     return memory.RankMemory(
         weights=min(weights.total, weights.budget),

@@ -19,6 +19,7 @@ from mpillm.weights.plan import ALIGNMENT, PagePlan, PageTensor
 from mpillm.weights.roles import Key
 
 CHUNK = 2**20  # bytes that a thread packs at a time
+UNDER_WAY = 16 * 2**20  # bytes of an unpacked model that all threads together are at
 
 
 class Rows(NamedTuple):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from mpillm.weights.fill import TensorReader, fill
+from mpillm.weights.fill import CHUNK, UNDER_WAY, TensorReader, fill
 from mpillm.weights.io.filesystem import cached
 from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.io.numa import spread
@@ -61,8 +60,8 @@ class InPlaceLoader(MappingLoader):
     """Pages whose matrices are used where they lie in the files, which ranks of a node share.
 
     What products cannot take so (vectors, rows in another order, columns of a matrix) is made ready in a buffer beside.
-    Pages that have blocks in place are made once more after the first step, by threads of their own: with all blocks
-    packed, which products take faster. `renewed` hands them out. Neither way changes a result.
+    Pages that have blocks in place are made once more after the first step: with all blocks packed, which products take
+    faster. Neither way changes a result.
 
     The files are mapped once more for it, for what is read of them otherwise gives its pages back.
     """
@@ -74,8 +73,6 @@ class InPlaceLoader(MappingLoader):
         self._source = source
         self._threads = threads
         self._to_pack = [page for page in pages if any(map(self._for_now, page.entries))]
-        self._packers = ThreadPoolExecutor(max(threads // 2, 1), "weights-packed")
-        self._packed: deque[Future[Page]] | None = None  # what is not handed out yet; None: nothing has begun
 
     def allocate(self, plan: PagePlan, dropped: list[Bytes]) -> Bytes:
         return new_buffer(self._beside(plan, self._source.in_place), ALIGNMENT)
@@ -84,35 +81,27 @@ class InPlaceLoader(MappingLoader):
         return self._laid_out(plan, buffer, self._source.in_place)
 
     def renewed(self) -> list[tuple[PagePlan, Page]]:
-        """Pages that have been packed since the last call; the first call has the threads begin."""
-        if self._packed is None:
-            sizes = [self._beside(plan, self._for_good) for plan in self._to_pack]
-            memory = new_buffer(sum(sizes), ALIGNMENT)
-            spread(memory, self._threads)
-            self._packed = deque(
-                self._packers.submit(self._pack, plan, memory[end - size : end])
-                for plan, size, end in zip(self._to_pack, sizes, accumulate(sizes), strict=True)
-            )
-        done = list[Page]()
-        while self._packed and self._packed[0].done():  # in the order in which they began
-            done.append(self._packed.popleft().result())
-            self._unmap(done[-1].plan)
-        return [(page.plan, page) for page in done]
+        """Pack the pages that have blocks in place, the first time that this is called.
+
+        Page after page, each with all threads and after its map has gone: it is never in memory twice.
+        """
+        to_pack, self._to_pack, found = self._to_pack, [], list[tuple[PagePlan, Page]]()
+        if not to_pack:
+            return found
+        sizes = [self._beside(plan, self._for_good) for plan in to_pack]
+        memory = new_buffer(sum(sizes), ALIGNMENT)
+        spread(memory, self._threads)
+        with ThreadPoolExecutor(self._threads, "weights-packed") as pool:
+            for plan, size, end in zip(to_pack, sizes, accumulate(sizes), strict=True):
+                self._unmap(plan)
+                found.append((plan, self._laid_out(plan, memory[end - size : end], self._for_good, pool)))
+        return found
 
     def release(self, plan: PagePlan) -> None:
         """The maps go when the files are closed: the next run finds the pages where they are."""
 
-    def close(self) -> None:
-        self._packers.shutdown(cancel_futures=True)
-        super().close()
-
-    def _pack(self, plan: PagePlan, buffer: Bytes) -> Page:
-        page = self._laid_out(plan, buffer, self._for_good)
-        self._unmap(plan)  # a step that uses it meanwhile maps it again
-        return page
-
     def _unmap(self, plan: PagePlan) -> None:
-        """Give back the mapped pages of blocks that have been packed."""
+        """Give back the mapped pages of blocks that are packed now."""
         for entry in filter(self._for_now, plan.entries):
             if there := self._source.in_place(entry):
                 self._maps[there.file].release(there.offset, there.nbytes)
@@ -128,7 +117,11 @@ class InPlaceLoader(MappingLoader):
         return sum(aligned(entry.nbytes) for entry in plan.entries if place(entry) is None)
 
     def _laid_out(
-        self, plan: PagePlan, buffer: Bytes, place: Callable[[PageTensor], StoredRows | None]
+        self,
+        plan: PagePlan,
+        buffer: Bytes,
+        place: Callable[[PageTensor], StoredRows | None],
+        pool: Executor | None = None,
     ) -> Page:
         """The page with its entries at their places in the files, and the others in the buffer."""
         places, at, beside = {}, 0, []
@@ -141,5 +134,5 @@ class InPlaceLoader(MappingLoader):
             places[entry.offset] = Placed(buffer[at : at + entry.nbytes], 0)
             beside.append([(entry, places[entry.offset].data)])
             at += aligned(entry.nbytes)
-        fill(beside, self._source)
+        fill(beside, self._source, pool, min(CHUNK, UNDER_WAY // self._threads))
         return Page(plan, buffer, places)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 
-from mpillm.weights.fill import load
+from mpillm.weights.fill import UNDER_WAY, load
 from mpillm.weights.formats.in_place import InPlaceLoader, TensorFiles, warm
 from mpillm.weights.io.filesystem import can_populate, network_kind
 from mpillm.weights.io.numa import spread
@@ -16,7 +16,6 @@ from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.paging.pager import BufferLoader, Loader
 from mpillm.weights.plan import ALIGNMENT, PagePlan
 
-UNDER_WAY = 16 * 2**20  # bytes of an unpacked model that all threads together are at
 LOADING_NBYTES = 48 * 2**20  # of these and of their values, where rows are decoded before they are packed
 
 

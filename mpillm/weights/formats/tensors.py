@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from mpillm import kernels
 from mpillm.kernels.types import BlockType, used_as_stored
 from mpillm.partition.grid import Place
-from mpillm.weights.fill import Rows
+from mpillm.weights.fill import UNDER_WAY, Rows
 from mpillm.weights.formats.delivered import QUANTIZE, check_unquantised, delivered_types, quantised_to
 from mpillm.weights.formats.extent import Extent, llama_cpp_rows
 from mpillm.weights.formats.in_place import StoredRows
-from mpillm.weights.formats.loaders import LOADING_NBYTES, UNDER_WAY, open_unpacked_loader
+from mpillm.weights.formats.loaders import LOADING_NBYTES, open_unpacked_loader
 from mpillm.weights.formats.stored import Bytes, Floats, Stored
 from mpillm.weights.inventory import Inventory, PageSpec
 from mpillm.weights.io.mapped import MappedFile
