@@ -217,8 +217,8 @@ def read(directory: Path) -> Report:
     except FileNotFoundError:
         if any(directory.glob(f"*/{JSON}")):
             raise JobError(
-                f"{directory} has the runs of several parts; type mpillm merge {directory} --output DIR, then "
-                "mpillm report DIR."
+                f"There is no finished run in {directory} itself, but in directories inside it: give one of them, or "
+                f"merge the parts of an array with mpillm merge {directory} --output DIR."
             ) from None
         raise JobError(f"There is no finished run in {directory}: it has no {JSON}.") from None
     except NotADirectoryError:

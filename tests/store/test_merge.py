@@ -149,7 +149,7 @@ def test_the_status_of_parts(runs: Path, tmp_path: Path) -> None:
     found = json.loads(run_bounded([*status, "--json"], env=clean_environment()).stdout)
     assert [part["state"] for part in found["parts"]] == ["complete", "stopped", "complete"]
     page = run_bounded([*words, "report", parts], env=clean_environment())
-    assert (page.returncode, f"type mpillm merge {parts} --output DIR" in page.stderr) == (2, True)
+    assert (page.returncode, f"with mpillm merge {parts} --output DIR" in page.stderr) == (2, True)
     merge([runs / "parts"], tmp_path / "merged")
     merged = run_bounded([*words, "status", tmp_path / "merged"], env=clean_environment())
     assert (merged.returncode, f"type: mpillm report {tmp_path / 'merged'}" in merged.stderr) == (2, True)

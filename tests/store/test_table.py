@@ -212,7 +212,7 @@ def test_a_killed_run_of_a_table_goes_on_and_is_exported(
     ]
     assert [row["id"] for row in read(tmp_path / "killed/table.csv")] == [*map(str, range(150)), ""]
     assert main(["export", str(tmp_path)]) == 2
-    assert "There is no finished run in" in capsys.readouterr().err
+    assert "itself, but in directories inside it: give one of them" in capsys.readouterr().err
 
 
 def test_frames_have_the_rows(tmp_path: Path) -> None:
