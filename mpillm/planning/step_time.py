@@ -26,8 +26,9 @@ WAIT = 10e-6  # of a layer, times the root of the rows: threads meet after each 
 APART = 120e-6  # of a layer whose kernels are called one by one, more than that
 LOAD = 50e-6  # of a page of weights that is loaded
 # Products are measured with matrices of WIDTH columns. Narrower ones read and write more values for each operation,
-# each of which takes so many times as long as one in a norm (0.28e-9 and 0.17e-9 s; 576 columns, 16 to 256 rows).
-NARROW = 1.7
+# each of which takes so many times as long as one in a norm (576 columns: 1.7 with 32 rows alone; whole jobs with up to
+# 512 rows, which read W less often than the 64 rows that are measured, take 1.2).
+NARROW = 1.2
 # Of a byte of streamed weights: the cores that compute read it and make it ready too (0.2 to 0.3e-9 measured with
 # SmolLM2 and a Llama of 10^9 weights, packed and not).
 STREAMED = 0.25e-9
