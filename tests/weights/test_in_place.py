@@ -38,6 +38,7 @@ def test_blocks_are_used_in_place_until_they_are_packed(name: str, shards: int) 
         with closing(source.open_loader("auto", 2, common, False)) as loader:
             assert isinstance(loader, InPlaceLoader)
             first = {plan.name: loader.load(plan, loader.allocate(plan, [])) for plan in common}
+            assert not loader.renewed(), "the first token must not wait for it"
             renewed = {plan.name: page for plan, page in loader.renewed()}
             assert renewed
             assert not loader.renewed()
