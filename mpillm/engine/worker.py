@@ -31,6 +31,8 @@ class Worker:
 
     def step(self, step: Step) -> Reply | None:
         """Compute this rank's share of a step; return the reply on a rank of the last stage, else None."""
+        if self.seconds:  # the first step's tokens do not wait for it
+            self.decoder.renew_weights()
         start = time.perf_counter()
         x = self.decoder.forward(step.batch())
         reply = None if x is None else self._replies.build(step, x)

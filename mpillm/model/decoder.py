@@ -90,7 +90,11 @@ class Decoder:
 
     def note_step(self, seconds: float) -> None:
         """Note how long a step took (see `Weights.note_step`)."""
-        if self._rank.weights.note_step(seconds):
+        self._rank.weights.note_step(seconds)
+
+    def renew_weights(self) -> None:
+        """Between steps: use weights that the loader has made anew."""
+        if self._rank.weights.renew():
             self._rank.forget_kept()
             self._stack = None
 

@@ -131,7 +131,7 @@ def taken_later(spec: Spec, source: Source, place: Place, streams: bool) -> int:
     """Of what is planned for a rank, bytes that are taken only when what loading takes is given back.
 
     Nothing where the rank `streams` weights, or they are read past the page cache: those threads keep their buffers.
-    Logits are not counted: weights that lie in the page cache are packed after the second step.
+    Logits are not counted: weights that lie in the page cache are packed before the second step.
     """
     if place.rank or streams or spec.memory.loader == "read" or network_kind(source.path) is not None:
         return 0

@@ -60,7 +60,7 @@ class InPlaceLoader(MappingLoader):
     """Pages whose matrices are used where they lie in the files, which ranks of a node share.
 
     What products cannot take so (vectors, rows in another order, columns of a matrix) is made ready in a buffer beside.
-    Pages that have blocks in place are made once more after the second step: with all blocks packed, which products
+    Pages that have blocks in place are made once more before the second step: with all blocks packed, which products
     take faster. Neither way changes a result.
 
     The files are mapped once more for it, for what is read of them otherwise gives its pages back.
@@ -73,7 +73,6 @@ class InPlaceLoader(MappingLoader):
         self._source = source
         self._threads = threads
         self._to_pack = [page for page in pages if any(map(self._for_now, page.entries))]
-        self._steps = 0  # that are done
 
     def allocate(self, plan: PagePlan, dropped: list[Bytes]) -> Bytes:
         return new_buffer(self._beside(plan, self._source.in_place), ALIGNMENT)
@@ -82,15 +81,13 @@ class InPlaceLoader(MappingLoader):
         return self._laid_out(plan, buffer, self._source.in_place)
 
     def renewed(self) -> list[tuple[PagePlan, Page]]:
-        """Pack the pages that have blocks in place, after the second step: the first token must not wait for it.
+        """Pack the pages that have blocks in place, the first time that this is called.
 
         Page after page, each with all threads and after its map has gone: it is never in memory twice.
         """
-        self._steps += 1
-        found = list[tuple[PagePlan, Page]]()
-        if self._steps == 1 or not self._to_pack:
+        to_pack, self._to_pack, found = self._to_pack, [], list[tuple[PagePlan, Page]]()
+        if not to_pack:
             return found
-        to_pack, self._to_pack = self._to_pack, []
         sizes = [self._beside(plan, self._for_good) for plan in to_pack]
         memory = new_buffer(sum(sizes), ALIGNMENT)
         spread(memory, self._threads)

@@ -39,7 +39,7 @@ class Loader(Protocol[Loaded_co]):
         """Fill the page's buffer, and return what users of the page get."""
 
     def renewed(self) -> Sequence[tuple[PagePlan, Loaded_co]]:
-        """Pages that the loader has made anew: use them instead. Called between steps, the first time after one."""
+        """Pages that the loader has made anew: use them instead. Called before each step but the first."""
 
     def release(self, plan: PagePlan) -> None:
         """The page was dropped: nobody reads its bytes any more."""

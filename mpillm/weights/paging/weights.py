@@ -70,10 +70,12 @@ class Weights:
         """Seconds of loading so far, summed over all threads."""
         return sum(counters.load_seconds for counters in self._counters)
 
-    def note_step(self, seconds: float) -> bool:
-        """Note that a step took so long; return whether some pages are others now (`Loader.renewed`).
+    def renew(self) -> bool:
+        """Use pages that the loader has made anew (`Loader.renewed`); return whether there were any."""
+        return self.cycle.renew()
 
-        If steps that mostly compute keep waiting, read further ahead.
+    def note_step(self, seconds: float) -> None:
+        """Note that a step took so long, and read further ahead if steps that mostly compute keep waiting.
 
         Where only the disk is the limit (a few sequences), the largest fixed part is best. Where computing takes about
         as long as reading, pages of unequal cost make one wait for the other, unless one more page is read ahead.
@@ -86,7 +88,6 @@ class Weights:
             self._waits += 1
             if self._waits == PATIENCE and self.cycle.fixed:
                 self.cycle.read_further_ahead()
-        return self.cycle.renew()
 
     def close(self) -> None:
         """Stop reading ahead, and release all buffers."""
