@@ -14,4 +14,9 @@ def some_of(names: Sequence[str], kind: str) -> str:
     """`a`, `a, b and c`, or `a, b and 5 other hosts`: at most three names, of things of one kind."""
     if len(names) > 3:
         names = [*names[:2], count_of(len(names) - 2, f"other {kind}")]
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    return listed(names, "and")
+
+
+def listed(names: Sequence[str], word: str) -> str:
+    """`a`, `a and b`, `a, b and c`: names, with `word` before the last."""
+    return f" {word} ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

@@ -89,9 +89,7 @@ def _leave(world: World, code: int, error: MpillmError | None) -> int:
     final = departure.code
     if world.lost:
         world.exit(final)  # MPI_Finalize may wait for the dead
-    if (
-        world.size > 1
-    ):  # srun ends the ranks that are left when one has ended with an error, and their codes count
+    if world.size > 1:  # srun ends the other ranks when one has ended with an error, and their codes count
         _ignore_signals()
     world.end(final, orderly=not failed)
     return final

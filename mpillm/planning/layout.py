@@ -69,8 +69,7 @@ class Layouts:
         """Whether other layouts than the rule's are worth a look."""
         return (
             len(machines.ranks_per_host) > 1
-            and bool(machines.speeds)
-            and not machines.glimpsed
+            and machines.links_known
             and self.spec.wire.between_stages == "f32"
         )
 

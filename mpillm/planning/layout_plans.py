@@ -123,7 +123,7 @@ class LayoutPlanner:
             return replace(chosen, wire=given, wire_reason="wire.activations says so")
         if not shards_cross_hosts(self.machines, chosen.replicas):
             return replace(chosen, wire="f32", wire_reason="those of a stage share a host")
-        if not self.machines.speeds or self.machines.glimpsed:
+        if not self.machines.links_known:
             return replace(chosen, wire="f32", wire_reason="the job is too short to measure the network")
         plans = list(self.plans(chosen.replicas))
         wire, reason = decided(self.spec, self.config, self.machines, chosen.replicas, plans, self._asked)

@@ -29,6 +29,11 @@ class Machines:
     loads: Sequence[tuple[str, float]] = field(default=(), compare=False)
 
     @property
+    def links_known(self) -> bool:
+        """Whether speeds are known, those of the network too."""
+        return bool(self.speeds) and not self.glimpsed
+
+    @property
     def ranks(self) -> int:
         """The number of ranks."""
         return len(self.free)

@@ -38,9 +38,8 @@ FIELD = 256  # and among a GGUF file's fields, which all have
 # Loading a small model takes so many times the bytes of its pages, because rows may become float32.
 LOADING = 8
 PAGE, TENSOR = 2048, 768  # of what is known of a page and of a tensor (1650 and 640 measured)
-STREAMING = (
-    4 * 2**20
-)  # beside their pieces, of threads that read an unpacked model all the time (2 MiB measured)
+# Beside their pieces, of threads that read an unpacked model all the time (2 MiB measured).
+STREAMING = 4 * 2**20
 LARGE_BUFFERS = (
     3  # of a step's rows, that lie in huge pages once they are large, with a part of one at their ends
 )

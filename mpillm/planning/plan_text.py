@@ -9,7 +9,7 @@ from mpillm.planning.layout import shapes_in_words
 from mpillm.planning.limits import step_description
 from mpillm.planning.plan import Plan
 from mpillm.spec import enough, shown_bytes
-from mpillm.words import count_of
+from mpillm.words import count_of, listed
 
 NAMED = 8  # hosts that are left out
 COLUMNS, LABEL = 80, 10  # of the text, and of the names before its lines
@@ -137,14 +137,14 @@ def _time(plan: Plan) -> Iterator[str]:
     )
     together = f" in {time.micro_batches} micro-batches" if time.micro_batches > 1 else ""
     at_once = count_of(time.sequences // plan.replicas, "sequence")
-    yield (f"          a step of {at_once}{together} takes {_step(time.step)}; its limit: {time.limit}")
+    yield f"          a step of {at_once}{together} takes {_step(time.step)}; its limit: {time.limit}"
     if plan.stages > 1:
         yield f"          slowest: {time.slowest}; stages wait {100 * time.bubble:.0f} % of a step for each other"
     for name, gain in plan.gains.items():
         if gain > WORTH:
             yield f"          {gain:.2f} times as fast with {name}"
     if same := [name for name, gain in plan.gains.items() if gain <= WORTH]:
-        yield f"          no faster with {' or '.join([', '.join(same[:-1])] * (len(same) > 1) + same[-1:])}"
+        yield f"          no faster with {listed(same, 'or')}"
 
 
 def _mib(nbytes: int) -> str:

@@ -14,10 +14,8 @@ SPARE = 1.1  # times what is planned: mpiexec and the page cache (docs/memory.md
 
 def shortage(replicas: Iterable[ReplicaPlan], machines: Machines, in_slurm: bool) -> str | None:
     """A sentence on the host that lacks most bytes for its ranks, with what to type; None if no host lacks any."""
-    needed, free = (
-        [0] * len(machines.ranks_per_host),
-        [STARTED * count for count in machines.ranks_per_host],
-    )
+    needed = [0] * len(machines.ranks_per_host)
+    free = [STARTED * count for count in machines.ranks_per_host]
     plans = [rank for replica in replicas for rank in replica.ranks]
     for plan, host, left in zip(plans, machines.host_of_rank, machines.free, strict=True):
         needed[host] += plan.held

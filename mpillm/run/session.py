@@ -130,8 +130,7 @@ class Session:
         found = self.choice.first(self.threads) if origin is None else self.choice.again(origin)
         chosen, machines = found.chosen, found.machines
         self.chosen, self._left_out = chosen, found.left_out
-        known = machines.speeds and not machines.glimpsed
-        self._speed = machines.speeds[world.rank] if known else None
+        self._speed = machines.speeds[world.rank] if machines.links_known else None
         self.machines, self.replicas, self.wire = machines.of_ranks(found.ranks), chosen.replicas, chosen.wire
         #: the reason for this layout
         self.reason = "; ".join(filter(None, (chosen.reason, chosen.compared)))

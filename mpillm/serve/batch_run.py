@@ -106,11 +106,7 @@ class BatchRun:
         """
         if self._over or time.monotonic() < self._retry:
             return
-        counts = self.counts()
-        all_answered = (
-            counts.completed + counts.failed == counts.total
-        )  # behind others, tickets are not asked for
-        ends = not self._under_way and (self._all_taken or self.cancelled or all_answered)
+        ends = self._ends()
         try:
             self._journal.flush() if ends or self.waits else self._journal.commit()
         except NoSpace as error:
@@ -127,6 +123,12 @@ class BatchRun:
         if ends:
             self._over = True
             self._ended()
+
+    def _ends(self) -> bool:
+        if self._under_way:
+            return False
+        counts = self.counts()  # of a batch behind others, tickets are not asked for
+        return self._all_taken or self.cancelled or counts.completed + counts.failed == counts.total
 
     def write(self) -> tuple[Path, Path]:
         """Write the results; the files of those that were answered, and of the others."""

@@ -55,3 +55,15 @@ def serving(
             except subprocess.TimeoutExpired:
                 process.kill()
                 raise
+
+
+def journaled_once(notes: Path) -> set[str]:
+    """The lines of batches that `program` noted as journaled; AssertionError if one was computed again later."""
+    journaled: set[str] = set()
+    for line in notes.read_text().splitlines():
+        what, _, name = line.partition(" ")
+        if what == "journaled":
+            journaled.add(name)
+        else:
+            assert name not in journaled, "computed again"
+    return journaled

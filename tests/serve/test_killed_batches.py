@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import HANGS, Mpi, clean_environment
 from tests.job_helpers import CHAT
-from tests.serve.serving import serving
+from tests.serve.serving import journaled_once, serving
 from tests.serve.test_batches import BODIES, LINES, WRONG, ended, lines_of
 from tests.serve.test_server import batch as answers_of_a_run
 
@@ -82,14 +82,7 @@ def killed_again_and_again(
         assert {found.id for found in client.files.list()} == there
         names = {path.name for path in (folder / "data/files").iterdir()}
         assert names == {*there, *(f"{name}.json" for name in there)}
-    journaled: set[str] = set()
-    for line in notes.read_text().splitlines():
-        what, _, name = line.partition(" ")
-        if what == "journaled":
-            journaled.add(name)
-        else:
-            assert name not in journaled, "computed again"
-    assert journaled == {line["custom_id"] for line in LINES}
+    assert journaled_once(notes) == {line["custom_id"] for line in LINES}
 
 
 def test_killed_near_the_end(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.conftest import HANGS, Mpi
-from tests.serve.serving import serving
+from tests.serve.serving import journaled_once, serving
 from tests.serve.test_batches import ended, lines_of
 from tests.serve.test_server import batch as answers_of_a_run
 
@@ -96,10 +96,4 @@ def test_a_server_on_four_ranks_is_killed_and_goes_on(mpi: Mpi, tmp_path: Path) 
             assert state.status == "completed"
             answers = lines_of(client, state.output_file_id)
             assert [answer["response"]["body"]["choices"] for answer in answers] == expected
-    journaled: set[str] = set()
-    for line in notes.read_text().splitlines():
-        what, _, name = line.partition(" ")
-        if what == "journaled":
-            journaled.add(name)
-        else:
-            assert name not in journaled, "computed again"
+    journaled_once(notes)
