@@ -21,7 +21,7 @@ typedef struct {
     long lanes;
     float q[MK_ATTENTION_SUMS];    /* tiles [hd][Q], scaled */
     float sums[MK_ATTENTION_SUMS]; /* tiles [Q][lanes] */
-    float p[MK_MAX_QUERIES][MK_KV_BLOCK];
+    float p[MK_QUERY_TILE][MK_KV_BLOCK]; /* of the tile that is computed */
     query queries[MK_MAX_QUERIES];
 } query_group;
 
@@ -66,7 +66,7 @@ static void visit(query_group *group, int tile, int type, int value_type, long s
     int count = group->count - tile * Q < Q ? group->count - tile * Q : Q;
     long lanes = group->lanes, from = 0, to = MK_KV_BLOCK - 1;
     query *queries = group->queries + tile * Q;
-    float *p = group->p[tile * Q], *sums = group->sums + tile * Q * lanes;
+    float *p = group->p[0], *sums = group->sums + tile * Q * lanes;
     QUERY_TILE_FUNCTIONS[type][group->shape].scores(group->q + (long)tile * Q * hd, keys, next_keys, hd, p);
     for (int j = 0; j < count; j++) {
         query *q = queries + j;

@@ -53,10 +53,12 @@ void mk_kv_store(mk_work *work, int kv_type, const float *k, long k_stride, cons
 /* Divide the queries into groups: consecutive rows of a sequence times heads of one KV head, as fit on a thread's stack. */
 static long group_queries(mk_query_group *groups, const int32_t *table_start, const int32_t *kv_of_head, long m,
                           int heads, int hd) {
-    /* Models have few wide heads, so their groups use the whole capacity; smaller groups of others give more items. */
-    int maximum = (hd > MK_WIDE_HEAD ? MK_ATTENTION_SUMS : MK_ATTENTION_SUMS / 2) / MK_LANES(hd);
+    /* A group converts its keys and values once for all of its queries.  Models have few wide heads, so their groups use the
+     * whole capacity; those of others do if there are many, and are smaller otherwise, so that each thread gets some. */
+    int large = hd > MK_WIDE_HEAD || m * heads >= MK_MANY_QUERIES, most = large ? MK_MAX_QUERIES : MK_FEWER_QUERIES;
+    int maximum = (large ? MK_ATTENTION_SUMS : MK_ATTENTION_SUMS / 2) / MK_LANES(hd);
     long count = 0;
-    if (maximum > MK_MAX_QUERIES) maximum = MK_MAX_QUERIES;
+    if (maximum > most) maximum = most;
     if (maximum >= MK_QUERY_TILE) maximum -= maximum % MK_QUERY_TILE;
     else maximum = maximum >= 8 ? 8 : 4; /* heads have at most MK_MAX_HEAD_DIM dimensions */
     for (int head = 0; head < heads;) {

@@ -186,8 +186,11 @@ typedef struct {
 } mk_path;
 
 /* The queries and running sums of a group are on a thread's stack, MK_ATTENTION_SUMS floats each.  MK_QUERY_TILE is a
- * multiple of the tile sizes of all paths. */
-enum { MK_ATTENTION_SUMS = 16384, MK_MAX_QUERIES = 48, MK_QUERY_TILE = 12, MK_WIDE_HEAD = 256 };
+ * multiple of the tile sizes of all paths.  A step of MK_MANY_QUERIES has enough groups for all threads, however large. */
+enum {
+    MK_ATTENTION_SUMS = 16384, MK_MAX_QUERIES = 96, MK_FEWER_QUERIES = 48, MK_QUERY_TILE = 12, MK_WIDE_HEAD = 256,
+    MK_MANY_QUERIES = 8192,
+};
 
 enum { MK_ROWS = 16 /* a multiple of every path's rows of x in a tile */ };
 
