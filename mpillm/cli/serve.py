@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mpillm import spec
 from mpillm.cli.console import Console
-from mpillm.cli.terminal import launcher_reads_terminal
+from mpillm.cli.terminal import launcher_input_ended, launcher_reads_terminal
 from mpillm.comm.world import World
 from mpillm.errors import JobError
 
@@ -83,9 +83,11 @@ def run(world: World, options: argparse.Namespace) -> int:
 def run_chat(world: World, options: argparse.Namespace) -> int:
     """Talk until the input ends."""
     from mpillm.serve import chat
+    from mpillm.serve.typed import typed
 
     person = os.isatty(0) or launcher_reads_terminal()
-    return chat.run(world, _spec(world, options, "out/chat"), Console(lambda: world.rank == 0), person)
+    settings = _spec(world, options, "out/chat")
+    return chat.run(world, settings, Console(lambda: world.rank == 0), typed(person, launcher_input_ended))
 
 
 def _spec(world: World, options: argparse.Namespace, output: str) -> spec.Spec:

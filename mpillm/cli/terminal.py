@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
+import stat
 import textwrap
 from typing import TextIO
 
@@ -44,6 +46,31 @@ def launcher_reads_terminal() -> bool:
         return False
     try:
         return os.isatty(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def launcher_input_ended() -> bool:
+    """Whether the launcher's own input, a pipe or a file, has ended: Open MPI's tells its ranks nothing of that."""
+    folder = _launcher_streams()
+    if folder is None:
+        return False
+    try:
+        place = os.stat(f"{folder}/0")
+        if stat.S_ISREG(place.st_mode):
+            with open(f"{os.path.dirname(folder)}/fdinfo/0") as file:
+                return int(file.readline().split()[1]) >= place.st_size
+        if not stat.S_ISFIFO(place.st_mode):
+            return os.path.samestat(place, os.stat(os.devnull))
+        descriptor = os.open(f"{folder}/0", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        return [events for _, events in poll.poll(0)] == [
+            select.POLLHUP
+        ]  # no writer, and nothing left to read
     finally:
         os.close(descriptor)
 

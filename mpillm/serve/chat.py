@@ -30,7 +30,7 @@ from mpillm.run.session import Session
 from mpillm.serve.arrivals import Arrivals, Closed, Ticket
 from mpillm.serve.prepare import prepare
 from mpillm.serve.signals import first_signal_calls
-from mpillm.serve.typed import typed
+from mpillm.serve.typed import Typed
 from mpillm.spec import Spec
 from mpillm.words import count_of
 
@@ -45,8 +45,8 @@ KEYS = " (Ctrl-D does the same); Ctrl-C stops an answer"
 KEYS_LAUNCHED = "; Ctrl-C ends mpiexec"  # Open MPI's tells nobody of Ctrl-D
 
 
-def run(world: World, spec: Spec, progress: Progress, person: bool) -> int:
-    """Talk until the input ends (collective); the exit code. `person` says whether somebody types it."""
+def run(world: World, spec: Spec, progress: Progress, lines: Typed) -> int:
+    """Talk until the lines, which rank 0 reads, end (collective); the exit code."""
     path = model_path(world, spec, progress)
     with contextlib.closing(Session(world, spec, path)) as session:
         if world.rank:
@@ -55,7 +55,6 @@ def run(world: World, spec: Spec, progress: Progress, person: bool) -> int:
         model = model_of(session, path)
         engine = session.engine()
         arrivals = Arrivals(capacity=1, background=0)
-        lines = typed(person)
         chat = Conversation(spec, model, arrivals, lines, progress.say)
         reader = threading.Thread(target=chat.talk, name="chat")
         with first_signal_calls(chat.interrupt, again=True):

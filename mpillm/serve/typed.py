@@ -9,10 +9,13 @@ import select
 import sys
 import termios
 import threading
+import time
+from collections.abc import Callable
 from typing import Protocol
 
 from mpillm.serve.arrivals import LOOK
 
+ON_THE_WAY = 3.0  # seconds that the last lines may take from a launcher whose input has ended
 PASTED = "\x1b[?2004l"  # what a terminal is told when a line has been read: to mark pasted texts no longer
 
 
@@ -25,16 +28,19 @@ class Typed(Protocol):
         """Wait for no line any more, from another thread."""
 
 
-def typed(person: bool) -> Typed:
-    """The lines of the standard input; `person` says whether somebody types them, who wants to be asked."""
-    return Edited() if os.isatty(0) and os.isatty(1) else Plain(person)
+def typed(person: bool, ended: Callable[[], bool]) -> Typed:
+    """The lines of the standard input.
+
+    `person` says whether somebody types them, who wants to be asked; `ended` whether a launcher's own input has ended.
+    """
+    return Edited() if os.isatty(0) and os.isatty(1) else Plain(person, ended)
 
 
 class Plain:
     """Lines of a pipe or a file, or of a terminal behind a launcher."""
 
-    def __init__(self, asks: bool) -> None:
-        self._asks = asks
+    def __init__(self, asks: bool, no_more: Callable[[], bool]) -> None:
+        self._asks, self._no_more = asks, no_more
         self._ended = False
         self._held = b""
 
@@ -47,9 +53,7 @@ class Plain:
             sys.stdout.flush()
         while b"\n" not in self._held:
             try:
-                while not self._ended and not select.select([0], [], [], LOOK)[0]:
-                    pass
-                more = b"" if self._ended else os.read(0, 4096)
+                more = os.read(0, 4096) if self._comes() else b""
             except OSError:  # there is no standard input
                 more = b""
             if not more:
@@ -59,6 +63,17 @@ class Plain:
         if not (line or end):
             raise EOFError
         return line.decode(errors="replace")
+
+    def _comes(self) -> bool:
+        """Wait until there is something to read; False if there will be nothing."""
+        since = None  # when the launcher's input was first seen to have ended
+        while not self._ended:
+            if select.select([0], [], [], LOOK)[0]:
+                return True
+            since = (since or time.monotonic()) if self._no_more() else None
+            if since is not None and time.monotonic() - since > ON_THE_WAY:
+                return False
+        return False
 
 
 class Edited:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import pty
+import shlex
 import signal
 import subprocess
 import sys
@@ -65,6 +66,20 @@ def test_turns_from_a_pipe(openmpi: Mpi, tmp_path: Path) -> None:
         assert help_text
         assert last.endswith(visible(f"{help_ends}\n{alone}\n", "\n"))
         assert "Talking to chat" in done.stderr
+
+
+@pytest.mark.mpiexec
+@pytest.mark.parametrize("kind", ["pipe", "file", "null"])
+def test_the_end_of_the_input_behind_a_launcher(mpi: Mpi, tmp_path: Path, kind: str) -> None:
+    typed = "" if kind == "null" else "the fox\n"
+    (tmp_path / "typed").write_text(typed)
+    words = [str(word) for word in [*mpi.command(2), "-m", "mpillm", "chat", "--model", CHAT, *SETTINGS]]
+    source = {"file": str(tmp_path / "typed"), "null": os.devnull}.get(kind)
+    line = f"exec {shlex.join(words)} < {source}" if source else f"printf 'the fox\\n' | {shlex.join(words)}"
+    done = run_bounded(["sh", "-c", line], env=mpi.environment())
+    assert done.returncode == 0, done.stderr
+    (first,) = answers(tmp_path, ["the fox"])
+    assert done.stdout == (visible(f"{first}\n", "\n") if typed else "") + "\n"
 
 
 @with_readline
