@@ -38,6 +38,11 @@ class RequestError(MpillmError):
 
     exit_code = 1
 
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        """`param` is the key that is wrong, `code` OpenAI's name of the error, if there is one."""
+        super().__init__(message)
+        self.param, self.code = param, code
+
 
 class UnsuitedError(RequestError):
     """The model lacks what such a request needs, whatever its values: a tokenizer, a chat template, a classifier."""

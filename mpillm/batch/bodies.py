@@ -6,15 +6,17 @@ import codecs
 import json
 import re
 from collections import Counter
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from mpillm.batch.endpoints import ENDPOINTS
-from mpillm.batch.other_keys import IGNORED, NEUTRAL, REFUSED, refuse, short
+from mpillm.batch.other_keys import IGNORED, NEUTRAL, REFUSED, Ignored, refuse, short
 from mpillm.batch.work import Endpoint
 from mpillm.errors import RequestError
-from mpillm.spec import plain_words
+from mpillm.spec import allowed_words, plain_words
+
+T = TypeVar("T", bound=msgspec.Struct)
 
 MAX_NAME = 4096  # characters of a custom_id: all of them stay in memory
 
@@ -131,19 +133,33 @@ def _open(line: dict[str, Any]) -> tuple[type[Endpoint], dict[str, Any]]:
 def _check(endpoint: type[Endpoint], body: dict[str, Any]) -> Endpoint:
     """Return the checked body; RequestError names the first key that is wrong, unknown or not supported."""
     known = endpoint.__struct_fields__
-    kept = {}
+    kept, ignored = {}, {}
     for key, value in body.items():
-        if key in known:
+        if key in known or key in IGNORED:
             # A frame writes 3 as 3.0 where other rows have none.
             whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**63
-            kept[key] = int(value) if whole else value
+            (kept if key in known else ignored)[key] = int(value) if whole else value
         elif value is not None or key not in LINE_KEYS:
             refuse(key, value, body, known)
+    converted(ignored, Ignored)
+    return converted(kept, endpoint)
+
+
+def converted(values: dict[str, Any], kind: type[T]) -> T:
+    """An object of JSON as `kind`; RequestError names the key that is missing or wrong."""
     try:
-        return msgspec.convert(kept, endpoint)
+        return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
         text, _, place = str(error).partition(" - at `$")
         path = place.rstrip("`").lstrip(".")
+        named = text.rpartition(" ")[2].strip("`")
         if text.startswith("Object missing required field"):
-            raise RequestError(f"the key {text.rpartition(' ')[2].strip('`')!r} is missing") from None
-        raise RequestError(f"{path}: {plain_words(text)}") from None
+            inside = f" in {path}" if path else ""
+            raise RequestError(f"the key {named!r} is missing{inside}", path or named) from None
+        if text.startswith("Object contains unknown field"):
+            where = f"{path}.{named}".lstrip(".")
+            raise RequestError(f"the key {where!r} is unknown", where) from None
+        if text.startswith("Invalid enum value") and (words := allowed_words(kind, path)):
+            text = f"expected one of {words}, not {text.removeprefix('Invalid enum value ')}"
+        said = plain_words(text).replace("a table", "an object")  # JSON's word
+        raise RequestError(f"{path}: {said}", path) from None

@@ -1,26 +1,72 @@
 """The keys of OpenAI's and vLLM's bodies that no endpoint takes: ignored, or refused by name.
 
-docs/requests.md lists them.
+`python packaging/docs/other_keys.py` writes the lists of them in docs/requests.md.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Collection
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from mpillm.errors import RequestError
 
-# fmt: off
-# Keys that change no result of ours: taken and not looked at.
-IGNORED = frozenset({
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
-    "prompt_cache_retention", "prediction", "priority", "request_id", "session_id", "cache_salt", "stream_options",
-    "stream_interval", "guided_decoding_backend", "parallel_tool_calls", "return_token_offsets", "return_mm_kwargs",
-})
 
+class TextPart(msgspec.Struct):
+    """A part of a prediction."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Prediction(msgspec.Struct):
+    """What OpenAI's servers draft the answer from."""
+
+    type: Literal["content"]
+    content: str | list[TextPart]
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """What a server's stream tells besides the answer."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("include_obfuscation", "continuous_usage_stats"):
+            if getattr(self, key):
+                raise ValueError(f"{key} true is not supported")
+
+
+class Ignored(msgspec.Struct):
+    """Keys that change no answer, whatever value of the right type they have."""
+
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: Literal["auto", "default", "fast", "flex", "priority", "scale"] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: Literal["24h", "in-memory", "in_memory"] | None = None
+    prediction: Prediction | None = None
+    priority: int | None = None
+    request_id: str | None = None
+    session_id: str | None = None
+    cache_salt: str | None = None
+    stream_options: StreamOptions | None = None
+    stream_interval: Annotated[int, Meta(ge=1)] | None = None
+    guided_decoding_backend: str | None = None
+    parallel_tool_calls: bool | None = None
+
+
+IGNORED = frozenset(Ignored.__struct_fields__)
+
+# fmt: off
 # Keys that would change a result in a way that is not built: refused, unless they say what happens anyway.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
@@ -39,6 +85,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "watermarking": (False,),
     "thinking_token_budget": (-1,),
     "return_prompt_text": (False,),
+    "return_token_offsets": (False,),
+    "return_mm_kwargs": (False,),
     "routed_experts_prompt_start": (0,),
     "embed_dtype": ("float32",),
     "endianness": ("native", "little"),
@@ -75,18 +123,16 @@ _INSTEAD = {
 
 def refuse(key: str, value: Any, body: dict[str, Any], known: Collection[str]) -> None:
     """RequestError for a key that is not among the `known` ones, unless its value asks for nothing."""
-    if key in IGNORED:
-        return
     if key in NEUTRAL:
         neutral = (*NEUTRAL[key], body.get("n")) if key == "best_of" else NEUTRAL[key]
         if any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral):
             return
-        raise RequestError(f"{key} {short(value)} is not supported{_INSTEAD.get(key, '')}")
+        raise RequestError(f"{key} {short(value)} is not supported{_INSTEAD.get(key, '')}", key)
     if key in REFUSED:
-        raise RequestError(f"{key} is not supported{_INSTEAD.get(key, '')}")
+        raise RequestError(f"{key} is not supported{_INSTEAD.get(key, '')}", key)
     close = difflib.get_close_matches(key[:100], [*known, *NEUTRAL], n=1, cutoff=0.75)
     hint = _INSTEAD.get(key) or (f" (did you mean {close[0]!r}?)" if close else "")
-    raise RequestError(f"the key {key[:100]!r} is unknown{hint}")
+    raise RequestError(f"the key {key[:100]!r} is unknown{hint}", key[:100])
 
 
 def short(value: Any) -> str:

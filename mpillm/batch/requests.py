@@ -46,6 +46,7 @@ class CheckedInput:
     models: dict[str, int] = field(default_factory=dict)  # model names that lines carry: how many lines
     order: Order = field(default_factory=Order)  # in which to compute the lines
     unit: str = "Line"  # what messages call a line
+    url: str | None = None  # of the endpoint that all lines must be for
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -115,13 +116,15 @@ def check(
     progress: Callable[[int], None] | None = None,
     unit: str = "Line",
     open_file: Callable[[], int] | None = None,
+    url: str | None = None,
 ) -> CheckedInput:
     """Read and check every line; JobError if the input as a whole cannot be used.
 
     `progress` is told the bytes read so far, now and then. `unit` is what messages call a line. `open_file` makes the
-    file of `Lines`.
+    file of `Lines`. A line for another endpoint than that of `url` is wrong.
     """
-    batch = CheckedInput(path, spec, model, Lines(open_file), unit=unit, order=Order(model.cached_tokens))
+    order = Order(model.cached_tokens)
+    batch = CheckedInput(path, spec, model, Lines(open_file), unit=unit, order=order, url=url)
     named = NumbersByName()  # of the custom_ids in lines: the number of the first line that has it
     seen = hashlib.blake2b(digest_size=16)
     unnamed = 0
@@ -177,6 +180,10 @@ def _check_line(line: Line, raw: bytes | None, named: NumbersByName, batch: Chec
                 )
             line = replace(line, custom_id=name)
         work = make_work(line, content, batch.spec, batch.model)
+        if batch.url not in (None, work.endpoint.url):
+            raise RequestError(
+                f"the line is for {work.endpoint.url}, and the batch is for the endpoint {batch.url}"
+            )
     except RequestError as problem:
         said = str(problem).rstrip(".")
         said = said if len(said) <= MAX_ERROR else f"{said[:MAX_ERROR]}..."

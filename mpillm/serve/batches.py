@@ -44,7 +44,7 @@ class BatchObject(msgspec.Struct, kw_only=True):
 
     id: str
     object: str = "batch"
-    endpoint: str
+    endpoint: str | None  # of all lines; None: each line is for its own
     input_file_id: str
     completion_window: str = "24h"
     status: str = "validating"
@@ -91,7 +91,7 @@ class Batches:
             if batch.status not in ENDED:
                 self._submit(self._begin, batch.id)
 
-    def add(self, input_file_id: str, endpoint: str, metadata: dict[str, str] | None) -> BatchObject:
+    def add(self, input_file_id: str, endpoint: str | None, metadata: dict[str, str] | None) -> BatchObject:
         """Begin a batch; KeyError if there is no such file."""
         made = BatchObject(
             id=f"batch-{uuid.uuid4().hex[:24]}",
@@ -199,7 +199,8 @@ class Batches:
         except KeyError:
             raise JobError("The input file was deleted.") from None
         try:
-            checked = requests.check(path, msgspec.structs.replace(self._spec, input=title), self._model)
+            spec = msgspec.structs.replace(self._spec, input=title)
+            checked = requests.check(path, spec, self._model, url=batch.endpoint)
         except JobError as error:
             raise JobError(str(error).replace(str(path), title)) from None
         run = BatchRun(checked, Claim(self._descriptions.path(name)), self._open_journal, self._model)

@@ -10,18 +10,18 @@ from starlette.routing import Route
 
 from mpillm.batch.endpoints import ENDPOINTS
 from mpillm.batch.endpoints.generate import Generate
-from mpillm.batch.other_keys import IGNORED
+from mpillm.batch.other_keys import Ignored
 from mpillm.batch.work import Endpoint
 from mpillm.serve.batches import BatchObject
 from mpillm.serve.files import File
-from mpillm.serve.uploads import PAGES, PURPOSE, Wanted
+from mpillm.serve.uploads import FILE_PAGES, PAGES, PURPOSE, Wanted
 from mpillm.version import __version__
 
 Described = dict[str, Any]
 
 URL = "/openapi.json"
 
-_KINDS = (*ENDPOINTS, Wanted, File, BatchObject)
+_KINDS = (*ENDPOINTS, Ignored, Wanted, File, BatchObject)
 _ERROR: Described = {
     "type": "object",
     "required": ["error"],
@@ -52,7 +52,7 @@ def document(key: bool = False) -> Described:
     references, schemas = msgspec.json.schema_components(_KINDS, ref_template=named)
     of = dict(zip(_KINDS, references, strict=True))
     for endpoint in ENDPOINTS:
-        _add_keys(schemas[endpoint.__name__], _streams(endpoint))
+        _add_keys(schemas[endpoint.__name__], schemas[Ignored.__name__], _streams(endpoint))
     schemas["Error"] = _ERROR
     paths = {
         url: {
@@ -79,13 +79,13 @@ def _streams(endpoint: type[Endpoint]) -> bool:
     return issubclass(endpoint, Generate)
 
 
-def _add_keys(schema: Described, streams: bool) -> None:
+def _add_keys(schema: Described, ignored: Described, streams: bool) -> None:
     """Keys that bodies may have beside the fields: of a stream, and those that change nothing."""
     keys = schema["properties"]
-    for name in sorted(IGNORED - keys.keys()):
-        keys[name] = {"description": "accepted and ignored"}
+    for name, kind in ignored["properties"].items():
+        keys.setdefault(name, {**kind, "description": "accepted and ignored"})
     keys["stream"] = {"type": ["boolean", "null"]} if streams else {"enum": [False, None]}
-    keys["stream_options"] = {"type": ["object", "null"]}
+    keys["stream_options"].pop("description", None)
 
 
 def _others(of: dict[Any, Any]) -> Described:
@@ -96,7 +96,10 @@ def _others(of: dict[Any, Any]) -> Described:
         "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"enum": [PURPOSE]}},
     }
     id, name = (_parameter(word) for word in ("id", "name"))
-    pages = [{"name": word, "in": "query", "schema": schema} for word, schema in PAGES.items()]
+    pages, file_pages = (
+        [{"name": word, "in": "query", "schema": schema} for word, schema in asked.items()]
+        for asked in (PAGES, FILE_PAGES)
+    )
     return {
         "/v1/models": {
             "get": _operation("List the model and its adapters.", answer=_list({"type": "object"}))
@@ -106,7 +109,7 @@ def _others(of: dict[Any, Any]) -> Described:
         },
         "/v1/files": {
             "post": _operation("Upload a file.", answer=file, body=form, kind="multipart/form-data"),
-            "get": _operation("List the files, the newest first.", *pages, answer=_list(file)),
+            "get": _operation("List the files, the newest first.", *file_pages, answer=_list(file)),
         },
         "/v1/files/{id}": {
             "get": _operation("Show the metadata of a file.", id, answer=file),

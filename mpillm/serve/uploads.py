@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from starlette.concurrency import run_in_threadpool
@@ -14,25 +14,31 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
+from mpillm.batch import bodies
 from mpillm.batch.endpoints import ENDPOINTS
+from mpillm.errors import RequestError
 from mpillm.serve.app import read_body
 from mpillm.serve.batches import Batches, InUse
 from mpillm.serve.files import FileStore
 
 MAX_REQUEST = 1 << 20  # bytes of a body that begins a batch
 PURPOSE = "batch"  # of all files that clients send
-PAGES = {"after": {"type": "string"}, "limit": {"type": "integer", "minimum": 1}}  # what lists are asked for
+# What lists are asked for in the URL.
+PAGES: dict[str, Any] = {"after": {"type": "string"}, "limit": {"type": "integer", "minimum": 1}}
+FILE_PAGES = PAGES | {"order": {"enum": ["asc", "desc"]}, "purpose": {"type": "string"}}
+STAYS = "expires_after is not supported: files stay until they are deleted."
 
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-class Wanted(msgspec.Struct):
-    """The body that begins a batch."""
+class Wanted(msgspec.Struct, forbid_unknown_fields=True):
+    """The body that begins a batch; without an endpoint each line is for its own."""
 
     input_file_id: str
-    endpoint: str
-    completion_window: str = "24h"
+    endpoint: str | None = None
+    completion_window: Literal["24h"] = "24h"
     metadata: dict[str, str] | None = None
+    output_expires_after: None = None
 
 
 def routes(files: FileStore, batches: Batches) -> list[Route]:
@@ -42,6 +48,10 @@ def routes(files: FileStore, batches: Batches) -> list[Route]:
         try:
             async with request.form(max_files=1, max_fields=8) as form:
                 source, purpose = form.get("file"), form.get("purpose")
+                if unknown := sorted(form.keys() - {"file", "purpose"}):
+                    expires = unknown[0].startswith("expires_after")
+                    said = f"{unknown[0][:100]} is not supported in the form; there are file and purpose."
+                    raise HTTPException(400, STAYS if expires else said)
                 if not isinstance(source, UploadFile):
                     raise HTTPException(400, "The form needs a file.")
                 if purpose not in (None, PURPOSE):
@@ -52,7 +62,14 @@ def routes(files: FileStore, batches: Batches) -> list[Route]:
         return _json(made)
 
     async def list_files(request: Request) -> Response:
-        return _json(_part(request, await run_in_threadpool(files.all)))
+        _check_query(request, FILE_PAGES)
+        order, purpose = request.query_params.get("order", "desc"), request.query_params.get("purpose")
+        if order not in FILE_PAGES["order"]["enum"]:
+            raise HTTPException(400, f"order: expected one of 'asc', 'desc', not {order[:100]!r}.")
+        found = [
+            each for each in await run_in_threadpool(files.all) if purpose is None or each.purpose == purpose
+        ]
+        return _json(_part(request, found if order == "desc" else found[::-1]))
 
     async def read_file(request: Request) -> Response:
         return _json(files.read(request.path_params["id"]))
@@ -72,20 +89,23 @@ def routes(files: FileStore, batches: Batches) -> list[Route]:
         return _json({"id": name, "object": "file", "deleted": True})
 
     async def begin(request: Request) -> Response:
-        raw = await read_body(request, MAX_REQUEST)
-        try:
-            wanted = msgspec.json.decode(raw, type=Wanted)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise HTTPException(400, f"The body is wrong: {error}.") from None
+        content = bodies.decode_line(await read_body(request, MAX_REQUEST))
+        if content.get("output_expires_after") is not None:
+            raise RequestError(
+                "output_expires_after is not supported: results stay until they are deleted",
+                "output_expires_after",
+            )
+        wanted = bodies.converted(content, Wanted)
         urls = [endpoint.url for endpoint in ENDPOINTS]
-        if wanted.endpoint not in urls:
-            raise HTTPException(
-                400, f"The endpoint {wanted.endpoint[:100]!r} is unknown; there are {', '.join(urls)}."
+        if wanted.endpoint is not None and wanted.endpoint not in urls:
+            raise RequestError(
+                f"the endpoint {wanted.endpoint[:100]!r} is unknown; there are {', '.join(urls)}", "endpoint"
             )
         made = await run_in_threadpool(batches.add, wanted.input_file_id, wanted.endpoint, wanted.metadata)
         return _json(made)
 
     async def list_batches(request: Request) -> Response:
+        _check_query(request, PAGES)
         part = _part(request, await run_in_threadpool(batches.all))
         return _json({**part, "data": [batches.now(batch) for batch in part["data"]]})
 
@@ -117,14 +137,16 @@ def _route(path: str, **handlers: Handler) -> Route:
     return Route(path, handle, methods=list(handlers))
 
 
+def _check_query(request: Request, known: dict[str, Any]) -> None:
+    if unknown := sorted(request.query_params.keys() - known):
+        raise HTTPException(
+            400, f"{unknown[0][:100]} is not supported in the URL; there are {', '.join(known)}."
+        )
+
+
 def _part(request: Request, found: list[Any]) -> dict[str, Any]:
     """Of a list, the part that the query asks for: `limit` entries (all) `after` the one with this id."""
-    asked = request.query_params
-    if unknown := sorted(asked.keys() - PAGES):
-        raise HTTPException(
-            400, f"{unknown[0][:100]} is not supported in the URL; there are {', '.join(PAGES)}."
-        )
-    after, limit = asked.get("after"), asked.get("limit")
+    after, limit = (request.query_params.get(word) for word in PAGES)
     ids = [each.id for each in found]
     if after is not None and after not in ids:
         raise HTTPException(400, f"after: there is no {after[:100]!r}.")

@@ -8,7 +8,7 @@ command line always starts from there.
 from __future__ import annotations
 
 from mpillm.spec.job import Spec, key_called, known_keys, tightest
-from mpillm.spec.messages import plain_words
+from mpillm.spec.messages import allowed_words, plain_words
 from mpillm.spec.reading import UNREAD, checked, load
 from mpillm.spec.sections import (
     BatchSection,
@@ -45,6 +45,6 @@ __all__ = [
     "BatchSection", "ChatSection", "DraftSection", "EmbeddingsSection", "Fraction", "JobSection", "JsonSchema",
     "LayoutSection", "MemorySection", "OutputSection", "Penalty", "Pooling", "ResponseFormat", "SamplingSection",
     "Section", "Seed", "Spec", "StopStrings", "StructuralTags", "StructuredOutputs", "Subtracted", "TableFormat",
-    "Temperature", "TopK", "TopP", "WireSection", "Word", "byte_size", "checked", "enough", "key_called", "known_keys",
-    "load", "plain_words", "shown_bytes", "tightest", "unit_meant",
+    "Temperature", "TopK", "TopP", "WireSection", "Word", "allowed_words", "byte_size", "checked", "enough",
+    "key_called", "known_keys", "load", "plain_words", "shown_bytes", "tightest", "unit_meant",
 ]  # fmt: skip

@@ -71,8 +71,8 @@ def explain(error: msgspec.ValidationError, values: dict[str, Any]) -> str:
         keys := [key for key in known_keys() if key.startswith(f"{path}.")]
     ):
         return f"{path}: expected a table, with keys such as {keys[0]}, not {shown_value(given)}"
-    if text.startswith("invalid enum value") and (choices := _choices(path)):
-        text = f"expected one of {choices}"
+    if text.startswith("invalid enum value") and (words := allowed_words(Spec, path)):
+        text = f"expected one of {words}"
     shown = "" if given is _MISSING or isinstance(given, dict) else f", not {shown_value(given)}"
     text = re.sub(r", got [\w ]+$", "", text) if shown else text
     return f"{path}: {text}{shown}"
@@ -97,11 +97,11 @@ def _look_up(values: Any, path: str) -> Any:
     return values
 
 
-def _choices(path: str) -> str:
-    """The words a key takes, and that it takes a number where it does."""
-    kind: Any = Spec
+def allowed_words(root: type[msgspec.Struct], path: str) -> str:
+    """The words a key of `root` takes, and that it takes a number where it does; "" if it takes no words."""
+    kind: Any = root
     for key in path.split("."):
-        struct = next((part for part in (kind, *get_args(kind)) if hasattr(part, "__struct_fields__")), Spec)
+        struct = next((part for part in (kind, *get_args(kind)) if hasattr(part, "__struct_fields__")), root)
         fields = {field.name: field.type for field in msgspec.structs.fields(struct)}
         kind = fields.get(key)
     words = [repr(word) for word in _literals(kind)]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.batch.test_tools import with_template
 from tests.job_helpers import END, TEXT, WITH_TEXT, WITHOUT_TEXT, errors, works
 from tests.text.asked import render_chat
 
@@ -123,17 +124,33 @@ def test_the_remedy_is_one_that_helps(tmp_path: Path) -> None:
     assert fills.endswith("has 32 tokens and fills the context; shorten it.")
 
 
-def test_null_contents_and_roles_are_the_templates_business(tmp_path: Path) -> None:
+def test_null_contents_are_the_templates_business(tmp_path: Path) -> None:
     chats = [
         [{"role": "user", "content": None}],
-        [{"role": "critic", "content": "the fox"}],
         [*CHAT, {"role": "assistant", "content": None}],
         [*CHAT, {"role": "assistant"}],
     ]
     made = works(tmp_path, *({"messages": chat} for chat in chats))
     prompts = [TEXT.decode(work.requests[0].prompt, skip_special=False) for work in made]
-    assert ["None" in prompt for prompt in prompts] == [True, False, True, False]
-    assert "critic" in prompts[1]
+    assert ["None" in prompt for prompt in prompts] == [True, True, False]
+
+
+def test_a_role_is_one_of_openais_or_of_the_template(tmp_path: Path) -> None:
+    roles = ("system", "developer", "user", "assistant", "tool", "function", "critic", "User", "")
+    lines = [{"messages": [{"role": role, "content": "the fox"}]} for role in roles]
+    lines.append({"messages": lines[6]["messages"], "choices": ["a", "b"]})
+    found = errors(tmp_path, *lines)
+    assert found[:6] == [None] * 6
+    for error, role in zip(found[6:], ("critic", "User", "", "critic"), strict=True):
+        assert f"messages[0] has the role {role!r}, which the chat template does not name" in str(error)
+    template = "{% for m in messages %}{% if m.role == 'critic' %}c{% endif %}{{ m.content }}{% endfor %}"
+    model = with_template(tmp_path / "critic", template)
+    assert [error is None for error in errors(tmp_path, *lines[6:], model=model)] == [
+        True,
+        False,
+        False,
+        True,
+    ]
 
 
 def test_long_prompts_are_cut(tmp_path: Path) -> None:

@@ -31,6 +31,13 @@ def ended(client: openai.OpenAI, name: str) -> Any:
     return found
 
 
+def of_endpoint(client: openai.OpenAI, input_file_id: str, endpoint: str | None = None) -> Any:
+    """A batch that has ended."""
+    body = {"input_file_id": input_file_id} | ({} if endpoint is None else {"endpoint": endpoint})
+    made: Any = client.post("/batches", cast_to=object, body=body)
+    return ended(client, made["id"])
+
+
 def lines_of(client: openai.OpenAI, name: str | None) -> list[Any]:
     assert name is not None
     return [json.loads(line) for line in client.files.content(name).text.splitlines()]
@@ -97,13 +104,49 @@ def test_a_batch_beside_clients_and_across_a_restart(tmp_path: Path) -> None:
         assert ([each.id for each in part.data], part.has_more) == (whole[:2], True)
         assert [each.id for each in client.batches.list(limit=1)] == whole
         assert [each.id for each in client.batches.list(after=again.id)] == [made.id]
-        for query in ("order=asc", "limit=0", "limit=many", "after=batch-1"):
+        for query in ("order=up", "limit=0", "limit=many", "after=batch-1", "before=batch-1"):
             with pytest.raises(openai.BadRequestError, match=query.partition("=")[0]):
                 client.get(f"/files?{query}", cast_to=object)
+        with pytest.raises(openai.BadRequestError, match="order is not supported in the URL"):
+            client.get("/batches?order=asc", cast_to=object)
+        kept = [each.id for each in client.files.list()]
+        assert [each.id for each in client.files.list(order="asc")] == kept[::-1]
+        assert [each.purpose for each in client.files.list(purpose="batch")] == ["batch"] * 3
+        assert {each.purpose for each in client.files.list(purpose="batch_output")} == {"batch_output"}
+
+        # A line for another endpoint than the batch is wrong; a batch without an endpoint has lines for any.
+        assert (
+            lines_of(client, of_endpoint(client, file.id, "/v1/embeddings").error_file_id)[0]["error"][
+                "message"
+            ]
+            == "Line 1: the line is for /v1/completions, and the batch is for the endpoint /v1/embeddings."
+        )
+        both = b'{"prompt": "a", "max_tokens": 1}\n{"input": "a"}\n'
+        mixed = client.files.create(file=("mixed.jsonl", both), purpose="batch").id
+        any_endpoint = of_endpoint(client, mixed)
+        assert (any_endpoint.request_counts.completed, any_endpoint.endpoint) == (2, None)
+        of_completions = of_endpoint(client, mixed, "/v1/completions")
+        assert (of_completions.request_counts.completed, of_completions.request_counts.failed) == (1, 1)
+        asked: Any = {"input_file_id": mixed, "endpoint": "/v1/completions", "completion_window": "24h"}
+        for more, said in (
+            ({"completion_window": "1h"}, "completion_window: expected one of '24h', not '1h'"),
+            ({"endpoint": "/v1/images"}, "the endpoint '/v1/images' is unknown; there are /v1/chat"),
+            ({"metadata": {"a": 1}}, "metadata"),
+            ({"extra_body": {"priority": 1}}, "the key 'priority' is unknown"),
+            ({"output_expires_after": {"anchor": "created_at", "seconds": 3600}}, "until they are deleted"),
+        ):
+            with pytest.raises(openai.BadRequestError, match=said):
+                client.batches.create(**asked | more)
+        upload: Any = {"file": ("a.jsonl", b"a"), "purpose": "batch"}
+        for more, said in (
+            ({"purpose": "evals"}, "The purpose of a file must be 'batch'"),
+            ({"expires_after": {"anchor": "created_at", "seconds": 3600}}, "until they are deleted"),
+            ({"extra_body": {"name": "b"}}, "name is not supported in the form; there are file and purpose"),
+        ):
+            with pytest.raises(openai.BadRequestError, match=said):
+                client.files.create(**upload | more)
         assert client.files.delete(long.id).deleted
         assert client.files.delete(file.id).deleted
-        with pytest.raises(openai.BadRequestError, match="The purpose of a file must be 'batch'"):
-            client.files.create(file=("a.jsonl", b"a"), purpose="evals")
         assert file.id not in {found.id for found in client.files.list()}
         for call in (
             lambda: client.files.retrieve(file.id),
@@ -114,5 +157,3 @@ def test_a_batch_beside_clients_and_across_a_restart(tmp_path: Path) -> None:
         ):
             with pytest.raises(openai.NotFoundError):
                 call()
-        with pytest.raises(openai.BadRequestError, match="endpoint '/v1/images' is unknown"):
-            client.batches.create(input_file_id=empty.id, endpoint="/v1/images", completion_window="24h")  # type: ignore[arg-type]

@@ -24,6 +24,14 @@ from mpillm.text.chat_formats.base import ParsedAnswer
 from mpillm.text.chat_formats.lark import Lark
 from mpillm.text.chat_formats.tagged import AnswerRule, ChatFormat, ReasoningState
 
+ROLES = (
+    "system",
+    "developer",
+    "user",
+    "assistant",
+    "tool",
+    "function",
+)  # OpenAI's; a template may name others
 PROMPT_END = 16  # tokens of a prompt that tell how the answer begins
 
 
@@ -72,7 +80,7 @@ class ChatCompletionsEndpoint(Generate, frozen=True, kw_only=True):
             raise RequestError("the model's chat template does not use tools")
         encode = partial(
             model.text.encode_chat,
-            chat_messages(self.messages),
+            chat_messages(self.messages, model.text),
             self._options(),
             add_special=bool(self.add_special_tokens),
         )
@@ -221,28 +229,35 @@ def _logprobs(completion: FinishedCompletion, detokenizer: Detokenizer) -> list[
     ]
 
 
-def chat_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def chat_messages(messages: list[dict[str, Any]], text: Tokenizer) -> list[dict[str, Any]]:
     """Messages whose contents are strings, lists of text parts or null."""
-    return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    return [_message(message, f"messages[{index}]", text) for index, message in enumerate(messages)]
 
 
-def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
-    if not isinstance(message.get("role"), str):
-        raise RequestError(f"{where} needs a role such as 'user'")
+def _message(message: dict[str, Any], where: str, text: Tokenizer) -> dict[str, Any]:
+    role = message.get("role")
+    if not isinstance(role, str):
+        raise RequestError(f"{where} needs a role such as 'user'", f"{where}.role")
+    if role not in ROLES and not (role and any(text.chat_reads(f"{one}{role}{one}") for one in "'\"")):
+        raise RequestError(
+            f"{where} has the role {role[:60]!r}, which the chat template does not name; the usual roles are "
+            f"{', '.join(ROLES)}",
+            f"{where}.role",
+        )
     for key in ("function_call", "audio"):
         if message.get(key):
-            raise RequestError(f"{where}.{key} is not supported")
+            raise RequestError(f"{where}.{key} is not supported", f"{where}.{key}")
     if calls := message.get("tool_calls"):
         message = {"content": None, **message, "tool_calls": read_calls(calls, f"{where}.tool_calls")}
     elif "tool_calls" in message:
         message = {key: value for key, value in message.items() if key != "tool_calls"}
-    if "content" not in message and message["role"] == "assistant":
+    if "content" not in message and role == "assistant":
         return {**message, "content": ""}
     content = message.get("content", ...)
     if isinstance(content, list):
         content = [_part(part, f"{where}.content[{index}]") for index, part in enumerate(content)]
     elif not (content is None or isinstance(content, str)):
-        raise RequestError(f"{where}.content must be a string or a list of text parts")
+        raise RequestError(f"{where}.content must be a string or a list of text parts", f"{where}.content")
     return {**message, "content": content}
 
 
@@ -254,4 +269,4 @@ def _part(part: Any, where: str) -> dict[str, Any]:
     )
     if kind == "text" and isinstance(text, str):
         return dict(part)
-    raise RequestError(f"{where} is of type {str(kind)[:60]!r}; only text is supported")
+    raise RequestError(f"{where} is of type {str(kind)[:60]!r}; only text is supported", where)

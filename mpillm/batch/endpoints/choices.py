@@ -131,7 +131,7 @@ class ChoicesEndpoint(Endpoint, frozen=True, kw_only=True):
                 raise UnsuitedError("the model has no chat template; give a prompt")
             encode = partial(
                 model.text.encode_chat,
-                chat_messages(self.messages),
+                chat_messages(self.messages, model.text),
                 self.chat_template_kwargs,
                 add_special=bool(special),
             )

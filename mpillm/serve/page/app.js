@@ -147,7 +147,7 @@ $("upload").addEventListener("submit", async (event) => {
     const batch = await (await call("v1/batches", {
       method: "POST",
       headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ input_file_id: file.id, endpoint: "/v1/chat/completions", completion_window: "24h",
+      body: JSON.stringify({ input_file_id: file.id, completion_window: "24h",
         metadata: { name: file.filename } }),
     })).json();
     $("uploaded").textContent = `${file.filename} is batch ${batch.id}.`;
