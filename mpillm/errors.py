@@ -9,6 +9,7 @@ import errno
 import os
 
 NOT_FINITE = "The model's output for this request is not finite (NaN or infinity), so there is no answer."
+TOO_LONG = "context_length_exceeded"  # OpenAI's code
 
 
 class MpillmError(Exception):

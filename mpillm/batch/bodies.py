@@ -133,7 +133,8 @@ def _open(line: dict[str, Any]) -> tuple[type[Endpoint], dict[str, Any]]:
 def _check(endpoint: type[Endpoint], body: dict[str, Any]) -> Endpoint:
     """Return the checked body; RequestError names the first key that is wrong, unknown or not supported."""
     known = endpoint.__struct_fields__
-    kept, ignored = {}, {}
+    kept: dict[str, Any] = {}
+    ignored: dict[str, Any] = {}
     for key, value in body.items():
         if key in known or key in IGNORED:
             # A frame writes 3 as 3.0 where other rows have none.

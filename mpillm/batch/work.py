@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
@@ -11,7 +12,7 @@ import msgspec
 from numpy.typing import ArrayLike
 
 from mpillm.engine.request import FinishedCompletion, Request
-from mpillm.errors import UnsuitedError
+from mpillm.errors import TOO_LONG, RequestError, UnsuitedError
 from mpillm.model.batch import NO_ADAPTER
 from mpillm.model.embedding import EmbeddingSettings
 from mpillm.model.pooled import Classifier
@@ -138,10 +139,22 @@ def work_of(line: Line, endpoint: Endpoint, spec: Spec, model: Model) -> Work:
         raise UnsuitedError(
             f"the model has no LM head: it {can}, and {endpoint.url} needs one that generates"
         )
-    requests = endpoint.requests(line.custom_id, spec, model)
+    try:
+        requests = endpoint.requests(line.custom_id, spec, model)
+    except RequestError as error:
+        error.param = error.param or _param(error, endpoint)
+        raise
     if number := model.number_of(endpoint.model):
         requests = tuple(replace(request, adapter=number) for request in requests)
     return Work(line, endpoint, requests, spec)
+
+
+def _param(error: RequestError, endpoint: Endpoint) -> str | None:
+    """The key with which what is said begins, or that of the prompt if it is too long."""
+    if error.code == TOO_LONG:
+        return endpoint.key
+    found = re.match(r"(\w+)[\w.\[\]]*", str(error))
+    return found[0] if found is not None and found[1] in endpoint.__struct_fields__ else None
 
 
 def hashed_id(custom_id: str) -> str:

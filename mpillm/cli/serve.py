@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
 
 from mpillm import spec
@@ -29,6 +30,14 @@ def add(parser: argparse.ArgumentParser) -> None:
         help=f"API key that clients must send (${KEY}, or none)",
     )
     parser.add_argument(
+        "--allowed-origins",
+        nargs="+",
+        type=_origin,
+        metavar="ORIGIN",
+        default=[],
+        help="sites whose pages may ask the server from a browser, such as http://localhost:3000 (none; * for all)",
+    )
+    parser.add_argument(
         "--data",
         type=Path,
         default=Path("out/serve"),
@@ -37,6 +46,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-waiting", type=int, default=1024, help="maximum number of waiting requests (1024)"
     )
+
+
+def _origin(text: str) -> str:
+    if text in ("*", "null") or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s\"]+", text):
+        return text
+    raise argparse.ArgumentTypeError(f"{text} is not an origin; write http://HOST:PORT, or * for all pages")
 
 
 def _port(text: str) -> int:
@@ -76,6 +91,7 @@ def run(world: World, options: argparse.Namespace) -> int:
         options.port,
         options.api_key or os.environ.get(KEY) or None,
         options.max_waiting,
+        tuple(options.allowed_origins),
     )
     return server.run(world, shared, settings, Console(lambda: world.rank == 0))
 

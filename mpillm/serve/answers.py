@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
+from starlette.exceptions import HTTPException
 
 from mpillm.batch.endpoints.chat import ChatCompletionsEndpoint
 from mpillm.batch.endpoints.generate import Generate
@@ -16,6 +17,22 @@ from mpillm.batch.work import Model, Work
 from mpillm.engine.request import FinishedCompletion
 
 DONE = b"data: [DONE]\n\n"
+CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}  # OpenAI's, of a status that has one
+
+
+class Refused(HTTPException):
+    """What is wrong with a request, the key that is wrong, and OpenAI's code of the error, if there are such."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
+        self.param, self.code = param, code
 
 
 def body(work: Work, completions: Sequence[FinishedCompletion], model: Model) -> dict[str, Any]:
@@ -28,9 +45,10 @@ def body(work: Work, completions: Sequence[FinishedCompletion], model: Model) ->
     return made
 
 
-def error(message: str, status: int, kind: str = "invalid_request_error") -> dict[str, Any]:
+def error(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """An error in OpenAI's form."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": status}}
+    kind = "requests" if status == 429 else "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code or CODES.get(status)}}
 
 
 class Stream:
@@ -79,9 +97,9 @@ class Stream:
             yield self._event(usage=made["usage"])
         yield DONE
 
-    def fail(self, message: str) -> Iterator[bytes]:
+    def fail(self, message: str, status: int) -> Iterator[bytes]:
         """What comes when there will be no answer."""
-        yield _event(error(message, 503, "server_error"))
+        yield _event(error(message, status))
 
     def _choice(self, index: int, delta: Any, **more: Any) -> dict[str, Any]:
         key = "delta" if self._chats else "text"

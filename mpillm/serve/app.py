@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
@@ -29,6 +33,11 @@ from mpillm.serve.arrivals import Closed, Full, Ticket
 from mpillm.serve.connections import ENDED, Quiet, gone
 from mpillm.serve.state import ServerState
 from mpillm.version import __version__
+
+Event = (
+    tuple[int, int] | list[FinishedCompletion] | None
+)  # a choice's token, the completions, or that there are none
+Events = asyncio.Queue[Event]
 
 PAGE = Path(__file__).parent / "page"
 MAX_BODY = 32 << 20  # bytes of a request
@@ -62,35 +71,101 @@ def make_app(service: ServerState, more_routes: list[Route]) -> ASGIApp:
             Exception: _bug,
         },
     )
-    return Quiet(_Guard(app, service.api_key))
+    guarded: ASGIApp = _Guard(app, service)
+    if service.origins:
+        guarded = CORSMiddleware(
+            guarded, service.origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"]
+        )
+    return Quiet(guarded)
 
 
 class _Guard:
     """Asks for the API key, if there is one, on every URL below /v1 and on other names of endpoints.
 
-    Without a key it refuses there what the page of another site sends from a browser on this machine.
+    Pages of other sites must be allowed to ask, where no key protects the server or a browser asks for them first.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
-        self._app, self._key = app, api_key
+    def __init__(self, app: ASGIApp, service: ServerState) -> None:
+        self._app, self._service = app, service
         self._guarded = ("/v1", *(url for endpoint in ENDPOINTS for url in endpoint.aliases))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].startswith(self._guarded):
-            headers = dict(scope["headers"])
-            given, origin = headers.get(b"authorization", b""), headers.get(b"origin")
-            if self._key:
-                if not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
-                    wrong = answers.error("The API key is missing or wrong.", 401, "authentication_error")
-                    await JSONResponse(wrong, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
-                    return
-            elif origin is not None and origin.partition(b"://")[2] != headers.get(b"host"):
-                wrong = answers.error(
-                    "Requests from pages of other sites are refused.", 403, "permission_error"
-                )
-                await JSONResponse(wrong, 403)(scope, receive, send)
+            refusal = self._refusal(scope["method"], Headers(scope=scope))
+            if refusal is not None:
+                await refusal(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+    def _refusal(self, method: str, headers: Headers) -> Response | None:
+        key = self._service.api_key
+        preflight = method == "OPTIONS" and "access-control-request-method" in headers
+        foreign = self._foreign(headers)
+        if foreign is not None and (preflight or not key):
+            said = f"Requests from pages of other sites are refused; --allowed-origins {foreign} allows this one."
+            return JSONResponse(answers.error(said, 403), 403)
+        given = headers.get("authorization", "")
+        if key and not preflight and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+            wrong = answers.error("The API key is missing or wrong.", 401)
+            return JSONResponse(wrong, 401, {"WWW-Authenticate": "Bearer"})
+        return None
+
+    def _foreign(self, headers: Headers) -> str | None:
+        """The origin of a page of another site that asks from a browser and may not; None if there is none."""
+        origin, host = headers.get("origin"), headers.get("host", "")
+        allowed = self._service.origins
+        if "*" in allowed or origin in allowed or not (origin or "sec-fetch-site" in headers):
+            return None
+        if origin is not None and origin.partition("://")[2] != host:
+            return origin[:100]
+        # A name of another site may lead to this machine, and its page then seems to be ours.
+        own = (
+            not self._service.loopback
+            or _is_local(host)
+            or host in (url.partition("://")[2] for url in allowed)
+        )
+        return None if own else f"http://{host[:100]}"
+
+
+def _is_local(host: str) -> bool:
+    """Whether a browser's name of a server is an address, or localhost."""
+    name = urlsplit(f"//{host}").hostname or ""
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
+
+
+class _Streamed(StreamingResponse):
+    """A streamed answer. `ended` is the status that the whole of it has: 499 if its client goes before the end."""
+
+    def __init__(self, stream: answers.Stream, ticket: Ticket, events: Events) -> None:
+        self._stream, self._ticket, self._events = stream, ticket, events
+        self.ended = 499
+        super().__init__(self._chunks(), media_type="text/event-stream")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:  # also when the client has gone, and before the first chunk
+            self._ticket.cancel()
+
+    async def _chunks(self) -> AsyncIterator[bytes]:
+        for chunk in self._stream.begin():
+            yield chunk
+        while isinstance(event := await self._events.get(), tuple):
+            for chunk in self._stream.push(*event):
+                yield chunk
+        if event is None:
+            self.ended, chunks = 503, self._stream.fail(ENDED, 503)
+        elif all(completion.finite for completion in event):
+            self.ended, chunks = 200, self._stream.end(event)
+        else:
+            self.ended, chunks = 500, self._stream.fail(NOT_FINITE, 500)
+        for chunk in chunks:
+            yield chunk
 
 
 class _Ask:
@@ -101,10 +176,18 @@ class _Ask:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive, send)
-        began, status = time.monotonic(), 500
+        metrics, began, status = self._service.metrics, time.monotonic(), 500
         try:
-            response = await self._answer(request)
+            try:
+                response = await self._answer(request)
+            finally:
+                metrics.began(self._url, time.monotonic() - began)
             status = response.status_code
+            try:
+                await response(scope, receive, send)
+            finally:
+                if isinstance(response, _Streamed):
+                    status = response.ended
         except RequestError:
             status = 400
             raise
@@ -115,8 +198,7 @@ class _Ask:
             status = error.status_code
             raise
         finally:
-            self._service.metrics.answered(self._url, status, time.monotonic() - began)
-        await response(scope, receive, send)
+            metrics.ended(self._url, status)
 
     async def _answer(self, request: Request) -> Response:
         service, loop = self._service, asyncio.get_running_loop()
@@ -125,19 +207,20 @@ class _Ask:
                 body.write(piece)
             asked = await loop.run_in_executor(service.preparing, service.prepare, self._url, body)
         work, streams = asked.work, asked.streams
-        events: asyncio.Queue[tuple[int, int] | list[FinishedCompletion] | None] = asyncio.Queue()
+        events: Events = asyncio.Queue()
 
-        def put(event: tuple[int, int] | list[FinishedCompletion] | None) -> None:
+        def put(event: Event) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         ticket = Ticket(work, put, (lambda choice, token: put((choice, token))) if streams else None)
         try:
             service.arrivals.submit(ticket)
-        except (Full, Closed) as error:
-            raise HTTPException(429 if isinstance(error, Full) else 503, str(error)) from None
+        except Full as error:
+            raise HTTPException(429, str(error), {"Retry-After": "1"}) from None
+        except Closed as error:
+            raise HTTPException(503, str(error)) from None
         if streams:
-            stream = answers.Stream(work, service.model, asked.usage)
-            return StreamingResponse(self._chunks(stream, ticket, events), media_type="text/event-stream")
+            return _Streamed(answers.Stream(work, service.model, asked.usage), ticket, events)
         completions = await self._wait(request, ticket, events)
         if completions is None:
             raise HTTPException(503, ENDED)
@@ -146,36 +229,13 @@ class _Ask:
             made = await loop.run_in_executor(None, answers.body, work, completions, service.model)
         except NotFiniteError as error:
             raise HTTPException(500, str(error)) from None
-        service.metrics.count(work, completions)
         return Response(msgspec.json.encode(made), media_type="application/json")
-
-    async def _chunks(
-        self,
-        stream: answers.Stream,
-        ticket: Ticket,
-        events: asyncio.Queue[tuple[int, int] | list[FinishedCompletion] | None],
-    ) -> AsyncIterator[bytes]:
-        try:
-            for chunk in stream.begin():
-                yield chunk
-            while isinstance(event := await events.get(), tuple):
-                for chunk in stream.push(*event):
-                    yield chunk
-            if event is not None and all(completion.finite for completion in event):
-                self._service.metrics.count(ticket.work, event)
-                for chunk in stream.end(event):
-                    yield chunk
-            else:
-                for chunk in stream.fail(ENDED if event is None else NOT_FINITE):
-                    yield chunk
-        finally:  # also when the client has gone
-            ticket.cancel()
 
     async def _wait(
         self,
         request: Request,
         ticket: Ticket,
-        events: asyncio.Queue[tuple[int, int] | list[FinishedCompletion] | None],
+        events: Events,
     ) -> list[FinishedCompletion] | None:
         """The completions, None if there will be none; withdraws the request when the client goes away."""
         answer = asyncio.ensure_future(events.get())
@@ -219,7 +279,7 @@ def _models(service: ServerState) -> Callable[[Request], Awaitable[Response]]:
             data = [_described(service, each) for each in (model.name, *model.adapters)]
             return JSONResponse({"object": "list", "data": data})
         if name not in service.names:
-            raise HTTPException(404, service.no_model(name))
+            raise service.no_model(name)
         return JSONResponse(_described(service, model.answering(name)))
 
     return models
@@ -264,29 +324,32 @@ def _metrics(service: ServerState) -> Callable[[Request], Awaitable[Response]]:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    kind = "invalid_request_error" if error.status_code < 500 else "server_error"
     message, path = error.detail, request.url.path
     if error.status_code == 405:
         message = f"{path[:100]} allows {(error.headers or {})['Allow']}, not {request.method}."
     elif message == "Not Found":
         message = f"There is no {path[:100]}; /openapi.json lists all URLs."
-    return JSONResponse(answers.error(message, error.status_code, kind), error.status_code, error.headers)
+    param, code = (error.param, error.code) if isinstance(error, answers.Refused) else (None, None)
+    return JSONResponse(
+        answers.error(message, error.status_code, param, code), error.status_code, error.headers
+    )
 
 
 async def _request_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
     said = str(error).replace("the line", "the body", 1)  # which is what a client's line is
-    return JSONResponse(answers.error(f"{said}.", 400), 400)
+    return JSONResponse(answers.error(f"{said}.", 400, error.param, error.code), 400)
 
 
 async def _not_written(request: Request, error: Exception) -> Response:
     """What the server's disk did not take."""
     if isinstance(error, NoSpace) or (isinstance(error, OSError) and error.errno in FULL):
         said = "The server's disk is full, so nothing was stored; try again when there is space."
-        return JSONResponse(answers.error(said, 507, "server_error"), 507)
+        return JSONResponse(answers.error(said, 507), 507)
     if not isinstance(error, MpillmError):
         return await _bug(request, error)
-    return JSONResponse(answers.error(str(error), 500, "server_error"), 500)
+    return JSONResponse(answers.error(str(error), 500), 500)
 
 
 async def _bug(_: Request, error: Exception) -> Response:
-    return JSONResponse(answers.error(f"{type(error).__name__}: {error}", 500, "server_error"), 500)
+    return JSONResponse(answers.error(f"{type(error).__name__}: {error}", 500), 500)

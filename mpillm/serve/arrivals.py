@@ -43,6 +43,7 @@ class Ticket:
         self.work = work
         self.tokens = sum({id(one.prompt): len(one.prompt) for one in work.requests}.values())
         self.cancelled = False
+        self.generated = 0  # tokens of all choices
         self._done, self._token = done, token
         self._pending: Pending | None = Pending(work)  # None once it is done
 
@@ -57,6 +58,7 @@ class Ticket:
 
     def _watch(self, choice: int, stops: Callable[[int], bool] | None) -> Callable[[int], bool]:
         def watch(token: int) -> bool:
+            self.generated += 1
             if self._token is not None:
                 self._token(choice, token)
             return (stops is not None and stops(token)) or self.cancelled

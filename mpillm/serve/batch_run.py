@@ -16,11 +16,13 @@ from mpillm.batch.answers import bad_line
 from mpillm.batch.work import Model, Work
 from mpillm.engine.request import FinishedCompletion
 from mpillm.errors import MpillmError, NoSpace
+from mpillm.run.time_left import AnswerLengths, TimeLeft
 from mpillm.serve.arrivals import Ticket
 from mpillm.store import results
 from mpillm.store.directory import replacing
 from mpillm.store.journal import Journal
 from mpillm.store.output import Claim
+from mpillm.store.records import Counts
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,12 @@ class BatchRun:
             self._journal = open_journal(batch, claim)
             unless_made.pop_all()
         batch.keep_answered(self._journal.done)
+        self._began: float | None = None  # time.monotonic() of the first ticket
+        self._start = 1 + max((counts.start for counts in self._journal.counts), default=0)
+        self._prompt = self._generated = 0  # tokens of this start's answers
+        self._lengths = AnswerLengths()
+        self._time_left = TimeLeft(len(batch) - batch.bad, len(self._journal.done))
+        self._journal.counted = self._counted
 
     def counts(self) -> RequestCounts:
         """How far it is."""
@@ -63,12 +71,32 @@ class BatchRun:
         failed = bad + self._journal.done.failed
         return RequestCounts(total=len(self._batch), completed=bad + done - failed, failed=failed)
 
+    def seconds_left(self) -> float | None:
+        """How long it takes still, by what this start has computed; None if nothing tells that yet."""
+        if self._began is None:
+            return None
+        asked = [
+            (ticket.generated, sum(request.max_tokens for request in ticket.work.requests))
+            for ticket in list(self._under_way.values())
+        ]
+        part = self._lengths.part(sum(allowed for _, allowed in asked))
+        begun = sum(min(generated / (allowed * part), 1.0) for generated, allowed in asked if allowed * part)
+        return self._time_left.seconds(len(self._journal.done), begun, time.monotonic() - self._began)
+
+    def _counted(self) -> Counts:
+        """What `mpillm status` tells of this start."""
+        seconds = 0.0 if self._began is None else time.monotonic() - self._began
+        left = self.seconds_left()
+        return Counts(self._start, seconds, self._prompt, self._generated, shared=0, recomputed=0, left=left)
+
     def begin(self, add: Callable[[Iterator[Ticket]], object], ended: Callable[[], object]) -> None:
         """Give `add` a ticket for each line that is not answered; `commit` calls `ended` once all are."""
         self._add, self._ended = add, ended
         add(self._tickets())
 
     def _tickets(self) -> Iterator[Ticket]:
+        if self._began is None:
+            self._began = time.monotonic()
         for work in self._batch.ordered_works(done=self._journal.done):
             if work.custom_id in self._under_way:
                 continue
@@ -86,6 +114,10 @@ class BatchRun:
             return  # else the server ends, and the batch does not
         ticket = self._under_way.pop(work.custom_id)
         if not ticket.cancelled:
+            self._prompt += work.prompt_tokens
+            for completion in completions:
+                self._generated += len(completion.tokens)
+                self._lengths.add(len(completion.tokens), completion.request.max_tokens)
             self._journal.append(results.ended(work, completions, self._model))
 
     def cancel(self) -> None:

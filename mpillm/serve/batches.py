@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 import uuid
@@ -61,6 +62,7 @@ class BatchObject(msgspec.Struct, kw_only=True):
     expires_at: int | None = None
     expired_at: int | None = None
     request_counts: RequestCounts = msgspec.field(default_factory=RequestCounts)
+    seconds_left: int | None = None  # not among OpenAI's keys
     metadata: dict[str, str] | None = None
 
 
@@ -110,7 +112,9 @@ class Batches:
         """The batch with what is finished of it by now, and with what it waits for."""
         run = self._running.get(batch.id)
         if run is not None:
-            batch = msgspec.structs.replace(batch, request_counts=run.counts())
+            left = None if run.cancelled or run.waits else run.seconds_left()
+            left = None if left is None else math.ceil(left)
+            batch = msgspec.structs.replace(batch, request_counts=run.counts(), seconds_left=left)
         if batch.id in self._waiting or (run is not None and run.waits):
             batch = msgspec.structs.replace(batch, errors=_errors(FULL_DISK))
         return batch

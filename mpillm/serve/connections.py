@@ -73,7 +73,7 @@ class Quiet:
             await self._app(scope, receive, sending)
         except asyncio.CancelledError:  # after the seconds in which connections may end
             if not started:
-                await JSONResponse(answers.error(ENDED, 503, "server_error"), 503)(scope, receive, send)
+                await JSONResponse(answers.error(ENDED, 503), 503)(scope, receive, send)
 
 
 async def gone(_: Any, error: Exception) -> JSONResponse:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -13,11 +12,32 @@ from prometheus_client import (
     Histogram,
     generate_latest,
 )
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
-from mpillm.batch.work import Work
 from mpillm.engine.limits import Totals
-from mpillm.engine.request import FinishedCompletion
 from mpillm.serve.arrivals import Arrivals
+
+# Fields of the engine's totals, which count what clients and batches ask for, whether or not they wait for its end.
+TOTALS = {
+    "steps": "Steps of the engine",
+    "prompt_tokens": "Tokens of prompts that were computed",
+    "shared_tokens": "Tokens of prompts that were shared with another request",
+    "generated_tokens": "Generated tokens",
+    "preemptions": "Preemptions of sequences",
+}
+
+
+class EngineTotals(Collector):
+    """The engine's totals as counters."""
+
+    def __init__(self, totals: Totals) -> None:
+        self._totals = totals
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """Yield each counter."""
+        for name, text in TOTALS.items():
+            yield CounterMetricFamily(f"mpillm_{name}", text, value=getattr(self._totals, name))
 
 
 class Metrics:
@@ -27,7 +47,10 @@ class Metrics:
         """`totals` are the engine's."""
         self._registry = CollectorRegistry()
         self._requests = Counter(
-            "mpillm_requests", "Answered requests", ["endpoint", "status"], registry=self._registry
+            "mpillm_requests",
+            "Requests that have ended, by the status of the whole answer (499: the client had gone)",
+            ["endpoint", "status"],
+            registry=self._registry,
         )
         self._seconds = Histogram(
             "mpillm_request_seconds",
@@ -35,27 +58,17 @@ class Metrics:
             ["endpoint"],
             registry=self._registry,
         )
-        self._prompt = Counter("mpillm_prompt_tokens", "Tokens of answered prompts", registry=self._registry)
-        self._generated = Counter("mpillm_generated_tokens", "Generated tokens", registry=self._registry)
         self._waiting = Gauge("mpillm_waiting", "Requests that wait for the engine", registry=self._registry)
         self._running = Gauge("mpillm_running", "Choices that are being computed", registry=self._registry)
-        for name, text in (
-            ("steps", "Steps of the engine"),
-            ("shared_tokens", "Tokens of prompts that were shared with another request"),
-            ("preemptions", "Preemptions of sequences"),
-        ):
-            gauge = Gauge(f"mpillm_{name}", text, registry=self._registry)
-            gauge.set_function(partial(getattr, totals, name))
+        self._registry.register(EngineTotals(totals))
 
-    def answered(self, endpoint: str, status: int, seconds: float) -> None:
-        """Count an answer."""
-        self._requests.labels(endpoint, str(status)).inc()
+    def began(self, endpoint: str, seconds: float) -> None:
+        """Count the time until an answer, or until a stream begins."""
         self._seconds.labels(endpoint).observe(seconds)
 
-    def count(self, work: Work, completions: Sequence[FinishedCompletion]) -> None:
-        """Count the tokens of an answer."""
-        self._prompt.inc(work.prompt_tokens)
-        self._generated.inc(sum(len(completion.tokens) for completion in completions))
+    def ended(self, endpoint: str, status: int) -> None:
+        """Count a request that has ended."""
+        self._requests.labels(endpoint, str(status)).inc()
 
     def described(self) -> Iterator[tuple[str, str]]:
         """The name of each metric as Prometheus shows it, and what it is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import os
 import socket
@@ -46,6 +47,7 @@ class ServeOptions:
     port: int = 8000
     api_key: str | None = None
     max_waiting: int = 1024  # requests
+    origins: tuple[str, ...] = ()  # of other sites whose pages may ask
 
 
 def run(world: World, spec: Spec, options: ServeOptions, progress: Progress) -> int:
@@ -79,7 +81,10 @@ def _lead(
     engine = session.engine()
     arrivals = Arrivals(options.max_waiting, max(1, session.limits.max_running * 3 // 4))
     names = frozenset({model.name, *spec.model_names, str(path), *model.adapters})
-    service = ServerState(spec, model, names, arrivals, Metrics(engine.totals), options.api_key)
+    host, port = listener.getsockname()[:2]
+    local = ipaddress.ip_address(host).is_loopback
+    metrics = Metrics(engine.totals)
+    service = ServerState(spec, model, names, arrivals, metrics, options.api_key, options.origins, local)
     data = spec.output_path
     with explained(data):
         files = FileStore(data / "files")
@@ -97,7 +102,6 @@ def _lead(
     )
     server = uvicorn.Server(config)
     web = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="http")
-    host, port = listener.getsockname()[:2]
     for warning in session.warnings:
         progress.say(warning)
     with first_signal_calls(arrivals.close):

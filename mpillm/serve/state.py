@@ -7,13 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import IO
 
-from starlette.exceptions import HTTPException
-
 from mpillm.batch import bodies
 from mpillm.batch.endpoints.generate import Generate
 from mpillm.batch.work import Model, Work
 from mpillm.errors import RequestError
 from mpillm.planning.input_memory import checking_bytes
+from mpillm.serve.answers import Refused
 from mpillm.serve.arrivals import Arrivals
 from mpillm.serve.metrics import Metrics
 from mpillm.serve.prepare import prepare
@@ -41,32 +40,35 @@ class ServerState:
     arrivals: Arrivals
     metrics: Metrics
     api_key: str | None = None
+    origins: tuple[str, ...] = ()  # of other sites whose pages may ask
+    loopback: bool = True  # whether it listens on this machine alone
     # Templates and tokenizers run one at a time, beside the event loop.
     preparing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "prepare"))
     started: float = field(default_factory=time.time)
 
-    def no_model(self, name: str) -> str:
-        """The sentence for a model that is not this one."""
+    def no_model(self, name: str) -> Refused:
+        """What is said of a model that is not this one."""
         has = ", ".join(map(repr, (self.model.name, *self.model.adapters)))
-        return f"There is no model {name[:100]!r}; this server has {has}."
+        said = f"There is no model {name[:100]!r}; this server has {has}."
+        return Refused(404, said, "model", "model_not_found")
 
     def prepare(self, url: str, body: IO[bytes]) -> Prepared:
-        """The work of a body; RequestError or HTTPException says what is wrong with it."""
+        """The work of a body; RequestError or Refused says what is wrong with it."""
         body.seek(0)
         raw = body.read()
         if checking_bytes(raw, self.model.max_position) > CHECKED:
-            raise HTTPException(
+            raise Refused(
                 413, f"The request has so many values that it would take more than {CHECKED} bytes."
             )
         content = bodies.decode_line(raw)
         streams = content.pop("stream", None) or False
         if not isinstance(streams, bool):
-            raise RequestError("stream must be true or false")
+            raise RequestError("stream must be true or false", "stream")
         options = content.get("stream_options") or {}
         name = content.get("model")
         if isinstance(name, str) and name not in self.names:
-            raise HTTPException(404, self.no_model(name))
+            raise self.no_model(name)
         work = prepare(url, content, self.spec, self.model)
         if streams and not isinstance(work.endpoint, Generate):
-            raise RequestError("stream is for text")
+            raise RequestError("stream is for text", "stream")
         return Prepared(work, streams, isinstance(options, dict) and bool(options.get("include_usage")))

@@ -8,7 +8,6 @@ from typing import Any, Literal
 import msgspec
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
@@ -17,6 +16,7 @@ from starlette.routing import Route
 from mpillm.batch import bodies
 from mpillm.batch.endpoints import ENDPOINTS
 from mpillm.errors import RequestError
+from mpillm.serve.answers import Refused
 from mpillm.serve.app import read_body
 from mpillm.serve.batches import Batches, InUse
 from mpillm.serve.files import FileStore
@@ -51,21 +51,21 @@ def routes(files: FileStore, batches: Batches) -> list[Route]:
                 if unknown := sorted(form.keys() - {"file", "purpose"}):
                     expires = unknown[0].startswith("expires_after")
                     said = f"{unknown[0][:100]} is not supported in the form; there are file and purpose."
-                    raise HTTPException(400, STAYS if expires else said)
+                    raise Refused(400, STAYS if expires else said, unknown[0][:100])
                 if not isinstance(source, UploadFile):
-                    raise HTTPException(400, "The form needs a file.")
+                    raise Refused(400, "The form needs a file.", "file")
                 if purpose not in (None, PURPOSE):
-                    raise HTTPException(400, f"The purpose of a file must be {PURPOSE!r}.")
+                    raise Refused(400, f"The purpose of a file must be {PURPOSE!r}.", "purpose")
                 made = await run_in_threadpool(files.add, source.filename or "file", PURPOSE, source.file)
         except MultiPartException as error:
-            raise HTTPException(400, f"The body is not a form: {error.message}.") from None
+            raise Refused(400, f"The body is not a form: {error.message}.") from None
         return _json(made)
 
     async def list_files(request: Request) -> Response:
         _check_query(request, FILE_PAGES)
         order, purpose = request.query_params.get("order", "desc"), request.query_params.get("purpose")
         if order not in FILE_PAGES["order"]["enum"]:
-            raise HTTPException(400, f"order: expected one of 'asc', 'desc', not {order[:100]!r}.")
+            raise Refused(400, f"order: expected one of 'asc', 'desc', not {order[:100]!r}.", "order")
         found = [
             each for each in await run_in_threadpool(files.all) if purpose is None or each.purpose == purpose
         ]
@@ -85,7 +85,7 @@ def routes(files: FileStore, batches: Batches) -> list[Route]:
         try:
             await run_in_threadpool(batches.delete_file, name)
         except InUse as error:
-            raise HTTPException(409, str(error)) from None
+            raise Refused(409, str(error)) from None
         return _json({"id": name, "object": "file", "deleted": True})
 
     async def begin(request: Request) -> Response:
@@ -132,15 +132,17 @@ def _route(path: str, **handlers: Handler) -> Route:
         try:
             return await handlers["GET" if request.method == "HEAD" else request.method](request)
         except KeyError as error:
-            raise HTTPException(404, f"There is no {error.args[0]!r}.") from None
+            raise Refused(404, f"There is no {error.args[0]!r}.") from None
 
     return Route(path, handle, methods=list(handlers))
 
 
 def _check_query(request: Request, known: dict[str, Any]) -> None:
     if unknown := sorted(request.query_params.keys() - known):
-        raise HTTPException(
-            400, f"{unknown[0][:100]} is not supported in the URL; there are {', '.join(known)}."
+        raise Refused(
+            400,
+            f"{unknown[0][:100]} is not supported in the URL; there are {', '.join(known)}.",
+            unknown[0][:100],
         )
 
 
@@ -149,9 +151,9 @@ def _part(request: Request, found: list[Any]) -> dict[str, Any]:
     after, limit = (request.query_params.get(word) for word in PAGES)
     ids = [each.id for each in found]
     if after is not None and after not in ids:
-        raise HTTPException(400, f"after: there is no {after[:100]!r}.")
+        raise Refused(400, f"after: there is no {after[:100]!r}.", "after")
     if limit is not None and not (limit.isdecimal() and int(limit[:9]) > 0):
-        raise HTTPException(400, f"limit: expected a whole number >= 1, not {limit[:100]!r}.")
+        raise Refused(400, f"limit: expected a whole number >= 1, not {limit[:100]!r}.", "limit")
     rest = found[ids.index(after) + 1 if after else 0 :]
     part = rest if limit is None else rest[: int(limit[:9])]
     ends = {"first_id": part[0].id, "last_id": part[-1].id} if part else {"first_id": None, "last_id": None}

@@ -164,7 +164,7 @@ BAD = [
     ({"prompt": []}, "prompt is an empty list"),
     ({"prompt": ["a", ""]}, "prompt 2 of 2 has no tokens"),
     ({"input": ["a"], "dimensions": 0}, "dimensions: expected a whole number >= 1"),
-    ({"input": "a", "encoding_format": "hex"}, "encoding_format: invalid enum value 'hex'"),
+    ({"input": "a", "encoding_format": "hex"}, "encoding_format: expected one of 'float', 'base64', not 'hex'"),
     ({"prompt": [1] * 41}, "the prompt has 41 tokens and memory.max_context is 40 tokens; shorten it or raise memory.max_context"),
     ({"input": [[1], [1] * 41]}, "prompt 2 of 2 has 41 tokens and memory.max_context is 40 tokens; shorten it or raise memory.max_context"),
     ({"prompt": [1] * 30, "max_tokens": 11}, "the prompt has 30 tokens and max_tokens is 11, more than the context of 40; lower max_tokens or shorten the prompt or raise memory.max_context"),

@@ -24,6 +24,11 @@ MISTAKES = {
     "a job at launch": ("launch -n 2 a.toml", "the command before the job: mpillm launch -n 2 run a.toml."),
     "launch of a check": ("launch -n 3 doctor", "type mpiexec -n 3 python -m mpillm doctor."),
     "launch of something else": ("launch -n 2 plan", "launch starts runs: mpillm launch -n 2 run JOB.toml"),
+    "an origin": (
+        "serve --allowed-origins http://localhost:3000/page",
+        "http://localhost:3000/page is not an origin; write http://HOST:PORT, or * for all pages",
+    ),
+    "origins as vLLM has them": ("serve --allowed-origins [\"*\"]", "is not an origin; write http://HOST:PORT"),
     "a port": ("serve --port 99999", "99999 is not a port; ports are 0 (any free one) to 65535"),
     "a size": ("plan --memory lots", "'lots' is not a size"),
     "a dash": ("run --max-tokns 5", "did you mean --set sampling.max_tokens=5?"),

@@ -11,6 +11,7 @@ from typing import Any
 import openai
 import pytest
 
+from mpillm.store.status import Reader
 from tests.conftest import clean_environment
 from tests.serve.serving import serving
 from tests.serve.test_server import batch as answers_of_a_run
@@ -29,6 +30,11 @@ def ended(client: openai.OpenAI, name: str) -> Any:
     while (found := client.batches.retrieve(name)).status not in ("completed", "failed", "cancelled"):
         time.sleep(0.05)
     return found
+
+
+def watched(folder: Path, batch: str) -> Any:
+    """What `mpillm status` tells of a batch."""
+    return Reader(folder / "data/batches" / batch).look()
 
 
 def of_endpoint(client: openai.OpenAI, input_file_id: str, endpoint: str | None = None) -> Any:
@@ -63,12 +69,17 @@ def test_a_batch_beside_clients_and_across_a_restart(tmp_path: Path) -> None:
         assert alone.usage.completion_tokens == 2
         state = client.batches.retrieve(made.id)
         assert (state.status, state.request_counts.total) == ("in_progress", 41)
+        assert state.seconds_left > 0
+        found = watched(tmp_path, made.id)
+        assert (found.state, found.total) == ("running", 41)
     with (
         serving(tmp_path, command, clean_environment()) as (url, _),
         openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client,
     ):
         state = ended(client, made.id)
-        assert (state.status, state.metadata) == ("completed", {"a": "b"})
+        assert (state.status, state.metadata, state.seconds_left) == ("completed", {"a": "b"}, None)
+        found = watched(tmp_path, made.id)
+        assert (found.starts, found.generated_tokens) == (2, sum(body["max_tokens"] for body in BODIES))
         assert state.request_counts.model_dump() == {"completed": 40, "failed": 1, "total": 41}
         answers = lines_of(client, state.output_file_id)
         assert [answer["custom_id"] for answer in answers] == [line["custom_id"] for line in LINES]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -74,12 +75,17 @@ def values(schema: Any) -> st.SearchStrategy[Any]:
     }.get(str(schema.get("type")), ANYTHING)
 
 
+def properties(schema: Any) -> dict[str, Any]:
+    """The keys of the bodies that a reference names."""
+    return dict(DOCUMENT["components"]["schemas"][schema["$ref"].rpartition("/")[2]]["properties"])
+
+
 @st.composite
 def bodies(draw: st.DrawFn) -> tuple[str, Any]:
     """A URL and a body for it, at times with a value of any kind in it."""
     path, schema = draw(st.sampled_from(POSTS))
     body = draw(values(schema))
-    keys = DOCUMENT["components"]["schemas"][schema["$ref"].rpartition("/")[2]]["properties"]
+    keys = properties(schema)
     if draw(st.booleans()):
         body[draw(st.sampled_from(sorted(keys)))] = draw(ANYTHING)
     return path, body | ({"max_tokens": 2} if "max_tokens" in keys else {})
@@ -95,7 +101,11 @@ def test_what_it_allows_is_answered_or_refused_in_a_sentence(server: tuple[str, 
     assert answer.status_code in (200, 400, 404), (path, body, answer.text)
     if answer.status_code != 200:
         error = answer.json()["error"]
-        assert error["code"] == answer.status_code
+        assert error.keys() == {"message", "type", "param", "code"}
+        assert error["type"] == "invalid_request_error", error
+        assert error["code"] in (None, "model_not_found", "context_length_exceeded"), error
+        keys = properties(dict(POSTS)[path]) | body
+        assert error["param"] is None or re.split(r"[.\[]", error["param"])[0] in keys, error
         assert error["message"].endswith("."), error
         assert "the line" not in error["message"]
 
@@ -115,4 +125,4 @@ def test_another_method_is_refused_with_those_that_there_are(
 def test_a_url_that_is_not_there(server: tuple[str, Any]) -> None:
     url, http = server
     error = http.get(f"{url}/v1/chats").json()["error"]
-    assert (error["code"], error["message"]) == (404, "There is no /v1/chats; /openapi.json lists all URLs.")
+    assert (error["code"], error["message"]) == (None, "There is no /v1/chats; /openapi.json lists all URLs.")

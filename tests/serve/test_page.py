@@ -209,6 +209,10 @@ def test_chat_and_batches(browser: WebDriver, server: str, tmp_path: Path) -> No
     # The newest comes first.
     wait.until(lambda _: name in find("#list") and "completed" in find("#list tr"))
     assert "3 of 3, 1 failed" in find("#list tr")
+    source.write_text("\n")
+    browser.find_element(By.ID, "file").send_keys(str(source))
+    press("#upload button")
+    wait.until(lambda _: f"failed: The input {name} contains no requests." in find("#list tr"))
     look(browser, "batches")
     assert too_faint(browser) == []
     assert browser.execute_script("return document.querySelectorAll('img, main script, main a').length") == 0

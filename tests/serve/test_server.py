@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 import socket
 import sys
@@ -135,20 +136,30 @@ def test_a_seed_gives_the_same_answer_again(client: openai.OpenAI) -> None:
     assert len({*texts(seed=5), *texts(seed=6), *texts(), *texts()}) > 9
 
 
+USER = b'{"messages": [{"role": "user", "content": "a"}]'
+
+
 @pytest.mark.parametrize(
-    ("body", "status", "message"),
+    ("body", "status", "param", "code", "message"),
     [
-        (b"{", 400, "the body is not JSON"),
-        (b"[1]", 400, "the body is not a JSON object"),
-        (b'{"max_tokens": 3}', 400, "key 'messages' is missing"),
-        (b'{"messages": [], "max_tokens": 3}', 400, "messages: expected a list"),
-        (b'{"messages": [{"role": "user", "content": "a"}], "max_tokns": 3}', 400, "did you mean 'max_tokens'"),
-        (b'{"messages": [{"role": "user", "content": "a"}], "stream": "yes"}', 400, "stream must be true or false"),
-        (b'{"messages": [{"role": "user", "content": "a"}], "model": "gpt-4"}', 404, "There is no model 'gpt-4'"),
-        (b" " * (33 << 20), 413, "The request has more than"),
+        (b"{", 400, None, None, "the body is not JSON"),
+        (b"[1]", 400, None, None, "the body is not a JSON object"),
+        (b'{"max_tokens": 3}', 400, "messages", None, "key 'messages' is missing"),
+        (b'{"messages": [], "max_tokens": 3}', 400, "messages", None, "messages: expected a list"),
+        (b'{"messages": [{"content": "a"}]}', 400, "messages[0]", None, "messages[0] needs a role such as 'user'"),
+        (USER + b', "max_tokns": 3}', 400, "max_tokns", None, "did you mean 'max_tokens'"),
+        (USER + b', "stream": "yes"}', 400, "stream", None, "stream must be true or false"),
+        (USER + b', "stream_options": {"usage": true}}', 400, "stream_options.usage", None, "is unknown"),
+        (USER + b', "top_logprobs": 3}', 400, "top_logprobs", None, "top_logprobs needs logprobs: true"),
+        (USER + b', "model": "gpt-4"}', 404, "model", "model_not_found", "There is no model 'gpt-4'"),
+        (USER[:-3] + b"a" * 5000 + b'"}]}', 400, "messages", "context_length_exceeded", "the prompt has"),
+        (USER + b', "max_tokens": 100000}', 400, "messages", "context_length_exceeded", "and max_tokens is 100000"),
+        (b" " * (33 << 20), 413, None, None, "The request has more than"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said(client: openai.OpenAI, body: bytes, status: int, message: str) -> None:
+def test_what_is_wrong_is_said(
+    client: openai.OpenAI, body: bytes, status: int, param: str | None, code: str | None, message: str
+) -> None:
     with pytest.raises(openai.APIStatusError) as found:
         client.post(
             "/chat/completions",
@@ -156,7 +167,47 @@ def test_what_is_wrong_is_said(client: openai.OpenAI, body: bytes, status: int, 
             content=body,
             options={"headers": {"content-type": "application/json"}},
         )
-    assert (found.value.status_code, message in str(found.value.body)) == (status, True), found.value.body
+    error = found.value
+    assert (error.status_code, error.param, error.code) == (status, param, code), error.body
+    assert error.type == "invalid_request_error"
+    assert message in error.message
+
+
+def metrics_of(client: openai.OpenAI, server: str) -> dict[str, float]:
+    lines = client._client.get(f"{server}/metrics").text.splitlines()
+    return {
+        name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")
+    }
+
+
+def test_what_is_counted(client: openai.OpenAI, server: str) -> None:
+    """What only grows is a counter; clients that go and batches count as well."""
+    text = client._client.get(f"{server}/metrics").text
+    kinds = dict(re.findall(r"^# TYPE mpillm_(\w+) (counter|gauge)$", text, flags=re.M))
+    counted = ("steps", "prompt_tokens", "shared_tokens", "generated_tokens", "preemptions", "requests")
+    assert kinds.items() >= {f"{name}_total": "counter" for name in counted}.items()
+    assert {name for name, kind in kinds.items() if kind == "gauge"} >= {"running", "waiting"}
+
+    def after(name: str, count: float) -> None:
+        while metrics_of(client, server)[name] < before.get(name, 0) + count:
+            time.sleep(0.02)
+
+    before = metrics_of(client, server)
+    streams = 'mpillm_requests_total{endpoint="/v1/completions",status="%s"}'
+    body: dict[str, Any] = {"model": "chat", "prompt": "counted", "extra_body": {"ignore_eos": True}}
+    with client.completions.create(stream=True, max_tokens=300, **body) as stream:
+        next(iter(stream))
+    after(streams % 499, 1)
+    with client.completions.create(stream=True, max_tokens=3, **body) as stream:
+        list(stream)
+    after(streams % 200, 1)
+    after("mpillm_generated_tokens_total", 4)
+    before = metrics_of(client, server)
+    line = b'{"prompt": "in a batch", "max_tokens": 5, "ignore_eos": true}\n'
+    file = client.files.create(file=("in.jsonl", line), purpose="batch")
+    client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+    after("mpillm_generated_tokens_total", 5)
+    after("mpillm_prompt_tokens_total", 1)
 
 
 def test_models_health_metrics_and_the_key(client: openai.OpenAI, server: str) -> None:
@@ -165,8 +216,14 @@ def test_models_health_metrics_and_the_key(client: openai.OpenAI, server: str) -
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
     for key in ("wrong", "", "secret"):
-        with pytest.raises(openai.AuthenticationError):
+        with pytest.raises(openai.AuthenticationError) as refused:
             client.with_options(api_key=key or "x").models.list()
+        assert (refused.value.type, refused.value.code) == ("invalid_request_error", "invalid_api_key")
+    # A browser asks for a page of another site without the key.
+    asked = {"Origin": "http://elsewhere.example", "Access-Control-Request-Method": "POST"}
+    answer = client._client.options(f"{server}/v1/models", headers=asked)
+    said = "pages of other sites are refused; --allowed-origins http://elsewhere.example allows this one."
+    assert (answer.status_code, answer.json()["error"]["message"].endswith(said)) == (403, True)
     with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(model="chat", messages=[])
     with pytest.raises(openai.APIStatusError) as found:
@@ -256,14 +313,35 @@ def test_on_two_ranks_until_a_signal(mpi: Mpi, tmp_path: Path) -> None:
 
 
 def test_the_end(tmp_path: Path) -> None:
-    with serving(tmp_path, [sys.executable], clean_environment()) as (url, process):
+    friend = "https://friend.example"
+    origins = ("--allowed-origins", friend, "http://localhost:3000")
+    with serving(tmp_path, [sys.executable], clean_environment(), *origins) as (url, process):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
         body: dict[str, Any] = {"model": "chat", "prompt": "the", "max_tokens": 450}
         short: dict[str, Any] = body | {"max_tokens": 1}
-        assert client.completions.create(**short, extra_headers={"Origin": url}).choices
-        for origin in ("http://elsewhere.example", "null"):
+        port = url.rpartition(":")[2]
+        page = {"Sec-Fetch-Site": "same-origin"}
+        for own in (
+            {"Origin": url},
+            {"Origin": friend},
+            {"Origin": f"http://localhost:{port}", "Host": f"localhost:{port}"},
+            {"Host": "friend.example", **page},
+        ):
+            assert client.completions.create(**short, extra_headers=own).choices
+        for foreign in (
+            {"Origin": "http://elsewhere.example"},
+            {"Origin": "null"},
+            {"Host": f"elsewhere.example:{port}", **page},
+            {"Origin": f"http://elsewhere.example:{port}", "Host": f"elsewhere.example:{port}"},
+        ):
             with pytest.raises(openai.PermissionDeniedError, match="pages of other sites"):
-                client.completions.create(**short, extra_headers={"Origin": origin})
+                client.completions.create(**short, extra_headers=foreign)
+        asked = {"Origin": friend, "Access-Control-Request-Method": "POST"}
+        asked["Access-Control-Request-Headers"] = "authorization,content-type"
+        allowed = client._client.options(f"{url}/v1/completions", headers=asked)
+        assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, friend)
+        refused = client._client.options(f"{url}/v1/models", headers=asked | {"Origin": "http://a.example"})
+        assert (refused.status_code, "access-control-allow-origin" in refused.headers) == (400, False)
         with (
             client,
             client.completions.create(stream=True, extra_body={"ignore_eos": True}, **body) as stream,

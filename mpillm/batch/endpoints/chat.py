@@ -237,16 +237,15 @@ def chat_messages(messages: list[dict[str, Any]], text: Tokenizer) -> list[dict[
 def _message(message: dict[str, Any], where: str, text: Tokenizer) -> dict[str, Any]:
     role = message.get("role")
     if not isinstance(role, str):
-        raise RequestError(f"{where} needs a role such as 'user'", f"{where}.role")
+        raise RequestError(f"{where} needs a role such as 'user'")
     if role not in ROLES and not (role and any(text.chat_reads(f"{one}{role}{one}") for one in "'\"")):
         raise RequestError(
             f"{where} has the role {role[:60]!r}, which the chat template does not name; the usual roles are "
-            f"{', '.join(ROLES)}",
-            f"{where}.role",
+            f"{', '.join(ROLES)}"
         )
     for key in ("function_call", "audio"):
         if message.get(key):
-            raise RequestError(f"{where}.{key} is not supported", f"{where}.{key}")
+            raise RequestError(f"{where}.{key} is not supported")
     if calls := message.get("tool_calls"):
         message = {"content": None, **message, "tool_calls": read_calls(calls, f"{where}.tool_calls")}
     elif "tool_calls" in message:
@@ -257,7 +256,7 @@ def _message(message: dict[str, Any], where: str, text: Tokenizer) -> dict[str, 
     if isinstance(content, list):
         content = [_part(part, f"{where}.content[{index}]") for index, part in enumerate(content)]
     elif not (content is None or isinstance(content, str)):
-        raise RequestError(f"{where}.content must be a string or a list of text parts", f"{where}.content")
+        raise RequestError(f"{where}.content must be a string or a list of text parts")
     return {**message, "content": content}
 
 
@@ -269,4 +268,4 @@ def _part(part: Any, where: str) -> dict[str, Any]:
     )
     if kind == "text" and isinstance(text, str):
         return dict(part)
-    raise RequestError(f"{where} is of type {str(kind)[:60]!r}; only text is supported", where)
+    raise RequestError(f"{where} is of type {str(kind)[:60]!r}; only text is supported")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from mpillm.batch.work import Model
-from mpillm.errors import RequestError, UnsuitedError
+from mpillm.errors import TOO_LONG, RequestError, UnsuitedError
 from mpillm.spec import Spec
 from mpillm.text import End, TooLongError, encoded_at_once
 from mpillm.words import count_of
@@ -179,11 +179,13 @@ def max_tokens(prompt: int, asked: int | None, available: int, which: str, spec:
     if asked is not None and asked > available:
         raise RequestError(
             f"{which} has {count_of(prompt, 'token')} and max_tokens is {asked}, more than the context of "
-            f"{prompt + available}; lower max_tokens or shorten the prompt{_or_raise(spec, model)}"
+            f"{prompt + available}; lower max_tokens or shorten the prompt{_or_raise(spec, model)}",
+            code=TOO_LONG,
         )
     if wanted and not available:
         raise RequestError(
-            f"{which} has {count_of(prompt, 'token')} and fills the context; shorten it{_or_raise(spec, model)}"
+            f"{which} has {count_of(prompt, 'token')} and fills the context; shorten it{_or_raise(spec, model)}",
+            code=TOO_LONG,
         )
     return min(wanted, available)
 
@@ -202,7 +204,8 @@ def _too_long(which: str, length: str, spec: Spec, model: Model) -> RequestError
     remedy = _or_raise(spec, model)
     why = "memory.max_context is" if remedy else "the model takes"
     return RequestError(
-        f"{which} has {length} and {why} {count_of(context(spec, model), 'token')}; shorten it{remedy}"
+        f"{which} has {length} and {why} {count_of(context(spec, model), 'token')}; shorten it{remedy}",
+        code=TOO_LONG,
     )
 
 

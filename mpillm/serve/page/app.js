@@ -187,15 +187,22 @@ function row(batch) {
   return line;
 }
 
+function duration(seconds) {
+  const [minutes, hours] = [Math.round(seconds / 60), Math.round(seconds / 3600)];
+  return minutes < 2 ? `${seconds} s` : hours < 3 ? `${minutes} min` : `${hours} h`;
+}
+
 function fill(line, batch) {
   line.replaceChildren();
   const cells = [0, 1, 2, 3].map(() => line.appendChild(document.createElement("td")));
   const { total, completed, failed } = batch.request_counts;
   cells[0].textContent = batch.metadata?.name ?? batch.id;
-  cells[1].textContent = batch.errors?.data[0]?.message ?? batch.status.replace("_", " ");
+  const why = batch.errors?.data[0]?.message;
+  cells[1].textContent = batch.status.replace("_", " ") + (why ? `: ${why}` : "");
   const bar = document.createElement("progress");
   [bar.max, bar.value, bar.ariaLabel] = [total || 1, completed + failed, "finished requests"];
-  cells[2].append(bar, ` ${completed + failed} of ${total}${failed ? `, ${failed} failed` : ""}`);
+  const left = batch.seconds_left === null ? "" : `, ${duration(batch.seconds_left)} left`;
+  cells[2].append(bar, ` ${completed + failed} of ${total}${failed ? `, ${failed} failed` : ""}${left}`);
   if (batch.output_file_id)
     cells[3].append(button("Answers", () => download(batch.output_file_id, `${batch.id}_output.jsonl`)));
   if (batch.error_file_id)
