@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import numpy as np
+import numpy.typing as npt
 
 from mpillm.comm import faults
 from mpillm.comm.waiting import wait
@@ -14,6 +19,10 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 T = TypeVar("T")
+U8 = npt.NDArray[np.uint8]
+
+HEAD = 512  # bytes of an object that travel in the first message; most need no second one
+LENGTH = 8  # of these: the object's own bytes
 
 
 class Exchange:
@@ -33,23 +42,62 @@ class Exchange:
         """RankLost if another rank has noticed a loss, or a heartbeat has stopped, before MPI reports it here."""
         raise NotImplementedError
 
+    def keep_alive(self, messages: object) -> None:
+        """Keep messages and their buffers for good."""
+        raise NotImplementedError
+
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         self.wait(self._startup.Ibarrier().Test)
 
     def bcast(self, value: T, root: int = 0) -> T:
-        """Return the root's value on every rank."""
-        self.barrier()  # so that no rank spins in MPI while the root still works
-        received: T = self._exchanged(lambda: self._startup.bcast(value, root))
-        return received
+        """Return the root's value on every rank; others may still be on their way to this call."""
+
+        def exchange() -> T:
+            own = self.rank == root
+            head, data = _packed(value) if own else (np.zeros(HEAD, np.uint8), b"")
+            self._finish(self._startup.Ibcast(head, root), head)
+            size = _size(head)
+            if size <= HEAD - LENGTH:
+                return cast("T", _unpacked(head))
+            rest = np.frombuffer(data, np.uint8) if own else np.zeros(size, np.uint8)
+            self._finish(self._startup.Ibcast(rest, root), rest)
+            return cast("T", pickle.loads(rest.data))
+
+        return self._exchanged(exchange)
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's value, in rank order, on every rank."""
-        wait(self._startup.Ibarrier().Test, crowded=True, look=self.check_losses if self.survives else None)
-        received: list[T] = self._exchanged(lambda: self._startup.allgather(value))
-        return received
 
-    def _exchanged(self, exchange: Callable[[], Any]) -> Any:
+        def exchange() -> list[T]:
+            head, data = _packed(value)
+            heads = np.zeros((self.size, HEAD), np.uint8)
+            self._finish(self._startup.Iallgather(head, heads), (head, heads))
+            sizes = [_size(each) for each in heads]
+            if max(sizes) <= HEAD - LENGTH:
+                return [_unpacked(each) for each in heads]
+            own, all_data = np.frombuffer(data, np.uint8), np.zeros(sum(sizes), np.uint8)
+            self._finish(self._startup.Iallgatherv(own, (all_data, sizes)), (own, all_data))
+            ends = list(itertools.accumulate(sizes))
+            return [
+                pickle.loads(all_data[end - size : end].data) for end, size in zip(ends, sizes, strict=True)
+            ]
+
+        return self._exchanged(exchange)
+
+    def _finish(self, request: MPI.Request, buffers: object) -> None:
+        """Wait for a collective call of MPI that does not block.
+
+        In one that blocks, ranks would poll without a pause, and keep those that are late from their core.
+        """
+        look = self.check_losses if self.survives else None
+        try:
+            wait(request.Test, crowded=True, look=look)
+        except BaseException:
+            self.keep_alive((request, buffers))
+            raise
+
+    def _exchanged(self, exchange: Callable[[], T]) -> T:
         """What an exchange returns. RankLost if it received what no rank sent.
 
         Open MPI 5 with ULFM may report success for a collective in which a rank was killed and leave the buffer
@@ -59,7 +107,7 @@ class Exchange:
 
         try:
             return exchange()
-        except MPI.Exception:
+        except (MPI.Exception, MpillmError, faults.RankLost):
             raise
         except Exception as error:
             if self.survives and faults.known(self._startup):
@@ -87,8 +135,30 @@ class Exchange:
 
     def on_rank_0(self, make: Callable[[], T]) -> T:
         """Return on every rank what rank 0 makes; an MpillmError there is raised on all."""
-        made = None
-        with self.together():
-            if self.rank == 0:
+        made = error = None
+        if self.rank == 0:
+            try:
                 made = make()
-        return cast("T", self.bcast(made))
+            except MpillmError as found:
+                error = found
+        made, error = self.bcast((made, error))
+        if error is not None:
+            raise error
+        return cast("T", made)
+
+
+def _packed(value: object) -> tuple[U8, bytes]:
+    """A value's first message, uint8 [HEAD], and all of its bytes."""
+    data, head = pickle.dumps(value, pickle.HIGHEST_PROTOCOL), np.zeros(HEAD, np.uint8)
+    head[:LENGTH].view(np.uint64)[0] = len(data)
+    begin = data[: HEAD - LENGTH]
+    head[LENGTH : LENGTH + len(begin)] = np.frombuffer(begin, np.uint8)
+    return head, data
+
+
+def _size(head: U8) -> int:
+    return int(head[:LENGTH].view(np.uint64)[0])
+
+
+def _unpacked(head: U8) -> Any:
+    return pickle.loads(head[LENGTH : LENGTH + _size(head)].data)

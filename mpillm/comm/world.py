@@ -150,11 +150,9 @@ class World(Exchange):
         if len(ranks) < self.size:
             self.spare = self.rank not in ranks
             with faults.bounded(self._heartbeat.limit if self._heartbeat else 0.0, str(self)):
-                comm = self.comm.Split(int(self.spare), self.rank)
-                if self.spare:
-                    comm.Free()
-                else:
-                    self._use(cast("MPI.Intracomm", comm))
+                if not self.spare:  # the spare ones need not be asked
+                    group = self.comm.Get_group().Incl(sorted(ranks))
+                    self._use(self.comm.Create_group(group))
         return not self.spare
 
     def stand_by(self) -> None:

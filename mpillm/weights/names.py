@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -79,42 +79,36 @@ class Parsed(NamedTuple):
     transposed: bool = False
 
 
-class _Pattern(NamedTuple):
-    regex: re.Pattern[str]
+class _Meaning(NamedTuple):
     roles: Roles
-    stacked: bool
-    in_turn: bool
-    transposed: bool
+    stacked: bool = False
+    in_turn: bool = False
+    transposed: bool = False
 
 
-def _pattern(
-    name: str, roles: Roles, stacked: bool = False, in_turn: bool = False, transposed: bool = False
-) -> _Pattern:
-    number = "(?:0|[1-9][0-9]{0,5})"
-    regex = (
-        re.escape(name).replace(r"\{l\}", f"(?P<layer>{number})").replace(r"\{e\}", f"(?P<expert>{number})")
-    )
-    return _Pattern(re.compile(regex), roles, stacked, in_turn, transposed)
+_Meanings = Mapping[
+    str, _Meaning
+]  # by name, with {l} for the number of the layer and {e} for that of the expert
+_NUMBER = re.compile("0|[1-9][0-9]{0,5}")
+_PLACES = "{l}", "{e}"  # of the first and of the second number in a name
 
 
-# The usual names. Compiling them takes as long as loading a large library, and some models need none of them.
-@functools.cache
-def _usual_hf() -> tuple[_Pattern, ...]:
-    return (
-        *(_pattern(name, (role.name,)) for role in ROLES.values() for name in (role.hf, *role.hf_expert)),
-        *(_pattern(name, roles) for name, roles in _HF_MORE.items()),
-        *(_pattern(name, (role.name,), True) for role in ROLES.values() for name in role.hf_stacked),
-        *(_pattern(name, roles, True) for name, roles in _HF_FUSED.items()),
-    )
+def _first(*pairs: tuple[str, _Meaning]) -> dict[str, _Meaning]:
+    """What names mean; of two meanings of a name the first one counts."""
+    return dict(reversed(pairs))
 
 
-@functools.cache
-def _usual_gguf() -> tuple[_Pattern, ...]:
-    return (
-        *(_pattern(name, (role.name,)) for role in ROLES.values() for name in (role.gguf, *role.gguf_expert)),
-        *(_pattern(name, (role.name,), True) for role in ROLES.values() for name in role.gguf_stacked),
-        *(_pattern(name, roles, True) for name, roles in _GGUF_FUSED.items()),
-    )
+_USUAL_HF = _first(
+    *((name, _Meaning((role.name,))) for role in ROLES.values() for name in (role.hf, *role.hf_expert)),
+    *((name, _Meaning(roles)) for name, roles in _HF_MORE.items()),
+    *((name, _Meaning((role.name,), True)) for role in ROLES.values() for name in role.hf_stacked),
+    *((name, _Meaning(roles, True)) for name, roles in _HF_FUSED.items()),
+)
+_USUAL_GGUF = _first(
+    *((name, _Meaning((role.name,))) for role in ROLES.values() for name in (role.gguf, *role.gguf_expert)),
+    *((name, _Meaning((role.name,), True)) for role in ROLES.values() for name in role.gguf_stacked),
+    *((name, _Meaning(roles, True)) for name, roles in _GGUF_FUSED.items()),
+)
 
 
 @dataclass(frozen=True)
@@ -146,26 +140,24 @@ class Names:
     def parse_hf(self, name: str) -> Parsed | None:
         """What a tensor of a safetensors file is; None if the name is unknown."""
         prefix = next((prefix for prefix in self.hf_prefixes if name.startswith(prefix)), "")
-        return _parse(name.removeprefix(prefix), (*self._own[0], *_usual_hf()))
+        return _parse(name.removeprefix(prefix), self._own[0], _USUAL_HF)
 
     def parse_gguf(self, name: str) -> Parsed | None:
         """What a tensor of a GGUF file is; None if the name is unknown."""
-        return _parse(name, (*self._own[1], *_usual_gguf()))
+        return _parse(name, self._own[1], _USUAL_GGUF)
 
     @functools.cached_property
-    def _own(self) -> tuple[tuple[_Pattern, ...], tuple[_Pattern, ...]]:
+    def _own(self) -> tuple[_Meanings, _Meanings]:
         hf, stacked, gguf = (
-            tuple(
-                _pattern(name, roles, names is self.hf_stacked, transposed=name in self.hf_transposed)
+            [
+                (name, _Meaning(roles, names is self.hf_stacked, transposed=name in self.hf_transposed))
                 for name, roles in names.items()
-            )
+            ]
             for names in (self.hf, self.hf_stacked, self.gguf)
         )
-        in_turn = tuple(
-            _pattern(name, roles, True, True, transposed=True) for name, roles in self.hf_in_turn.items()
-        )
-        all_experts = tuple(_pattern(name, roles, True) for name, roles in self.gguf_stacked.items())
-        return in_turn + hf + stacked, all_experts + gguf
+        in_turn = [(name, _Meaning(roles, True, True, True)) for name, roles in self.hf_in_turn.items()]
+        all_experts = [(name, _Meaning(roles, True)) for name, roles in self.gguf_stacked.items()]
+        return _first(*in_turn, *hf, *stacked), _first(*all_experts, *gguf)
 
 
 USUAL = Names()
@@ -186,11 +178,17 @@ def holds_rope_factors(name: str) -> bool:
     return name in _ROPE_FACTORS
 
 
-def _parse(name: str, patterns: Iterable[_Pattern]) -> Parsed | None:
-    for pattern in patterns:
-        match = pattern.regex.fullmatch(name)
-        if match:
-            numbers = match.groupdict()
-            layer, expert = int(numbers.get("layer", -1)), int(numbers.get("expert", -1))
-            return Parsed(pattern.roles, layer, expert, pattern.stacked, pattern.in_turn, pattern.transposed)
+def _parse(name: str, *tables: _Meanings) -> Parsed | None:
+    if "{" in name:
+        return None
+    words, numbers = name.split("."), list[int]()
+    for at, word in enumerate(words):
+        if len(numbers) < len(_PLACES) and _NUMBER.fullmatch(word):
+            words[at] = _PLACES[len(numbers)]
+            numbers.append(int(word))
+    pattern = ".".join(words)
+    for table in tables:
+        if (meaning := table.get(pattern)) is not None:
+            layer, expert = (*numbers, -1, -1)[:2]
+            return Parsed(meaning.roles, layer, expert, meaning.stacked, meaning.in_turn, meaning.transposed)
     return None

@@ -13,10 +13,12 @@ import pytest
 from mpillm.comm.channel import Channel, Pipe
 from mpillm.comm.collectives import Group
 from mpillm.comm.counters import MessageCounters
+from mpillm.comm.exchange import HEAD, LENGTH
 from mpillm.comm.parts import EAGER
 from mpillm.comm.shared import shared_rows
 from mpillm.comm.transfer import Wire, WireError
 from mpillm.comm.world import World
+from mpillm.errors import JobError
 from mpillm.kernels import BlockType, dequantize, fold, quantize
 from mpillm.partition.grid import Axis, Place, panel_bounds
 
@@ -25,6 +27,24 @@ PANELS = 8
 pytestmark = pytest.mark.mpi
 
 SHAPES = ((1, 576), (5, 96), (3, 33), (64, 2000), (2, 20000))
+
+
+def test_objects_of_any_size_reach_all_ranks(world: World) -> None:
+    """Small ones go in one message; HEAD counts their length and the bytes by which pickle makes them longer."""
+    sizes = [0, HEAD - LENGTH - 20, HEAD - LENGTH, HEAD, 100_000]
+    for size in sizes:
+        own = bytes([world.rank]) * size
+        assert world.gather(own) == [bytes([rank]) * size for rank in range(world.size)]
+        last = world.size - 1
+        assert world.bcast(own, last) == bytes([last]) * size
+    mixed = [bytes(sizes[rank % len(sizes)]) for rank in range(world.size)]
+    assert world.gather(mixed[world.rank]) == mixed
+    with pytest.raises(JobError, match=r"^no such file$"):
+        world.on_rank_0(_refuse)
+
+
+def _refuse() -> None:
+    raise JobError("no such file")
 
 
 @pytest.fixture(params=[1, 2, 4, 8])

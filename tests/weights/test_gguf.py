@@ -14,6 +14,7 @@ from mpillm import kernels
 from mpillm.errors import JobError, ModelError
 from mpillm.kernels.types import BlockType
 from mpillm.model.opening import open_source
+from mpillm.weights.formats import stored as types_of_files
 from mpillm.weights.formats.loaders import LOADING_NBYTES
 from mpillm.weights.formats.stored import stored_in_gguf
 from mpillm.weights.opening import file_in
@@ -82,6 +83,12 @@ def decodable() -> list[str]:
 
 def test_kinds_that_can_be_decoded():
     assert {"IQ1_S", "TQ2_0", "NVFP4"} <= set(decodable())
+    for kind in gguf.GGMLQuantizationType:
+        if (stored := stored_in_gguf(int(kind))) is not None:
+            sizes = stored.block, stored.block_bytes
+            assert (stored.name, sizes) == (kind.name, gguf.GGML_QUANT_SIZES[kind])
+            own = types_of_files.OWN.get(kind.name)
+            assert stored.own == (own is not None and not own.type.scaled)
     assert stored_in_gguf(int(gguf.GGMLQuantizationType.I32)) is None
     assert stored_in_gguf(int(gguf.GGMLQuantizationType.Q8_K)) is None
     assert stored_in_gguf(4) is None

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gguf
 import numpy as np
 
 from mpillm.errors import ModelError
@@ -27,19 +26,21 @@ MAX_STRING = 2**26
 MAX_DIMS = 4
 MAX_ALIGNMENT = 2**20
 
-_Type = gguf.GGUFValueType
+ALIGNMENT = 32  # where the file does not say
+# The numbers of the types of metadata. (The gguf library has them, but takes 25 ms to import.)
+_STRING, _ARRAY = 8, 9
 _SCALARS = {
-    _Type.UINT8: "<u1",
-    _Type.INT8: "<i1",
-    _Type.UINT16: "<u2",
-    _Type.INT16: "<i2",
-    _Type.UINT32: "<u4",
-    _Type.INT32: "<i4",
-    _Type.FLOAT32: "<f4",
-    _Type.BOOL: "?",
-    _Type.UINT64: "<u8",
-    _Type.INT64: "<i8",
-    _Type.FLOAT64: "<f8",
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "?",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
 }
 
 
@@ -92,7 +93,7 @@ def read_header(file: MappedFile, whole: bool = True) -> GgufHeader:
 
 def architecture_in(begin: bytes) -> str | None:
     """The architecture that the first bytes of a GGUF file name; None if they do not."""
-    key = b"general.architecture" + struct.pack("<I", _Type.STRING)
+    key = b"general.architecture" + struct.pack("<I", _STRING)
     at = begin.find(key) + len(key)
     if not begin.startswith(b"GGUF") or key not in begin or len(begin) < at + 8:
         return None
@@ -133,19 +134,19 @@ class _Cursor:
     def value(self, code: int, name: str) -> Any:
         """A metadata value of the type with that number."""
         shown = f"metadata field {name[:80]!r}"
-        if code == _Type.STRING:
+        if code == _STRING:
             return self.string(shown)
-        if code == _Type.ARRAY:
+        if code == _ARRAY:
             return self._array(shown)
         return self._scalars(code, 1, shown)[0]
 
     def _array(self, shown: str) -> list[Any]:
         code, count = self.integer("<I"), self.integer("<Q")
-        if code == _Type.ARRAY:
+        if code == _ARRAY:
             raise broken(self.file, f"{shown} is an array of arrays")
         if count > MAX_ITEMS:
             raise broken(self.file, f"{shown} announces {count} items")
-        if code != _Type.STRING:
+        if code != _STRING:
             return self._scalars(code, count, shown)
         if 8 * count > self.file.size - self.at:  # each has at least its length
             raise broken(self.file, f"{shown} announces {count} strings, more than the file can hold")
@@ -208,7 +209,7 @@ class _Cursor:
     def _scalars(self, code: int, count: int, shown: str) -> list[Any]:
         if code not in _SCALARS:
             raise broken(self.file, f"{shown} has the unknown type {code}")
-        kind = np.dtype(_SCALARS[_Type(code)])
+        kind = np.dtype(_SCALARS[code])
         values: list[Any] = np.frombuffer(self.take(count * kind.itemsize), kind).tolist()
         return values
 
@@ -226,7 +227,7 @@ class _Cursor:
 
 
 def _alignment(file: MappedFile, metadata: dict[str, Any]) -> int:
-    value = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+    value = metadata.get("general.alignment", ALIGNMENT)
     if type(value) is not int or not 1 <= value <= MAX_ALIGNMENT or value & (value - 1):
         raise broken(file, f"general.alignment is {str(value)[:40]}, which is not a power of two")
     return value
