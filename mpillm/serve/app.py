@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import hmac
 import ipaddress
 import tempfile
@@ -38,6 +39,11 @@ Event = (
     tuple[int, int] | list[FinishedCompletion] | None
 )  # a choice's token, the completions, or that there are none
 Events = asyncio.Queue[Event]
+
+# What to use instead of URLs of OpenAI, Anthropic, Ollama and llama.cpp that there are not.
+OTHERS = dict.fromkeys(("/v1/responses", "/v1/messages", "/api/chat"), "/v1/chat/completions")
+OTHERS |= dict.fromkeys(("/api/generate", "/completion"), "/v1/completions")
+OTHERS |= dict.fromkeys(("/api/embed", "/embedding"), "/v1/embeddings")
 
 PAGE = Path(__file__).parent / "page"
 MAX_BODY = 32 << 20  # bytes of a request
@@ -328,11 +334,22 @@ async def _http_error(request: Request, error: Exception) -> Response:
     if error.status_code == 405:
         message = f"{path[:100]} allows {(error.headers or {})['Allow']}, not {request.method}."
     elif message == "Not Found":
-        message = f"There is no {path[:100]}; /openapi.json lists all URLs."
+        message = f"There is no {path[:100]}; {_instead(path)}"
     param, code = (error.param, error.code) if isinstance(error, answers.Refused) else (None, None)
     return JSONResponse(
         answers.error(message, error.status_code, param, code), error.status_code, error.headers
     )
+
+
+def _instead(path: str) -> str:
+    """What to ask instead of a URL that there is not."""
+    urls = [endpoint.url for endpoint in ENDPOINTS] + ["/v1/models", "/v1/files", "/v1/batches"]
+    if f"/v1{path}" in urls:
+        return f"the base URL ends in /v1, so that this becomes /v1{path}."
+    if path in OTHERS:
+        return f"use {OTHERS[path]}."
+    close = difflib.get_close_matches(path[:100], urls, n=1, cutoff=0.9)
+    return f"did you mean {close[0]}?" if close else "/openapi.json lists all URLs."
 
 
 async def _request_error(_: Request, error: Exception) -> Response:

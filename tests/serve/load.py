@@ -124,8 +124,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--against", metavar="URL", help="another server, such as http://127.0.0.1:8080")
     options = parser.parse_args()
-    bodies = mixed_bodies(options.clients, options.tokens, words=120)
-    tokens = sum(body["max_tokens"] for body in bodies)
     ratios, others = [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -134,6 +132,9 @@ def main() -> None:
             openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600) as client,
         ):
             for turn in range(options.rounds):
+                # Other prompts in each round: the server keeps those of earlier ones in its KV cache.
+                bodies = mixed_bodies(options.clients, options.tokens, words=120, seed=turn)
+                tokens = sum(body["max_tokens"] for body in bodies)
                 (folder / str(turn)).mkdir()
                 texts, seconds = batch(folder / str(turn), options.model, bodies)
                 begun = time.monotonic()

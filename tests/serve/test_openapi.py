@@ -122,7 +122,16 @@ def test_another_method_is_refused_with_those_that_there_are(
     assert answer.json()["error"]["message"].startswith(path.partition("{")[0])
 
 
-def test_a_url_that_is_not_there(server: tuple[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/v1/chats", "/openapi.json lists all URLs."),
+        ("/v1/responses", "use /v1/chat/completions."),
+        ("/v1/chat/completion", "did you mean /v1/chat/completions?"),
+        ("/chat/completions", "the base URL ends in /v1, so that this becomes /v1/chat/completions."),
+    ],
+)
+def test_a_url_that_is_not_there(server: tuple[str, Any], path: str, said: str) -> None:
     url, http = server
-    error = http.get(f"{url}/v1/chats").json()["error"]
-    assert (error["code"], error["message"]) == (None, "There is no /v1/chats; /openapi.json lists all URLs.")
+    error = http.post(f"{url}{path}").json()["error"]
+    assert (error["code"], error["message"]) == (None, f"There is no {path}; {said}")
