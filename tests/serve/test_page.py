@@ -247,6 +247,7 @@ def test_code_and_a_server_that_goes(browser: WebDriver) -> None:
         let pulls = 0;
         async function pull(stream) {  // the cut comes when what came before it is on the page
             if (!pulls++) return stream.enqueue(bytes);
+            window.busy = document.getElementById("messages").ariaBusy;
             await new Promise((done) => setTimeout(done, 300));
             stream.error(new TypeError("network error"));
         }
@@ -268,6 +269,8 @@ def test_code_and_a_server_that_goes(browser: WebDriver) -> None:
         )
         assert browser.find_elements(By.CSS_SELECTOR, ".message.error")[-1].text == said
         assert browser.find_element(By.ID, "send").is_enabled()
+    busy = browser.execute_script("return [busy, document.getElementById('messages').ariaBusy]")
+    assert busy == ["true", "false"], "a screen reader waits for the whole answer"
     (answer,) = browser.find_elements(By.CSS_SELECTOR, ".message.assistant")
     shown = f"see **this**:\n{HTML}  # {'x' * 300}\n  b\nand `that`"
     assert answer.get_property("textContent") == shown

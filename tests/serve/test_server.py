@@ -145,6 +145,7 @@ USER = b'{"messages": [{"role": "user", "content": "a"}]'
         (b"{", 400, None, None, "the body is not JSON"),
         (b"[1]", 400, None, None, "the body is not a JSON object"),
         (b'{"max_tokens": 3}', 400, "messages", None, "key 'messages' is missing"),
+        (b'{"prompt": "a"}', 400, "prompt", None, "it is for /v1/completions, and chats have messages"),
         (b'{"messages": [], "max_tokens": 3}', 400, "messages", None, "messages: expected a list"),
         (b'{"messages": [{"content": "a"}]}', 400, "messages[0]", None, "messages[0] needs a role such as 'user'"),
         (USER + b', "max_tokns": 3}', 400, "max_tokns", None, "did you mean 'max_tokens'"),

@@ -83,6 +83,7 @@ async function answer(question) {
   const thought = show("thought"), element = show("assistant", "…");
   let text = "";
   running = new AbortController();
+  $("messages").ariaBusy = "true";  // a screen reader reads the answer when it is complete
   $("stop").hidden = false;
   $("send").disabled = true;
   try {
@@ -117,6 +118,7 @@ async function answer(question) {
     $("text").value ||= messages.pop()?.content ?? "";
   }
   running = null;
+  $("messages").ariaBusy = "false";
   if (document.activeElement === $("stop")) $("text").focus();
   $("stop").hidden = true;
   $("send").disabled = false;
@@ -202,7 +204,7 @@ function fill(line, batch) {
   const bar = document.createElement("progress");
   [bar.max, bar.value, bar.ariaLabel] = [total || 1, completed + failed, "finished requests"];
   const left = batch.seconds_left === null ? "" : `, ${duration(batch.seconds_left)} left`;
-  cells[2].append(bar, ` ${completed + failed} of ${total}${failed ? `, ${failed} failed` : ""}${left}`);
+  if (total) cells[2].append(bar, ` ${completed + failed} of ${total}${failed ? `, ${failed} failed` : ""}${left}`);
   if (batch.output_file_id)
     cells[3].append(button("Answers", () => download(batch.output_file_id, `${batch.id}_output.jsonl`)));
   if (batch.error_file_id)
