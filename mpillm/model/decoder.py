@@ -93,10 +93,13 @@ class Decoder:
         self._rank.weights.note_step(seconds)
 
     def renew_weights(self) -> None:
-        """Between steps: use weights that the loader has made anew."""
-        if self._rank.weights.renew():
-            self._rank.forget_kept()
-            self._stack = None
+        """Between steps: use weights that the loader makes anew."""
+        self._rank.weights.renew(self._forget_pages)
+
+    def _forget_pages(self) -> None:
+        """Keep nothing that was made of pages."""
+        self._rank.forget_kept()
+        self._stack = None
 
     def forward(self, batch: Batch) -> Floats | None:
         """Run the step's rows through this stage: the last layer's output [m, d] on the last stage, else None."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from typing import Any
+from weakref import ReferenceType, ref
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from mpillm.partition.grid import Place
 from mpillm.weights.formats import in_place
 from mpillm.weights.formats.in_place import InPlaceLoader
 from mpillm.weights.formats.loaders import UnpackedLoader
+from mpillm.weights.io.reading import Bytes
 from mpillm.weights.page import Matrix, Page
+from mpillm.weights.paging.cache import WeightCache
 from mpillm.weights.plan import PagePlan
 from mpillm.weights.source import rank_plans
 from tests.tools.packing import expected, model_path, outcome
@@ -43,7 +46,7 @@ def test_blocks_are_used_in_place_until_they_are_packed(name: str, shards: int) 
             first = {plan.name: loader.load(plan, loader.allocate(plan, [])) for plan in common}
             renewed = {plan.name: page for plan, page in loader.renewed()}
             assert renewed
-            assert not loader.renewed()
+            assert not list(loader.renewed())
             in_blocks = 0
             for plan in common:
                 for entry in plan.entries:
@@ -82,6 +85,30 @@ def test_answers_are_the_same_while_pages_are_packed(name: str, monkeypatch: pyt
     assert outcome(model_path(name), name) == want == expected(name)
     assert len(set(given)) > 2
     assert events[:3] == ["step", "renewed", "step"]
+
+
+def test_a_page_is_dropped_before_the_next_one_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows in llama.cpp's order lie in buffers beside the file: they are not in memory twice for all layers."""
+    with closing(open_source(model_path(NAMES[0]))) as source:
+        pages = rank_plans(config_of(source), Place(0, 1, 1), source)
+        model_path(NAMES[0]).read_bytes()
+        loader = source.open_loader("auto", 2, pages, False)
+        assert isinstance(loader, InPlaceLoader)
+        with closing(WeightCache(pages, loader, sum(page.nbytes for page in pages))) as cache:
+            before = list[ReferenceType[Bytes]]()
+            for number in range(len(pages)):
+                with cache.use(number) as page:
+                    before += [ref(page.buffer)] if page.buffer.nbytes else []
+                    del page
+            left, fill = list[int](), in_place.fill
+
+            def counted(*given: Any) -> None:
+                left.append(sum(buffer() is not None for buffer in before))
+                fill(*given)
+
+            monkeypatch.setattr(in_place, "fill", counted)
+            cache.renew(lambda: None)
+            assert len(before) == left[0] > left[-1]
 
 
 def test_what_the_page_cache_lacks_is_packed_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import accumulate
@@ -80,22 +80,22 @@ class InPlaceLoader(MappingLoader):
     def load(self, plan: PagePlan, buffer: Bytes) -> Page:
         return self._laid_out(plan, buffer, self._source.in_place)
 
-    def renewed(self) -> list[tuple[PagePlan, Page]]:
+    def renewed(self) -> Iterator[tuple[PagePlan, Page]]:
         """Pack the pages that have blocks in place, the first time that this is called.
 
-        Page after page, each with all threads and after its map has gone: it is never in memory twice.
+        Page after page, each with all threads and after its map has gone: it is never in memory twice, if the one
+        before is dropped as the next one comes.
         """
-        to_pack, self._to_pack, found = self._to_pack, [], list[tuple[PagePlan, Page]]()
+        to_pack, self._to_pack = self._to_pack, []
         if not to_pack:
-            return found
+            return
         sizes = [self._beside(plan, self._for_good) for plan in to_pack]
         memory = new_buffer(sum(sizes), ALIGNMENT)
         spread(memory, self._threads)
         with ThreadPoolExecutor(self._threads, "weights-packed") as pool:
             for plan, size, end in zip(to_pack, sizes, accumulate(sizes), strict=True):
                 self._unmap(plan)
-                found.append((plan, self._laid_out(plan, memory[end - size : end], self._for_good, pool)))
-        return found
+                yield plan, self._laid_out(plan, memory[end - size : end], self._for_good, pool)
 
     def release(self, plan: PagePlan) -> None:
         """The maps go when the files are closed: the next run finds the pages where they are."""

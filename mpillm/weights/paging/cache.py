@@ -96,18 +96,17 @@ class WeightCache(Pager[T]):
         """Count uses by a caller that kept the pages, as it may do once all are in memory and stay there."""
         self.counters.hits += uses
 
-    def renew(self) -> bool:
-        """Use what the loader has made anew, between two steps; return whether there was anything."""
+    def renew(self, let_go: Callable[[], object]) -> None:
+        """Use what the loader makes anew, between two steps; `let_go` of what the caller holds of pages before."""
         if self.counters.loads < len(self.pages):
-            return False  # threads are still at it
-        renewed = self._loader.renewed()
-        for plan, page in renewed:
+            return  # threads are still at it
+        for plan, page in self._loader.renewed():
+            let_go()
             slot = self._slots[self._numbers[plan.name]]
             assert slot.page is not None
             slot.page.drop()
             slot.page = page
             slot.buffer = slot.buffer[:0]
-        return bool(renewed)
 
     def read_further_ahead(self) -> None:
         """Give up one page of the fixed part, if there is a small one, so that one more page is read ahead."""

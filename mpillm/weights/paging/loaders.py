@@ -6,7 +6,7 @@ import contextlib
 import errno
 import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Literal, Protocol
@@ -63,7 +63,7 @@ class ParallelLoader:
             self._files.extend(_Watched(file) for file in files)
             stack.pop_all()
 
-    def renewed(self) -> Sequence[tuple[PagePlan, Page]]:
+    def renewed(self) -> Iterable[tuple[PagePlan, Page]]:
         """See `Loader.renewed`."""
         return ()
 

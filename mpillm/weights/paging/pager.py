@@ -38,8 +38,11 @@ class Loader(Protocol[Loaded_co]):
     def load(self, plan: PagePlan, buffer: Bytes) -> Loaded_co:
         """Fill the page's buffer, and return what users of the page get."""
 
-    def renewed(self) -> Sequence[tuple[PagePlan, Loaded_co]]:
-        """Pages that the loader has made anew: use them instead. Called before each step but the first."""
+    def renewed(self) -> Iterable[tuple[PagePlan, Loaded_co]]:
+        """Pages that the loader makes anew, one by one: use each instead of the one before, and drop that one.
+
+        Called before each step but the first.
+        """
 
     def release(self, plan: PagePlan) -> None:
         """The page was dropped: nobody reads its bytes any more."""
@@ -62,7 +65,7 @@ class BufferLoader(Generic[T]):
     def load(self, plan: PagePlan, buffer: Bytes) -> T:
         return self._make(plan, buffer)
 
-    def renewed(self) -> Sequence[tuple[PagePlan, T]]:
+    def renewed(self) -> Iterable[tuple[PagePlan, T]]:
         return ()
 
     def release(self, plan: PagePlan) -> None:

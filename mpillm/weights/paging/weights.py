@@ -70,9 +70,9 @@ class Weights:
         """Seconds of loading so far, summed over all threads."""
         return sum(counters.load_seconds for counters in self._counters)
 
-    def renew(self) -> bool:
-        """Use pages that the loader has made anew (`Loader.renewed`); return whether there were any."""
-        return self.cycle.renew()
+    def renew(self, let_go: Callable[[], object]) -> None:
+        """Use pages that the loader makes anew (`Loader.renewed`); `let_go` of what is held of those before."""
+        self.cycle.renew(let_go)
 
     def note_step(self, seconds: float) -> None:
         """Note that a step took so long, and read further ahead if steps that mostly compute keep waiting.
