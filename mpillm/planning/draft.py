@@ -31,17 +31,18 @@ def drafts(spec: Spec, config: ModelConfig) -> bool:
     return spec.draft.model is not None and usable and not _has_states(config)
 
 
-def nbytes(spec: Spec, config: ModelConfig, asked: InputNeeds) -> int:
-    """Bytes that the draft model of a job takes at most on each rank that leads a replica, for what its input asks."""
-    return _planned(spec.draft, spec.memory.max_context, asked) if drafts(spec, config) else 0
+def nbytes(spec: Spec, config: ModelConfig, asked: InputNeeds, stages: int) -> int:
+    """Bytes that the draft model of a job takes at most on each rank that leads a replica of so many stages, for what
+    its input asks."""
+    return _planned(spec.draft, spec.memory.max_context, asked, stages) if drafts(spec, config) else 0
 
 
-@lru_cache(maxsize=1)
-def _planned(section: DraftSection, max_context: int, asked: InputNeeds) -> int:
+@lru_cache(maxsize=8)
+def _planned(section: DraftSection, max_context: int, asked: InputNeeds, stages: int) -> int:
     """Compute `nbytes`, which a plan asks for again and again."""
     assert section.model is not None
     with closing(open_described(models.path_to_plan(section.model), section.quantize, again=True)) as source:
-        return _nbytes(section, max_context, source, config_of(source), asked)
+        return _nbytes(section, max_context, source, config_of(source), asked, stages)
 
 
 def _has_states(config: ModelConfig) -> bool:
@@ -64,23 +65,33 @@ def layout_of(section: DraftSection, source: Source, config: ModelConfig) -> Cac
     return layout
 
 
-def blocks_of(section: DraftSection, max_context: int, layout: CacheLayout, asked: InputNeeds) -> int:
-    """Return the blocks of the KV cache: as many as draft.kv holds, as all sequences with drafts can use at once, or
-    as all of the input's fill, with one each for the last tokens and one for drafts behind them."""
-    groups = len(layout.windows)
-    useful = DRAWN_ROWS * blocks_needed(max_context, [0] * groups)
+def blocks_of(
+    section: DraftSection, max_context: int, layout: CacheLayout, asked: InputNeeds, stages: int
+) -> int:
+    """Return the blocks of the KV cache: as many as draft.kv holds, as all sequences with drafts use at once, or as all
+    of the input's fill, with one each for the last tokens and one for drafts behind them.
+
+    A sequence has a row of its own beside each draft, and there are steps under way for each of the stages.
+    """
+    groups, sequences = len(layout.windows), DRAWN_ROWS // 2 * stages
+    useful = sequences * blocks_needed(min(max_context, asked.longest), [0] * groups)
     if asked.lines and asked.blocks is not None:
         useful = min(useful, groups * (asked.tokens // KV_BLOCK + 2 * asked.sequences))
     return max(min(section.kv_bytes // layout.block_nbytes, useful), groups)
 
 
 def _nbytes(
-    section: DraftSection, max_context: int, source: Source, config: ModelConfig, asked: InputNeeds
+    section: DraftSection,
+    max_context: int,
+    source: Source,
+    config: ModelConfig,
+    asked: InputNeeds,
+    stages: int,
 ) -> int:
     layout = layout_of(section, source, config)
     held = [page.nbytes for page in rank_plans(config, WHOLE, source)]
     rows = memory.activations(
         activations_of(source, config), WHOLE, memory.Rows(ROWS, positions=max_context, copies=1)
     )
-    cache = blocks_of(section, max_context, layout, asked) * layout.block_nbytes
+    cache = blocks_of(section, max_context, layout, asked, stages) * layout.block_nbytes
     return sum(held) + cache + rows + memory.loaded_model(source, held)

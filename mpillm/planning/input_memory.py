@@ -51,6 +51,7 @@ TEMPLATE, CHAT = 24 * 2**20, 16
 # Tokens around what a chat says: one for so many bytes of the template, FRAMING at most, and for each message.
 TEMPLATE_TEXT, FRAMING, MESSAGE = 4, 512, 16
 
+_STRING = re.compile(rb'"[^"]*"')  # where nothing is escaped
 _NOT_ASCII, _WIDE = re.compile(rb"[\x80-\xff]|\\u"), re.compile(rb"[\xf0-\xff]|\\u[dD]")
 
 
@@ -63,7 +64,7 @@ def input_needs(
     """
     context = spec.memory.max_context
     lines = names = checking = chat = answer = choice = largest = total = prompt_tokens = 0
-    generated = longest = scored = unread = 0
+    generated = longest = scored = unread = sequence = 0
     scores, prompts, most, alike = False, 0, 0, 0
     blocks: int | None = 0
     lengths = Counter[int]()
@@ -111,6 +112,7 @@ def input_needs(
                 scored += likely * _scores(body)
                 scores |= _scores(body) or bool(body.choices)
                 prompts, most = prompts + (maximum or 0), most + (maximum or 0) + count * allowed
+                sequence = max(sequence, tokens.maximum + allowed)
                 filled = None if maximum is None else _blocks(body, count, tokens, each, spec)
                 blocks = None if blocks is None or filled is None else blocks + filled
     except OSError:
@@ -119,7 +121,7 @@ def input_needs(
         lines, total, prompt_tokens, generated, scored, blocks, tuple(sorted(lengths.items())), longest, names,
         checking, chat, answer, choice, largest,
         ARROW if needs_arrow(spec.input_path) or spec.output.format == "parquet" else 0,
-        grammars.needs(), unread, prompts, most, scores, adjusts, alike,
+        grammars.needs(), unread, prompts, most, sequence, scores, adjusts, alike,
     )  # fmt: skip
 
 
@@ -211,8 +213,9 @@ def checking_bytes(raw: bytes, context: int) -> int:
         return 0
     width = 1 if not _NOT_ASCII.search(raw) else 4 if _WIDE.search(raw) else 2  # of a character in memory
     values = BRACKET * (raw.count(b"[") + raw.count(b"{")) + COMMA * raw.count(b",") + COLON * raw.count(b":")
-    tokens = TOKEN_ID * min(length, MAX_PROMPT_TOKENS)
-    return (2 + 3 * width) * length + values + tokens + CHARACTER * min(length, encoded_at_once(context))
+    text = length if b"\\" in raw else sum(found.end() - found.start() for found in _STRING.finditer(raw))
+    tokens = TOKEN_ID * min(text + raw.count(b",") + 1, MAX_PROMPT_TOKENS)
+    return (2 + 3 * width) * length + values + tokens + CHARACTER * min(text, encoded_at_once(context))
 
 
 def _asked(body: Body, spec: Spec, hidden: int, length: int) -> tuple[int, int, int]:

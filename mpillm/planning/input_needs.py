@@ -44,7 +44,8 @@ class InputNeeds:
     grammars: GrammarNeeds = NO_GRAMMARS
     unread: int = 0  # of the lines: they are errors already
     prompts: int = 0  # tokens of all prompts at most, if `blocks` is known,
-    tokens: int = 0  # and of all sequences
+    tokens: int = 0  # and of all sequences,
+    longest: int = sys.maxsize  # and of one of them
     scores: bool = False  # some line asks for logits of more than the last token of a prompt
     adjusts: bool = True  # some line may have tokens drawn from other logits than the model's
     alike: int = sys.maxsize  # sequences, at most, whose first block is an earlier one's as well

@@ -91,7 +91,7 @@ class Planner:
         kept = 0 if number else asked.kept(step.sequences * replica.stages, config.vocab)
         cached = capacity, n_blocks, caches[0].windows
         rows = memory.step_rows(asked, spec, config, step, cached, replica.stages, any(read))
-        drafting = draft.nbytes(spec, config, asked)
+        drafting = draft.nbytes(spec, config, asked, replica.stages)
         plans = [
             _rank(
                 one,

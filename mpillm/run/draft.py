@@ -32,11 +32,12 @@ def open_draft_model(
     threads: int,
     stack: ExitStack,
     asked: InputNeeds,
+    stages: int,
 ) -> DraftModel | None:
     """Open the job's draft model for the model `large`; return None if the job has none.
 
-    `stack` closes what must be closed; `asked` are the needs of the input. Raises JobError if the draft model cannot
-    draft for the model.
+    `stack` closes what must be closed; `asked` are the needs of the input, `stages` those of the replica. Raises
+    JobError if the draft model cannot draft for the model.
     """
     if not drafts(spec, config):
         return None
@@ -52,7 +53,7 @@ def open_draft_model(
         chosen=own.expert_share,
     )
     stack.callback(weights.close)
-    n_blocks = blocks_of(spec.draft, spec.memory.max_context, layout, asked)
+    n_blocks = blocks_of(spec.draft, spec.memory.max_context, layout, asked, stages)
     kv = KVCache(layout, n_blocks)
     stack.callback(kv.close)
     counters = MessageCounters()

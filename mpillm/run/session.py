@@ -241,7 +241,14 @@ class Session:
         if self.place.rank:
             return None
         return draft.open_draft_model(
-            self.spec, self.source, self.config, self.world, self.threads, self._open_files, self.needs
+            self.spec,
+            self.source,
+            self.config,
+            self.world,
+            self.threads,
+            self._open_files,
+            self.needs,
+            self.place.stages,
         )
 
     @cached_property

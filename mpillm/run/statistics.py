@@ -74,7 +74,7 @@ def _planned_memory(session: Session) -> memory.RankMemory:
     return memory.RankMemory(
         weights=min(weights.total, weights.budget),
         adapters=session.adapters.nbytes(place),
-        draft=0 if place.rank else draft.nbytes(session.spec, config, session.needs),
+        draft=0 if place.rank else draft.nbytes(session.spec, config, session.needs, place.stages),
         kv=cache_in_memory(session.spec, session.caches[place.rank], *needed, capacity.blocks),
         activations=memory.activations(session.activations, place, rows),
         process=memory.process(session.source, config, place, pages, kept, later, streams),

@@ -15,10 +15,22 @@ from mpillm.batch.endpoints.prompts import MAX_ANSWER
 from mpillm.kernels import KV_BLOCK
 from mpillm.planning.answer_length import UNKNOWN, decisions, longest_match
 from mpillm.planning.grammar_memory import HELD, REMAINDER, WORD, compiled_bytes
-from mpillm.planning.input_memory import ARROW, CHAT, LOGPROB, NAMES, PROMPT, TEMPLATE, input_needs
+from mpillm.planning.input_memory import (
+    ARROW,
+    CHARACTER,
+    CHAT,
+    LOGPROB,
+    NAMES,
+    PROMPT,
+    TEMPLATE,
+    TOKEN_ID,
+    checking_bytes,
+    input_needs,
+)
 from mpillm.planning.input_needs import COPIES, WRITTEN, InputNeeds, line_bytes
 from mpillm.planning.limits import CacheCapacity, StepSize
 from mpillm.planning.token_count import Around
+from mpillm.text.bounds import CHUNK
 from mpillm.text.constrain import CACHED
 
 EACH = line_bytes(1) + WRITTEN
@@ -274,3 +286,15 @@ def test_texts_of_pairs_are_counted_where_they_are_read_apart(
     )  # fmt: skip
     assert asked.blocks == 0
     assert input_needs(job, 64, load=Bytes).blocks is None  # type: ignore[arg-type, unused-ignore]
+
+
+def test_only_texts_are_tokenized_while_a_line_is_checked() -> None:
+    """A prompt of 12,000 ids takes a fifth at most of what a text of as many bytes may take."""
+    ids = json.dumps({"prompt": [1000 + n for n in range(12_000)], "user": "a"}).encode()
+    text = json.dumps({"prompt": ("1000, " * 12_000)}).encode()
+    of_ids, of_text = checking_bytes(ids, 12_288), checking_bytes(text, 12_288)
+    assert 12_000 * TOKEN_ID < of_ids < of_text / 5
+    assert of_text > CHARACTER * CHUNK
+    escaped = ids.replace(b'"a"', b'"\\""')
+    assert checking_bytes(escaped, 12_288) > CHARACTER * CHUNK, "where a text ends is not looked for"
+    assert checking_bytes(b'{"prompt": [1, 2]}', 12_288) == 0
