@@ -98,7 +98,7 @@ def test_a_page_is_dropped_before_the_next_one_is_packed(monkeypatch: pytest.Mon
             before = list[ReferenceType[Bytes]]()
             for number in range(len(pages)):
                 with cache.use(number) as page:
-                    before += [ref(page.buffer)] if page.buffer.nbytes else []
+                    before += [ref(page.buffer.base)] if page.buffer.nbytes else []
                     del page
             left, fill = list[int](), in_place.fill
 

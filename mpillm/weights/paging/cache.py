@@ -13,6 +13,8 @@ from collections.abc import Callable, Container, Sequence
 from types import TracebackType
 from typing import Generic, Literal
 
+import numpy as np
+
 from mpillm.errors import JobError
 from mpillm.weights.io.reading import Bytes
 from mpillm.weights.paging.pager import Loader, Pager, Slot, T
@@ -106,7 +108,7 @@ class WeightCache(Pager[T]):
             assert slot.page is not None
             slot.page.drop()
             slot.page = page
-            slot.buffer = slot.buffer[:0]
+            slot.buffer = np.empty(0, np.uint8)  # no view: it would keep all of it
 
     def read_further_ahead(self) -> None:
         """Give up one page of the fixed part, if there is a small one, so that one more page is read ahead."""
