@@ -80,6 +80,7 @@ def fill(
     neighbours in the file are read together, up to `chunk` bytes. Each thread of the pool packs chunks of its own:
     threads that share a chunk would wait for one another all the time.
     """
+    groups = list(groups)
     work = list(_tasks(groups, source, chunk))
     if pool is None or len(work) == 1:
         for task in work:
@@ -89,6 +90,9 @@ def fill(
     wait(tasks)  # all of them, even if one fails: they write to what the caller gave
     for done in tasks:
         done.result()
+    # A thread maps more than it reads, also of what another one has released.
+    for key in {entries[0][0].key for entries in groups}:
+        source.release(key)
 
 
 class _Portion(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
 from weakref import ReferenceType, ref
@@ -14,13 +15,15 @@ from mpillm.model.batch import Batch
 from mpillm.model.decoder import Decoder
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition.grid import Place
+from mpillm.weights import fill
 from mpillm.weights.formats import in_place
 from mpillm.weights.formats.in_place import InPlaceLoader
 from mpillm.weights.formats.loaders import UnpackedLoader
-from mpillm.weights.io.reading import Bytes
+from mpillm.weights.io.reading import Bytes, new_buffer
 from mpillm.weights.page import Matrix, Page
 from mpillm.weights.paging.cache import WeightCache
-from mpillm.weights.plan import PagePlan
+from mpillm.weights.plan import ALIGNMENT, PagePlan
+from mpillm.weights.roles import Key
 from mpillm.weights.source import rank_plans
 from tests.tools.packing import expected, model_path, outcome
 
@@ -100,15 +103,27 @@ def test_a_page_is_dropped_before_the_next_one_is_packed(monkeypatch: pytest.Mon
                 with cache.use(number) as page:
                     before += [ref(page.buffer.base)] if page.buffer.nbytes else []
                     del page
-            left, fill = list[int](), in_place.fill
+            left, filled = list[int](), in_place.fill
 
             def counted(*given: Any) -> None:
                 left.append(sum(buffer() is not None for buffer in before))
-                fill(*given)
+                filled(*given)
 
             monkeypatch.setattr(in_place, "fill", counted)
             cache.renew(lambda: None)
             assert len(before) == left[0] > left[-1]
+
+
+def test_threads_that_pack_a_page_leave_nothing_of_it_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that reads the end of its piece maps what another one has released: all is released behind the last one."""
+    with closing(open_source(model_path(NAMES[0]))) as source, ThreadPoolExecutor(2) as pool:
+        released = list[tuple[Key, Any]]()
+        monkeypatch.setattr(source, "release", lambda key, rows=None: released.append((key, rows)))
+        plan = next(page for page in rank_plans(config_of(source), Place(0, 1, 1), source) if page.entries)
+        fill.load(plan, source, new_buffer(plan.nbytes, ALIGNMENT), pool, 4096)
+        whole = {(entry.key, None) for entry in plan.entries}
+        assert len(whole) > 2
+        assert whole == set(released[-len(whole) :])
 
 
 def test_what_the_page_cache_lacks_is_packed_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
