@@ -63,6 +63,7 @@ SYSTEM = {
     "apt",
     "pip",
     "python3",
+    "sudo",
     ".",
 }
 MADE_UP = {"JOB.toml", "hosts", "records.jsonl"}

@@ -5,12 +5,16 @@ This module alone is loaded before the environment has been looked at; `commands
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
 from mpillm.cli.environment import prepare
 from mpillm.cli.streams import unfailing
-from mpillm.errors import JobError, MpillmError, of_system
+from mpillm.comm import launch
+from mpillm.errors import Interrupted, JobError, MpillmError, of_system
+
+EARLY = "Stopped before anything was computed; run the same command again."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,7 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return commands.run(arguments)
         except MpillmError as error:
             sentence, code = str(error), error.exit_code
-        except (Exception, KeyboardInterrupt) as error:
+        except KeyboardInterrupt:  # until ranks have met; then signals are answered by `running`
+            started = launch.launched_by(os.environ)
+            sentence, code = EARLY, Interrupted.exit_code
+            launch.end_all(started, code, os.environ)
+            if started is not None and started.rank:
+                return code
+        except Exception as error:
             told = of_system(error)
             if told is None:
                 raise

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Sequence
 
 RANKS_OF_LAUNCHERS = ("-n", "-np", "--np", "--ranks")
-UNDER_MPIEXEC = ("bench", "chat", "doctor", "pack", "serve")
+WITH_RANKS = ("bench", "chat", "doctor", "pack", "run", "serve")
 # A run goes on by itself, and never overwrites another one's answers.
 GOING_ON = ("--resume", "--continue", "--restart", "--force", "--overwrite")
 OF_SLURM = {
@@ -25,7 +25,7 @@ ELSEWHERE = {
     ),
     **dict.fromkeys(("--system", "--system-prompt"), "type /system TEXT in the conversation of mpillm chat"),
     "--stream": "chat and serve stream; a run writes finished answers to results.jsonl",
-    "--workers": "one process serves all clients; for more speed type mpiexec -n N python -m mpillm serve",
+    "--workers": "one process serves all clients; for more speed type mpillm launch -n N serve",
 }  # fmt: skip
 
 
@@ -44,11 +44,10 @@ def sentence(
         name, equals, value = word.partition("=")
         following = words[words.index(word) + 1 :]
         value = value if equals or not following else following[0]
-        if name in RANKS_OF_LAUNCHERS and command == "run":
-            return f"the launcher sets the number of ranks; type mpillm launch -n {value or 'N'} run ..."
-        if name in RANKS_OF_LAUNCHERS and command in UNDER_MPIEXEC:
-            started = f"mpiexec -n {value or 'N'} python -m mpillm {command}"
-            return f"the launcher sets the number of ranks; type {started} ..."
+        if name in RANKS_OF_LAUNCHERS and command in WITH_RANKS:
+            return (
+                f"the launcher sets the number of ranks; type mpillm launch -n {value or 'N'} {command} ..."
+            )
         if command == "run" and name in OF_SLURM:
             typed = f"{name}={value}" if value and not value.startswith("-") else name
             return f"{name} is an option of Slurm; type it before the script: sbatch {typed} slurm/one-node.sbatch ..."

@@ -1,8 +1,9 @@
-"""`mpillm launch` on the command line: a supervisor that starts mpiexec."""
+"""`mpillm launch` on the command line: a supervisor that starts mpiexec for a run, and mpiexec for other commands."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ from mpillm.errors import JobError, MpillmError
 
 if TYPE_CHECKING:
     from mpillm.spec import Spec
+
+ONCE = ("doctor", "chat", "serve", "bench", "pack")  # commands with ranks that nothing starts again
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -39,16 +42,27 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="WORD",
         help="a further option for mpiexec; may be repeated",
     )
-    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="run ...", help="as for mpillm run")
+    parser.add_argument(
+        "words",
+        nargs=argparse.REMAINDER,
+        metavar="COMMAND ...",
+        help=f"run, which is started again after a failure, or {', '.join(ONCE[:-1])} or {ONCE[-1]}",
+    )
 
 
-def run(options: argparse.Namespace, read: Callable[[list[str]], Spec], started: Launch | None) -> int:
-    """Run the supervisor and return the exit code. `read` makes a job of the words after `launch`.
+def run(
+    options: argparse.Namespace,
+    check: Callable[[list[str]], object],
+    read: Callable[[list[str]], Spec],
+    started: Launch | None,
+) -> int:
+    """Run the supervisor and return the exit code, or become mpiexec if the command is no run.
 
-    `started` says what has started this process as one of several.
+    `check` parses the words after `launch`, and `read` makes a job of them. `started` says what has started this
+    process as one of several.
     """
     # Imported here, because ranks must not load this before their threads are known.
-    from mpillm.launching import mpiexec
+    from mpillm.launching import mpiexec, reach
     from mpillm.launching.supervisor import Supervisor
 
     if started is not None and started.size > 1:
@@ -58,29 +72,35 @@ def run(options: argparse.Namespace, read: Callable[[list[str]], Spec], started:
             )
         return 2
     try:
-        if options.words[:1] != ["run"]:
-            raise JobError(_no_run(options.words, options.ranks or 2))
+        command = options.words[:1]
+        if command not in (["run"], *([name] for name in ONCE)):
+            raise JobError(_no_command(options.words, options.ranks or 2))
         if options.ranks is None and options.hostfile is None:
             raise JobError(
-                "launch needs a number of ranks or machines: mpillm launch -n 2 run, or --hostfile FILE."
+                f"launch needs a number of ranks or machines: mpillm launch -n 2 {command[0]}, or --hostfile FILE."
             )
         if options.ranks is not None and options.ranks < 1:
             raise JobError(f"-n {options.ranks} is not a number of ranks.")
         settings = mpiexec.Settings(options.ranks, options.hostfile, options.agent, tuple(options.mpi_option))
         program = mpiexec.program(options.words)
+        if command != ["run"]:
+            check(options.words)
+            hosts = reach.answering(settings, _say)
+            sys.stderr.flush()
+            mpiexec.become(library(), settings, hosts, program)
         return Supervisor(read(options.words), library(), settings, program, _say).run()
     except MpillmError as error:
         _say(str(error))
         return error.exit_code
 
 
-def _no_run(words: list[str], ranks: int) -> str:
-    """A sentence on words that do not begin with `run`."""
+def _no_command(words: list[str], ranks: int) -> str:
+    """A sentence on words that do not begin with a command that launch starts."""
     if words and words[0].endswith(".toml"):
         return f"launch needs the command before the job: mpillm launch -n {ranks} run {words[0]}."
-    if words and words[0] in ("doctor", "serve", "chat", "bench", "pack"):
-        return f"launch starts only runs; type mpiexec -n {ranks} python -m mpillm {' '.join(words)}."
-    return "launch starts runs: mpillm launch -n 2 run JOB.toml."
+    if words and not words[0].startswith("-"):
+        return f"launch starts run, {', '.join(ONCE[:-1])} and {ONCE[-1]}; type mpillm {shlex.join(words)} without it."
+    return "launch needs a command: mpillm launch -n 2 run JOB.toml."
 
 
 def _say(line: str) -> None:

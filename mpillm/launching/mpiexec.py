@@ -9,10 +9,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
 from mpillm.comm.launch import Library
+from mpillm.launching.hostfile import HostSlots
 
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
@@ -28,12 +30,13 @@ class Settings:
 
 
 def command(
-    library: Library, settings: Settings, ranks: int, hostfile: Path | None, folder: Path
+    library: Library, settings: Settings, ranks: int, hostfile: Path | None, folder: Path | None
 ) -> list[str]:
     """mpiexec with what this MPI needs: more ranks than cores allowed, nothing bound to one core, the agent.
 
     Where it can (Open MPI 5), it lets the others go on when a rank dies, and keeps its session in `folder`: in the
-    system's folder for temporary files, what a killed mpiexec left stops a later one that has its process id.
+    system's folder for temporary files, what a killed mpiexec left stops a later one that has its process id. Without
+    a folder it uses the system's.
     """
     mpiexec = str(library.mpiexec() or "mpiexec")
     if library.name == "MPICH":
@@ -42,10 +45,25 @@ def command(
     else:
         words = [mpiexec, "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none"]
         if library.version >= (5,):
-            words += ["--with-ft", "ulfm", "--prtemca", "prte_local_tmpdir_base", str(folder)]
+            words += ["--with-ft", "ulfm"]
+            words += ["--prtemca", "prte_local_tmpdir_base", str(folder)] if folder else []
         words += ["--hostfile", str(hostfile)] if hostfile else []
         words += ["--prtemca", "plm_ssh_agent", settings.agent] if settings.agent != "ssh" else []
     return [*words, *settings.mpi_options, "-n", str(ranks)]
+
+
+def become(
+    library: Library, settings: Settings, hosts: Sequence[HostSlots], program: Sequence[str]
+) -> NoReturn:
+    """Become mpiexec, which has this process's terminal and signals: nothing starts its ranks again."""
+    ranks = sum(host.slots for host in hosts) or settings.ranks or 1
+    words = command(library, settings, ranks, None, None)
+    if hosts:
+        named = ",".join(f"{host.name}:{host.slots}" for host in hosts)
+        words[1:1] = ["-hosts" if library.name == "MPICH" else "--host", named]
+    if os.geteuid() == 0:
+        os.environ.update(AS_ROOT)
+    os.execvp(words[0], [*words, *program])
 
 
 def program(arguments: Sequence[str]) -> list[str]:

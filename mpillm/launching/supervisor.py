@@ -14,7 +14,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 
@@ -22,9 +21,9 @@ import psutil
 
 from mpillm.comm.launch import Library
 from mpillm.errors import Interrupted, JobError, LayoutError
-from mpillm.launching.hostfile import HostSlots, hostfile_text, read_hosts, write_hosts
+from mpillm.launching.hostfile import HostSlots, hostfile_text, write_hosts
 from mpillm.launching.mpiexec import AS_ROOT, Settings, command, end_session
-from mpillm.launching.reach import why_silent
+from mpillm.launching.reach import answering, silent_hosts
 from mpillm.planning import plan
 from mpillm.spec import Spec
 from mpillm.store.directory import Directory
@@ -108,7 +107,7 @@ class Supervisor:
     def _until_complete(self, folder: Path) -> int:
         fruitless, first = 0, True
         while True:
-            hosts = self._hosts()
+            hosts = answering(self._settings, self._say)
             ranks = ranks_that_work(self._spec, sum(host.slots for host in hosts) if hosts else self._ranks)
             size = self._journal_size()
             code, grown = self._once(ranks, hosts, folder)
@@ -152,23 +151,6 @@ class Supervisor:
             return (self._spec.output_path / JOURNAL).stat().st_size
         return 0
 
-    def _hosts(self) -> list[HostSlots]:
-        """The hosts of the hostfile that answer; all of them if none does, for then mpiexec shall say why."""
-        if self._settings.hostfile is None:
-            return []
-        hosts = read_hosts(self._settings.hostfile)
-        silent = self._silent(hosts)
-        for host, why in silent.items():
-            self._say(f"The host {host} does not answer ({why}); continuing without it.")
-        return [host for host in hosts if host.name not in silent] or hosts
-
-    def _silent(self, hosts: list[HostSlots]) -> dict[str, str]:
-        """The names of the hosts that do not answer, and why each does not."""
-        names = [host.name for host in hosts]
-        with ThreadPoolExecutor(min(64, len(names) or 1)) as pool:
-            why = pool.map(lambda name: why_silent(self._settings.agent, name), names)
-            return {name: reason for name, reason in zip(names, why, strict=True) if reason}
-
     def _once(self, ranks: int, hosts: list[HostSlots], folder: Path) -> tuple[int, bool]:
         """One start; mpiexec's exit code, and whether it was stopped because the hostfile has changed."""
         known, size = self._hostfile_text(), self._journal_size()
@@ -201,7 +183,7 @@ class Supervisor:
                     # While its daemons start, Open MPI waits for ever for a host that is lost.
                     if not seen and now - asked > ASK:
                         asked = now
-                        if self._silent(hosts):
+                        if silent_hosts(self._settings.agent, hosts):
                             give_up = now
                 if (self._told or changed) and give_up == float("inf"):
                     if not self._told:

@@ -20,10 +20,10 @@ SETS = {
 }
 NEXT = {
     "docs": ["begin with {0}/index.md"],
-    "job": ["mpiexec -n 2 python -m mpillm run {0}/quickstart.toml"],
+    "job": ["mpillm launch -n 2 run {0}/quickstart.toml"],
     "hostfile": [
-        "put your machines' names into {0}/openmpi.hosts (Open MPI) or {0}/mpich.hosts (MPICH), then:",
-        "mpiexec --hostfile {0}/openmpi.hosts -x PATH --bind-to none -n 4 python -m mpillm doctor",
+        "put your machines' names into {0}/openmpi.hosts, then, with either MPI:",
+        "mpillm launch --hostfile {0}/openmpi.hosts doctor",
     ],
     "slurm": ["cd {0} && sbatch slurm/one-node.sbatch jobs/quickstart.toml"],
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 import h5py
 import pytest
 
+from mpillm.cli import commands, main
 from mpillm.errors import of_system
 from mpillm.store import report
 from tests.conftest import HANGS, clean_environment
@@ -129,3 +130,23 @@ def test_what_the_system_refused() -> None:
         assert found.exit_code == code
     for error in (OSError(2, "No such file"), RuntimeError("else"), ValueError("can't start new thread")):
         assert of_system(error) is None
+
+
+@pytest.mark.parametrize(("rank", "said"), [(None, 1), ("0", 1), ("1", 0)])
+def test_ctrl_c_while_it_starts(
+    rank: str | None, said: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before ranks have met nothing else answers it; a sentence of rank 0, and no traceback."""
+
+    def stopped(arguments: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "run", stopped)
+    for name in ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_RANK", "PMI_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    if rank is not None:
+        monkeypatch.setenv("PMI_RANK", rank)
+        monkeypatch.setenv("PMI_SIZE", "2")
+    assert main(["run"]) == 75
+    sentence = "mpillm: Stopped before anything was computed; run the same command again.\n"
+    assert capsys.readouterr().err == sentence * said

@@ -22,13 +22,15 @@ MISTAKES = {
     "a model that is not there": ("pull nosuch", "it has smollm2-135m, qwen3-0.6b"),
     "launch without ranks": ("launch run", "mpillm launch -n 2 run, or --hostfile FILE"),
     "a job at launch": ("launch -n 2 a.toml", "the command before the job: mpillm launch -n 2 run a.toml."),
-    "launch of a check": ("launch -n 3 doctor", "type mpiexec -n 3 python -m mpillm doctor."),
-    "launch of something else": ("launch -n 2 plan", "launch starts runs: mpillm launch -n 2 run JOB.toml"),
     "an origin": (
         "serve --allowed-origins http://localhost:3000/page",
         "http://localhost:3000/page is not an origin; write http://HOST:PORT, or * for all pages",
     ),
     "origins as vLLM has them": ("serve --allowed-origins [\"*\"]", "is not an origin; write http://HOST:PORT"),
+    "launch of nothing": ("launch -n 2", "launch needs a command: mpillm launch -n 2 run JOB.toml."),
+    "launch of something else": ("launch -n 2 plan a.toml", "bench and pack; type mpillm plan a.toml without it."),
+    "launch of a check without ranks": ("launch doctor", "mpillm launch -n 2 doctor, or --hostfile FILE"),
+    "an option at launch": ("launch -n 2 chat --modle x", "there is no option --modle; did you mean --model?"),
     "a port": ("serve --port 99999", "99999 is not a port; ports are 0 (any free one) to 65535"),
     "a size": ("plan --memory lots", "'lots' is not a size"),
     "a dash": ("run --max-tokns 5", "did you mean --set sampling.max_tokens=5?"),
@@ -77,8 +79,8 @@ MISTAKES = {
     "streaming": ("run --stream", "a run writes finished answers to results.jsonl"),
     "a system message": ("chat --system kind", "type /system TEXT in the conversation"),
     "a message": ("chat 'Why is it so?'", "run mpillm chat, and type it there"),
-    "workers": ("serve --workers 4", "for more speed type mpiexec -n N python -m mpillm serve"),
-    "ranks of a check": ("doctor --ranks 2", "type mpiexec -n 2 python -m mpillm doctor"),
+    "workers": ("serve --workers 4", "for more speed type mpillm launch -n N serve"),
+    "ranks of a check": ("doctor --ranks 2", "type mpillm launch -n 2 doctor"),
     "mpiexec's way": ("launch -np 2 run", "there is no option -np; type -n N"),
     "an input from the web": (
         "run --input https://a.b/c.jsonl --output out", "https://a.b/c.jsonl is a URL; download it first"

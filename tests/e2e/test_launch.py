@@ -16,6 +16,7 @@ import pytest
 
 from tests.conftest import HANGS, Mpi, run_bounded
 from tests.e2e.jobs import command, mixed_lines, run, write_lines
+from tests.model.golden import model_path
 
 pytestmark = pytest.mark.mpiexec
 SETTINGS = ["batch.max_num_seqs=2"]
@@ -130,7 +131,10 @@ def test_who_stops_the_supervisor_stops_the_run(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["-n", "2", "plan"], "launch starts runs"),
+        (
+            ["-n", "2", "plan"],
+            "launch starts run, doctor, chat, serve, bench and pack; type mpillm plan without it.",
+        ),
         (["-n", "0", "run"], "-n 0 is not a number of ranks"),
         (["--hostfile", "/nowhere", "run"], "The hostfile /nowhere cannot be read"),
     ],
@@ -139,6 +143,21 @@ def test_mistakes_are_not_repeated(openmpi: Mpi, words: list[str], said: str) ->
     done = run_bounded([sys.executable, "-m", "mpillm", "launch", *words], env=openmpi.environment())
     assert done.returncode == 2
     assert said in done.stderr
+
+
+def test_a_check_is_started_once_on_the_hosts_of_a_hostfile(mpi: Mpi, tmp_path: Path) -> None:
+    """mpiexec's words for both MPIs; exit codes are those of the ranks, and no banner follows."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("localhost slots=2\n")
+    words = [sys.executable, "-m", "mpillm", "launch", "--hostfile", str(hosts), "doctor", "--model"]
+    done = run_bounded([*words, model_path("chat")], env=mpi.environment())
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks on 1 host" in done.stdout
+    assert "is bound to" not in done.stdout
+    done = run_bounded([*words, tmp_path / "nosuch"], env=mpi.environment())
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "nosuch does not exist" in done.stderr
 
 
 def test_a_launch_by_a_launcher(openmpi: Mpi) -> None:

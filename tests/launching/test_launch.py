@@ -8,7 +8,7 @@ import pytest
 
 from mpillm.comm.launch import Library
 from mpillm.errors import JobError, LayoutError
-from mpillm.launching import mpiexec, supervisor
+from mpillm.launching import mpiexec, reach, supervisor
 from mpillm.launching.hostfile import HostSlots, read_hosts, write_hosts
 from mpillm.launching.mpiexec import Settings
 from mpillm.launching.reach import why_silent
@@ -62,6 +62,22 @@ def test_the_words_for_each_mpi() -> None:
     ]
 
 
+@pytest.mark.parametrize(("library", "named"), [(OPENMPI, "--host"), (MPICH, "-hosts")])
+def test_other_commands_become_mpiexec(
+    library: Library, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    became: list[list[str]] = []
+    monkeypatch.setattr(mpiexec.os, "execvp", lambda file, words: became.append(words))
+    hosts = [HostSlots("pi1", 1), HostSlots("pi2", 2)]
+    for settings, listed in ((Settings(ranks=2), []), (Settings(hostfile=tmp_path), hosts)):
+        mpiexec.become(library, settings, listed, ["python", "chat"])
+    here, there = became
+    assert here[-4:] == ["-n", "2", "python", "chat"]
+    assert there[1:3] == [named, "pi1:1,pi2:2"]
+    assert there[-4:] == ["-n", "3", "python", "chat"]
+    assert "prte_local_tmpdir_base" not in there  # nobody would remove it
+
+
 @pytest.mark.parametrize(
     ("script", "why"),
     [
@@ -102,7 +118,7 @@ def test_a_host_that_is_lost_while_ranks_start(tmp_path: Path, monkeypatch: pyte
     """Open MPI waits for ever for the daemon of a host that was switched off just then."""
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
     answers = iter(["", "", "", "Connection timed out"])  # of two hosts, asked twice
-    monkeypatch.setattr(supervisor, "why_silent", lambda agent, host: next(answers))
+    monkeypatch.setattr(reach, "why_silent", lambda agent, host: next(answers))
     monkeypatch.setattr(supervisor, "command", lambda *words: ["sleep", "1000"])
     for name in ("WATCH", "ASK", "LOOK"):
         monkeypatch.setattr(supervisor, name, 0.1)
