@@ -44,7 +44,7 @@ from mpillm.spec import Spec, tightest
 from mpillm.store.records import UsedLayout
 from mpillm.text import Tokenizer, load_tokenizer
 from mpillm.weights.finite import check_vectors
-from mpillm.weights.identity import Watch, summed
+from mpillm.weights.identity import Watch, contents, summed
 from mpillm.weights.io.lost_pages import say_when_lost
 from mpillm.weights.paging.weights import Weights, check_budget, streamed
 from mpillm.weights.source import rank_plans
@@ -104,9 +104,9 @@ class Session:
             self.planner = Planner(self.source, self.config)
             self.watch = origin.watch if origin is not None else Watch(self.source, self.adapters.files)
             self.watch.check()
-            self.fingerprint = summed(self.watch.files)
         self._same_model()
         self.model = origin.model if origin is not None else world.bcast(self.watch.files)
+        self.fingerprint = summed(self.model)
         states = sorted(set(world.gather(self.watch.state)))
         self.model_state = origin.model_state if origin is not None else "+".join(states)
 
@@ -274,12 +274,13 @@ class Session:
     def _same_model(self) -> None:
         """Raise ModelError if the ranks do not have the same model."""
         world = self.world
-        prints = world.gather(self.fingerprint)
-        first_size, first_hash = prints[0]
-        for rank, (size, digest) in enumerate(prints):
-            if (size, digest) != prints[0]:
+        found = world.gather((contents(self.watch.files), str(self.source.path)))
+        first_size, first_hash = first = found[0][0]
+        for rank, (each, path) in enumerate(found):
+            if each != first:
+                size, digest = each
                 raise ModelError(
-                    f"Rank {rank} on {world.hosts[rank]} sees another model at {self.source.path} ({size} bytes, "
+                    f"Rank {rank} on {world.hosts[rank]} sees another model at {path} ({size} bytes, "
                     f"hash {digest[:12]}) than rank 0 on {world.hosts[0]} ({first_size} bytes, hash "
                     f"{first_hash[:12]}); put the same files on every node."
                 )

@@ -54,6 +54,18 @@ def test_every_file_that_decides_an_answer_counts(model: Path, name: str) -> Non
     assert [key for key in after if after[key] != before.get(key)] == [name]
 
 
+def test_a_model_under_another_name_is_the_same(tmp_path: Path) -> None:
+    """A table by host may name one file twice; another content is another model under any name."""
+    path = CHAT / "model.safetensors"
+    prints = []
+    for name, extra in (("a.safetensors", b""), ("b.safetensors", b""), ("b.safetensors", b" ")):
+        (tmp_path / name).write_bytes(path.read_bytes() + extra)
+        file = identity._identify(tmp_path / name, None)
+        prints.append(identity.contents({name: file}))
+    assert prints[0] == prints[1]
+    assert prints[1] != prints[2]
+
+
 def test_small_tensors_count_whole_and_large_ones_by_samples_and_time(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
