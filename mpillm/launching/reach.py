@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +14,7 @@ from mpillm.launching.hostfile import HostSlots, read_hosts
 from mpillm.launching.mpiexec import Settings
 
 ANSWER = 10.0  # seconds for a host to answer
+ABSENT = "mpillm-absent"  # what a host without this Python answers
 
 
 def answering(settings: Settings, say: Callable[[str], None]) -> list[HostSlots]:
@@ -22,12 +24,12 @@ def answering(settings: Settings, say: Callable[[str], None]) -> list[HostSlots]
     hosts = read_hosts(settings.hostfile)
     silent = silent_hosts(settings.agent, hosts)
     for host, why in silent.items():
-        say(f"The host {host} does not answer ({why}); continuing without it.")
+        say(f"The host {host} {why}; continuing without it.")
     return [host for host in hosts if host.name not in silent] or hosts
 
 
 def silent_hosts(agent: str, hosts: Sequence[HostSlots]) -> dict[str, str]:
-    """The names of the hosts that do not answer, and why each does not."""
+    """The names of the hosts that cannot take ranks, and why each cannot."""
     names = [host.name for host in hosts]
     with ThreadPoolExecutor(min(64, len(names) or 1)) as pool:
         why = pool.map(lambda name: why_silent(agent, name), names)
@@ -35,7 +37,10 @@ def silent_hosts(agent: str, hosts: Sequence[HostSlots]) -> dict[str, str]:
 
 
 def why_silent(agent: str, host: str) -> str:
-    """Why a host does not answer, as the agent (AGENT HOST COMMAND starts a command there) says it; else nothing."""
+    """Why a host takes no ranks, as the agent (AGENT HOST COMMAND starts a command there) says it; else nothing.
+
+    Without this Python there, Open MPI would end all ranks, and MPICH would wait for the host.
+    """
     if host in ("localhost", "127.0.0.1", socket.gethostname(), *own_addresses()):
         return ""
     words = shlex.split(agent)
@@ -43,20 +48,21 @@ def why_silent(agent: str, host: str) -> str:
         words += ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={ANSWER / 2:.0f}"]
     try:
         done = subprocess.run(
-            [*words, host, "true"],
+            [*words, host, f"test -x {shlex.quote(sys.executable)} || echo {ABSENT}"],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             timeout=ANSWER,
             check=False,
             text=True,
             errors="replace",
         )
     except subprocess.TimeoutExpired:
-        return f"{words[0]} did not finish within {ANSWER:.0f} s"
+        return f"does not answer ({words[0]} did not finish within {ANSWER:.0f} s)"
     except OSError as error:
-        return f"{words[0]}: {error.strerror}"
+        return f"does not answer ({words[0]}: {error.strerror})"
+    if ABSENT in done.stdout:
+        return f"has no {sys.executable}: install mpillm there, in the same directory"
     if not done.returncode:
         return ""
     said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return said[-1].rstrip(".") if said else f"{words[0]} ended with {done.returncode}"
+    return f"does not answer ({said[-1].rstrip('.') if said else f'{words[0]} ended with {done.returncode}'})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,23 +83,28 @@ def test_other_commands_become_mpiexec(
     ("script", "why"),
     [
         ("exit 0", ""),
+        ('shift; sh -c "$*"', ""),
+        (
+            'echo Welcome; shift; sh -c "$(echo "$*" | sed s/-x/-d/)"',
+            "has no {python}: install mpillm there, in the same directory",
+        ),
         (
             "echo Warning: a banner. >&2; echo ssh: connect to host $1 port 22: No route to host >&2; exit 255",
-            "ssh: connect to host pi9 port 22: No route to host",
+            "does not answer (ssh: connect to host pi9 port 22: No route to host)",
         ),
         (
             "echo pi@$1: Permission denied '(publickey)'. >&2; exit 255",
-            "pi@pi9: Permission denied (publickey)",
+            "does not answer (pi@pi9: Permission denied (publickey))",
         ),
-        ("exit 3", "{agent} ended with 3"),
-        ("", "{agent}: Exec format error"),
+        ("exit 3", "does not answer ({agent} ended with 3)"),
+        ("", "does not answer ({agent}: Exec format error)"),
     ],
 )
 def test_why_a_host_does_not_answer(script: str, why: str, tmp_path: Path) -> None:
     agent = tmp_path / "agent"
     agent.write_text(f"#!/bin/sh\n{script}\n" if script else "")
     agent.chmod(0o755)
-    assert why_silent(str(agent), "pi9") == why.format(agent=agent)
+    assert why_silent(str(agent), "pi9") == why.format(agent=agent, python=sys.executable)
     assert why_silent(str(agent), "localhost") == ""
 
 
