@@ -43,6 +43,7 @@ class Kept(list[Any]):
     """The journal of a batch, in memory."""
 
     done: ClassVar[Any] = Done()
+    counts = ()  # of earlier starts
 
     def flush(self) -> None:
         """There is no disk."""
