@@ -153,13 +153,12 @@ def run(
     """
     if draft is not None:
         job["draft"] = DraftSection(model=str(model), quantize=draft)
-    with closing(Session(world, spec_of(model, **job), model)) as session:
-        block = session.kv_token_nbytes * KV_BLOCK
-        minimum = max(world.gather(minimum_budget(session.weights.pages)))
-    if kv_blocks:
-        job["kv"] = block * kv_blocks
-    if streams:
-        job["weights"] = minimum
+    if kv_blocks or streams:
+        with closing(Session(world, spec_of(model, **job), model)) as session:
+            if kv_blocks:
+                job["kv"] = session.kv_token_nbytes * KV_BLOCK * kv_blocks
+            if streams:
+                job["weights"] = max(world.gather(minimum_budget(session.weights.pages)))
     with closing(Session(world, spec_of(model, **job), model)) as session:
         found: dict[Name, Values] = {}
         totals = Totals()

@@ -142,7 +142,7 @@ class Slurm:
                 break
             if state == "PENDING" and seen["Restarts"] != "0" and not restart:
                 break
-            time.sleep(0.2)
+            time.sleep(0.1)
         else:
             raise AssertionError(f"job {job} did not end: {seen}\n{self._logs()}\n{_read(log)}")
         return Job(state, int(seen["ExitCode"].split(":")[0]), int(seen["Restarts"]), _read(log))

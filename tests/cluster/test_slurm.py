@@ -105,11 +105,9 @@ def srun_can_start(slurm: Slurm, mpi: Mpi) -> bool:
     return run_bounded(["srun", f"--mpi={protocol}", "true"], 30, slurm.environment()).returncode == 0
 
 
-@pytest.mark.parametrize("launcher", ["", "srun", "mpiexec"])
+@pytest.mark.parametrize("launcher", ["", "mpiexec"])
 def test_one_node(stub: Path, mpi: Mpi, slurm: Slurm, submit: Submit, launcher: str) -> None:
     srun_works = srun_can_start(slurm, mpi)
-    if launcher == "srun" and not srun_works:
-        pytest.skip("this Slurm cannot load PMIx (apt install libpmix-dev)")
     words = ["--ntasks=2", "slurm/one-node.sbatch", "job.toml", "--set", "a=b c"]
     job = submit(stub, *words, env={"MPILLM_LAUNCHER": launcher})
     assert (job.state, job.exit_code) == ("COMPLETED", 0), job.log
@@ -120,8 +118,10 @@ def test_one_node(stub: Path, mpi: Mpi, slurm: Slurm, submit: Submit, launcher: 
     assert ("srun --mpi=" in job.log) is (launcher != "mpiexec" and srun_works), job.log
 
 
-@pytest.mark.parametrize("launcher", ["", "mpiexec"])
-def test_many_nodes(stub: Path, submit: Submit, launcher: str) -> None:
+@pytest.mark.parametrize("launcher", ["srun", "mpiexec"])
+def test_many_nodes(stub: Path, mpi: Mpi, slurm: Slurm, submit: Submit, launcher: str) -> None:
+    if launcher == "srun" and not srun_can_start(slurm, mpi):
+        pytest.skip("this Slurm cannot load PMIx (apt install libpmix-dev)")
     words = ["--nodes=3", "--cpus-per-task=2", "slurm/many-nodes.sbatch", "job.toml"]
     job = submit(stub, *words, env={"MPILLM_LAUNCHER": launcher})
     assert (job.state, job.exit_code) == ("COMPLETED", 0), job.log
@@ -173,27 +173,25 @@ def test_the_warning_comes_before_the_time_limit(stub: Path, slurm: Slurm) -> No
 
 
 @one_mpi
-@pytest.mark.parametrize("code", [1, 2])
-def test_other_exit_codes_are_the_job_s(stub: Path, submit: Submit, code: int) -> None:
-    job = submit(stub, "--ntasks=1", "slurm/one-node.sbatch", "job.toml", "--fail", str(code))
-    assert (job.state, job.exit_code, job.restarts) == ("FAILED", code, 0), job.log
-    assert job.log.splitlines()[-1].startswith(f"run.sh: the run ended with exit code {code}; ")
-
-
-@one_mpi
-def test_what_ends_a_run_at_once_is_not_tried_again(stub: Path, submit: Submit) -> None:
-    """A full disk, say, ends it with 75 without a warning."""
-    job = submit(stub, "--ntasks=1", "slurm/one-node.sbatch", "job.toml", "--fail", "75")
-    assert (job.state, job.exit_code, job.restarts) == ("FAILED", 75, 0), job.log
-    assert "run the same sbatch command again to continue" in job.log.splitlines()[-1]
-
-
-@one_mpi
-def test_a_run_that_was_killed_for_memory_is_not_complete(stub: Path, submit: Submit) -> None:
-    """What srun says stands in the log; its exit code is that of a complete run with errors."""
-    job = submit(stub, "--ntasks=1", "slurm/one-node.sbatch", "job.toml", "--killed")
-    assert (job.state, job.exit_code) == ("FAILED", 137), job.log
-    assert "type sbatch --mem=SIZE" in job.log.splitlines()[-1]
+def test_how_a_run_ends_is_how_its_job_ends(stub: Path, slurm: Slurm) -> None:
+    """A full disk, say, ends it with 75 without a warning, and it is not tried again; of a run that was killed for
+    memory the log has what srun says, for its exit code is that of a complete run with errors."""
+    ends = {
+        ("--fail", "1"): (1, "run.sh: the run ended with exit code 1; "),
+        ("--fail", "2"): (2, "run.sh: the run ended with exit code 2; "),
+        ("--fail", "75"): (75, "run the same sbatch command again to continue"),
+        ("--killed",): (137, "type sbatch --mem=SIZE"),
+    }
+    jobs = {
+        words: slurm.submit(
+            f"--output={words[-1]}.log", "--ntasks=1", "slurm/one-node.sbatch", "job.toml", *words, cwd=stub
+        )
+        for words in ends
+    }
+    for words, (code, says) in ends.items():
+        job = slurm.wait(jobs[words], stub / f"{words[-1]}.log")
+        assert (job.state, job.exit_code, job.restarts) == ("FAILED", code, 0), job.log
+        assert says in job.log.splitlines()[-1]
 
 
 @one_mpi
@@ -255,21 +253,27 @@ def test_what_to_type_instead(stub: Path, slurm: Slurm, words: list[str], says: 
 
 
 @one_mpi
-@pytest.mark.parametrize(
-    ("env", "says"),
-    [
-        (
-            {"MPILLM_VENV": "/nowhere"},
+def test_what_is_wrong_is_said(stub: Path, slurm: Slurm) -> None:
+    wrong = {
+        "MPILLM_VENV": (
+            "/nowhere",
             "no virtual environment at /nowhere; type 'make install' in the checkout",
         ),
-        ({"MPI4PY_LIBMPI": "/nowhere/libmpi.so"}, "run.sh: no MPI library can be loaded (/nowhere/libmpi.so"),
-        ({"MPILLM_LAUNCHER": "aprun"}, "MPILLM_LAUNCHER=aprun is not a launcher; set it to srun or mpiexec"),
-    ],
-)
-def test_what_is_wrong_is_said(stub: Path, submit: Submit, env: dict[str, str], says: str) -> None:
-    job = submit(stub, "slurm/one-node.sbatch", "job.toml", env=env)
-    assert (job.state, job.exit_code) == ("FAILED", 2), job.log
-    assert says in job.log
+        "MPI4PY_LIBMPI": ("/nowhere/a.so", "run.sh: no MPI library can be loaded (/nowhere/a.so"),
+        "MPILLM_LAUNCHER": (
+            "aprun",
+            "MPILLM_LAUNCHER=aprun is not a launcher; set it to srun or mpiexec",
+        ),
+    }
+    words = ("slurm/one-node.sbatch", "job.toml")
+    jobs = {
+        name: slurm.submit(f"--output={name}.log", *words, cwd=stub, env={name: value})
+        for name, (value, _) in wrong.items()
+    }
+    for name, (_, says) in wrong.items():
+        job = slurm.wait(jobs[name], stub / f"{name}.log")
+        assert (job.state, job.exit_code) == ("FAILED", 2), job.log
+        assert says in job.log
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from mpillm import version
 from mpillm.comm.launch import launched_by
 from mpillm.comm.program import guard
 from mpillm.comm.world import World
-from mpillm.errors import Interrupted, JobError, ModelError
+from mpillm.errors import JobError, ModelError
 
 
 def blocked(world: World) -> int:
@@ -38,10 +38,6 @@ def other_version(world: World) -> int:
 
 def all_refuse(world: World) -> int:
     raise JobError("There is no such job.")
-
-
-def all_interrupted(world: World) -> int:
-    raise Interrupted("Stopped; the same command goes on.")
 
 
 def under_way(world: World) -> int:

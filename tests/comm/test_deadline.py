@@ -37,7 +37,10 @@ def test_a_stopped_rank_ends_the_world(mpi: Mpi, victim: str) -> None:
 
 @pytest.mark.parametrize("how", ["busy", "waits_for_a_disk"])
 def test_a_slow_rank_is_not_silent(mpi: Mpi, how: str, tmp_path: Path) -> None:
-    env = {"SECONDS": "1.6", "MPILLM_DEADLINE": "0.8"}
+    env = {
+        "SECONDS": "2.5",
+        "MPILLM_DEADLINE": "1.5",
+    }  # on a crowded machine a heartbeat may be late by a second
     done = mpi.run(2, PROGRAM, how, tmp_path / "pipe", env=env)
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -24,23 +24,24 @@ from tests.model.golden import FIXTURES
 from tests.weights.stored import MODELS
 
 PROGRAM = Path(__file__).with_name("overwriting.py")
-FILES = {
-    "one file": ("directory", "model.safetensors"),
-    "one of several": ("sharded", "model-00002-of-*"),
-    "GGUF": ("split", "*-00002-of-*"),
-    "packed": ("packed", "layer-00001.*"),
-    "Distributed-Llama": ("dllama", "a.m"),
-    "its tokens": ("dllama", "a.t"),
-    "configuration": ("directory", "config.json"),
-    "tokenizer": ("directory", "tokenizer.json"),
-    "template": ("directory", "chat_template.jinja"),
-    "adapter": ("directory", "adapter/adapter_model.safetensors"),
-}
 PAGED = "memory.weights={minimum}"
 WAYS = {
     "overwritten": ("memory.loader=mmap",),
     "a stretch of it": ("memory.loader=read", PAGED),
     "shortened": ("memory.loader=mmap", PAGED),
+}
+# One file is changed in every way; of the others each format is paged from, or mapped.
+FILES = {
+    "one file": ("directory", "model.safetensors", tuple(WAYS)),
+    "one of several": ("sharded", "model-00002-of-*", ("a stretch of it",)),
+    "GGUF": ("split", "*-00002-of-*", ("shortened",)),
+    "packed": ("packed", "layer-00001.*", ("a stretch of it", "shortened")),
+    "Distributed-Llama": ("dllama", "a.m", ("shortened",)),
+    "its tokens": ("dllama", "a.t", ("overwritten",)),
+    "configuration": ("directory", "config.json", ("overwritten",)),
+    "tokenizer": ("directory", "tokenizer.json", ("shortened",)),
+    "template": ("directory", "chat_template.jinja", ("a stretch of it",)),
+    "adapter": ("directory", "adapter/adapter_model.safetensors", ("overwritten",)),
 }
 
 
@@ -64,7 +65,7 @@ def answers(output: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_file_is_named_and_its_answers_are_dropped(name: str, tmp_path: Path) -> None:
-    kind, pattern = FILES[name]
+    kind, pattern, ways = FILES[name]
     model = MODELS[kind](tmp_path / "model")
     folder = tmp_path / "model"
     adapter = (
@@ -83,9 +84,9 @@ def test_the_file_is_named_and_its_answers_are_dropped(name: str, tmp_path: Path
     minimum = plan.make(job, 1).ranks[0].weights_minimum
     file = max(folder.glob(pattern), key=lambda path: path.stat().st_size)
     content, times = file.read_bytes(), file.stat()
-    for number, (way, asked) in enumerate(WAYS.items()):
+    for number, way in enumerate(ways):
         output = tmp_path / str(number)
-        more = [one.format(minimum=minimum) for one in asked]
+        more = [one.format(minimum=minimum) for one in WAYS[way]]
         done = start(PROGRAM, file, way, *command(source, output, *settings, *more, model=model)[2:])
         assert done.returncode == 2, (way, done.stderr)
         assert "Traceback" not in done.stderr

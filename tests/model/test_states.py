@@ -12,6 +12,7 @@ import pytest
 
 from mpillm import kernels
 from mpillm.engine.request import Request
+from mpillm.model.cache_layout import CacheLayout
 from mpillm.model.kv import KVCache, StateMoves
 from tests.agnostic import harness
 from tests.agnostic.program import digest
@@ -44,17 +45,28 @@ def requests(model: str) -> list[Request]:
     return harness.batch(harness.vocab_of(model))
 
 
-def run(model: str, recurrent: frozenset[int], **job: Any) -> harness.Outcome:
+def run(
+    model: str, recurrent: frozenset[int], some: list[Request] | None = None, **job: Any
+) -> harness.Outcome:
     with pytest.MonkeyPatch.context() as patch:
         install(patch, recurrent, BOTH if recurrent else recurrent)
-        return harness.run(_alone(), harness.path_of(model), requests(model), **job)
+        return harness.run(_alone(), harness.path_of(model), some or requests(model), **job)
 
 
 @functools.cache
-def expected(model: str, recurrent: frozenset[int]) -> dict[harness.Name, harness.Values]:
+def alone(model: str, recurrent: frozenset[int]) -> harness.Outcome:
+    """What each request gives alone, at once, on one thread."""
     outcome = run(model, recurrent, max_num_seqs=1, threads=1)
     assert outcome.session.limits.n_slots == 1
-    return outcome.values
+    return outcome
+
+
+def expected(model: str, recurrent: frozenset[int]) -> dict[harness.Name, harness.Values]:
+    return alone(model, recurrent).values
+
+
+def layout_of(model: str, recurrent: frozenset[int]) -> CacheLayout:
+    return alone(model, recurrent).session.caches[0]
 
 
 @pytest.mark.parametrize(("model", "recurrent"), MODELS[:3])
@@ -65,7 +77,16 @@ def test_a_state_counts(model: str, recurrent: frozenset[int]) -> None:
     assert all(value != without[name] for name, value in values.items() if value[3] or value[5])
 
 
-@pytest.mark.parametrize(("sequences", "tokens"), [(1, 1), (7, 16), (32, 40), (32, 512)])
+@cases
+def test_one_token_at_a_time(model: str, recurrent: frozenset[int]) -> None:
+    some = requests(model)[::4]
+    outcome = run(model, recurrent, some, max_num_seqs=1, max_num_batched_tokens=1)
+    assert outcome.values == {
+        (one.id, one.choice): expected(model, recurrent)[one.id, one.choice] for one in some
+    }
+
+
+@pytest.mark.parametrize(("sequences", "tokens"), [(7, 16), (32, 40), (32, 512)])
 @cases
 def test_any_cut_gives_the_same(model: str, recurrent: frozenset[int], sequences: int, tokens: int) -> None:
     outcome = run(model, recurrent, max_num_seqs=sequences, max_num_batched_tokens=tokens, threads=2)
@@ -76,8 +97,7 @@ def test_any_cut_gives_the_same(model: str, recurrent: frozenset[int], sequences
 @cases
 def test_preempted_sequences_begin_anew(model: str, recurrent: frozenset[int]) -> None:
     """Half of the memory is for states; of the other half few sequences can have blocks."""
-    wide = run(model, recurrent)
-    layout = wide.session.caches[0]
+    layout = layout_of(model, recurrent)
     groups = len(layout.windows)
     budget = 2 * 5 * groups * layout.block_nbytes if groups else 3 * layout.state_nbytes
     outcome = run(model, recurrent, kv=budget, max_num_batched_tokens=100)
@@ -93,7 +113,7 @@ def test_preempted_sequences_begin_anew(model: str, recurrent: frozenset[int]) -
 
 
 def test_states_that_were_in_use_are_counted() -> None:
-    layout = run("qwen35", frozenset()).session.caches[0]
+    layout = layout_of("qwen35", frozenset())
     cache = KVCache(layout, 9, n_states=100)
     assert cache.peak == 0
     for _ in range(2):
@@ -116,7 +136,7 @@ def test_broken_off_and_gone_on(model: str, recurrent: frozenset[int]) -> None:
 def test_blocks_on_disk_and_states_in_memory(model: str, recurrent: frozenset[int], tmp_path: Path) -> None:
     folder = str(harness.write_mixed_windows(tmp_path / "model")) if recurrent else model
     whole = expected(folder, recurrent)
-    layout = run(folder, recurrent).session.caches[0]
+    layout = layout_of(folder, recurrent)
     job = {"kv": 30 * layout.block_nbytes, "streams": True, "kv_spill": "1GiB", "spill_dir": str(tmp_path)}
     outcome = run(folder, recurrent, **job)
     assert outcome.values == whole
