@@ -190,10 +190,9 @@ class Chaos:
     @contextlib.contextmanager
     def _network(self) -> Iterator[None]:
         """Two hosts whose cable can be cut, where this user may make them (Open MPI alone runs on them here)."""
-        if self._mpi.name != "openmpi" or (reason := tools.missing()):
-            self._say(
-                f"no hosts can be made here ({reason}): no cable is cut" if reason else "no cable is cut"
-            )
+        reason = tools.missing() if self._mpi.name == "openmpi" else f"{self._mpi.name} does not run on them"
+        if reason:
+            self._say(f"no cable is cut: {reason}")
             yield
             return
         with Hosts(self._folder, 2).up() as self._hosts:
