@@ -7,31 +7,19 @@ from dataclasses import replace
 
 import msgspec
 
-from mpillm.kernels import BlockType
+from mpillm.comm.transfer import Wire
 from mpillm.model.cache_layout import blocks_needed
-from mpillm.model.config import ModelConfig
 from mpillm.partition import grid
 from mpillm.partition.replicas import Replica
 from mpillm.planning.input_needs import InputNeeds
 from mpillm.planning.job_time import Demand, JobTime, job_time, loading_time, shared_time
-from mpillm.planning.machines import Machines
+from mpillm.planning.placement import Placement
 from mpillm.planning.rank_plan import ReplicaPlan
-from mpillm.planning.speed import ASSUMED, Speed
-from mpillm.planning.step_time import (
-    INSIDE,
-    LinkRate,
-    Stage,
-    StepRows,
-    between,
-    rank_time,
-    round_of,
-    stage_time,
-    sum_bytes,
-)
-from mpillm.spec import Spec
+from mpillm.planning.step_time import Stage, StepRows, rank_time, round_of, stage_time
 
 # How many times as fast an uneven division of layers must be, or a replica that computes more lines.
 UNEVEN = 1.1
+DEAR = 1.05  # how many times as long a job takes with f32 where Q8_0 is chosen
 IDLE = 1.25  # how many times as long as the whole job a request takes on a replica that gets none
 TYPICAL = Demand(requests=256, prompt=256 * 256.0, generated=256 * 128.0)  # where there is no input
 
@@ -65,17 +53,10 @@ def demand_of(asked: InputNeeds) -> Demand | None:
     return Demand(asked.sequences, asked.prompt_tokens, asked.generated_tokens, asked.scored_tokens)
 
 
-def estimate(
-    spec: Spec,
-    config: ModelConfig,
-    machines: Machines,
-    replicas: Sequence[Replica],
-    plans: Sequence[ReplicaPlan],
-    given: Demand | None,
-) -> Estimate:
+def estimate(placement: Placement, given: Demand | None) -> Estimate:
     """What a demand takes on these replicas, which share its requests by their speeds; None: a typical one."""
-    demand = given or TYPICAL
-    kinds = list(_kinds(spec, config, machines, replicas, plans, demand).values())
+    demand, machines = given or TYPICAL, placement.machines
+    kinds = _kinds(placement, demand)
     seconds, requests = _shared(kinds, demand)
     times = [kind.time(max(own, 1)) for kind, own in zip(kinds, requests, strict=True)]
     busy = [
@@ -83,7 +64,8 @@ def estimate(
         for kind, own in zip(kinds, requests, strict=True)
     ]
     first, stages = times[0], kinds[0].stages
-    slowest = first.decode_round.slowest * replicas[0].shards + replicas[0].first
+    replica = placement.replicas[0]
+    slowest = first.decode_round.slowest * replica.shards + replica.first
     return Estimate(
         measured=machines.measured,
         of_input=given is not None,
@@ -110,6 +92,15 @@ def estimate(
     )
 
 
+def faster_wire(placement: Placement, demand: Demand | None) -> tuple[Wire, str]:
+    """The wire of replicas whose shards cross hosts, and why; it is the faster one by DEAR, or f32."""
+    exact, rounded = (estimate(placement.with_wire(wire), demand).seconds for wire in ("f32", "q8_0"))
+    times = exact / rounded
+    if times < DEAR:
+        return "f32", "the network between the hosts makes f32 no slower"
+    return "q8_0", f"over the network between the hosts f32 would take {100 * (times - 1):.0f} % longer"
+
+
 class _Kind:
     """Replicas that are equally fast, by their numbers, and their time for a part of a demand."""
 
@@ -134,26 +125,14 @@ class _Kind:
         return self.time(requests).seconds
 
 
-def _kinds(
-    spec: Spec,
-    config: ModelConfig,
-    machines: Machines,
-    replicas: Sequence[Replica],
-    plans: Sequence[ReplicaPlan],
-    demand: Demand,
-) -> dict[tuple[object, ...], _Kind]:
-    hosts, found = machines.host_of_rank, dict[tuple[object, ...], _Kind]()
-    for number, (replica, plan) in enumerate(zip(replicas, plans, strict=True)):
-        ranks = replica.ranks
-        speeds = [
-            id(machines.speeds[rank]) if machines.speeds else hosts.count(hosts[rank]) for rank in ranks
-        ]
-        places = [hosts[rank] - hosts[replica.first] for rank in ranks]
-        key = (*speeds, *places, replica.stages, replica.shards, replica.layers, *map(id, plan.works))
+def _kinds(placement: Placement, demand: Demand) -> list[_Kind]:
+    found = dict[tuple[object, ...], _Kind]()
+    for number, (replica, plan) in enumerate(zip(placement.replicas, placement.plans, strict=True)):
+        key = placement.kind(number)
         if key not in found:
-            found[key] = _Kind(stages_of(spec, config, machines, replica, plan), replica, plan, demand)
+            found[key] = _Kind(placement.stages(number), replica, plan, demand)
         found[key].numbers.append(number)
-    return found
+    return list(found.values())
 
 
 def _shared(kinds: Sequence[_Kind], demand: Demand) -> tuple[float, list[int]]:
@@ -163,52 +142,13 @@ def _shared(kinds: Sequence[_Kind], demand: Demand) -> tuple[float, list[int]]:
     )
 
 
-def stages_of(
-    spec: Spec, config: ModelConfig, machines: Machines, replica: Replica, plan: ReplicaPlan
-) -> list[Stage]:
-    """A replica's stages with their links, one object for those that are alike.
+def stage_layers_by_speed(placement: Placement, number: int, asked: InputNeeds) -> tuple[int, ...] | None:
+    """How many layers each stage of a replica should have; None if an even division is about as fast.
 
-    `wire.activations` is decided in `spec`.
+    The placement's plan is that of an even division.
     """
-    activations = sum_bytes(BlockType[spec.wire.activations.upper()], config.hidden, replica.shards)
-    pipe = BlockType[spec.wire.between_stages.upper()].row_bytes(config.hidden)
-    groups = replica.stage_ranks
-
-    alike, found = dict[tuple[object, ...], Stage](), []
-    for number, group in enumerate(groups):
-        works = [plan.works[rank - replica.first] for rank in group]
-        speeds = [speed_of(machines, rank) for rank in group]
-        own, next_one = link(machines, group), None
-        if number + 1 < len(groups):
-            next_one = link(machines, [*group, *groups[number + 1]])
-        key = (*map(id, works), *map(id, speeds), own, next_one)
-        if key not in alike:
-            alike[key] = Stage(works, speeds, activations, own, pipe, next_one)
-        found.append(alike[key])
-    return found
-
-
-def link(machines: Machines, ranks: Sequence[int]) -> LinkRate:
-    """The slowest link between these ranks."""
-    hosts = machines.host_of_rank
-    if len({hosts[rank] for rank in ranks}) == 1:
-        return INSIDE
-    return between([speed_of(machines, rank) for rank in ranks])
-
-
-def stage_layers_by_speed(
-    spec: Spec,
-    config: ModelConfig,
-    machines: Machines,
-    replica: Replica,
-    plan: ReplicaPlan,
-    asked: InputNeeds,
-) -> tuple[int, ...] | None:
-    """How many layers each of a replica's stages should have; None if an even division is about as fast.
-
-    `plan` is that of an even division.
-    """
-    stages = stages_of(spec, config, machines, replica, plan)
+    spec, config, machines = placement.spec, placement.config, placement.machines
+    replica, plan, stages = placement.replicas[number], placement.plans[number], placement.stages(number)
     demand = demand_of(asked) or TYPICAL
     count = max(min(at_once(plan, replica, demand), demand.requests) / len(stages), 1.0)
     batch = StepRows(count, count, demand.context)
@@ -217,8 +157,8 @@ def stage_layers_by_speed(
     whole, extra = ([stage_time(stage, batch).total for stage in of] for of in (stages, bare))
     seconds = [(all_of - own) / number for all_of, own, number in zip(whole, extra, layers, strict=True)]
     maximum = []
-    for number, own in enumerate(layers):
-        ranks = plan.ranks[number * replica.shards : (number + 1) * replica.shards]
+    for stage, own in enumerate(layers):
+        ranks = plan.ranks[stage * replica.shards : (stage + 1) * replica.shards]
         free = min(
             (machines.free[rank.rank] - (rank.held - rank.weights_held - rank.kv_held))
             / max((rank.weights_share + rank.kv_held) / own, 1)
@@ -231,57 +171,36 @@ def stage_layers_by_speed(
     return found if too_many or slowest * UNEVEN < max(whole) else None
 
 
-def replica_shares(
-    spec: Spec,
-    config: ModelConfig,
-    machines: Machines,
-    replicas: Sequence[Replica],
-    plans: Sequence[ReplicaPlan],
-    given: Demand | None,
-) -> list[float]:
+def replica_shares(placement: Placement, given: Demand | None) -> list[float]:
     """The part of the requests that each replica should compute so that all end together.
 
     Equal ones if speeds are not known, or differ by no more than what was measured in a second or two may be off.
     """
-    even = [1 / len(replicas)] * len(replicas)
-    if not machines.speeds or len(replicas) == 1:
+    replicas, demand = len(placement.replicas), given or TYPICAL
+    even = [1 / replicas] * replicas
+    if not placement.machines.speeds or replicas == 1:
         return even
-    demand = given or TYPICAL
-    kinds = list(_kinds(spec, config, machines, replicas, plans, demand).values())
-    takes = [kind.seconds(max(round(demand.requests / len(replicas)), 1)) for kind in kinds]
+    kinds = _kinds(placement, demand)
+    takes = [kind.seconds(max(round(demand.requests / replicas), 1)) for kind in kinds]
     if max(takes) < UNEVEN * min(takes):
         return even
     _, requests = _shared(kinds, demand)
     own = {number: count for kind, count in zip(kinds, requests, strict=True) for number in kind.numbers}
-    return [own[number] / sum(own.values()) for number in range(len(replicas))]
+    return [own[number] / sum(own.values()) for number in range(replicas)]
 
 
-def rank_seconds(
-    config: ModelConfig,
-    machines: Machines,
-    replicas: Sequence[Replica],
-    plans: Sequence[ReplicaPlan],
-    given: Demand | None,
-) -> list[float]:
+def rank_seconds(placement: Placement, given: Demand | None) -> list[float]:
     """Seconds of each rank's own work in a step of one token for each sequence, without messages, in rank order."""
-    demand, found = given or TYPICAL, []
-    for replica, plan in zip(replicas, plans, strict=True):
+    demand, replicas, found = given or TYPICAL, placement.replicas, []
+    for replica, plan in zip(replicas, placement.plans, strict=True):
         own = Demand(max(demand.requests // len(replicas), 1), demand.prompt, demand.generated)
         count = max(min(at_once(plan, replica, own), own.requests) / replica.stages, 1.0)
         batch = StepRows(count, count, demand.context)
         found += [
-            rank_time(work, speed_of(machines, rank), batch).total
+            rank_time(work, placement.machines.speed_of(rank), batch).total
             for work, rank in zip(plan.works, replica.ranks, strict=True)
         ]
     return found
-
-
-def speed_of(machines: Machines, rank: int) -> Speed:
-    """The speed of a rank; without any that are known, a part of the assumed one of its host."""
-    if machines.speeds:
-        return machines.speeds[rank]
-    hosts = [count for count in machines.ranks_per_host for _ in range(count)]
-    return ASSUMED.shared_by(hosts[rank])
 
 
 def at_once(plan: ReplicaPlan, replica: Replica, demand: Demand) -> float:

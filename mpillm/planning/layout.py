@@ -11,7 +11,8 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from mpillm.errors import LayoutError
 from mpillm.partition import replicas
@@ -22,6 +23,7 @@ from mpillm.planning.layout_plans import Chosen, Found, LayoutPlanner
 from mpillm.planning.layout_rule import by_rule
 from mpillm.planning.machines import Machines
 from mpillm.planning.planner import Planner
+from mpillm.planning.rank_plan import ReplicaPlan
 from mpillm.spec import Spec
 from mpillm.words import count_of
 
@@ -44,10 +46,11 @@ class Layouts:
     requests: int | None = None
     shards: int | None = None
     asked: InputNeeds = NO_INPUT
+    _known: dict[tuple[Any, ...], ReplicaPlan] = field(default_factory=dict, init=False, compare=False)
 
     def choose(self, machines: Machines) -> Found:
         """The fastest layout on all ranks of these machines; LayoutError if there is none."""
-        planner = LayoutPlanner(self.spec, self.planner, self.asked, machines)
+        planner = LayoutPlanner(self.spec, self.planner, self.asked, machines, self._known)
         rule = planner.found(self._by_rule(planner))
         if not self._open(machines):
             return rule

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mpillm.comm.transfer import Wire
 from mpillm.model.config import ModelConfig
 from mpillm.partition.replicas import Replicas
-from mpillm.planning.estimate import Estimate, demand_of, estimate, stage_layers_by_speed
+from mpillm.planning.estimate import (
+    DEAR,
+    Estimate,
+    demand_of,
+    estimate,
+    faster_wire,
+    stage_layers_by_speed,
+)
 from mpillm.planning.input_needs import InputNeeds
 from mpillm.planning.job_time import READY
 from mpillm.planning.machines import Machines
+from mpillm.planning.placement import Placement
 from mpillm.planning.planner import Planner
 from mpillm.planning.rank_plan import ReplicaPlan
 from mpillm.planning.speed import ASSUMED
-from mpillm.planning.wire import DEAR, decided, shards_cross_hosts, with_wire
+from mpillm.planning.wire import shards_cross_hosts
 from mpillm.spec import Spec, shown_bytes
 
 
@@ -41,7 +49,7 @@ class Found:
 
     machines: Machines
     chosen: Chosen
-    plans: list[ReplicaPlan]
+    plans: Sequence[ReplicaPlan]
     time: Estimate
 
     @property
@@ -60,12 +68,19 @@ class Found:
 
 
 class LayoutPlanner:
-    """Plans layouts of a job on `machines`; replicas that are alike are planned once for all layouts."""
+    """Plans layouts of a job on `machines`; replicas that are alike are planned once, and kept in `known`."""
 
-    def __init__(self, spec: Spec, planner: Planner, asked: InputNeeds, machines: Machines) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        planner: Planner,
+        asked: InputNeeds,
+        machines: Machines,
+        known: dict[tuple[Any, ...], ReplicaPlan],
+    ) -> None:
         self.spec, self.machines = spec, machines
         self._planner, self._asked = planner, asked
-        self._known: dict[tuple[Any, ...], ReplicaPlan] = {}
+        self._known = known
 
     @property
     def config(self) -> ModelConfig:
@@ -75,6 +90,11 @@ class LayoutPlanner:
     def plans(self, replicas: Replicas) -> Iterator[ReplicaPlan]:
         """What the ranks of each replica will hold."""
         return self._planner.replicas(self.spec, replicas, self._asked, self.machines.names, self._known)
+
+    def _placement(self, chosen: Chosen) -> Placement:
+        """A layout with the plans of its replicas."""
+        plans, replicas = list(self.plans(chosen.replicas)), chosen.replicas
+        return Placement(self.spec, self.config, self.machines, replicas, plans).with_wire(chosen.wire)
 
     def too_much(self, plans: Iterable[ReplicaPlan]) -> str | None:
         """Why replicas do not hold the whole model in memory, and a long request; None if they do."""
@@ -94,21 +114,22 @@ class LayoutPlanner:
         if not chosen.wire_reason:
             chosen = self._with_wire(chosen)
         chosen = self.with_layers_by_speed(chosen)
-        plans, spec = list(self.plans(chosen.replicas)), with_wire(self.spec, chosen.wire)
-        demand = demand_of(self._asked)
-        time = estimate(spec, self.config, self.machines, chosen.replicas, plans, demand)
-        return Found(self.machines, chosen, plans, time)
+        placement = self._placement(chosen)
+        return Found(self.machines, chosen, placement.plans, estimate(placement, demand_of(self._asked)))
 
     def with_layers_by_speed(self, chosen: Chosen) -> Chosen:
         """Give faster stages more layers, as their memory allows, where the speeds of ranks are known."""
         if not self.machines.speeds or all(replica.stages == 1 for replica in chosen.replicas):
             return chosen
-        spec, found, uneven = with_wire(self.spec, chosen.wire), list(chosen.replicas), list[str]()
-        for number, plan in enumerate(self.plans(chosen.replicas)):
-            replica = found[number]
+        placement, found, uneven = self._placement(chosen), list(chosen.replicas), list[str]()
+        known = dict[tuple[object, ...], tuple[int, ...] | None]()
+        for number, replica in enumerate(chosen.replicas):
             if replica.stages > 1:
-                layers = stage_layers_by_speed(spec, self.config, self.machines, replica, plan, self._asked)
-                if layers is not None:
+                free = self.machines.free[replica.first : replica.ranks.stop]
+                key = *placement.kind(number), id(placement.plans[number].works), *free
+                if key not in known:
+                    known[key] = stage_layers_by_speed(placement, number, self._asked)
+                if (layers := known[key]) is not None:
                     found[number] = replace(replica, layers=layers)
                     uneven.append("-".join(map(str, layers)))
         if not uneven:
@@ -125,6 +146,5 @@ class LayoutPlanner:
             return replace(chosen, wire="f32", wire_reason="those of a stage share a host")
         if not self.machines.links_known:
             return replace(chosen, wire="f32", wire_reason="the job is too short to measure the network")
-        plans = list(self.plans(chosen.replicas))
-        wire, reason = decided(self.spec, self.config, self.machines, chosen.replicas, plans, self._asked)
+        wire, reason = faster_wire(self._placement(chosen), demand_of(self._asked))
         return replace(chosen, wire=wire, wire_reason=reason, inexact=wire != "f32")

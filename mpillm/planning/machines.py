@@ -8,7 +8,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from mpillm.planning.speed import Speed
+from mpillm.planning.speed import ASSUMED, Speed
+from mpillm.planning.step_time import INSIDE, LinkRate, between
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,19 @@ class Machines:
     def host_of_rank(self) -> list[int]:
         """The number of each rank's host."""
         return [host for host, count in enumerate(self.ranks_per_host) for _ in range(count)]
+
+    def speed_of(self, rank: int) -> Speed:
+        """The speed of a rank; without any that are known, a part of the assumed one of its host."""
+        if self.speeds:
+            return self.speeds[rank]
+        return ASSUMED.shared_by(self.ranks_per_host[self.host_of_rank[rank]])
+
+    def link(self, ranks: Sequence[int]) -> LinkRate:
+        """The slowest link between these ranks."""
+        hosts = self.host_of_rank
+        if len({hosts[rank] for rank in ranks}) == 1:
+            return INSIDE
+        return between([self.speed_of(rank) for rank in ranks])
 
     def firsts(self) -> list[int]:
         """The first rank of each host."""
@@ -104,7 +118,10 @@ class Machines:
 
     def with_faster_network(self, times: float) -> Machines:
         """These machines with links that are `times` times as fast."""
-        return replace(self, speeds=[replace(speed, wire=times * speed.wire) for speed in self.speeds])
+        faster = {id(speed): replace(speed, wire=times * speed.wire) for speed in self.speeds}
+        return replace(
+            self, speeds=[faster[id(speed)] for speed in self.speeds]
+        )  # alike ones stay one object
 
 
 def _crowding(loads: Sequence[tuple[str, float]]) -> dict[str, float]:

@@ -26,6 +26,7 @@ from mpillm.planning.limits import (
     step_size,
 )
 from mpillm.planning.rank_plan import RankPlan, ReplicaPlan
+from mpillm.planning.step_time import RankWork
 from mpillm.planning.weights_share import WeightsShare, weights_share
 from mpillm.spec import Spec, tightest
 from mpillm.weights.plan import PagePlan
@@ -39,6 +40,7 @@ class Planner:
         self.source, self.config = source, config
         self._rows = activations_of(source, config)
         self._known: dict[tuple[Any, ...], Any] = {}
+        self._works = list[RankWork]()
 
     @cached_property
     def _kinds(self) -> tuple[int, ...]:
@@ -54,13 +56,14 @@ class Planner:
     ) -> Iterator[ReplicaPlan]:
         """The plans of all replicas; those that are alike are worked out once, and kept in `known`.
 
-        `asked` is what the input asks for, `hosts` has each rank's host.
+        `asked` is what the input asks for, `hosts` has each rank's host. `known` is of one job, on any hosts.
         """
         known = {} if known is None else known
         alike = spec.on_rank(0, hosts[0] if hosts else "") is spec  # one value of each budget for all ranks
         for number, replica in enumerate(replicas):
             # The first one has the input as well.
-            key = (number == 0, replica.stages, replica.shards, replica.layers, 0 if alike else replica.first)
+            where = () if alike else (replica.first, *(hosts[rank] for rank in replica.ranks if hosts))
+            key = number == 0, replica.stages, replica.shards, replica.layers, where
             if key not in known:
                 known[key] = self._replica(spec, number, replica, asked, hosts)
             found = known[key]
@@ -121,9 +124,12 @@ class Planner:
             *self._like(place),
         )
         if key not in self._known:
-            self._known[key] = weights_share(
-                spec, self.config, place, self._pages(place), cache, self.source.in_file
-            )
+            share = weights_share(spec, self.config, place, self._pages(place), cache, self.source.in_file)
+            # One object for works that are alike, as those of most shards are: their time is computed once.
+            work = next((work for work in self._works if work == share.work), share.work)
+            if work is share.work:
+                self._works.append(work)
+            self._known[key] = replace(share, work=work)
         found: WeightsShare = self._known[key]
         return found
 

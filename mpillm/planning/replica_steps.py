@@ -7,14 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpillm.model.config import ModelConfig
-from mpillm.partition.replicas import Replica
-from mpillm.planning.estimate import at_once, stages_of
+from mpillm.planning.estimate import at_once
 from mpillm.planning.job_time import Demand
-from mpillm.planning.machines import Machines
-from mpillm.planning.rank_plan import ReplicaPlan
+from mpillm.planning.placement import Placement
 from mpillm.planning.step_time import StepRows, round_of
-from mpillm.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -32,18 +28,11 @@ class ReplicaSteps:
         return float(np.interp(rows, self.rows, self.times))
 
 
-def replica_steps(
-    spec: Spec,
-    config: ModelConfig,
-    machines: Machines,
-    replicas: Sequence[Replica],
-    plans: Sequence[ReplicaPlan],
-    demand: Demand,
-) -> list[ReplicaSteps]:
+def replica_steps(placement: Placement, demand: Demand) -> list[ReplicaSteps]:
     """The steps of each replica for sequences as those of a demand."""
     found = []
-    for replica, plan in zip(replicas, plans, strict=True):
-        stages = stages_of(spec, config, machines, replica, plan)
+    for number, (replica, plan) in enumerate(zip(placement.replicas, placement.plans, strict=True)):
+        stages = placement.stages(number)
         maximum = max(int(at_once(plan, replica, demand)), 1)
         rows = [1 << power for power in range(maximum.bit_length())]
         times = [round_of(stages, StepRows(count, count, demand.context)).seconds for count in rows]

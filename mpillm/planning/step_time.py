@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from mpillm.comm.parts import adders, lanes
 from mpillm.kernels import KV_BLOCK, BlockType
@@ -99,6 +100,12 @@ class Stage:
     link: LinkRate  # between them
     pipe_bytes: int = 0  # of a row that goes to the next stage, from each shard to its like
     pipe: LinkRate | None = None  # to the next stage; the last one has none
+
+    @cached_property
+    def kinds(self) -> list[tuple[RankWork, Speed]]:
+        """The work and the speed of its ranks, once for those with the same objects."""
+        ranks = zip(self.works, self.speeds, strict=True)
+        return list({(id(work), id(speed)): (work, speed) for work, speed in ranks}.values())
 
 
 @dataclass(frozen=True)
@@ -208,7 +215,7 @@ def disk_rate(speed: Speed, page: float) -> float:
 
 def stage_time(stage: Stage, batch: StepRows) -> StepTime:
     """Seconds of a stage: of its slowest shard, with what its shards send."""
-    times = [rank_time(work, speed, batch) for work, speed in zip(stage.works, stage.speeds, strict=True)]
+    times = [rank_time(work, speed, batch) for work, speed in stage.kinds]
     slowest = max(times, key=lambda time: time.total)
     shards, messages = len(stage.works), 0.0
     if shards > 1:

@@ -6,20 +6,12 @@ nothing: copying it through memory is no slower than rounding to Q8_0. Between h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import msgspec
 
 from mpillm.comm.transfer import Wire
-from mpillm.model.config import ModelConfig
 from mpillm.partition.replicas import Replicas
-from mpillm.planning.estimate import demand_of, estimate
-from mpillm.planning.input_needs import InputNeeds
 from mpillm.planning.machines import Machines
-from mpillm.planning.rank_plan import ReplicaPlan
 from mpillm.spec import Spec
-
-DEAR = 1.05  # how many times as long a job takes with f32 where Q8_0 is chosen
 
 
 def with_wire(spec: Spec, wire: Wire) -> Spec:
@@ -33,25 +25,6 @@ def shards_cross_hosts(machines: Machines, replicas: Replicas) -> bool:
     return any(
         len({hosts[rank] for rank in ranks}) > 1 for replica in replicas for ranks in replica.stage_ranks
     )
-
-
-def decided(
-    spec: Spec,
-    config: ModelConfig,
-    machines: Machines,
-    replicas: Replicas,
-    plans: Sequence[ReplicaPlan],
-    asked: InputNeeds,
-) -> tuple[Wire, str]:
-    """The wire of replicas whose shards cross hosts, and why; it is the faster one by DEAR, or f32."""
-
-    def seconds(wire: Wire) -> float:
-        return estimate(with_wire(spec, wire), config, machines, replicas, plans, demand_of(asked)).seconds
-
-    times = seconds("f32") / seconds("q8_0")
-    if times < DEAR:
-        return "f32", "the network between the hosts makes f32 no slower"
-    return "q8_0", f"over the network between the hosts f32 would take {100 * (times - 1):.0f} % longer"
 
 
 def wire_in_words(wire: Wire, shards: int, reason: str) -> str:

@@ -18,7 +18,6 @@ import msgspec
 from mpillm.comm.counters import MessageCounters
 from mpillm.comm.mailbox import Mailbox
 from mpillm.partition import grid
-from mpillm.planning.estimate import speed_of
 from mpillm.planning.layout import replicas_in_words
 from mpillm.planning.machines import Machines
 from mpillm.planning.speed import Speed
@@ -158,4 +157,4 @@ def busy_seconds(session: Session) -> float:
 
 
 def _assumed(machines: Machines) -> Machines:
-    return replace(machines, speeds=[speed_of(machines, rank) for rank in range(machines.ranks)])
+    return replace(machines, speeds=[machines.speed_of(rank) for rank in range(machines.ranks)])

@@ -20,8 +20,8 @@ from mpillm.planning.input_needs import InputNeeds
 from mpillm.planning.layout import Layouts
 from mpillm.planning.layout_plans import Chosen
 from mpillm.planning.machines import Machines
+from mpillm.planning.placement import Placement
 from mpillm.planning.planner import Planner
-from mpillm.planning.rank_plan import ReplicaPlan
 from mpillm.planning.replica_steps import ReplicaSteps, replica_steps
 from mpillm.planning.search import for_run
 from mpillm.planning.speed import Speed
@@ -160,32 +160,29 @@ class LayoutChoice:
 
     def rank_seconds(self, machines: Machines, replicas: Replicas) -> list[float]:
         """Return `estimate.rank_seconds` of replicas on these machines."""
-        plans = self._plans(machines, replicas)
-        return rank_seconds(self._planner.config, machines, replicas, plans, demand_of(self._asked))
+        return rank_seconds(self._placement(machines, replicas), demand_of(self._asked))
 
     def shares(self, machines: Machines, chosen: Chosen) -> list[float]:
         """Return `estimate.replica_shares` of a layout's replicas on these machines."""
-        plans, spec = self._plans(machines, chosen.replicas), with_wire(self._spec, chosen.wire)
-        demand = demand_of(self._asked)
-        return replica_shares(spec, self._planner.config, machines, chosen.replicas, plans, demand)
+        placement = self._placement(machines, chosen.replicas).with_wire(chosen.wire)
+        return replica_shares(placement, demand_of(self._asked))
 
     def replica_steps(self, machines: Machines, chosen: Chosen) -> list[ReplicaSteps]:
         """Return `replica_steps` of a layout's replicas on these machines."""
-        plans, spec = self._plans(machines, chosen.replicas), with_wire(self._spec, chosen.wire)
-        demand = demand_of(self._asked) or TYPICAL
-        return replica_steps(spec, self._planner.config, machines, chosen.replicas, plans, demand)
+        placement = self._placement(machines, chosen.replicas).with_wire(chosen.wire)
+        return replica_steps(placement, demand_of(self._asked) or TYPICAL)
 
     def gain(self, machines: Machines, chosen: Chosen) -> float:
         """Return the time of the job with `chosen` divided by its time with the best layout on these machines."""
-        spec, replicas = with_wire(self._spec, chosen.wire), chosen.replicas
-        plans, demand = self._plans(machines, replicas), demand_of(self._asked)
-        now = estimate(spec, self._planner.config, machines, replicas, plans, demand)
+        placement = self._placement(machines, chosen.replicas).with_wire(chosen.wire)
+        now = estimate(placement, demand_of(self._asked))
         with suppress(LayoutError):
-            return now.seconds / self._search(spec, machines).seconds
+            return now.seconds / self._search(placement.spec, machines).seconds
         return 1.0
 
-    def _plans(self, machines: Machines, replicas: Replicas) -> list[ReplicaPlan]:
-        return list(self._planner.replicas(self._spec, replicas, self._asked, machines.names))
+    def _placement(self, machines: Machines, replicas: Replicas) -> Placement:
+        plans = list(self._planner.replicas(self._spec, replicas, self._asked, machines.names))
+        return Placement(self._spec, self._planner.config, machines, replicas, plans)
 
     def _layouts(self, spec: Spec) -> Layouts:
         count = spec.layout.replicas if self._replicated else 1

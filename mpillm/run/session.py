@@ -29,14 +29,15 @@ from mpillm.model.decoder import Decoder
 from mpillm.model.kv import KVCache
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid
-from mpillm.planning.estimate import Estimate, demand_of, estimate, link
+from mpillm.planning.estimate import Estimate, demand_of, estimate
 from mpillm.planning.input_needs import NO_INPUT, InputNeeds
 from mpillm.planning.job_time import Demand
 from mpillm.planning.limits import limits
 from mpillm.planning.needs import needs_of
+from mpillm.planning.placement import Placement
 from mpillm.planning.planner import Planner
 from mpillm.planning.shortage import shortage
-from mpillm.planning.wire import wire_in_words, with_wire
+from mpillm.planning.wire import wire_in_words
 from mpillm.run import draft
 from mpillm.run.laying_out import LayoutChoice
 from mpillm.run.origin import Origin
@@ -173,7 +174,7 @@ class Session:
         self.channel = Channel(world, self.counters, ranks)
         shared = shared_rows(world, self.place, 4 * self.config.hidden * self.limits.max_tokens)
         stage = self.replicas[self.replica].stage_ranks[self.place.stage]
-        rate, crowded = link(self.machines, stage).wire, world.nodes.crowded(stage)
+        rate, crowded = self.machines.link(stage).wire, world.nodes.crowded(stage)
         group = Group(world, self.place, self.wire, self.counters, self.threads, shared, rate, crowded)
         with world.together():
             cache, count = self.caches[self.place.rank], (self.limits.n_blocks, self.limits.n_states)
@@ -203,8 +204,8 @@ class Session:
         """Estimate the time of `demand`, or of the input if it is None, from the machines' speeds."""
         names = self.machines.names
         plans = list(self.planner.replicas(self.job, self.replicas, self.needs, names))
-        demand, spec = demand or demand_of(self.needs), with_wire(self.job, self.wire)
-        return estimate(spec, self.config, self.machines, self.replicas, plans, demand)
+        placement = Placement(self.job, self.config, self.machines, self.replicas, plans)
+        return estimate(placement.with_wire(self.wire), demand or demand_of(self.needs))
 
     @property
     def layout(self) -> UsedLayout:

@@ -16,16 +16,16 @@ from mpillm import spec
 from mpillm.errors import LayoutError
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition.replicas import Replica
-from mpillm.planning.estimate import demand_of, estimate, replica_shares
+from mpillm.planning.estimate import DEAR, demand_of, estimate, replica_shares
 from mpillm.planning.hosts import Host, machines_of
 from mpillm.planning.input_needs import InputNeeds
 from mpillm.planning.job_time import Demand
 from mpillm.planning.layout import CLEARLY, Layouts, _compared
 from mpillm.planning.layout_plans import Found
 from mpillm.planning.machines import Machines
+from mpillm.planning.placement import Placement
 from mpillm.planning.planner import Planner
 from mpillm.planning.search import LEAVE_OUT, for_run, search
-from mpillm.planning.wire import DEAR
 from tests.sparse import llama
 
 LAYERS = 8
@@ -183,10 +183,14 @@ def test_replicas_share_requests_so_that_they_end_together() -> None:
         assert demand is not None
         with_plans = zip(found.chosen.replicas, found.plans, strict=True)
         config, known = _planners[0].config, found.machines
-        made = replica_shares(asked.spec, config, known, found.chosen.replicas, found.plans, demand)
+        made = replica_shares(
+            Placement(asked.spec, config, known, found.chosen.replicas, found.plans), demand
+        )
         own = [Demand(round(part * requests), part * demand.prompt, part * demand.generated) for part in made]
         times = [
-            estimate(asked.spec, config, known, [replica], [plan], part).seconds if part.requests else 0.0
+            estimate(Placement(asked.spec, config, known, [replica], [plan]), part).seconds
+            if part.requests
+            else 0.0
             for (replica, plan), part in zip(with_plans, own, strict=True)
         ]
         return made, times

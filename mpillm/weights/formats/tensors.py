@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class TensorSource:
         """JobError if a job's `quantize` would quantise what is quantised already."""
         check_unquantised(quantize, self.path, self._extents)
 
-    @property
+    @cached_property  # who plans asks for every place
     def loading_nbytes(self) -> int:
         """Bytes that loading takes at most, besides the pages: most matrices are packed without being decoded."""
         matrices = [(key, extent.stored) for key, extent in self._extents.items() if len(extent.shape) > 1]
@@ -232,6 +233,7 @@ class TensorSource:
         }
         self._plans.clear()
         self._expert_plans.clear()
+        vars(self).pop("loading_nbytes", None)
 
     def release(self, key: Key, rows: range | None = None) -> None:
         """Give back the mapped pages of a tensor, or of some rows of it."""

@@ -1,0 +1,62 @@
+"""A job's replicas on their machines, with what each rank holds: what times are estimated of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from mpillm.comm.transfer import Wire
+from mpillm.kernels import BlockType
+from mpillm.model.config import ModelConfig
+from mpillm.partition.replicas import Replica
+from mpillm.planning.machines import Machines
+from mpillm.planning.rank_plan import ReplicaPlan
+from mpillm.planning.step_time import Stage, sum_bytes
+from mpillm.planning.wire import with_wire
+from mpillm.spec import Spec
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Replicas on machines, and the plan of each. `wire.activations` is decided in `spec`."""
+
+    spec: Spec
+    config: ModelConfig
+    machines: Machines
+    replicas: Sequence[Replica]
+    plans: Sequence[ReplicaPlan]
+
+    def with_wire(self, wire: Wire) -> Placement:
+        """The same with another wire between the shards of a stage."""
+        return replace(self, spec=with_wire(self.spec, wire))
+
+    def kind(self, number: int) -> tuple[object, ...]:
+        """What a replica has in common with those that are equally fast."""
+        machines, replica, hosts = self.machines, self.replicas[number], self.machines.host_of_rank
+        ranks = replica.ranks
+        speeds = [
+            id(machines.speeds[rank]) if machines.speeds else hosts.count(hosts[rank]) for rank in ranks
+        ]
+        places = [hosts[rank] - hosts[replica.first] for rank in ranks]
+        works = map(id, self.plans[number].works)
+        return (*speeds, *places, replica.stages, replica.shards, replica.layers, *works)
+
+    def stages(self, number: int) -> list[Stage]:
+        """A replica's stages with their links, one object for those that are alike."""
+        replica, plan, wire = self.replicas[number], self.plans[number], self.spec.wire
+        activations = sum_bytes(BlockType[wire.activations.upper()], self.config.hidden, replica.shards)
+        pipe = BlockType[wire.between_stages.upper()].row_bytes(self.config.hidden)
+        groups = replica.stage_ranks
+
+        alike, found = dict[tuple[object, ...], Stage](), []
+        for at, group in enumerate(groups):
+            works = [plan.works[rank - replica.first] for rank in group]
+            speeds = [self.machines.speed_of(rank) for rank in group]
+            own, next_one = self.machines.link(group), None
+            if at + 1 < len(groups):
+                next_one = self.machines.link([*group, *groups[at + 1]])
+            key = (*map(id, works), *map(id, speeds), own, next_one)
+            if key not in alike:
+                alike[key] = Stage(works, speeds, activations, own, pipe, next_one)
+            found.append(alike[key])
+        return found
