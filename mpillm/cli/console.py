@@ -20,7 +20,8 @@ from mpillm.run.progress import Bar
 from mpillm.store import report
 from mpillm.words import count_of
 
-FEW, SOME = 8, 3  # answers shown: all of a few, some of many
+FEW, SOME = 8, 3  # answers shown: all of a few, some of many and the first error
+ANSWERED = '"status_code":200'
 LONGEST = 400  # characters of an answer shown
 
 
@@ -89,7 +90,7 @@ class Console:
         """Print the answers (the first ones, if there are many), the summary, and where the results are."""
         path = directory / "results.jsonl"
         try:
-            _show_answers(path, made.requests.total)
+            _show_answers(path, made.requests)
         except Exception as error:  # the results are on disk, and no display decides what came of the run
             print(f"mpillm: The answers in {path} cannot be printed ({error}).", file=sys.stderr)
         # Two streams may arrive in any order, and the summary is the last thing to be read.
@@ -103,13 +104,15 @@ class Console:
         stream.flush()
 
 
-def _show_answers(path: Path, total: int) -> None:
-    shown = FEW if total <= FEW else SOME
+def _show_answers(path: Path, requests: report.Requests) -> None:
     with path.open(encoding="utf-8") as lines:
-        for line in itertools.islice(lines, shown):
-            print(terminal.fitted(_answer(json.loads(line)), sys.stdout))
-    if total > shown:
-        print(f"... and {total - shown} more in {path}")
+        shown = list(itertools.islice(lines, FEW if requests.total <= FEW else SOME))
+        if requests.errors and all(ANSWERED in line for line in shown):
+            shown += itertools.islice((line for line in lines if ANSWERED not in line), 1)
+    for line in shown:
+        print(terminal.fitted(_answer(json.loads(line)), sys.stdout))
+    if requests.total > len(shown):
+        print(f"... and {requests.total - len(shown)} more in {path}")
 
 
 def _answer(result: dict[str, Any]) -> str:

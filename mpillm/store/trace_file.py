@@ -57,17 +57,18 @@ def _events(ranks: list[RankTrace], later: list[float]) -> Iterator[dict[str, An
         spans = sorted(rank.spans, key=lambda span: span.start)
         # The thread that computes comes first, those that load weights as they began.
         threads = sorted(dict.fromkeys(span.thread for span in spans), key=lambda thread: thread[1] != MAIN)
-        numbers = {thread: number for number, thread in enumerate(threads)}
-        yield _named("process_name", rank.rank, 0, f"rank {rank.rank} on {rank.host}")
+        # Perfetto takes the process 0 and the thread 0 for the kernel's.
+        process, numbers = rank.rank + 1, {thread: number for number, thread in enumerate(threads, 1)}
+        yield _named("process_name", process, 1, f"rank {rank.rank} on {rank.host}")
         for thread, number in numbers.items():
-            yield _named("thread_name", rank.rank, number, thread[1])
+            yield _named("thread_name", process, number, thread[1])
         for span in spans:
             # Both ends are rounded alike, so that what lies in another span still does.
             begin, end = (round(1e9 * (at + more)) for at in (span.start, span.start + span.seconds))
             event = {
                 "ph": "X",
                 "name": span.name,
-                "pid": rank.rank,
+                "pid": process,
                 "tid": numbers[span.thread],
                 "ts": begin / 1000,
                 "dur": (end - begin) / 1000,
@@ -75,8 +76,8 @@ def _events(ranks: list[RankTrace], later: list[float]) -> Iterator[dict[str, An
             yield {**event, "args": span.detail} if span.detail else event
 
 
-def _named(what: str, rank: int, thread: int, name: str) -> dict[str, Any]:
-    return {"ph": "M", "name": what, "pid": rank, "tid": thread, "ts": 0, "args": {"name": name}}
+def _named(what: str, process: int, thread: int, name: str) -> dict[str, Any]:
+    return {"ph": "M", "name": what, "pid": process, "tid": thread, "args": {"name": name}}
 
 
 def _described(rank: RankTrace) -> dict[str, Any]:

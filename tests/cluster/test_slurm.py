@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
@@ -42,7 +43,7 @@ if "--wait" in sys.argv and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
     world.Barrier()
     sys.exit(75 if told else 3)
 if "--killed" in sys.argv:
-    print("srun: error: n0: task 0: Out Of Memory", file=sys.stderr, flush=True)
+    print(sys.argv[-1], file=sys.stderr, flush=True)
     sys.exit(1)
 if "--fail" in sys.argv:
     sys.exit(int(sys.argv[-1]))
@@ -118,6 +119,26 @@ def test_one_node(stub: Path, mpi: Mpi, slurm: Slurm, submit: Submit, launcher: 
     assert ("srun --mpi=" in job.log) is (launcher != "mpiexec" and srun_works), job.log
 
 
+@one_mpi
+@pytest.mark.parametrize("beside", [True, False])
+def test_the_mpi_of_the_site(stub: Path, mpi: Mpi, submit: Submit, beside: bool) -> None:
+    """Its mpiexec is taken though the environment has another one: beside its library, or else from PATH."""
+    library = next(mpi.mpiexec.parent.parent.glob("lib/libmpi.so.*"), None)
+    if library is None:
+        pytest.skip("the library of this Open MPI is not beside its mpiexec")
+    (stub / ".venv/bin/mpiexec").write_text("#!/bin/sh\necho this belongs to another MPI; exit 9\n")
+    env = {"MPILLM_LAUNCHER": "mpiexec", "MPI4PY_LIBMPI": str(library)}
+    if not beside:
+        (stub / "lib").symlink_to(library.parent)
+        env |= {
+            "MPI4PY_LIBMPI": str(stub / "lib" / library.name),
+            "PATH": f"{mpi.mpiexec.parent}:{os.environ['PATH']}",
+        }
+    job = submit(stub, "--ntasks=2", "slurm/one-node.sbatch", "job.toml", env=env)
+    assert (job.state, job.exit_code) == ("COMPLETED", 0), job.log
+    assert "ranks=2 " in job.log
+
+
 @pytest.mark.parametrize("launcher", ["srun", "mpiexec"])
 def test_many_nodes(stub: Path, mpi: Mpi, slurm: Slurm, submit: Submit, launcher: str) -> None:
     if launcher == "srun" and not srun_can_start(slurm, mpi):
@@ -180,7 +201,8 @@ def test_how_a_run_ends_is_how_its_job_ends(stub: Path, slurm: Slurm) -> None:
         ("--fail", "1"): (1, "run.sh: the run ended with exit code 1; "),
         ("--fail", "2"): (2, "run.sh: the run ended with exit code 2; "),
         ("--fail", "75"): (75, "run the same sbatch command again to continue"),
-        ("--killed",): (137, "type sbatch --mem=SIZE"),
+        ("--killed", "task 0: Out Of Memory"): (137, "type sbatch --mem=SIZE"),
+        ("--killed", "error: StepId=1.0 exceeded memory limit"): (137, "type sbatch --mem=SIZE"),
     }
     jobs = {
         words: slurm.submit(
@@ -259,7 +281,11 @@ def test_what_is_wrong_is_said(stub: Path, slurm: Slurm) -> None:
             "/nowhere",
             "no virtual environment at /nowhere; type 'make install' in the checkout",
         ),
-        "MPI4PY_LIBMPI": ("/nowhere/a.so", "run.sh: no MPI library can be loaded (/nowhere/a.so"),
+        "MPI4PY_LIBMPI": (
+            "/nowhere/a.so",
+            "run.sh: no MPI library can be loaded (/nowhere/a.so: cannot open shared object file: No such file or "
+            "directory); correct MPI4PY_LIBMPI, or make mpi4py for that library: ",
+        ),
         "MPILLM_LAUNCHER": (
             "aprun",
             "MPILLM_LAUNCHER=aprun is not a launcher; set it to srun or mpiexec",

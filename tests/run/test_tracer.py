@@ -49,7 +49,7 @@ def assert_trace_events(path: Path, ranks: int) -> None:
         assert type(event["name"]) is str
         place = event["pid"], event["tid"]
         if event["ph"] == "M":
-            assert event.keys() == {"ph", "name", "pid", "tid", "ts", "args"}
+            assert event.keys() == {"ph", "name", "pid", "tid", "args"}
             assert event["args"].keys() == {"name"}
             names = {"process_name": processes, "thread_name": threads}[event["name"]]
             key = event["pid"] if names is processes else place
@@ -62,15 +62,22 @@ def assert_trace_events(path: Path, ranks: int) -> None:
             assert all(type(detail) in (int, str) for detail in event.get("args", {}).values())
             assert place in threads, "named before its first span"
             used.add(place)
-    assert processes.keys() == set(range(ranks))
+    assert processes.keys() == set(
+        range(1, ranks + 1)
+    )  # Perfetto takes process 0 and thread 0 for the kernel's
     assert used == threads.keys()
-    assert {name for (_, thread), name in threads.items() if thread == 0} == {"MainThread"}
+    assert min(thread for _, thread in threads) == 1
+    assert {name for (_, thread), name in threads.items() if thread == 1} == {"MainThread"}
     assert all(processes.values())
     assert all(threads.values())
 
 
+def of_rank(span: Event, rank: int) -> bool:
+    return bool(span["pid"] == rank + 1)
+
+
 def seconds(spans: list[Event], rank: int, *names: str) -> float:
-    return sum(span["dur"] for span in spans if span["pid"] == rank and span["name"] in names) / 1e6
+    return sum(span["dur"] for span in spans if of_rank(span, rank) and span["name"] in names) / 1e6
 
 
 @pytest.mark.mpiexec
@@ -87,11 +94,11 @@ def test_spans_nest_and_sum_to_the_report(openmpi: Mpi, tmp_path: Path) -> None:
     # Microseconds: those of the first span to the last are no more than the command took.
     assert 0 < max(span["ts"] + span["dur"] for span in spans) / 1e6 < took
     for rank in (0, 1):
-        starts = [span["ts"] for span in spans if span["pid"] == rank]
+        starts = [span["ts"] for span in spans if of_rank(span, rank)]
         assert starts == sorted(starts)
     report = json.loads((tmp_path / "out/report.json").read_text())
     steps = ("decode", "prefill", "prefill and decode")
-    assert sum(span["name"] in steps for span in spans if span["pid"] == 0) == report["batch"]["steps"]
+    assert sum(span["name"] in steps for span in spans if of_rank(span, 0)) == report["batch"]["steps"]
     for rank, trace_of in zip(report["ranks"], said["ranks"], strict=True):
         number = rank["rank"]
         assert (trace_of["rank"], trace_of["host"], trace_of["kept"]) == (
@@ -104,7 +111,7 @@ def test_spans_nest_and_sum_to_the_report(openmpi: Mpi, tmp_path: Path) -> None:
         weights = rank["weights"]
         assert seconds(spans, number, "load") == pytest.approx(weights["load_seconds"], abs=1e-4)
         assert seconds(spans, number, "wait for weights") == pytest.approx(weights["stall_seconds"], abs=1e-4)
-        loads = [span for span in spans if span["pid"] == number and span["name"] == "load"]
+        loads = [span for span in spans if of_rank(span, number) and span["name"] == "load"]
         assert len(loads) == weights["loads"] > 0
         assert sum(span["args"]["bytes"] for span in loads) == weights["loaded"]
         waits = ("wait for all_reduce", "wait for pipe", "wait for weights")
