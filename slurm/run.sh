@@ -6,7 +6,7 @@
 #                    this file says, else the checkout's .venv)
 #   MPILLM_LAUNCHER  srun or mpiexec   (default: srun if this Slurm speaks the installed MPI's protocol, else mpiexec)
 #   MPILLM_RESTARTS  how often an interrupted job may be queued again               (default: 100)
-set -uo pipefail
+set -o pipefail
 
 say() { echo "run.sh: $*" >&2; }
 SOON=300 # seconds
@@ -19,11 +19,17 @@ if [ -r "$venv/bin/activate" ]; then
     # shellcheck disable=SC1091
     . "$venv/bin/activate"
 elif [ -x "$venv/bin/python" ]; then # a conda environment has no such file
-    PATH=$venv/bin:$PATH
+    export PATH=$venv/bin:$PATH CONDA_PREFIX=$venv
+    for script in "$venv"/etc/conda/activate.d/*.sh; do
+        # shellcheck disable=SC1090
+        [ -r "$script" ] && . "$script"
+    done
 else
     say "no virtual environment at $venv; type 'make install' in the checkout, or set MPILLM_VENV"
     exit 2
 fi
+
+set -u # not before: what sites and environments have in their scripts may use variables that are not set
 
 # The MPI of the site has a mpiexec of its own, also where the environment brings another one.
 mpiexec=mpiexec

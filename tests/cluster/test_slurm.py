@@ -120,6 +120,20 @@ def test_one_node(stub: Path, mpi: Mpi, slurm: Slurm, submit: Submit, launcher: 
 
 
 @one_mpi
+def test_a_conda_environment(stub: Path, submit: Submit) -> None:
+    """Its scripts, and those of a site, use variables that are not set."""
+    scripts = stub / ".venv/etc/conda/activate.d"
+    scripts.mkdir(parents=True)
+    text = (stub / ".venv/bin/activate").read_text()
+    (stub / ".venv/bin/activate").unlink()
+    (scripts / "mpi.sh").write_text(f': "$not_set"\n[ "$CONDA_PREFIX" = {stub}/.venv ] || exit 9\n{text}')
+    (stub / "slurm/site.sh").write_text(': "$not_set"\n')
+    job = submit(stub, "--ntasks=2", "slurm/one-node.sbatch", "job.toml")
+    assert (job.state, job.exit_code) == ("COMPLETED", 0), job.log
+    assert "ranks=2 " in job.log
+
+
+@one_mpi
 @pytest.mark.parametrize("beside", [True, False])
 def test_the_mpi_of_the_site(stub: Path, mpi: Mpi, submit: Submit, beside: bool) -> None:
     """Its mpiexec is taken though the environment has another one: beside its library, or else from PATH."""
