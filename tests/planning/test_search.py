@@ -16,6 +16,7 @@ from mpillm import spec
 from mpillm.errors import LayoutError
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition.replicas import Replica
+from mpillm.planning import step_time
 from mpillm.planning.estimate import DEAR, demand_of, estimate, replica_shares
 from mpillm.planning.hosts import Host, machines_of
 from mpillm.planning.input_needs import InputNeeds
@@ -26,6 +27,8 @@ from mpillm.planning.machines import Machines
 from mpillm.planning.placement import Placement
 from mpillm.planning.planner import Planner
 from mpillm.planning.search import LEAVE_OUT, for_run, search
+from mpillm.planning.speed import Speed
+from mpillm.planning.step_time import RankWork, StepRows, StepTime
 from tests.sparse import llama
 
 LAYERS = 8
@@ -173,6 +176,27 @@ def test_a_host_that_takes_long_to_get_ready_is_left_out_of_a_short_job() -> Non
     assert for_run(asked, half, worth=1.15)[1] == for_run(asked, half)[1] == []
     _, without, said = for_run(asked, half, worth=1.3)
     assert (without, "slow is left out" in said, "is hardly faster with it" in said) == ([1], True, True)
+
+
+def test_what_is_alike_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many hosts there are, with links as they are or faster ones."""
+    calls, rank_time = list[int](), step_time.rank_time
+
+    def counted(work: RankWork, speed: Speed, batch: StepRows) -> StepTime:
+        calls.append(1)
+        return rank_time(work, speed, batch)
+
+    monkeypatch.setattr(step_time, "rank_time", counted)
+
+    def computed(hosts: int) -> int:
+        calls.clear()
+        settings = f"layout.replicas={hosts // 4}", "layout.shards=2", "wire.activations=f32"
+        alike = machines_of([host(FAST, count=hosts)])
+        for machines in (alike, alike.with_faster_network(2)):
+            layouts(*settings, requests=16 * hosts).choose(machines)
+        return len(calls)
+
+    assert computed(32) == computed(8) > 0
 
 
 def test_replicas_share_requests_so_that_they_end_together() -> None:
