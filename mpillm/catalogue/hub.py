@@ -31,20 +31,26 @@ HEAD = 1 << 16  # bytes of a GGUF file in which its architecture stands
 HF_NAME = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>[^@]+\.gguf))?(?:@(?P<revision>[\w./-]+))?")
 HF_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "tiktoken.model"]
 HF_NOT = "consolidated*"  # another format of the same weights
-# What the library's errors mean, by their names or those of their bases.
+UNREACHED = (
+    "the hub cannot be reached, and the model is not on this machine; set HTTPS_PROXY if this network has a proxy, "
+    "or give the path of a copy from another machine"
+)
+# What the errors of the library and of its HTTP library mean, by their names or those of their bases.
 REMEDIES = {
     "GatedRepoError": "accept its terms on its page, and set HF_TOKEN",
-    "RepositoryNotFoundError": "the repository does not exist, or is private and needs HF_TOKEN",
-    "RevisionNotFoundError": "there is no such revision",
-    "EntryNotFoundError": "there is no such file",
-    "FileNotFoundError": "there is no such repository, revision or file",
-    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set, and the model is not on this machine",
-    "LocalEntryNotFoundError": "the hub cannot be reached, and the model is not on this machine",
+    "RepositoryNotFoundError": "there is no such repository, or it is private; check the name, or set HF_TOKEN",
+    "RevisionNotFoundError": "there is no such revision; check what follows @, or leave it out",
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set, and the model is not on this machine; unset it",
+    "LocalEntryNotFoundError": UNREACHED,
+    "EntryNotFoundError": "there is no such file; check its name on the repository's page",
+    "FileNotFoundError": "there is no such repository, revision or file; check the name",
+    "ConnectError": UNREACHED,
+    "ConnectionError": UNREACHED,
 }
 # And what it means that the hub answers with an HTTP status, where the library has no class for it.
 STATUSES = {
-    401: "HF_TOKEN is not a valid token, or is not set although the repository needs it",
-    403: "the account of HF_TOKEN may not read it",
+    401: "HF_TOKEN is not a valid token, or is not set although the repository needs it; set HF_TOKEN",
+    403: "the account of HF_TOKEN may not read it; ask for access on its page, or set another HF_TOKEN",
     429: "the hub received too many requests; wait some minutes, and type the same command again",
 }
 
@@ -171,17 +177,19 @@ def _library(name: str) -> Any:
 
 
 def _kinds(error: Exception) -> list[str]:
-    """What the error's class and its bases are called, for other versions of the library have other classes."""
-    return [kind.__name__ for kind in type(error).__mro__]
+    """The names of the classes of what caused the error, and of the error: the library's versions differ in both."""
+    return [kind.__name__ for one in (error.__cause__, error) if one for kind in type(one).__mro__]
 
 
 def _reason(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
-    remedy = next((REMEDIES[kind] for kind in _kinds(error) if kind in REMEDIES), None)
+    """What to do, where that is known; else the error's class and its first line."""
+    if remedy := next((REMEDIES[kind] for kind in _kinds(error) if kind in REMEDIES), None):
+        return remedy
     status = getattr(getattr(error, "response", None), "status_code", 0)
     if status >= 500:
-        first = f"the hub has a problem (status {status}); type the same command again later"
-    return f"{type(error).__name__}: {remedy or STATUSES.get(status, first)}"
+        return f"the hub has a problem (status {status}); type the same command again later"
+    first = (str(error).strip().splitlines() or [""])[0]
+    return STATUSES.get(status) or f"{type(error).__name__}: {first}"
 
 
 def _judge_repository(hub: Any, name: str, repo: str, revision: str | None) -> tuple[Path, list[str]]:

@@ -266,6 +266,8 @@ class Hub:
         return LISTED.get(repo.rpartition("/")[2], ["config.json", "model.safetensors"])
 
     def hf_hub_download(self, repo: str, file: str, **kwargs: object) -> str:
+        if repo.endswith(("far", "off")):
+            raise LocalEntryNotFoundError from (OfflineModeIsEnabled() if repo.endswith("off") else OSError())
         path = self.folder / repo / file
         self.files.append(f"{repo}/{file}")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -284,6 +286,14 @@ class RepositoryNotFoundError(Exception):
 
 
 class GatedRepoError(RepositoryNotFoundError):
+    """Likewise."""
+
+
+class LocalEntryNotFoundError(Exception):
+    """Likewise."""
+
+
+class OfflineModeIsEnabled(ConnectionError):
     """Likewise."""
 
 
@@ -329,8 +339,14 @@ def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         JobError, match=r"has no safetensors files; .* such as hf:owner/bare/Q8_0/m Q8_0.gguf"
     ):
         pull("hf:owner/bare")
-    with pytest.raises(JobError, match="GatedRepoError: accept its terms on its page, and set HF_TOKEN"):
+    with pytest.raises(JobError, match=r"pulled \(accept its terms on its page, and set HF_TOKEN\)"):
         pull("hf:owner/shut")
+    for name, words in (
+        ("owner/far", "the hub cannot be reached, .* HTTPS_PROXY"),
+        ("owner/off", "HF_HUB_OFFLINE is"),
+    ):
+        with pytest.raises(JobError, match=rf"fetched \({words}[^:]*\)"):
+            hub_module.pull_config(f"hf:{name}")
     with pytest.raises(JobError, match=r"hf:owner/gone could not be pulled \(ValueError: 404 not there\)"):
         pull("hf:owner/gone")
     for name, words in (
