@@ -10,6 +10,13 @@ def count_of(number: int | str, kind: str) -> str:
     return f"{number} {kind}{'' if str(number) == '1' else 's'}"
 
 
+def tokens_of(prompt: int, generated: int, shared: str = "") -> str:
+    """`7 prompt and 2 generated tokens`, or `7 prompt tokens` if nothing was generated; `shared` follows `prompt`."""
+    if not generated:
+        return f"{count_of(prompt, 'prompt token')}{shared}"
+    return f"{prompt} prompt{shared} and {count_of(generated, 'generated token')}"
+
+
 def some_of(names: Sequence[str], kind: str) -> str:
     """`a`, `a, b and c`, or `a, b and 5 other hosts`: at most three names, of things of one kind."""
     if len(names) > 3:

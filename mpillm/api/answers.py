@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -19,14 +19,32 @@ Ids = NDArray[np.int32]
 Floats = NDArray[np.float32]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answer:
+class _Comparable:
+    """Equal if all fields are, arrays by their values; the body has times of its own and does not count."""
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        compared = [one.name for one in fields(self) if one.compare]  # type: ignore[arg-type]
+        return all(_same(getattr(self, name), getattr(other, name)) for name in compared)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answer(_Comparable):
     """An answer of any kind. `body` is the body in results.jsonl, as JSON values."""
 
     index: int  #: number of the request within its call, from 0
     custom_id: str
     error: str | None = None  #: why there is no answer
-    body: dict[str, Any] = field(repr=False)
+    body: dict[str, Any] = field(repr=False, compare=False)
 
     def check(self) -> None:
         """Raise RequestError if the request has an error."""
@@ -34,8 +52,8 @@ class Answer:
             raise RequestError(self.error)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Completion:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Completion(_Comparable):
     """One generated text of a prompt."""
 
     text: str
@@ -47,7 +65,7 @@ class Completion:
     tool_calls: tuple[dict[str, Any], ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Generation(Answer):
     """The generated texts of a request: `n` for each of its prompts."""
 
@@ -61,7 +79,7 @@ class Generation(Answer):
         return self.completions[0].text
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Score(Answer):
     """Log-probabilities of the tokens of a prompt (of the first prompt, if a request has several)."""
 
@@ -84,7 +102,7 @@ class Score(Answer):
         return float(self.logprobs.sum(dtype=np.float64))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Embedding(Answer):
     """The vectors of the texts of a request."""
 
@@ -103,7 +121,7 @@ class Embedding(Answer):
         return first
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Relevance(Answer):
     """The relevance of documents to a query, or to one query each."""
 
@@ -118,7 +136,7 @@ class Relevance(Answer):
         return [int(index) for index in order if not np.isnan(self.scores[index])]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Classification(Answer):
     """The labels of the texts of a request."""
 

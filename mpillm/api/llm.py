@@ -87,11 +87,13 @@ class LLM:
             self._world.limit_threads(self._world.threads())
         self._ranks = 1 if ranks is None else ranks_of(ranks)
         self._asking = threading.Lock()  # held by the call whose answers are being read
-        self._asks: int | None = None  # the thread of that call
+        self._asks: int | None = None  # the thread that reads them
+        self._owner = 0  # the process that has the backend
         self._backend = self._start()
 
     def _start(self) -> Local | Remote:
         # Imported here: what computes is loaded when the number of threads is known.
+        self._owner = os.getpid()
         if self._world is not None:
             from mpillm.api.local import Local
 
@@ -182,6 +184,10 @@ class LLM:
     def _stream(self, lines: Sequence[bytes]) -> Generator[Answer, None, None]:
         from mpillm.errors import JobError
 
+        if self._backend.open and os.getpid() != self._owner:
+            raise JobError(
+                f"The ranks of this LLM answer process {self._owner} alone; make an LLM in each forked process."
+            )
         if self._asks == threading.get_ident():
             raise JobError(
                 "A stream of this LLM is still open: read it to its end, or close it, before another call."
@@ -193,6 +199,7 @@ class LLM:
                     self._backend = self._start()
                 for index, result in self._backend.ask(lines):
                     yield answer_of(index, result)
+                    self._asks = threading.get_ident()  # another thread may read on
             finally:
                 self._asks = None
 
@@ -235,9 +242,14 @@ def _request(request: Prompt | Messages | Mapping[str, Any], body: Mapping[str, 
     """The line of a request of `stream`."""
     if isinstance(request, Mapping):
         return _line(request)
-    if not isinstance(request, str) and len(request) and isinstance(request[0], Mapping):
+    if _is_chat(request):
         return _line({"messages": request, **body})
     return _line({"prompt": request, **body})
+
+
+def _is_chat(request: object) -> bool:
+    items = iter(request) if isinstance(request, Iterable) and not isinstance(request, str) else iter(())
+    return isinstance(next(items, None), Mapping)
 
 
 def _line(content: Mapping[str, Any]) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 from mpillm.errors import JobError
@@ -45,7 +45,11 @@ def several(given: Any) -> list[Any]:
     if isinstance(given, bytes | bytearray) or not isinstance(given, Iterable):
         raise TypeError(f"expected a text, token ids, or several of these, not {given!r:.60}")
     listed = list(given)
-    return [listed] if listed and all(isinstance(one, Integral) for one in listed) else listed
+    if listed and all(isinstance(one, Real) for one in listed):
+        if wrong := [one for one in listed if not isinstance(one, Integral)]:
+            raise TypeError(f"token ids must be whole numbers, not {wrong[0]!r}")
+        return [listed]
+    return listed
 
 
 def chats_of(given: Any) -> list[Any]:

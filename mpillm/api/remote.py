@@ -82,12 +82,8 @@ class Remote:
     def ask(self, lines: Sequence[bytes]) -> Iterator[tuple[int, Result]]:
         """Yield the index and the result of each line when it is finished; the generator may be closed before its end.
 
-        Interrupted if the ranks end meanwhile, which closes this. JobError in a process that was forked.
+        Interrupted if the ranks end meanwhile, which closes this.
         """
-        if os.getpid() != self._owner:
-            raise JobError(
-                f"The ranks of this LLM answer process {self._owner} alone; make an LLM in each forked process."
-            )
         over = False
         try:
             self._send(AddLines(list(lines)))
@@ -99,7 +95,8 @@ class Remote:
             over = True
             raise
         finally:
-            if not over:  # the caller wants no more, or was interrupted
+            # The caller wants no more, or was interrupted. A process that was forked from it leaves the ranks alone.
+            if not over and self.open and os.getpid() == self._owner:
                 self._drain()
 
     def _drain(self) -> None:
@@ -187,6 +184,11 @@ class _Held:
             return
         try:
             if self.connection is not None:
+                with (
+                    contextlib.suppress(OSError),
+                    socket.socket(fileno=os.dup(self.connection.fileno())) as both,
+                ):
+                    both.shutdown(socket.SHUT_RDWR)  # closing alone would not wake a thread that reads
                 self.connection.close()
             if self.process is not None:
                 _ended_within(self.process, ENDING)

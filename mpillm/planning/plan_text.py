@@ -9,9 +9,8 @@ from mpillm.planning.layout import shapes_in_words
 from mpillm.planning.limits import step_description
 from mpillm.planning.plan import Plan
 from mpillm.spec import enough, shown_bytes
-from mpillm.words import count_of, listed
+from mpillm.words import count_of, listed, some_of
 
-NAMED = 8  # hosts that are left out
 COLUMNS, LABEL = 80, 10  # of the text, and of the names before its lines
 WORTH = 1.03  # how many times as fast is worth a line
 
@@ -43,9 +42,7 @@ def _sentences(plan: Plan) -> Iterator[str]:
     if plan.compared:
         yield f"          {plan.compared}"
     if plan.left_out:
-        more = [f"and {len(plan.left_out) - NAMED} more"] if len(plan.left_out) > NAMED else []
-        names = ", ".join([*plan.left_out[:NAMED], *more])
-        yield f"          left out, because they would slow the run down: {names}"
+        yield f"          left out, because they would slow the run down: {some_of(plan.left_out, 'host')}"
     possible = [_layout(*pair) for pair in others]
     if plan.replicas > 1:
         possible += [f"one replica of {_layout(*pair)}" for pair in plan.layouts_of_all]

@@ -13,12 +13,12 @@ from mpillm.errors import LayoutError, MpillmError
 from mpillm.planning.layout import Layouts
 from mpillm.planning.layout_plans import Found
 from mpillm.planning.machines import Machines
+from mpillm.words import some_of
 
 LEAVE_OUT = 1.005  # how many times as fast a run must be without some hosts
 CLEARLY = 1.02  # the same for a run, whose speeds were measured in a second or two
 EVERY_SUBSET = 5  # up to so many hosts all subsets are tried, and up to ...
 ONE_BY_ONE = 8  # ... so many each host alone, again and again
-NAMED = 8  # hosts in a sentence
 FEW = 32  # of many hosts one in so many are left out at first
 
 Hosts = frozenset[int]
@@ -67,19 +67,19 @@ def for_run(layouts: Layouts, machines: Machines, worth: float = 1.0) -> tuple[F
         alone = len(best.machines.ranks_per_host) == 1
         clear = times * (worth if alone else 1.0) >= CLEARLY
         if without and (clear or best.fits > on_all.fits or useless):
-            return best, without, _said(machines, without, times)
+            return best, without, _reason(machines, without, times)
     return on_all, [], ""
 
 
-def _said(machines: Machines, without: Sequence[int], times: float) -> str:
-    them = "it" if len(without) == 1 else "them"
+def _reason(machines: Machines, without: Sequence[int], times: float) -> str:
+    """The sentence that names the hosts that are left out, and says why."""
+    are, them = ("is", "it") if len(without) == 1 else ("are", "them")
     why = f"the run is {times:.1f} times as fast without {them}"
     if times < CLEARLY:
         why = f"the run is hardly faster with {them}"
-    names, one = machines.host_names(), len(without) == 1
-    more = [f"{len(without) - NAMED} more"] if len(without) > NAMED else []
-    named = " and ".join([", ".join(names[host] for host in without[:NAMED]), *more])
-    return f"{named} {'is' if one else 'are'} left out and kept in reserve: by the estimated time of a step {why}."
+    names = machines.host_names()
+    named = some_of([names[host] for host in without], "host")
+    return f"{named} {are} left out and kept in reserve: by the estimated time of a step {why}."
 
 
 def _by_rank(layouts: Layouts) -> bool:

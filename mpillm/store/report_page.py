@@ -10,9 +10,9 @@ from typing import Any
 from mpillm.spec import shown_bytes
 from mpillm.store.directory import replacing
 from mpillm.store.readable import as_json, printable
-from mpillm.store.report import RankStatistics, Report, Start, Tokens, read
+from mpillm.store.report import RankStatistics, Report, Start, read
 from mpillm.store.report_plots import MESSAGES, available, plots, write_figures
-from mpillm.words import count_of
+from mpillm.words import count_of, tokens_of
 
 HTML = "report.html"
 # What the page calls the phases of a run; what is before them is the start of its processes.
@@ -30,16 +30,17 @@ def summary(report: Report) -> Iterator[str]:
         generated = f", {report.rate():.1f} generated tokens/s" if tokens.generated else ""
         shared = f" ({tokens.shared} shared)" if tokens.shared else ""
         yield (
-            f"{_tokens(tokens, shared)} in {report.seconds:.1f} s: "
+            f"{tokens_of(tokens.prompt, tokens.generated, shared)} in {report.seconds:.1f} s: "
             f"{report.total_rate():.1f} tokens/s while computing{generated}."
         )
     else:
         yield "Nothing was computed."
     if report.earlier:
         everything = report.all_starts()
+        computed = tokens_of(everything.tokens.prompt, everything.tokens.generated)
         yield (
             f"With {count_of(len(report.earlier), 'earlier start')} of this command: "
-            f"{_tokens(everything.tokens)} in {everything.seconds:.1f} s of computing."
+            f"{computed} in {everything.seconds:.1f} s of computing."
         )
     if not tokens.computed:
         return
@@ -92,13 +93,6 @@ def summary(report: Report) -> Iterator[str]:
     ]
     if wire:
         yield f"Sent for each token: {', '.join(wire)}."
-
-
-def _tokens(tokens: Tokens, shared: str = "") -> str:
-    """How many tokens of which kind; nothing is generated for scores and embeddings."""
-    if not tokens.generated:
-        return f"{count_of(tokens.prompt, 'prompt token')}{shared}"
-    return f"{tokens.prompt} prompt{shared} and {count_of(tokens.generated, 'generated token')}"
 
 
 def _memory_used(ranks: Sequence[RankStatistics]) -> str:

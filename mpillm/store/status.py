@@ -19,7 +19,7 @@ from mpillm.store.directory import Directory, explained
 from mpillm.store.output import JOURNAL, LOCK, NO_LOCKS, owner_of
 from mpillm.store.records import KEY_BYTES, JournalHeader, Scan, scan
 from mpillm.store.same_job import MODEL_FILE
-from mpillm.words import count_of
+from mpillm.words import count_of, tokens_of
 
 
 class Status(msgspec.Struct, kw_only=True, frozen=True):
@@ -61,7 +61,7 @@ class Status(msgspec.Struct, kw_only=True, frozen=True):
         yield f"  requests  {self.answered} of {self.total}{part}{errors}"
         if self.starts:
             starts = f", in {self.starts} starts" if self.starts > 1 else ""
-            tokens = f"{self.prompt_tokens} prompt and {count_of(self.generated_tokens, 'generated token')}"
+            tokens = tokens_of(self.prompt_tokens, self.generated_tokens)
             yield f"  computed  {tokens} in {ago(self.seconds)}{starts}"
         if self.left is not None:
             yield f"  left      {ago(self.left)}"

@@ -14,7 +14,7 @@ from mpillm.errors import JobError
 from mpillm.store.output import JOURNAL
 from mpillm.store.results import JSONL
 from mpillm.store.status import NotBegun, Reader, Starting, Status, ago
-from mpillm.words import count_of
+from mpillm.words import count_of, tokens_of
 
 LOOK = 0.5  # seconds between two looks for a journal
 
@@ -62,12 +62,10 @@ class Parts(msgspec.Struct, kw_only=True, frozen=True):
         share = f" ({100 * self.answered / self.total:.0f} %)" if self.total else ""
         errors = sum(part.errors for part in self.parts)
         yield f"  requests  {self.answered} of {self.total}{share}{f', {errors} with an error' if errors else ''}"
-        generated = sum(part.generated_tokens for part in self.parts)
-        if generated:
+        if any(part.starts for part in self.parts):
             prompts = sum(part.prompt_tokens for part in self.parts)
-            seconds = sum(part.seconds for part in self.parts)
-            tokens = f"{prompts} prompt and {count_of(generated, 'generated token')}"
-            yield f"  computed  {tokens} in {ago(seconds)}"
+            generated = sum(part.generated_tokens for part in self.parts)
+            yield f"  computed  {tokens_of(prompts, generated)} in {ago(sum(part.seconds for part in self.parts))}"
         for part in self.parts:
             if part.state != "complete":
                 far = f"{part.answered} of {part.total} requests, written {ago(part.idle)} ago"

@@ -49,6 +49,12 @@ def test_what_is_no_request(wrong: Any) -> None:
         several(wrong)
 
 
+def test_token_ids_are_whole_numbers() -> None:
+    for wrong in (np.array([5.0, 6.0]), [5, 6.5], pandas.Series([5, None])):
+        with pytest.raises(TypeError, match="token ids must be whole numbers, not "):
+            several(wrong)
+
+
 @pytest.mark.parametrize(
     "wrong", ["Hello", ["Hello"], {"role": "user"}, None, 5, [[{"role": "user"}], "Hello"]]
 )

@@ -74,6 +74,9 @@ def test_each_kind_of_call(llm: LLM) -> None:
     assert several[1].prompt_tokens[0].tolist() == [5, 6, 7]
     assert several[1].completions[0].tokens.tolist() == several[2].completions[0].tokens.tolist()
     assert several[0].completions[0].logprobs is not None
+    stored = pickle.loads(pickle.dumps(several))
+    assert stored == several
+    assert stored[1].completions == several[2].completions != several[0].completions
     assert llm.generate("the quick", max_tokens=3)[0].text == several[0].text
     hello = {"role": "user", "content": "hello \u4f60"}
     assert llm.chat([hello], max_tokens=2)[0].text == llm.chat([[hello], [hello]], max_tokens=2)[1].text
@@ -133,15 +136,24 @@ def test_callers_of_many_kinds(llm: LLM) -> None:
     assert list(stream) == []
     assert isinstance(first, Generation)
     assert first.text == llm.generate("the quick", max_tokens=3)[0].text
+    # A stream that another thread reads on is that thread's, which is told so as well.
+    stream = llm.stream(texts, max_tokens=3)
+    next(stream)
+    with ThreadPoolExecutor(1) as other:
+        other.submit(next, stream).result()
+        with pytest.raises(JobError, match="A stream of this LLM is still open"):
+            other.submit(llm.generate, "a").result(timeout=60)
     child = os.fork()  # as multiprocessing does; what is collected there is not its to end
     if child == 0:
         with contextlib.suppress(BaseException):
             with pytest.raises(JobError, match="make an LLM in each forked process"):
                 llm.generate("a")
+            stream.close()  # the parent reads it
             llm.close()
             os._exit(0)
         os._exit(1)
     assert os.waitpid(child, 0)[1] == 0
+    assert len(list(stream)) == len(texts) - 2
     assert llm.generate(texts[:1], max_tokens=3)[0].text == expected[0]
 
 
@@ -156,12 +168,16 @@ def test_a_stream_may_be_left(llm: LLM) -> None:
 def test_a_stream_of_an_llm_that_is_closed() -> None:
     llm = LLM(str(CHAT), **SETTINGS)
     stream = llm.stream([f"the quick {n}" for n in range(99)], max_tokens=60)
-    assert next(stream).error is None
+    with ThreadPoolExecutor(1) as other:  # a call that waits for its answers is woken
+        assert next(stream).error is None
+        rest = other.submit(list, stream)
+        llm.close()
+        with pytest.raises(Interrupted, match="was closed before all answers had been read"):
+            rest.result()
+    stream = llm.stream([f"the quick {n}" for n in range(99)], max_tokens=60)
+    assert next(stream).error is None  # it is loaded again
     llm.close()
-    with pytest.raises(Interrupted, match="was closed before all answers had been read"):
-        list(stream)
-    assert llm.generate("the quick", max_tokens=1)[0].error is None  # it is loaded again
-    llm.close()
+    stream.close()  # and nothing is raised
 
 
 def test_what_cannot_be_made_is_said(tmp_path: Path) -> None:

@@ -269,11 +269,11 @@ def test_hosts_that_slow_a_run_down_are_left_out() -> None:
     slow = msgspec.structs.replace(fast, name="slow", products={"f32": [0.01, 0.02, 0.04]})
     made = on([slow, fast, fast], "layout.replicas=1")
     assert (made.left_out, len(made.ranks)) == (["slow", "fast"], 1)
-    assert "left out, because they would slow the run down: slow, fast\n" in plan_text.as_text(made)
+    assert "left out, because they would slow the run down: slow and fast\n" in plan_text.as_text(made)
     assert on([fast], "layout.replicas=1").time.seconds == made.time.seconds
     many = on([fast, msgspec.structs.replace(slow, count=10)], "layout.replicas=1")
     assert (len(many.left_out), len(many.ranks)) == (10, 1)
-    assert "slow (7), slow (8), and 2 more\n" in plan_text.as_text(many)
+    assert "slow (1), slow (2) and 8 other hosts" in " ".join(plan_text.as_text(many).split())
     assert on([slow, fast, fast], "layout.stages=3").left_out == []
 
 
