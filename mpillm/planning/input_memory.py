@@ -19,6 +19,7 @@ from mpillm.batch.endpoints.embeddings import JSON_BYTES
 from mpillm.batch.endpoints.generate import LOGPROB_BYTES, MAX_LOGPROBS, TOKEN_BYTES
 from mpillm.batch.endpoints.prompts import MAX_PROMPT_TOKENS, MAX_SEQUENCES
 from mpillm.batch.endpoints.score import PAIRS
+from mpillm.batch.rows import parquet
 from mpillm.batch.rows.forms import needs_arrow
 from mpillm.batch.rows.line import MAX_LINE
 from mpillm.batch.template import asker
@@ -32,14 +33,20 @@ from mpillm.planning.input_needs import NO_INPUT, InputNeeds
 from mpillm.planning.line_prompts import ADJUSTS, IDS, Body, LineSize, prompts_in
 from mpillm.planning.token_count import BYTES_PER_TOKEN, NOTHING, Around, TokenCounter, Tokens
 from mpillm.spec import Spec
-from mpillm.store import inputs
+from mpillm.store import inputs, table
 from mpillm.text import Tokenizer
 from mpillm.text.bounds import encoded_at_once
 
 PAIR_KEYS = ("query", *dict.fromkeys(name for names in PAIRS for name in names))  # of rerank, and of score
 NAMES = 2  # copies of a line's name
 PROMPT, TOKEN, LOGPROB = 56, 72, 136  # of a token, and of an alternative to it, until the answer is written
-ARROW = 128 * 2**20  # of the library for Parquet, and of what it reads or writes at once (98 MiB measured)
+ARROW, TABLE = (
+    56 * 2**20,
+    28 * 2**20,
+)  # of the library for Parquet, and more if it writes (51 and 75 MiB measured)
+# Times the bytes of rows that it reads at once (4.6 measured), and of lines of results that it writes at once (11).
+READ, WRITE = 5, 12
+ENVELOPE = 512  # bytes of a line of results, besides the answer
 
 # While a line is checked. What the values of a line take is bounded by the characters that JSON has between them.
 SHORT = 1 << 14  # bytes of a line that takes no memory worth counting
@@ -120,9 +127,19 @@ def input_needs(
     return InputNeeds(
         lines, total, prompt_tokens, generated, scored, blocks, tuple(sorted(lengths.items())), longest, names,
         checking, chat, answer, choice, largest,
-        ARROW if needs_arrow(spec.input_path) or spec.output.format == "parquet" else 0,
+        _arrow(spec, lines * (answer + ENVELOPE)),
         grammars.needs(), unread, prompts, most, sequence, scores, adjusts, alike,
     )  # fmt: skip
+
+
+def _arrow(spec: Spec, results: int) -> int:
+    """Bytes for an input or a table in Parquet, with so many bytes of results."""
+    read, written = needs_arrow(spec.input_path), spec.output.format == "parquet"
+    if not (read or written):
+        return 0
+    reading = READ * parquet.read_at_once(spec.input_path) if read else 0
+    writing = TABLE + WRITE * min(results, table.BYTES) if written else 0
+    return ARROW + max(reading, writing)
 
 
 def _texts_of_pairs(body: Body) -> msgspec.Raw:

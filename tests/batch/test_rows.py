@@ -393,6 +393,24 @@ def test_long_texts_of_a_dictionary_are_made_row_by_row(
     assert maximum < 12 * len(long)
 
 
+def test_texts_that_a_dictionary_does_not_hold_are_not_kept(tmp_path: Path) -> None:
+    """A writer stops to fill a dictionary at 1 MiB; the texts behind it must not be collected in one."""
+    count, text = 30_000, "of several sentences " * 20
+    texts = [f"{number} {text}" for number in range(count)]
+    parquet.write_table(pyarrow.table({"prompt": texts}), tmp_path / "in.parquet")
+    before = pyarrow.total_allocated_bytes()
+    held: list[int] = []
+
+    class Lines(io.BytesIO):
+        def write(self, line: Any) -> int:
+            held.append(pyarrow.total_allocated_bytes() - before)
+            return len(line)
+
+    forms.write_lines(tmp_path / "in.parquet", Lines(), print)
+    assert len(held) == count
+    assert max(held) < count * len(text) // 2
+
+
 def test_values_of_parquet_as_json(tmp_path: Path) -> None:
     row = {
         "messages": [{"role": "user", "content": "hi"}], "n": 3, "x": 0.5, "no": None,

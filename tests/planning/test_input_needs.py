@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from mpillm import spec
 from mpillm.batch.endpoints.prompts import MAX_ANSWER
@@ -22,14 +25,18 @@ from mpillm.planning.input_memory import (
     LOGPROB,
     NAMES,
     PROMPT,
+    READ,
+    TABLE,
     TEMPLATE,
     TOKEN_ID,
+    WRITE,
     checking_bytes,
     input_needs,
 )
 from mpillm.planning.input_needs import COPIES, WRITTEN, InputNeeds, line_bytes
 from mpillm.planning.limits import CacheCapacity, StepSize
 from mpillm.planning.token_count import Around
+from mpillm.store.table import BYTES
 from mpillm.text.bounds import CHUNK
 from mpillm.text.constrain import CACHED
 
@@ -56,7 +63,18 @@ def test_what_is_kept_of_an_input(text: str, nbytes: int, tmp_path: Path) -> Non
     (tmp_path / "in.jsonl").write_text(text)
     assert input_needs(job, 64).kept(4, 100) == nbytes
     table = spec.load(None, ["output.format=parquet"], input=job.input, output=job.output.path)
-    assert input_needs(table, 64).kept(4, 100) == nbytes + ARROW
+    assert 0 <= input_needs(table, 64).kept(4, 100) - nbytes - ARROW - TABLE <= WRITE * BYTES
+
+
+def test_what_is_read_of_parquet(tmp_path: Path) -> None:
+    """A page of a column at once, and no more than it has."""
+    for count, size in ((10, 50), (3000, 20_000)):
+        path = tmp_path / "in.parquet"
+        texts = [random.Random(number).randbytes(size // 2).hex() for number in range(count)]
+        parquet.write_table(pyarrow.table({"prompt": texts}), path, use_dictionary=False)
+        job = spec.load(None, ['request.prompt="{prompt}"'], input=str(path), output=str(tmp_path / "out"))
+        reading = input_needs(job, 64).reading - ARROW
+        assert reading == pytest.approx(READ * size * min(count, 1024), rel=0.5)
 
 
 def test_grammars_are_planned_where_there_are_any(tmp_path: Path) -> None:

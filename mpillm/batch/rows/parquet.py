@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 from mpillm.batch.rows.line import row_line, wrong_row
 from mpillm.errors import JobError
 
-ROWS, BYTES = 1024, 16 << 20  # that are read, and made values of Python, at once, at most
+ROWS, BYTES = 1024, 4 << 20  # that are read, and made values of Python, at once, at most
+BUFFER = 1 << 20  # bytes of a column that are read from the file at once; without it all of a row group are
 
 
 def rows(file: io.BufferedReader, path: Path, check: Callable[[list[str]], None]) -> Iterator[bytes]:
@@ -22,14 +24,11 @@ def rows(file: io.BufferedReader, path: Path, check: Callable[[list[str]], None]
         raise JobError("A Parquet input needs a library: pip install 'mpillm[tables]'.") from None
     try:
         metadata = parquet.read_metadata(file)
-        # A text that a column has once in its dictionary stays one in memory, however many rows have it.
-        table = parquet.ParquetFile(
-            file, metadata=metadata, pre_buffer=False, read_dictionary=_dictionaries(metadata)
-        )
+        table = parquet.ParquetFile(file, metadata=metadata, pre_buffer=False, buffer_size=BUFFER)
         check(list(table.schema_arrow.names))
         for number in range(metadata.num_row_groups):
             group = metadata.row_group(number)
-            row = group.total_byte_size // max(group.num_rows, 1) + 1  # bytes
+            row = _row_bytes(file, group)
             for batch in table.iter_batches(
                 max(1, min(ROWS, BYTES // row)), row_groups=[number], use_threads=False
             ):
@@ -39,6 +38,26 @@ def rows(file: io.BufferedReader, path: Path, check: Callable[[list[str]], None]
                     yield from _lines(batch.slice(begin, at_once))
     except pyarrow.ArrowException as error:
         raise JobError(f"The input {path} is damaged or not a Parquet file: {error}.") from None
+
+
+def read_at_once(path: Path) -> int:
+    """Bytes of the rows that are read at once, at most: a batch, or a page of a column, which has so many rows."""
+    from pyarrow import parquet
+
+    found = 0
+    with path.open("rb") as file:
+        metadata = parquet.read_metadata(file)
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            found = max(found, min(group.total_byte_size, max(BYTES, ROWS * _row_bytes(file, group))))
+    return found
+
+
+def _row_bytes(file: io.BufferedReader, group: Any) -> int:
+    """Bytes of a row of a row group, more or less: a text that a dictionary has once is that of any number of rows."""
+    columns = [group.column(index) for index in range(group.num_columns)]
+    own: int = group.total_byte_size // max(group.num_rows, 1) + 1
+    return own + sum(_dictionary_bytes(file, column) for column in columns)
 
 
 def _lines(batch: Any) -> Iterator[bytes]:
@@ -74,20 +93,20 @@ def _in_microseconds(batch: Any) -> Any:
     return batch
 
 
-def _dictionaries(metadata: Any) -> list[str]:
-    """The columns of texts, or of bytes, of which a part has a dictionary."""
-    found = set()
-    for group in range(metadata.num_row_groups):
-        for number in range(metadata.num_columns):
-            column = metadata.row_group(group).column(number)
-            kind = metadata.schema.column(number).logical_type.type
-            if (
-                column.physical_type == "BYTE_ARRAY"
-                and column.has_dictionary_page
-                and kind in ("STRING", "NONE")
-            ):
-                found.add(column.path_in_schema)
-    return sorted(found)
+def _dictionary_bytes(file: io.BufferedReader, column: Any) -> int:
+    """Bytes of the dictionary of a column in a row group, which no text in it exceeds; 0 if there is none.
+
+    The header of the dictionary's page has them as its second number, in Thrift's compact protocol: a byte for field
+    and type (0x15: the next field, 32 bits) precedes each number, and each byte of a number has 7 bits of it.
+    """
+    if column.physical_type != "BYTE_ARRAY" or not column.has_dictionary_page:
+        return 0
+    file.seek(column.dictionary_page_offset)
+    numbers = re.match(rb"\x15[\x80-\xff]*[\x00-\x7f]\x15([\x80-\xff]*[\x00-\x7f])", file.read(32), re.DOTALL)
+    if numbers is None:
+        return int(column.total_uncompressed_size)
+    size: bytes = numbers[1]  # its lowest bit is the sign
+    return sum((byte & 0x7F) << 7 * place for place, byte in enumerate(size)) >> 1
 
 
 def _longest(column: Any) -> int:
