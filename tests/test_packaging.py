@@ -165,17 +165,26 @@ def test_a_checkout_uses_installed_kernels_of_the_same_sources(checkout: Path, t
 
 
 def names(requirements: list[str]) -> set[str]:
-    """The names of requirements, with their lower bounds, as conda writes them."""
-    plain = (requirement.partition(";")[0].replace("ml-dtypes", "ml_dtypes") for requirement in requirements)
-    return {requirement.replace(">=", " >=") for requirement in plain}
+    """Requirements with their lower bounds, as conda writes them; behind a semicolon, for which Python."""
+    plain = (requirement.replace("ml-dtypes", "ml_dtypes").replace("'", '"') for requirement in requirements)
+    return {requirement.replace(">=", " >=", 1) for requirement in plain}
+
+
+def _conda(needed: str | dict[str, str]) -> str:
+    """A requirement of the recipe, as `names` has it."""
+    if isinstance(needed, str):
+        return needed
+    (version,) = re.findall(r'match\(python, "<(.*)"\)', needed["if"])
+    return f'{needed["then"]}; python_version < "{version}"'
 
 
 def test_the_conda_recipe_needs_what_the_package_needs() -> None:
     recipe = yaml.safe_load((ROOT / "packaging/conda/recipe.yaml").read_text())
     assert recipe["package"]["version"] == mpillm.__version__
-    needed = [name for name in PROJECT["project"]["dependencies"] if not name.startswith("tomli")]
-    run, host = (set(recipe["requirements"][when]) for when in ("run", "host"))
-    assert run == names(needed) | {f"python {PROJECT['project']['requires-python']}"}
+    run, host = ({_conda(needed) for needed in recipe["requirements"][when]} for when in ("run", "host"))
+    assert run == names(PROJECT["project"]["dependencies"]) | {
+        f"python {PROJECT['project']['requires-python']}"
+    }
     assert host - {"python", "pip"} == names(PROJECT["build-system"]["requires"])
 
 
