@@ -46,7 +46,10 @@ class RequestError(MpillmError):
 
 
 class UnsuitedError(RequestError):
-    """The model lacks what such a request needs, whatever its values: a tokenizer, a chat template, a classifier."""
+    """The model or the batch cannot have such a request, whatever its values.
+
+    The model lacks a tokenizer, a chat template, a classifier; the batch is for another endpoint.
+    """
 
 
 class NotFiniteError(MpillmError):

@@ -181,7 +181,7 @@ def _check_line(line: Line, raw: bytes | None, named: NumbersByName, batch: Chec
             line = replace(line, custom_id=name)
         work = make_work(line, content, batch.spec, batch.model)
         if batch.url not in (None, work.endpoint.url):
-            raise RequestError(
+            raise UnsuitedError(
                 f"the line is for {work.endpoint.url}, and the batch is for the endpoint {batch.url}"
             )
     except RequestError as problem:

@@ -8,6 +8,7 @@ import hmac
 import ipaddress
 import tempfile
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,14 @@ from urllib.parse import urlsplit
 
 import msgspec
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mpillm.batch.answers import check_finite
 from mpillm.batch.endpoints import ENDPOINTS
@@ -47,6 +48,7 @@ OTHERS |= dict.fromkeys(("/api/embed", "/embedding"), "/v1/embeddings")
 
 PAGE = Path(__file__).parent / "page"
 MAX_BODY = 32 << 20  # bytes of a request
+REQUEST_ID = "x-request-id"  # which OpenAI's clients show as _request_id
 IN_MEMORY = 1 << 16  # of these that are in memory while it comes and waits; more are in a file without a name
 
 
@@ -77,12 +79,32 @@ def make_app(service: ServerState, more_routes: list[Route]) -> ASGIApp:
             Exception: _bug,
         },
     )
-    guarded: ASGIApp = _Guard(app, service)
+    guarded: ASGIApp = _Named(_Guard(app, service))
     if service.origins:
         guarded = CORSMiddleware(
-            guarded, service.origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"]
+            guarded,
+            service.origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=[REQUEST_ID],
         )
     return Quiet(guarded)
+
+
+class _Named:
+    """Gives each answer the id of its request: the client's or a proxy's own, if it sent one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                given = Headers(scope=scope).get(REQUEST_ID)
+                MutableHeaders(scope=message)[REQUEST_ID] = given or f"req_{uuid.uuid4().hex}"
+            await send(message)
+
+        await self._app(scope, receive, sending)
 
 
 class _Guard:

@@ -62,7 +62,7 @@ def test_a_batch_beside_clients_and_across_a_restart(tmp_path: Path) -> None:
         made = client.batches.create(
             input_file_id=file.id, endpoint="/v1/completions", completion_window="24h", metadata={"a": "b"}
         )
-        while client.batches.retrieve(made.id).request_counts.completed < 2:
+        while not client.batches.retrieve(made.id).request_counts.completed:  # journaled in its first moment
             time.sleep(0.02)
         # A client's request does not wait for the batch.
         alone = client.completions.create(model="chat", prompt="a", max_tokens=2)
@@ -125,12 +125,13 @@ def test_a_batch_beside_clients_and_across_a_restart(tmp_path: Path) -> None:
         assert [each.purpose for each in client.files.list(purpose="batch")] == ["batch"] * 3
         assert {each.purpose for each in client.files.list(purpose="batch_output")} == {"batch_output"}
 
-        # A line for another endpoint than the batch is wrong; a batch without an endpoint has lines for any.
-        assert (
-            lines_of(client, of_endpoint(client, file.id, "/v1/embeddings").error_file_id)[0]["error"][
-                "message"
-            ]
-            == "Line 1: the line is for /v1/completions, and the batch is for the endpoint /v1/embeddings."
+        # A line for another endpoint than the batch is wrong, and a batch of such lines fails; a batch without an
+        # endpoint has lines for any.
+        others = of_endpoint(client, file.id, "/v1/embeddings")
+        assert (others.status, others.errors.data[0].message) == (
+            "failed",
+            "chat can answer no request of in.jsonl; line 1: the line is for /v1/completions, and the batch is for "
+            "the endpoint /v1/embeddings.",
         )
         both = b'{"prompt": "a", "max_tokens": 1}\n{"input": "a"}\n'
         mixed = client.files.create(file=("mixed.jsonl", both), purpose="batch").id
@@ -138,6 +139,10 @@ def test_a_batch_beside_clients_and_across_a_restart(tmp_path: Path) -> None:
         assert (any_endpoint.request_counts.completed, any_endpoint.endpoint) == (2, None)
         of_completions = of_endpoint(client, mixed, "/v1/completions")
         assert (of_completions.request_counts.completed, of_completions.request_counts.failed) == (1, 1)
+        (error,) = lines_of(client, of_completions.error_file_id)
+        assert error["error"]["message"].endswith(
+            "2: the line is for /v1/embeddings, and the batch is for the endpoint /v1/completions."
+        )
         asked: Any = {"input_file_id": mixed, "endpoint": "/v1/completions", "completion_window": "24h"}
         for more, said in (
             ({"completion_window": "1h"}, "completion_window: expected one of '24h', not '1h'"),

@@ -220,6 +220,10 @@ def test_models_health_metrics_and_the_key(client: openai.OpenAI, server: str) -
         with pytest.raises(openai.AuthenticationError) as refused:
             client.with_options(api_key=key or "x").models.list()
         assert (refused.value.type, refused.value.code) == ("invalid_request_error", "invalid_api_key")
+        assert refused.value.request_id.startswith("req_")
+    ids = {client.models.list()._request_id for _ in range(2)}
+    assert len(ids) == 2
+    assert client.models.list(extra_headers={"X-Request-ID": "a proxy's"})._request_id == "a proxy's"
     # A browser asks for a page of another site without the key.
     asked = {"Origin": "http://elsewhere.example", "Access-Control-Request-Method": "POST"}
     answer = client._client.options(f"{server}/v1/models", headers=asked)
@@ -341,6 +345,8 @@ def test_the_end(tmp_path: Path) -> None:
         asked["Access-Control-Request-Headers"] = "authorization,content-type"
         allowed = client._client.options(f"{url}/v1/completions", headers=asked)
         assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, friend)
+        answer = client._client.get(f"{url}/v1/models", headers={"Origin": friend})
+        assert answer.headers["access-control-expose-headers"] == "x-request-id"
         refused = client._client.options(f"{url}/v1/models", headers=asked | {"Origin": "http://a.example"})
         assert (refused.status_code, "access-control-allow-origin" in refused.headers) == (400, False)
         with (
