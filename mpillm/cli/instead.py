@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
+import shlex
 from collections.abc import Collection, Sequence
 
 RANKS_OF_LAUNCHERS = ("-n", "-np", "--np", "--ranks")
@@ -70,7 +72,11 @@ def sentence(
                 return f"{word!r} is not an option; run mpillm chat, and type it there"
             if "--model" in known and command != "run":
                 return f"{word!r} is not an option; to choose a model, type --model {word}"
+            if "--set" in known and (meant := _value_of_set(word, words)):
+                return f"{word!r} is an unexpected argument; did you mean {meant}?"
             continue
+        if name == "--hosts" and command in WITH_RANKS:
+            return f"there is no option {name}; type mpillm launch --hostfile FILE {command} ..."
         if name.startswith("--") and (key := _key_called(name[2:])):
             return f"there is no option {name}; type --set {key}={value or 'VALUE'}"
         if close := difflib.get_close_matches(name, known, n=1):
@@ -78,6 +84,24 @@ def sentence(
         if name.startswith("--") and (key := _key_like(name[2:])):
             return f"there is no option {name}; did you mean --set {key}={value or 'VALUE'}?"
     return None
+
+
+def _value_of_set(word: str, words: Sequence[str]) -> str | None:
+    """What was meant by a word that is a key and its value, or that follows those of --set after a blank."""
+    name, equals, value = word.partition("=")
+    if equals and (key := _key_of(name)):
+        return f"--set {shlex.quote(f'{key}={value}')}"
+    at = words.index(word)
+    if "--set" in words[max(0, at - 2) : at - 1]:
+        rest = itertools.takewhile(lambda other: not other.startswith("-"), words[at - 1 :])
+        return f"--set {shlex.quote(re.sub(' ?= ?', '=', ' '.join(rest), count=1))}"
+    return None
+
+
+def _key_of(name: str) -> str | None:
+    from mpillm import spec
+
+    return name if name in spec.known_keys() else spec.key_called(name)
 
 
 def _key_called(option: str) -> str | None:

@@ -32,7 +32,12 @@ def read_hosts(path: Path) -> list[HostSlots]:
             raise JobError(
                 f"The hostfile {path} has the line {line[:100]!r}; write 'node1 slots=2' or 'node1:2'."
             )
-        hosts.append(HostSlots(found[1], int(found[2] or found[3] or 1)))
+        slots = int(found[2] or found[3] or 1)
+        if not slots:
+            raise JobError(
+                f"The hostfile {path} gives {found[1]} no slots; give it some, or remove its line."
+            )
+        hosts.append(HostSlots(found[1], slots))
     if not hosts:
         raise JobError(f"The hostfile {path} names no host.")
     return hosts

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from mpillm.comm.rendezvous import own_addresses
+from mpillm.errors import JobError
 from mpillm.launching.hostfile import HostSlots, read_hosts
 from mpillm.launching.mpiexec import Settings
 
@@ -17,15 +18,24 @@ ANSWER = 10.0  # seconds for a host to answer
 ABSENT = "mpillm-absent"  # what a host without this Python answers
 
 
+class NoHostError(JobError):
+    """No host of the hostfile can take ranks; while a run goes on, some may come back."""
+
+
 def answering(settings: Settings, say: Callable[[str], None]) -> list[HostSlots]:
-    """The hosts of the hostfile that answer; all of them if none does, for then mpiexec shall say why."""
+    """The hosts of the hostfile that answer; none without a hostfile, and NoHostError if none answers."""
     if settings.hostfile is None:
         return []
     hosts = read_hosts(settings.hostfile)
     silent = silent_hosts(settings.agent, hosts)
+    there = [host for host in hosts if host.name not in silent]
     for host, why in silent.items():
-        say(f"The host {host} {why}; continuing without it.")
-    return [host for host in hosts if host.name not in silent] or hosts
+        say(f"The host {host} {why}{'; continuing without it' if there else ''}.")
+    if not there:
+        raise NoHostError(
+            f"No host of {settings.hostfile} can take ranks; try: {settings.agent} {hosts[0].name} true"
+        )
+    return there
 
 
 def silent_hosts(agent: str, hosts: Sequence[HostSlots]) -> dict[str, str]:

@@ -21,9 +21,9 @@ import psutil
 
 from mpillm.comm.launch import Library
 from mpillm.errors import Interrupted, JobError, LayoutError
-from mpillm.launching.hostfile import HostSlots, hostfile_text, write_hosts
+from mpillm.launching.hostfile import HostSlots, hostfile_text, read_hosts, write_hosts
 from mpillm.launching.mpiexec import AS_ROOT, Settings, command, end_session
-from mpillm.launching.reach import answering, silent_hosts
+from mpillm.launching.reach import NoHostError, answering, silent_hosts
 from mpillm.planning import plan
 from mpillm.spec import Spec
 from mpillm.store.directory import Directory
@@ -107,7 +107,7 @@ class Supervisor:
     def _until_complete(self, folder: Path) -> int:
         fruitless, first = 0, True
         while True:
-            hosts = answering(self._settings, self._say)
+            hosts = self._hosts(first)
             ranks = ranks_that_work(self._spec, sum(host.slots for host in hosts) if hosts else self._ranks)
             size = self._journal_size()
             code, grown = self._once(ranks, hosts, folder)
@@ -141,6 +141,15 @@ class Supervisor:
                 f"{pause:g} s."
             )
             self._sleep(pause)
+
+    def _hosts(self, first: bool) -> list[HostSlots]:
+        """The hosts that answer; all of them if those of an earlier start are away, for they may come back."""
+        try:
+            return answering(self._settings, self._say)
+        except NoHostError:
+            if first or self._settings.hostfile is None:
+                raise
+            return read_hosts(self._settings.hostfile)
 
     @property
     def _ranks(self) -> int:

@@ -51,6 +51,14 @@ MISTAKES = {
     "no second run": ("compare out", "type mpillm compare FIRST SECOND"),
     "merged without an output": ("merge a b", "type mpillm merge PART --output OUTPUT"),
     "a key without its value": ("plan --set sampling.seed 3", "'sampling.seed' is not of the form section.key=value"),
+    "a value without --set": (
+        "run a.toml sampling.seed=3", "is an unexpected argument; did you mean --set sampling.seed=3?"
+    ),
+    "a second value of --set": ("run a.toml --set sampling.seed=3 top_p=1", "did you mean --set sampling.top_p=1?"),
+    "a value with blanks around =": ("run a.toml --set sampling.seed = 3", "did you mean --set sampling.seed=3?"),
+    "a value with a blank": ("run a.toml --set output=my runs", "did you mean --set 'output=my runs'?"),
+    "hosts of a run": ("run a.toml --hosts hosts", "type mpillm launch --hostfile FILE run ..."),
+    "hosts without slots": ("launch --hostfile none run", "gives node2 no slots; give it some, or remove its line."),
     "a model's name": ("plan --model smollm2-135M", "Did you mean smollm2-135m?"),
     "a beginning of a model's name": ("plan --model smollm2", "Did you mean smollm2-"),
     "a path as a name": ("pull ./m.gguf", "granite-8b, phi-4, qwen3-30b-a3b, and hf:owner/name works too"),
@@ -137,6 +145,7 @@ def test_a_mistake(
     (tmp_path / "twice.toml").write_text('model = "a"\nmodel = "b"\n')
     (tmp_path / "web.toml").write_text('input = "s3://a/b"\n')
     (tmp_path / "hosts").write_text("node1 slots=4\n")
+    (tmp_path / "none").write_text("node1 slots=4\nnode2 slots=0\n")
     words, said = MISTAKES[name]
     try:
         code = main(shlex.split(words))

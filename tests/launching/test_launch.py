@@ -120,6 +120,21 @@ def test_as_many_ranks_as_work(tmp_path: Path) -> None:
         ranks_that_work(job(tmp_path, model, "memory.weights=1KiB"), 2)
 
 
+def test_a_hostfile_of_which_no_host_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is started: it would fail five times in a minute and a half."""
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
+    hostfile = tmp_path / "machines"
+    hostfile.write_text("pi1\npi2\n")
+    settings = Settings(hostfile=hostfile, agent="false")
+    run = Supervisor(job(tmp_path, f"model={model_path('chat')}"), OPENMPI, settings, ["false"], print)
+    with pytest.raises(JobError, match=r"^No host of .*machines can take ranks; try: false pi1 true$"):
+        run.run()
+    assert capsys.readouterr().out.splitlines() == [
+        f"The host {name} does not answer (false ended with 1)." for name in ("pi1", "pi2")
+    ]
+    assert run._hosts(first=False) == [HostSlots("pi1", 1), HostSlots("pi2", 1)], "they may come back"
+
+
 def test_a_host_that_is_lost_while_ranks_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Open MPI waits for ever for the daemon of a host that was switched off just then."""
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
