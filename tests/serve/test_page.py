@@ -230,6 +230,16 @@ def test_chat_and_batches(browser: WebDriver, server: str, tmp_path: Path) -> No
     assert browser.execute_script("return document.activeElement.textContent") == "Answers"
     press("#list td:last-child button")
     wait.until(lambda _: list(tmp_path.glob("batch-*_output.jsonl")))
+    # A keyboard goes on from there where a button is no more.
+    source.write_text('{"prompt": "the fox", "max_tokens": 500, "ignore_eos": true}\n' * 3000)
+    browser.find_element(By.ID, "file").send_keys(str(source))
+    press("#upload button")
+    wait.until(lambda _: " left" in find("#list tr"))
+    look(browser, "running")
+    browser.execute_script("document.querySelector('#list button').focus()")
+    browser.switch_to.active_element.send_keys(Keys.ENTER)
+    wait.until(lambda _: "cancelled" in find("#list tr"))
+    assert browser.execute_script("return document.activeElement.textContent") in ("Answers", "Batches")
     (download,) = tmp_path.glob("batch-*_output.jsonl")
     wait.until(lambda _: len(download.read_text().splitlines()) == 2)
     errors = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]

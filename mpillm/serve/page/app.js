@@ -185,7 +185,11 @@ function row(batch) {
   const focused = [...line.querySelectorAll("button")].find((one) => one === document.activeElement)?.textContent;
   fill(line, batch);
   rows.set(batch.id, { line, news });
-  queueMicrotask(() => [...line.querySelectorAll("button")].find((one) => one.textContent === focused)?.focus());
+  queueMicrotask(() => {
+    const buttons = [...line.querySelectorAll("button")];
+    const next = buttons.find((one) => one.textContent === focused) ?? buttons[0] ?? document.querySelector("[data-view=batches]");
+    if (focused) next.focus();  // a keyboard goes on from here, also where the button is no more
+  });
   return line;
 }
 
