@@ -103,7 +103,10 @@ def _open(line: dict[str, Any]) -> tuple[type[Endpoint], dict[str, Any]]:
     """Return the endpoint that a line asks, and its body; RequestError if there is none."""
     if "body" not in line and "url" not in line and "method" not in line:
         body = {key: value for key, value in line.items() if key != "custom_id" and value is not None}
-        keys = {endpoint.key for endpoint in ENDPOINTS} & body.keys()
+        known = {endpoint.key for endpoint in ENDPOINTS}
+        keys = (
+            known & body.keys() or known & line.keys()
+        )  # a null is said to be wrong if there is nothing else
         found = [one for one in ENDPOINTS if one.key in keys and keys <= set(one.__struct_fields__)]
         if len(found) != 1:
             *names, last = (endpoint.key for endpoint in ENDPOINTS if endpoint.key)
@@ -114,7 +117,7 @@ def _open(line: dict[str, Any]) -> tuple[type[Endpoint], dict[str, Any]]:
             raise RequestError(
                 f"the line needs one of {', '.join(names)} or {last}, or a url and a body{other}"
             )
-        return found[0], body
+        return found[0], body | {key: line[key] for key in keys}
     for key in line:
         if key not in _BATCH_KEYS:
             raise RequestError(f"the key {key!r} is unknown; the keys of a line are {', '.join(_BATCH_KEYS)}")

@@ -114,6 +114,7 @@ BAD = [
     ({}, "the line needs one of messages, prompt, input, choices, text_1 or query, or a url and a body"),
     ({"n": 1, "text": "a"}, "the line needs one of messages, prompt, input, choices, text_1 or query, or a url and a body; to make a prompt of text, add --set 'prompt={text}'"),
     ({"prompt": "a", "messages": CHAT}, "the line needs one of messages, prompt, input, choices, text_1 or query, or a url and a body"),
+    ({"prompt": None, "seed": 1}, "prompt: expected a string or a list, got null"),
     ({"custom_id": 3, "prompt": "a"}, "custom_id must be a non-empty string"),
     ({"custom_id": "", "prompt": "a"}, "custom_id must be a non-empty string"),
     (line({"prompt": "a"}, "/v1/images"), "the url '/v1/images' is unknown; there are /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/multiple_choice, /v1/score, /v1/rerank, /v1/classify"),

@@ -418,7 +418,25 @@ def test_values_of_parquet_as_json(tmp_path: Path) -> None:
     }  # fmt: skip
     parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "in.parquet")
     (line,) = prepared(job(tmp_path / "in.parquet", 'request.prompt="x"'))
-    assert json.loads(line) == {**row, "day": "2024-02-29", "nan": None, "raw": "YWI="}
+    assert json.loads(line) == {**row, "day": "2024-02-29", "nan": None, "raw": "ab"}
+
+
+def test_bytes_of_parquet_are_texts(tmp_path: Path) -> None:
+    texts = ["naïve", None, "", "tab\tend"]
+    raw = [text if text is None else text.encode() for text in texts] + [b"\xff\xd8 a picture"]
+    chats = [[{"role": b"user", "content": one}] for one in raw]
+    columns: dict[str, Any] = {
+        "raw": raw,
+        "large": pyarrow.array(raw, pyarrow.large_binary()),
+        "often": pyarrow.array(raw).dictionary_encode(),
+        "fixed": pyarrow.array([b"ab"] * 5, pyarrow.binary(2)),
+        "messages": chats,
+    }
+    parquet.write_table(pyarrow.table(columns), tmp_path / "in.parquet")
+    lines = [json.loads(line) for line in prepared(job(tmp_path / "in.parquet", 'request.prompt="x"'))]
+    for line, text in zip(lines, [*texts, None], strict=True):
+        assert line == {"raw": text, "large": text, "often": text, "fixed": "YWI=",
+                        "messages": [{"role": "user", "content": text}]}  # fmt: skip
 
 
 def test_times_of_parquet(tmp_path: Path) -> None:

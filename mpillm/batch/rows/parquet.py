@@ -12,6 +12,9 @@ from mpillm.batch.rows.line import row_line, wrong_row
 from mpillm.errors import JobError
 
 ROWS, BYTES = 1024, 4 << 20  # that are read, and made values of Python, at once, at most
+_BYTES = re.compile(
+    "(?<!fixed_size_)binary"
+)  # in the name of a type: bytes of any length, in it or within it
 BUFFER = 1 << 20  # bytes of a column that are read from the file at once; without it all of a row group are
 
 
@@ -71,7 +74,25 @@ def _lines(batch: Any) -> Iterator[bytes]:
         for index in range(len(batch)):
             yield from _lines(batch.slice(index, 1))
         return
+    for field in batch.schema:
+        if _BYTES.search(str(field.type)):
+            for row in rows:
+                row[field.name] = _decoded(row[field.name])
     yield from map(row_line, rows)
+
+
+def _decoded(value: Any) -> Any:
+    """A value whose bytes are texts, as writers without Parquet's type of texts store them; None if not UTF-8."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return None
+    if isinstance(value, dict):
+        return {key: _decoded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_decoded(item) for item in value]
+    return value
 
 
 def _in_microseconds(batch: Any) -> Any:
