@@ -117,7 +117,7 @@ class Group:
         x[...] = values.reshape(m, -1)[:, :d]
 
     def _pieces_of(self, lane: int, blocks: int) -> Pieces:
-        """Room for so many blocks, and their messages: those of the lane's last call if they are as many."""
+        """Buffers and messages for `blocks` blocks; the lane's last ones if they have that size."""
         pieces = self._pieces.get(lane)
         if pieces is None or pieces.bounds[-1] != blocks:
             if pieces is not None:
@@ -166,7 +166,7 @@ class Group:
         return values
 
     def _copies_of(self, known: dict[int, Copies], lane: int, m: int, nbytes: int) -> Copies:
-        """Room for parts of m rows, and their messages: those of the lane's last call if they are as large."""
+        """Buffers and messages for parts of `m` rows; the lane's last ones if they have that size."""
         copies = known.get(lane)
         if copies is None or copies.own.shape != (m, nbytes):
             if copies is not None:

@@ -110,7 +110,7 @@ class _LocalRanks:
 
     @property
     def reports(self) -> bool:
-        """Whether this rank reports the reason: one of a machine is enough."""
+        """Whether this rank reports the reason: one rank of each machine does."""
         return all(self._own.pid < rank.pid for rank in self._stopped if rank not in self.lost)
 
 

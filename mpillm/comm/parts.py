@@ -141,7 +141,7 @@ class Pieces:
         self._scatter.begin(count)
 
     def turn(self, fold: Callable[[U8, U8], None], count: Count) -> None:
-        """Sum this shard's piece when the others' parts of it are here, and send it to them, if that is to do.
+        """Wait for the other shards' parts of this shard's piece, sum them, and send them the sum; once per exchange.
 
         `fold` writes the sum of parts, uint8 [shards, nbytes], to its second argument.
         """

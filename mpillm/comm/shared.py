@@ -54,7 +54,7 @@ class SharedRows:
         return self._views[1][self._turn]
 
     def publish(self, nbytes: int) -> None:
-        """This shard's piece of so many bytes is written."""
+        """Tell the other shards that this shard has written its piece, of `nbytes`."""
         self._flags.raised(nbytes)
 
     def wait(self, spin: float, sleep: float) -> bool:

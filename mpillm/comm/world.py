@@ -32,7 +32,7 @@ class World(Exchange):
     """All ranks of this run. Collective methods must be called by every rank, in the same order."""
 
     def __init__(self, comm: MPI.Intracomm, meeting: Meeting | None = None) -> None:
-        """`meeting` watches the start until the heartbeat does."""
+        """`meeting` watches for ranks that do not start; after the start the heartbeat watches them."""
         self._meeting = meeting
         #: whether the others can go on when a rank dies (see `faults`)
         self.survives = comm.Get_size() > 1 and faults.survivable(os.environ)

@@ -44,7 +44,7 @@ class AnswerLengths:
         self._kept = lru_cache(KNOWN)(self._held)
 
     def most(self, body: Asked) -> AnswerLength:
-        """The length of an answer at most; UNBOUNDED if its grammar does not say, or there is none."""
+        """The maximum length of an answer; UNBOUNDED without a grammar, or if the grammar sets no limit."""
         asked = {
             key: value
             for key in Asked.__struct_fields__
@@ -76,7 +76,7 @@ class AnswerLengths:
 
 
 def decisions(texts: list[str]) -> int:
-    """How often some of these texts go apart, at most, on the way to one of them; 1 at least."""
+    """The most decisions that lead to one of these texts: places where others begin alike and go on differently."""
     ordered = sorted(set(texts))
     common = [_common(*two) for two in pairwise(ordered)]
     before, behind = _lower(common), _lower(common[::-1])[::-1]

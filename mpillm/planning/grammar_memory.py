@@ -31,7 +31,7 @@ _COUNTED = re.compile(rb'\{\d*,?(\d{1,9})\}|"maxLength"\s*:\s*(\d{1,9})')
 
 
 class Asked(msgspec.Struct):
-    """The keys of a body that may hold its answer to a grammar."""
+    """The keys of a body that can constrain its answer by a grammar."""
 
     response_format: msgspec.Raw = msgspec.Raw()
     structured_outputs: msgspec.Raw = msgspec.Raw()

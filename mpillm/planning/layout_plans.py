@@ -54,9 +54,9 @@ class Found:
 
     @property
     def cost(self) -> float:
-        """By which layouts are compared: the seconds, and more of them if answers depend on it without need.
+        """What layouts are compared by: the seconds of the job and of the start, times DEAR if the layout is inexact.
 
-        Ranks begin together, so that all wait until the one with the slowest core is ready.
+        The ranks begin together: all wait for the one with the slowest core.
         """
         ready = READY / min((speed.core for speed in self.machines.speeds), default=ASSUMED.core)
         return (self.time.seconds + ready) * (DEAR if self.chosen.inexact else 1.0)

@@ -19,9 +19,9 @@ def pace() -> float:
 
 
 def part_so_far(waited: Path) -> float:
-    """The part of a core that this process has had since its start, most of which is Python's imports.
+    """The part of a core that this process has got since it started (mostly while it imported modules).
 
-    A control group's quota counts, which a container need not show, and so do other programs.
+    It is less than 1 if a control group has a quota, which a container may hide, or if other programs compute.
     """
     try:
         ran, waiting = map(int, waited.read_text().split()[:2])

@@ -62,7 +62,7 @@ class Speed:
 
 @cache
 def stand_in(kind: BlockType, known: tuple[str, ...]) -> str:
-    """The measured kind that stands for a type: quantised or not like it, and with the most similar size."""
+    """The measured type whose speed a type gets that was not measured: quantised if it is, and similar in size."""
     name = kind.name.lower()
     if name in known:
         return name

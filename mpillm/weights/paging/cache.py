@@ -111,7 +111,7 @@ class WeightCache(Pager[T]):
             slot.buffer = np.empty(0, np.uint8)  # no view: it would keep all of it
 
     def read_further_ahead(self) -> None:
-        """Give up one page of the fixed part, if there is a small one, so that one more page is read ahead."""
+        """Remove a small page, if there is one, from the fixed part, so that one more page can be read ahead."""
         with self._changed:
             needed = max((page.nbytes for i, page in enumerate(self.pages) if i not in self.fixed), default=0)
             most = self.total // SMALL

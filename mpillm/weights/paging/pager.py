@@ -155,7 +155,7 @@ class Pager(Generic[T]):
             self._charged[page] = nbytes
 
     def _allocate(self, page: int, dropped: list[Bytes]) -> Bytes:
-        """A buffer for a page, which may be longer; it may be one of those that have just been dropped."""
+        """A buffer for a page: new, or one of those just dropped; it may be longer than the page."""
         return self._loader.allocate(self.pages[page], dropped)
 
     def _choose(self) -> tuple[int, list[int]] | None:

@@ -154,7 +154,7 @@ def beyond_budget(plans: Sequence[PagePlan], budget: int | None, policy: Policy)
 
 
 def streamed_page(plans: Sequence[PagePlan], budget: int | None, policy: Policy) -> float:
-    """Bytes of a page that steps load again, on average; of any page if none is."""
+    """The average bytes of the pages that every step loads again; of all pages if none is."""
     again = list(plans)
     if streamed(plans, budget, policy) and budget is not None:
         common, mixture = split(plans)
