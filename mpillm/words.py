@@ -1,7 +1,8 @@
-"""Numbers of things, and their names, in sentences."""
+"""Numbers of things, sizes and names in sentences."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 
@@ -15,6 +16,12 @@ def tokens_of(prompt: int, generated: int, shared: str = "") -> str:
     if not generated:
         return f"{count_of(prompt, 'prompt token')}{shared}"
     return f"{prompt} prompt{shared} and {count_of(generated, 'generated token')}"
+
+
+def enough(count: int) -> str:
+    """A size that can be typed, and is at least so many bytes: "29.3MiB"."""
+    power = max(0, count.bit_length() - 1) // 10
+    return f"{math.ceil(count * 10 / 1024**power) / 10:g}{'_KMGT'[power]}iB" if power else f"{count}B"
 
 
 def some_of(names: Sequence[str], kind: str) -> str:

@@ -79,7 +79,14 @@ def path_to_plan(model: str) -> Path:
     if name.startswith("hf:") and not pulled(name, models_dir()) and (folder := pull_config(name)):
         return folder
     path = local_path(model)
-    return path.parent if path.name == "config.json" and path.is_file() else resolve(model)
+    if path.name == "config.json" and path.is_file():
+        return path.parent
+    try:
+        return resolve(model)
+    except JobError as error:
+        if path.exists():
+            raise
+        raise JobError(f"{error} A plan needs no more than a config.json: --model DIR/config.json.") from None
 
 
 def local_path(model: str) -> Path:

@@ -15,7 +15,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from mpillm.cli import bench, serve, supervise
+from mpillm.cli import bench, serve, supervise, terminal
 from mpillm.cli.arguments import FORMATS, command_parser
 from mpillm.cli.console import Console
 from mpillm.cli.job import job_of, job_on_every_rank, load_job
@@ -281,7 +281,8 @@ def _doctor(world: World, options: argparse.Namespace) -> int:
 
     found = doctor.examine(world, options.model)
     if world.rank == 0:
-        print("\n".join(found.lines()), flush=True)
+        for line in found.lines():
+            print(terminal.fitted(line, sys.stdout) if line.startswith("! ") else line, flush=True)
         if options.output is not None:
             hosts.write(options.output, found.hosts)
             print(f"{options.output} is written; mpillm plan --hosts {options.output} reads it.", flush=True)

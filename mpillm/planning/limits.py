@@ -24,8 +24,8 @@ from mpillm.model.config import ModelConfig
 from mpillm.model.spill import HUGE, HUGE_PAGE, maximum_blocks, nbytes_in_file
 from mpillm.partition.grid import Place
 from mpillm.planning.input_needs import NO_INPUT, InputNeeds
-from mpillm.spec import Spec, enough, shown_bytes, unit_meant
-from mpillm.words import count_of
+from mpillm.spec import Spec, shown_bytes, unit_meant
+from mpillm.words import count_of, enough
 
 SEQUENCES, TOKENS = 256, 512  # what "auto" means in [batch] while all weights are in memory
 MAX_TOKENS = 4096  # and at most while they are streamed

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from mpillm.planning.layout import shapes_in_words
 from mpillm.planning.limits import step_description
 from mpillm.planning.plan import Plan
-from mpillm.spec import enough, shown_bytes
-from mpillm.words import count_of, listed, some_of
+from mpillm.spec import shown_bytes
+from mpillm.words import count_of, enough, listed, some_of
 
 COLUMNS, LABEL = 80, 10  # of the text, and of the names before its lines
 WORTH = 1.03  # how many times as fast is worth a line

@@ -10,7 +10,8 @@ import msgspec
 from mpillm.model.cache_layout import CacheLayout
 from mpillm.planning.limits import CacheCapacity, StepSize, cached_tokens
 from mpillm.planning.step_time import RankWork
-from mpillm.spec import Spec, enough, unit_meant
+from mpillm.spec import Spec, unit_meant
+from mpillm.words import enough
 
 
 class RankPlan(msgspec.Struct, frozen=True, kw_only=True):

@@ -38,7 +38,7 @@ from mpillm.spec.sections import (
     WireSection,
     Word,
 )
-from mpillm.spec.sizes import byte_size, enough, shown_bytes, unit_meant
+from mpillm.spec.sizes import byte_size, shown_bytes, unit_meant
 
 __all__ = [
     "UNREAD",

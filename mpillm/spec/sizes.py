@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 
 _UNITS = {"": 1, "B": 1}
@@ -43,12 +42,6 @@ def shown_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
-
-
-def enough(count: int) -> str:
-    """A size that can be typed, and is at least so many bytes: "29.3MiB"."""
-    power = max(0, count.bit_length() - 1) // 10
-    return f"{math.ceil(count * 10 / 1024**power) / 10:g}{'_KMGT'[power]}iB" if power else f"{count}B"
 
 
 def shown_value(value: object) -> str:

@@ -78,7 +78,7 @@ MISTAKES = {
     "a hostfile as hosts": ("plan --model smollm2-135m --hosts hosts", "belongs to launch --hostfile."),
     "an address": ("pull https://huggingface.co/Qwen/Qwen3-0.6B", "type mpillm pull hf:Qwen/Qwen3-0.6B."),
     "a model's address": ("plan --model huggingface.co/Qwen/Qwen3-0.6B", "is a URL; write hf:Qwen/Qwen3-0.6B."),
-    "a model's file": ("plan --model ./nosuch.gguf", "The model nosuch.gguf does not exist; check the path,"),
+    "a model's file": ("plan --model ./nosuch.gguf", "A plan needs no more than a config.json: --model DIR"),
     "a word too many": ("pull smollm2-135m qwen", "'qwen' is an unexpected argument; type mpillm pull [-h] name"),
     "no such option": ("models --json", "there is no option --json; mpillm models --help lists all"),
     "a GPU": ("run --device cuda", "there is no option --device: mpillm computes on CPUs only"),

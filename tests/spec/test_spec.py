@@ -10,6 +10,7 @@ import pytest
 
 from mpillm import spec
 from mpillm.errors import JobError
+from mpillm.words import enough
 
 BRIEF = """
 model  = "smollm2-135m"
@@ -322,5 +323,5 @@ def test_values_of_ranks_and_hosts() -> None:
 def test_what_is_enough_is_little_more() -> None:
     draw = random.Random(1)
     for count in (1, 1023, 1024, 2**40, *(draw.randrange(1, 2 ** draw.randrange(1, 50)) for _ in range(200))):
-        assert count <= spec.byte_size(spec.enough(count)) <= count * 1.1 + 1
-    assert spec.enough(30_640_896) == "29.3MiB"
+        assert count <= spec.byte_size(enough(count)) <= count * 1.1 + 1
+    assert enough(30_640_896) == "29.3MiB"

@@ -215,7 +215,7 @@ def test_too_small_a_budget_is_refused():
     pages = plans(30, 10, 50, 20)
     assert minimum_budget(pages) == 70
     with pytest.raises(
-        JobError, match=r"memory\.weights is 69 bytes, but this rank needs at least 70 bytes .*of 110"
+        JobError, match=r"memory\.weights is too small: this rank needs at least 70B .*of 110B"
     ):
         WeightCache(pages, Loader(), 69)
     cache = WeightCache(pages, Loader(), 70)

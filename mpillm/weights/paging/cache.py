@@ -19,6 +19,7 @@ from mpillm.errors import JobError
 from mpillm.weights.io.reading import Bytes
 from mpillm.weights.paging.pager import Loader, Pager, Slot, T
 from mpillm.weights.plan import PagePlan
+from mpillm.words import enough
 
 Policy = Literal["cycle", "lru"]
 
@@ -66,8 +67,8 @@ class WeightCache(Pager[T]):
         minimum = minimum_budget(self.pages)
         if self.budget < minimum:
             raise JobError(
-                f"memory.weights is {self.budget} bytes, but this rank needs at least {minimum} bytes for the two "
-                f"largest neighbouring pages (of {self.total} for all); raise it, or use more ranks."
+                f"memory.weights is too small: this rank needs at least {enough(minimum)} for the two largest "
+                f"neighbouring pages (of {enough(self.total)} for all); raise it, or use more ranks."
             )
         self.fixed = fixed_part(self.pages, self.budget) if policy == "cycle" else frozenset()
         self._fixed_bytes = sum(self.pages[i].nbytes for i in self.fixed)

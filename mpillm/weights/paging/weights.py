@@ -12,6 +12,7 @@ from mpillm.weights.paging.cache import Policy, WeightCache, fixed_part
 from mpillm.weights.paging.experts import ExpertCache
 from mpillm.weights.paging.pager import CacheCounters, Loader
 from mpillm.weights.plan import PagePlan
+from mpillm.words import enough
 
 TOLERATED_WAIT = 0.05  # the share of a step that may be spent waiting for weights
 PATIENCE = 3  # steps with longer waits before more is read ahead
@@ -106,8 +107,8 @@ def check_budget(plans: Sequence[PagePlan], budget: int) -> None:
     if budget < minimum:
         experts_too = " and two experts" if split(plans)[1] else ""
         raise JobError(
-            f"memory.weights is {budget} bytes, but this rank needs at least {minimum} bytes for the two "
-            f"largest neighbouring pages{experts_too} (of {_nbytes(plans)} for all); raise it, or use more ranks."
+            f"memory.weights is too small: this rank needs at least {enough(minimum)} for the two largest "
+            f"neighbouring pages{experts_too} (of {enough(_nbytes(plans))} for all); raise it, or use more ranks."
         )
 
 
