@@ -30,8 +30,8 @@ def summary(report: Report) -> Iterator[str]:
         generated = f", {report.rate():.1f} generated tokens/s" if tokens.generated else ""
         shared = f" ({tokens.shared} shared)" if tokens.shared else ""
         yield (
-            f"{tokens_of(tokens.prompt, tokens.generated, shared)} in {report.seconds:.1f} s: "
-            f"{report.total_rate():.1f} tokens/s while computing{generated}."
+            f"{tokens_of(tokens.prompt, tokens.generated, shared)} in {report.computing:.1f} s of computing: "
+            f"{report.total_rate():.1f} tokens/s{generated}; {report.seconds:.1f} s in all."
         )
     else:
         yield "Nothing was computed."
@@ -141,7 +141,7 @@ def cite(report: Report) -> str:
 LONG = 16  # letters of a word that may be broken
 # Figures are beside each other where there is room, and tables are moved sideways on a phone.
 _STYLE = """:root{color-scheme:light dark;--line:#ccc;--shade:#f3f3f3;--text:#222;--page:#fff}
-@media(prefers-color-scheme:dark){:root{--line:#555;--shade:#2a2a2a;--text:#ddd;--page:#1b1b1b}}
+@media screen and (prefers-color-scheme:dark){:root{--line:#555;--shade:#2a2a2a;--text:#ddd;--page:#1b1b1b}}
 body{font:15px/1.45 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:var(--text);
 background:var(--page)}table{border-collapse:collapse;margin:.5rem 0 1.5rem;display:block;overflow-x:auto}
 td,th{border:1px solid var(--line);padding:.2rem .6rem;text-align:right;max-width:30rem}
@@ -150,22 +150,26 @@ td,th{border:1px solid var(--line);padding:.2rem .6rem;text-align:right;max-widt
 figure{margin:.5rem 0}svg{width:100%;max-width:36rem;height:auto}
 svg text{fill:currentColor}
 pre{background:var(--shade);padding:.7rem;white-space:pre-wrap;overflow-wrap:anywhere}
-@media print{body{margin:0;max-width:none}.plots{grid-template-columns:1fr 1fr}h2{break-after:avoid}
-figure,table,tr{break-inside:avoid}table{display:table;font-size:9px}td,th{padding:.1rem .3rem}}"""
+@media print{:root{color-scheme:light}body{margin:0;max-width:none}.plots{grid-template-columns:1fr 1fr}
+h2{break-after:avoid}figure,table,tr{break-inside:avoid}table{display:table;font-size:9px}td,th{padding:.1rem .3rem}}"""
 
 
 def _page(name: str, report: Report, drawn: Sequence[tuple[str, str]], missing: str | None) -> str:
-    title = html.escape(f"mpillm: {printable(name)}")
+    title = html.escape(f"Report of the run {printable(name)}")
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width,initial-scale=1'>"
         f"<title>{title}</title><style>{_STYLE}</style>"
     ]
-    parts.append(f"<h1>{title}</h1>")
+    parts += [f"<h1>{title}</h1>", f"<p>{html.escape(_what(report))}</p>"]
     parts += [f"<p>{html.escape(line)}</p>" for line in summary(report)]
     parts += [f"<p><strong>{html.escape(line)}</strong></p>" for line in (*report.warnings, missing) if line]
     if report.earlier:
-        parts += ["<h2>Starts</h2>", _starts(report), "<p>What follows is of the last start.</p>"]
+        parts += [
+            "<h2>Starts</h2>",
+            _starts(report),
+            "<p>What follows is of the last start; the plots of answers are of all starts.</p>",
+        ]
     figures = [
         f"<figure><figcaption>{html.escape(caption)}</figcaption>{svg}</figure>" for caption, svg in drawn
     ]
@@ -190,6 +194,17 @@ def _page(name: str, report: Report, drawn: Sequence[tuple[str, str]], missing: 
         shown = as_json(values).decode()
         parts.append(f"<h2>{heading}</h2><pre>{html.escape(shown)}</pre>")
     return "\n".join(parts) + "\n"
+
+
+def _what(report: Report) -> str:
+    """Which model has answered which requests, where and when."""
+    hosts = count_of(len({rank.host for rank in report.ranks}), "host")
+    ranks = count_of(len(report.ranks), "rank")
+    asked = f" answered {report.input.path}" if report.input else ""
+    began = report.began[:19].replace("T", " ")
+    return printable(
+        f"mpillm: {report.model.get('name', '?')}{asked} on {ranks} of {hosts}, from {began} UTC."
+    )
 
 
 def _starts(report: Report) -> str:

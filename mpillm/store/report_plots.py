@@ -211,7 +211,12 @@ def _histogram(name: str, caption: str, values: Mapping[str, Any], unit: str) ->
     everything = np.concatenate([*values.values(), []])
     if not len(everything):
         return
-    edges = np.histogram_bin_edges(everything, BINS)
+    if unit == "tokens":  # whole numbers, which are in the middle of their bins
+        least, count = int(everything.min()), int(np.ptp(everything)) + 1
+        width = -(-count // BINS)
+        edges = least - 0.5 + width * np.arange(-(-count // width) + 1)
+    else:
+        edges = np.histogram_bin_edges(everything, BINS)
     counts = [np.histogram(of, edges)[0] for of in values.values()]
     rows = [
         (round(float(edges[i]), 6), round(float(edges[i + 1]), 6), *(int(count[i]) for count in counts))
@@ -274,7 +279,7 @@ def _draw_histogram(axes: Axes, plot: Plot) -> None:
     axes.set_ylabel("how many")
     axes.locator_params(axis="y", integer=True)
     if plot.unit == "tokens":
-        axes.locator_params(axis="x", integer=True)
+        axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     _legend(axes)
 
 

@@ -40,7 +40,8 @@ def made(**more: Any) -> report.Report:
 def test_the_last_lines_of_a_run() -> None:
     assert list(report_page.summary(made())) == [
         "9 requests (4 by earlier runs): 8 answered, 1 with an error.",
-        "100 prompt and 50 generated tokens in 4.0 s: 75.0 tokens/s while computing, 25.0 generated tokens/s.",
+        "100 prompt and 50 generated tokens in 2.0 s of computing: 75.0 tokens/s, 25.0 generated tokens/s; "
+        "4.0 s in all.",
         "Sent for each token: sums over shards 6 B (f32).",
     ]
 
@@ -61,6 +62,8 @@ def test_one_of_a_kind_is_one(tmp_path: Path) -> None:
     run.requests = report.Requests(total=1, ok=1, errors=0, resumed=0)
     report.write(Directory(tmp_path), run)
     page = report_page.write_html(tmp_path)[0].read_text()
+    assert "<title>Report of the run " in page
+    assert "on 2 ranks of 2 hosts, from 2026-01-01 00:00:00 UTC.</p>" in page
     assert "<p>1 request: 1 answered" in page
     assert "<h2>Ranks: 1 stage x 2 shards</h2>" in page
 
@@ -164,7 +167,7 @@ def test_nothing_is_said_of_nothing() -> None:
     run = made()
     run.tokens = report.Tokens(prompt=5000, generated=0)
     assert list(report_page.summary(run))[1:] == [
-        "5000 prompt tokens in 4.0 s: 2500.0 tokens/s while computing."
+        "5000 prompt tokens in 2.0 s of computing: 2500.0 tokens/s; 4.0 s in all."
     ]
 
 
@@ -229,8 +232,8 @@ def test_shared_tokens_are_said_and_are_no_work() -> None:
     shared = made()
     shared.tokens = report.Tokens(prompt=100, generated=50, shared=90)
     assert list(report_page.summary(shared))[1:] == [
-        "100 prompt (90 shared) and 50 generated tokens in 4.0 s: 30.0 tokens/s while computing, "
-        "25.0 generated tokens/s.",
+        "100 prompt (90 shared) and 50 generated tokens in 2.0 s of computing: 30.0 tokens/s, "
+        "25.0 generated tokens/s; 4.0 s in all.",
         "Sent for each token: sums over shards 15 B (f32).",
     ]
 
@@ -327,15 +330,23 @@ def test_lengths_and_latencies_are_those_of_the_results(tmp_path: Path) -> None:
         h5["seconds_running"] = [1.0, 2.0, 3.0]
     found = {plot.name: plot for plot in report_plots.plots(made(), tmp_path)}
     assert found["lengths"].caption == "Lengths of prompts and answers"
-    for name, counts, least in (("lengths", [2, 2], 3.0), ("latencies", [3, 3], 0.0)):
+    for name, counts, least in (("lengths", [2, 2], 2.5), ("latencies", [3, 3], 0.0)):
         rows = found[name].rows
         assert [sum(column) for column in list(zip(*rows, strict=True))[2:]] == counts
         assert rows[0][0] == least
-    assert found["lengths"].rows[-1][1] == 20.0
+    assert found["lengths"].rows[-1][1] == 20.5
     with h5py.File(tmp_path / "results.h5", "r+") as h5:
         h5["tokens/offsets"][:] = 0
     found = {plot.name: plot for plot in report_plots.plots(made(), tmp_path)}
     assert found["lengths"].caption == "Lengths of prompts"
+    with h5py.File(tmp_path / "results.h5", "r+") as h5:
+        h5["prompts/offsets"][:], h5["tokens/offsets"][:] = [0, 4, 8], [0, 4, 4, 8]
+    lengths = next(plot for plot in report_plots.plots(made(), tmp_path) if plot.name == "lengths")
+    assert lengths.rows == [(3.5, 4.5, 2, 2)]
+    if report_plots.available():
+        axes = lengths.figure().axes[0]
+        least, most = axes.get_xlim()
+        assert [tick for tick in axes.get_xticks() if least <= tick <= most] == [4]
 
 
 def test_the_line_to_cite() -> None:
