@@ -214,6 +214,9 @@ def test_chat_and_batches(browser: WebDriver, server: str, tmp_path: Path) -> No
     press("#upload button")
     wait.until(lambda _: f"failed: The input {name} contains no requests." in find("#list tr"))
     look(browser, "batches")
+    if browser.execute_script("return innerWidth") < 500:  # what went wrong has the whole width
+        wide = "const [cell] = document.querySelectorAll('#list td:nth-child(2)'); return cell.offsetWidth"
+        assert browser.execute_script(wide) > 300
     assert too_faint(browser) == []
     assert browser.execute_script("return document.querySelectorAll('img, main script, main a').length") == 0
     assert browser.execute_script("return window.hacked === undefined")
