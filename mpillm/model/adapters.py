@@ -124,7 +124,7 @@ class RankAdapters:
         self._adapters = adapters
 
     def of_step(self, numbers: Ints | None) -> LowRanks:
-        """What is added in a step whose rows have adapters of these numbers [m]."""
+        """The low-rank products to add in a step; `numbers` [m] has the adapter of each row."""
         found: dict[Key, list[LowRank]] = {}
         if numbers is not None:
             for number in np.unique(numbers[numbers != NO_ADAPTER]).tolist():

@@ -118,7 +118,7 @@ def _kind(rope: Fields) -> str:
 
 
 def _check_part_of_head(config: Fields, rope: Fields, whole: bool) -> None:
-    """The part of a head that turns has been read by the family, if it may be another one than the whole."""
+    """ModelError if a part of the head is to rotate, but the family has read the whole head (`whole`)."""
     for fields in (config, rope):
         if fields.number("partial_rotary_factor", 0, 1e6, default=1.0) != 1.0 and whole:
             raise fields.fail(
@@ -187,7 +187,7 @@ def _longrope(rope: Fields, theta: float, original: int, max_position: int, dim:
 
 
 def _proportional(rope: Fields, theta: float, dim: int) -> RopeConfig:
-    """Frequencies as if the whole head turned, of which those of the first part are used and all others are 0."""
+    """The frequencies of a whole head, of which the first part is used; the others are 0, so nothing rotates there."""
     turning = int(rope.number("partial_rotary_factor", 0, 1, default=1.0) * dim // 2)
     factor = rope.number("factor", 1e-6, 1e6, default=1.0)
     factors = (factor,) * turning + (math.inf,) * (dim // 2 - turning)

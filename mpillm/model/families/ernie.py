@@ -39,7 +39,7 @@ _USUAL = {"max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta":
 
 
 class Ernie(Family):
-    """A mixture's router adds a correction to the softmax where it chooses, and divides weights by their sum."""
+    """The router adds a correction to the softmax to choose experts, and divides their weights by the sum."""
 
     architectures = {_DENSE: "ernie4_5", _MIXTURE: "ernie4_5_moe"}
     gguf = ("ernie4_5", "ernie4_5-moe")

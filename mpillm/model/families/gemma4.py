@@ -52,7 +52,7 @@ _USUAL = {
 
 
 class Gemma4(Family):
-    """Scores are not scaled, v is normed without weights, and each layer multiplies what leaves it by a number.
+    """Scores are not scaled, v is normed without weights, and each layer multiplies its output by a number.
 
     Models whose layers have inputs of their own, or use the keys of earlier layers (E2B, E4B), are not supported.
     """

@@ -127,7 +127,7 @@ class Gpt2(Family):
 
 
 class BigCode(Gpt2):
-    """One head of keys and values for all queries, or with each head's rows of q, k and v together; not transposed."""
+    """One KV head for all queries, or q, k and v of each head side by side; matrices are not transposed."""
 
     architectures = {_BIGCODE: "gpt_bigcode"}
     gguf = ("starcoder",)

@@ -21,7 +21,7 @@ from mpillm.model.layers.spec import LayerSpec
 
 
 class Helium(Family):
-    """Where there are biases, the output of attention has none, whatever the key says of it."""
+    """With attention_bias, q, k and v have biases, but the output of attention has none."""
 
     architectures = {"HeliumForCausalLM": "helium"}
     defaults = {

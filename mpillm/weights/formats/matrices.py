@@ -11,7 +11,7 @@ from mpillm.weights.roles import ROLES, Key
 
 
 def add(extents: dict[Key, Extent], parsed: Parsed, extent: Extent, groups: RowGroups | None = None) -> None:
-    """Put what a tensor of a file holds among the others; ModelError if that is there already.
+    """Add the matrices of a tensor to `extents`; ModelError if one of them is there already.
 
     `groups` tells how tensors that hold several matrices are taken apart, where these are not equal parts.
     """

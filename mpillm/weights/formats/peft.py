@@ -90,7 +90,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _pairs(file: MappedFile) -> dict[str, tuple[Extent, Extent]]:
-    """Both factors of each module, by its name in the model; ModelError names what is no such factor."""
+    """Both factors of each module, by its name in the model; ModelError if a tensor is no such factor."""
     found: dict[str, dict[str, Extent]] = {}
     for name, tensor in read_header(file).items():
         match = _FACTOR.fullmatch(name)

@@ -26,7 +26,7 @@ class Method:
         raise NotImplementedError
 
     def part(self, tensors: dict[str, Raw], name: str) -> Raw:
-        """A tensor without which a matrix is not complete, removed from the others."""
+        """Remove a tensor that a matrix needs, and return it; ModelError if it is missing."""
         found = tensors.pop(name, None)
         if found is None:
             raise ModelError(f"{self.path} has no tensor {name}; the model is not complete.")
