@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,7 +92,6 @@ def _add_jobs(add: Add) -> None:
     plan.add_argument(
         "--ranks-per-host",
         type=_positive,
-        default=1,
         metavar="N",
         help="without --hosts: ranks on each host (1)",
     )
@@ -103,7 +103,7 @@ def _add_jobs(add: Add) -> None:
     )
     plan.add_argument(
         "--suggest",
-        type=float,
+        type=_rate,
         metavar="RATE",
         help="print a job file with the least memory that reaches this rate",
     )
@@ -197,8 +197,19 @@ def _size(text: str) -> int:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     if found < LEAST_MEMORY:
-        raise argparse.ArgumentTypeError(f"{text} is {found} bytes; did you mean {text}GiB?")
+        meant = f"did you mean {text}GiB?" if text.isdecimal() else "write MiB or GiB"
+        raise argparse.ArgumentTypeError(f"{text} is too little memory for a rank; {meant}")
     return found
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a rate; write tokens/s as a number above 0")
+    return rate
 
 
 def _positive(text: str) -> int:

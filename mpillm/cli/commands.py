@@ -120,10 +120,17 @@ def _plan(options: argparse.Namespace) -> int:
             f"mpillm: The input {options.input} does not exist; this plan is for a typical input.",
             file=sys.stderr,
         )
+    if options.suggest is not None and options.json:
+        raise JobError("--suggest prints a job file; leave out --json.")
     if options.hosts is not None:
+        for name, value in (("--memory", options.memory), ("--ranks-per-host", options.ranks_per_host)):
+            if value is not None:
+                raise JobError(
+                    f"{options.hosts} says what {name} says; change it there, or leave out {name}."
+                )
         machines = hosts.read(options.hosts, options.ranks)
     else:
-        machines = hosts.alike(options.ranks or 1, options.ranks_per_host, options.memory)
+        machines = hosts.alike(options.ranks or 1, options.ranks_per_host or 1, options.memory)
     if machines.ranks > PLANNED_RANKS:
         raise JobError(
             f"plan takes up to {PLANNED_RANKS} ranks, not {machines.ranks}; type --ranks {PLANNED_RANKS}."

@@ -35,6 +35,7 @@ from mpillm.planning.speed import ASSUMED, KINDS, ROWS, Speed
 from mpillm.spec import byte_size
 from mpillm.spec.reading import toml
 from mpillm.store.directory import replacing
+from mpillm.words import count_of
 
 HostCount = Annotated[int, Meta(ge=1, le=2**20)]
 Rate = Annotated[float, Meta(gt=0)]
@@ -112,7 +113,8 @@ def read(path: Path, ranks: int | None = None) -> Machines:
     machines = machines_of(found.hosts, ranks)
     if ranks is not None and machines.ranks < ranks:
         raise JobError(
-            f"The hosts of {path} have {machines.ranks} ranks, not {ranks}; add hosts, or ask for fewer."
+            f"The hosts of {path} have {count_of(machines.ranks, 'rank')}, not {ranks}; "
+            "add hosts, or ask for fewer."
         )
     return machines
 

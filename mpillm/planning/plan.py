@@ -148,7 +148,11 @@ def _too_large(machines: Machines, plans: list[RankPlan]) -> Iterator[str]:
         return
     rank = max(lacking.values(), key=lambda one: one.held - machines.free[one.rank])
     where = f" on {machines.names[rank.rank]}" if machines.names else ""
-    others = f" (and {count_of(len(lacking) - 1, 'other rank')} too much as well)" if len(lacking) > 1 else ""
+    others = (
+        f" ({count_of(len(lacking) - 1, 'other rank')} would hold too much as well)"
+        if len(lacking) > 1
+        else ""
+    )
     free = shown_bytes(machines.free[rank.rank])
     yield (
         f"Rank {rank.rank}{where} would hold {shown_bytes(rank.held)}, and {free} are free{others}; "

@@ -333,7 +333,7 @@ def test_what_hosts_do_not_have_is_a_problem() -> None:
     assert problem.startswith("Rank 0 on tiny would hold ")
     assert "and 1.0 MiB are free; lower memory.weights or memory.kv, or use more ranks." in problem
     several = plan_text.as_text(on([Host(memory="1MiB", count=2)], "layout.stages=2"))
-    assert "1.0 MiB are free (and 1 other rank too much as well); lower" in " ".join(several.split())
+    assert "1.0 MiB are free (1 other rank would hold too much as well); lower" in " ".join(several.split())
     assert max(map(len, several.splitlines())) <= plan_text.COLUMNS
 
 
