@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-import hmac
-import ipaddress
 import tempfile
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
 from starlette.applications import Starlette
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mpillm.batch.answers import check_finite
 from mpillm.batch.endpoints import ENDPOINTS
@@ -33,6 +27,7 @@ from mpillm.errors import FULL, NOT_FINITE, MpillmError, NoSpace, NotFiniteError
 from mpillm.serve import answers
 from mpillm.serve.arrivals import Closed, Full, Ticket
 from mpillm.serve.connections import ENDED, Quiet, gone
+from mpillm.serve.guard import guarded
 from mpillm.serve.state import ServerState
 from mpillm.version import __version__
 
@@ -48,7 +43,6 @@ OTHERS |= dict.fromkeys(("/api/embed", "/embedding"), "/v1/embeddings")
 
 PAGE = Path(__file__).parent / "page"
 MAX_BODY = 32 << 20  # bytes of a request
-REQUEST_ID = "x-request-id"  # which OpenAI's clients show as _request_id
 IN_MEMORY = 1 << 16  # of these that are in memory while it comes and waits; more are in a file without a name
 
 
@@ -79,91 +73,7 @@ def make_app(service: ServerState, more_routes: list[Route]) -> ASGIApp:
             Exception: _bug,
         },
     )
-    guarded: ASGIApp = _Named(_Guard(app, service))
-    if service.origins:
-        guarded = CORSMiddleware(
-            guarded,
-            service.origins,
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["*"],
-            expose_headers=[REQUEST_ID],
-        )
-    return Quiet(guarded)
-
-
-class _Named:
-    """Gives each answer the id of its request: the client's or a proxy's own, if it sent one."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def sending(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                given = Headers(scope=scope).get(REQUEST_ID)
-                MutableHeaders(scope=message)[REQUEST_ID] = given or f"req_{uuid.uuid4().hex}"
-            await send(message)
-
-        await self._app(scope, receive, sending)
-
-
-class _Guard:
-    """Asks for the API key, if there is one, on every URL below /v1 and on other names of endpoints.
-
-    Pages of other sites must be allowed to ask, where no key protects the server or a browser asks for them first.
-    """
-
-    def __init__(self, app: ASGIApp, service: ServerState) -> None:
-        self._app, self._service = app, service
-        self._guarded = ("/v1", *(url for endpoint in ENDPOINTS for url in endpoint.aliases))
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith(self._guarded):
-            refusal = self._refusal(scope["method"], Headers(scope=scope))
-            if refusal is not None:
-                await refusal(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-    def _refusal(self, method: str, headers: Headers) -> Response | None:
-        key = self._service.api_key
-        preflight = method == "OPTIONS" and "access-control-request-method" in headers
-        foreign = self._foreign(headers)
-        if foreign is not None and (preflight or not key):
-            said = f"Requests from pages of other sites are refused; --allowed-origins {foreign} allows this one."
-            return JSONResponse(answers.error(said, 403), 403)
-        given = headers.get("authorization", "")
-        if key and not preflight and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
-            wrong = answers.error("The API key is missing or wrong.", 401)
-            return JSONResponse(wrong, 401, {"WWW-Authenticate": "Bearer"})
-        return None
-
-    def _foreign(self, headers: Headers) -> str | None:
-        """The origin of a page of another site that asks from a browser and may not; None if there is none."""
-        origin, host = headers.get("origin"), headers.get("host", "")
-        allowed = self._service.origins
-        if "*" in allowed or origin in allowed or not (origin or "sec-fetch-site" in headers):
-            return None
-        if origin is not None and origin.partition("://")[2] != host:
-            return origin[:100]
-        # A name of another site may lead to this machine, and its page then seems to be ours.
-        own = (
-            not self._service.loopback
-            or _is_local(host)
-            or host in (url.partition("://")[2] for url in allowed)
-        )
-        return None if own else f"http://{host[:100]}"
-
-
-def _is_local(host: str) -> bool:
-    """Whether a browser's name of a server is an address, or localhost."""
-    name = urlsplit(f"//{host}").hostname or ""
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        return bool(ipaddress.ip_address(name))
-    except ValueError:
-        return False
+    return Quiet(guarded(app, service))
 
 
 class _Streamed(StreamingResponse):
