@@ -105,7 +105,7 @@ def test_hosts_on_paper(tmp_path: Path) -> None:
         ('[[hosts]]\nmemory = "much"\n', "much"),
         ("[[hosts]\n", "is wrong"),
         ('[[hosts]]\nmemory = "1GiB"\nspeed = 3\n', "speed"),
-        ('[[hosts]]\nmemory = "1GiB"\n', "have 1 ranks, not 4"),
+        ('[[hosts]]\nmemory = "1GiB"\n', "have 1 rank, not 4"),
     ]:
         path.write_text(wrong)
         with pytest.raises(JobError, match=words):
