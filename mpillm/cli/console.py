@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 import time
@@ -105,14 +104,18 @@ class Console:
 
 
 def _show_answers(path: Path, requests: report.Requests) -> None:
+    first, shown, error_shown = (FEW if requests.total <= FEW else SOME), 0, not requests.errors
     with path.open(encoding="utf-8") as lines:
-        shown = list(itertools.islice(lines, FEW if requests.total <= FEW else SOME))
-        if requests.errors and all(ANSWERED in line for line in shown):
-            shown += itertools.islice((line for line in lines if ANSWERED not in line), 1)
-    for line in shown:
-        print(terminal.fitted(_answer(json.loads(line)), sys.stdout))
-    if requests.total > len(shown):
-        print(f"... and {requests.total - len(shown)} more in {path}")
+        for number, line in enumerate(lines):  # one at a time, for a line may be large
+            is_error = ANSWERED not in line
+            if number < first or (is_error and not error_shown):
+                print(terminal.fitted(_answer(json.loads(line)), sys.stdout))
+                shown += 1
+                error_shown |= is_error
+            if number + 1 >= first and error_shown:
+                break
+    if requests.total > shown:
+        print(f"... and {requests.total - shown} more in {path}")
 
 
 def _answer(result: dict[str, Any]) -> str:

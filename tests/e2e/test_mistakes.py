@@ -27,7 +27,7 @@ def source(tmp_path: Path) -> Path:
     [
         ("sampling.temprature=1", ["unknown key 'sampling.temprature'", "sampling.temperature"]),
         ("layout.shards=3", ["cannot be laid out on 2 ranks", "what works: ", "1 stage x 2 shards"]),
-        ("memory.weights=100", ["needs at least", "bytes"]),
+        ("memory.weights=100", ["memory.weights is too small: this rank needs at least", "KiB for the two"]),
         ("memory.kv=64", ["memory.kv = 64 is too small: 32 tokens take "]),
         ("model=nothing-like-it", ["'nothing-like-it' is not a file"]),
     ],
