@@ -11,7 +11,6 @@ import logging
 import math
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -25,7 +24,7 @@ from mpillm.batch.work import Model
 from mpillm.errors import JobError, MpillmError, NoSpace
 from mpillm.serve.arrivals import Arrivals
 from mpillm.serve.batch_run import RETRY, BatchRun, RequestCounts
-from mpillm.serve.files import Descriptions, FileStore
+from mpillm.serve.files import Descriptions, FileStore, new_digits
 from mpillm.spec import Spec
 from mpillm.store.journal import Journal
 from mpillm.store.output import Claim
@@ -96,7 +95,7 @@ class Batches:
     def add(self, input_file_id: str, endpoint: str | None, metadata: dict[str, str] | None) -> BatchObject:
         """Begin a batch; KeyError if there is no such file."""
         made = BatchObject(
-            id=f"batch-{uuid.uuid4().hex[:24]}",
+            id=f"batch-{new_digits()}",
             endpoint=endpoint,
             input_file_id=input_file_id,
             created_at=int(time.time()),

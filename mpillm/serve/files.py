@@ -30,6 +30,11 @@ class File(msgspec.Struct, kw_only=True):
     status: str = "processed"
 
 
+def new_digits() -> str:
+    """24 hexadecimal digits of an id, which grow with time: they order what was made within a second."""
+    return f"{time.time_ns():016x}{uuid.uuid4().hex[:8]}"
+
+
 class Descriptions:
     """Descriptions in a directory, one JSON file each."""
 
@@ -60,7 +65,7 @@ class Descriptions:
     def all(self) -> list[Any]:
         """All descriptions, the newest first."""
         found = [self.read(path.stem) for path in self.folder.glob("*.json") if _ID.fullmatch(path.stem)]
-        return sorted(found, key=lambda each: (-each.created_at, each.id))
+        return sorted(found, key=lambda each: (each.created_at, each.id), reverse=True)
 
 
 class FileStore:
@@ -76,7 +81,7 @@ class FileStore:
     def add(self, name: str, purpose: str, source: BinaryIO, own: str | None = None) -> File:
         """Keep the content of a file; in place of an earlier one of the same `own` name, if it has one."""
         made = File(
-            id=f"file-{(hashlib.sha256(own.encode()).hexdigest() if own else uuid.uuid4().hex)[:24]}",
+            id=f"file-{hashlib.sha256(own.encode()).hexdigest()[:24] if own else new_digits()}",
             bytes=0,
             created_at=int(time.time()),
             filename=name[:255] or "file",
