@@ -242,14 +242,9 @@ def _request(request: Prompt | Messages | Mapping[str, Any], body: Mapping[str, 
     """The line of a request of `stream`."""
     if isinstance(request, Mapping):
         return _line(request)
-    if _is_chat(request):
+    if isinstance(request, Sequence) and request and isinstance(request[0], Mapping):
         return _line({"messages": request, **body})
     return _line({"prompt": request, **body})
-
-
-def _is_chat(request: object) -> bool:
-    items = iter(request) if isinstance(request, Iterable) and not isinstance(request, str) else iter(())
-    return isinstance(next(items, None), Mapping)
 
 
 def _line(content: Mapping[str, Any]) -> bytes:

@@ -127,6 +127,8 @@ def test_callers_of_many_kinds(llm: LLM) -> None:
     assert [one.text for one in llm.generate([np.array([5, 6]), (7, 8)], max_tokens=2)] == [
         one.text for one in llm.generate([[5, 6], [7, 8]], max_tokens=2)
     ]
+    (read_once,) = llm.stream([iter([5, 6])], max_tokens=2)  # type: ignore[list-item]
+    assert read_once.body["usage"] == llm.generate([5, 6], max_tokens=2)[0].body["usage"]
     ranked = llm.rerank("the quick", np.array(["a ship", "the quick"]))  # type: ignore[arg-type]
     assert ranked.ranking == [1, 0]
     stream = llm.stream("the quick", max_tokens=3)
