@@ -104,9 +104,8 @@ def _open(line: dict[str, Any]) -> tuple[type[Endpoint], dict[str, Any]]:
     if "body" not in line and "url" not in line and "method" not in line:
         body = {key: value for key, value in line.items() if key != "custom_id" and value is not None}
         known = {endpoint.key for endpoint in ENDPOINTS}
-        keys = (
-            known & body.keys() or known & line.keys()
-        )  # a null is said to be wrong if there is nothing else
+        # A null is said to be wrong if there is nothing else.
+        keys = known & body.keys() or known & line.keys()
         found = [one for one in ENDPOINTS if one.key in keys and keys <= set(one.__struct_fields__)]
         if len(found) != 1:
             *names, last = (endpoint.key for endpoint in ENDPOINTS if endpoint.key)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from mpillm.comm.launch import Launch
 from mpillm.comm.program import library
 from mpillm.errors import JobError, MpillmError
+from mpillm.words import listed
 
 if TYPE_CHECKING:
     from mpillm.spec import Spec
@@ -46,7 +47,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "words",
         nargs=argparse.REMAINDER,
         metavar="COMMAND ...",
-        help=f"run, which is started again after a failure, or {', '.join(ONCE[:-1])} or {ONCE[-1]}",
+        help=f"run, which is started again after a failure, or {listed(ONCE, 'or')}",
     )
 
 
@@ -99,7 +100,7 @@ def _no_command(words: list[str], ranks: int) -> str:
     if words and words[0].endswith(".toml"):
         return f"launch needs the command before the job: mpillm launch -n {ranks} run {words[0]}."
     if words and not words[0].startswith("-"):
-        return f"launch starts run, {', '.join(ONCE[:-1])} and {ONCE[-1]}; type mpillm {shlex.join(words)} without it."
+        return f"launch starts {listed(('run', *ONCE), 'and')}; type mpillm {shlex.join(words)} without it."
     return "launch needs a command: mpillm launch -n 2 run JOB.toml."
 
 

@@ -40,10 +40,8 @@ from mpillm.text.bounds import encoded_at_once
 PAIR_KEYS = ("query", *dict.fromkeys(name for names in PAIRS for name in names))  # of rerank, and of score
 NAMES = 2  # copies of a line's name
 PROMPT, TOKEN, LOGPROB = 56, 72, 136  # of a token, and of an alternative to it, until the answer is written
-ARROW, TABLE = (
-    56 * 2**20,
-    28 * 2**20,
-)  # of the library for Parquet, and more if it writes (51 and 75 MiB measured)
+# Of the library for Parquet, and more if it writes (51 and 75 MiB measured).
+ARROW, TABLE = 56 * 2**20, 28 * 2**20
 # Times the bytes of rows that it reads at once (4.6 measured), and of lines of results that it writes at once (11).
 READ, WRITE = 5, 12
 ENVELOPE = 512  # bytes of a line of results, besides the answer

@@ -118,10 +118,9 @@ class Machines:
 
     def with_faster_network(self, times: float) -> Machines:
         """These machines with links that are `times` times as fast."""
+        # Speeds that are alike stay one object.
         faster = {id(speed): replace(speed, wire=times * speed.wire) for speed in self.speeds}
-        return replace(
-            self, speeds=[faster[id(speed)] for speed in self.speeds]
-        )  # alike ones stay one object
+        return replace(self, speeds=[faster[id(speed)] for speed in self.speeds])
 
 
 def _crowding(loads: Sequence[tuple[str, float]]) -> dict[str, float]:

@@ -31,9 +31,8 @@ from mpillm.serve.guard import guarded
 from mpillm.serve.state import ServerState
 from mpillm.version import __version__
 
-Event = (
-    tuple[int, int] | list[FinishedCompletion] | None
-)  # a choice's token, the completions, or that there are none
+# A choice's token, the completions, or that there are none.
+Event = tuple[int, int] | list[FinishedCompletion] | None
 Events = asyncio.Queue[Event]
 
 # What to use instead of URLs of OpenAI, Anthropic, Ollama and llama.cpp that there are not.

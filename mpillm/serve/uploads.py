@@ -148,7 +148,7 @@ def _check_query(request: Request, known: dict[str, Any]) -> None:
 
 def _part(request: Request, found: list[Any]) -> dict[str, Any]:
     """Of a list, the part that the query asks for: `limit` entries (all) `after` the one with this id."""
-    after, limit = (request.query_params.get(word) for word in PAGES)
+    after, limit = request.query_params.get("after"), request.query_params.get("limit")
     ids = [each.id for each in found]
     if after is not None and after not in ids:
         raise Refused(400, f"after: there is no {after[:100]!r}.", "after")

@@ -45,6 +45,6 @@ __all__ = [
     "BatchSection", "ChatSection", "DraftSection", "EmbeddingsSection", "Fraction", "JobSection", "JsonSchema",
     "LayoutSection", "MemorySection", "OutputSection", "Penalty", "Pooling", "ResponseFormat", "SamplingSection",
     "Section", "Seed", "Spec", "StopStrings", "StructuralTags", "StructuredOutputs", "Subtracted", "TableFormat",
-    "Temperature", "TopK", "TopP", "WireSection", "Word", "allowed_words", "byte_size", "checked", "enough",
+    "Temperature", "TopK", "TopP", "WireSection", "Word", "allowed_words", "byte_size", "checked",
     "key_called", "known_keys", "load", "plain_words", "shown_bytes", "tightest", "unit_meant",
 ]  # fmt: skip

@@ -86,9 +86,8 @@ class _Meaning(NamedTuple):
     transposed: bool = False
 
 
-_Meanings = Mapping[
-    str, _Meaning
-]  # by name, with {l} for the number of the layer and {e} for that of the expert
+# By name, with {l} for the number of the layer and {e} for that of the expert.
+_Meanings = Mapping[str, _Meaning]
 _NUMBER = re.compile("0|[1-9][0-9]{0,5}")
 _PLACES = "{l}", "{e}"  # of the first and of the second number in a name
 

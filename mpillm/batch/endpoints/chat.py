@@ -24,14 +24,8 @@ from mpillm.text.chat_formats.base import ParsedAnswer
 from mpillm.text.chat_formats.lark import Lark
 from mpillm.text.chat_formats.tagged import AnswerRule, ChatFormat, ReasoningState
 
-ROLES = (
-    "system",
-    "developer",
-    "user",
-    "assistant",
-    "tool",
-    "function",
-)  # OpenAI's; a template may name others
+# OpenAI's; a template may name others.
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 PROMPT_END = 16  # tokens of a prompt that tell how the answer begins
 
 

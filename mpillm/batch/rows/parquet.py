@@ -12,10 +12,9 @@ from mpillm.batch.rows.line import row_line, wrong_row
 from mpillm.errors import JobError
 
 ROWS, BYTES = 1024, 4 << 20  # that are read, and made values of Python, at once, at most
-_BYTES = re.compile(
-    "(?<!fixed_size_)binary"
-)  # in the name of a type: bytes of any length, in it or within it
 BUFFER = 1 << 20  # bytes of a column that are read from the file at once; without it all of a row group are
+# In the name of a type: bytes of any length, in it or within it.
+_BYTES = re.compile("(?<!fixed_size_)binary")
 
 
 def rows(file: io.BufferedReader, path: Path, check: Callable[[list[str]], None]) -> Iterator[bytes]:
