@@ -36,11 +36,11 @@ def decode_line(raw: bytes) -> dict[str, Any]:
         raise RequestError("the line begins with a byte order mark (was a file appended?); remove it")
     try:
         value = msgspec.json.decode(raw)
-    except UnicodeDecodeError:
-        raise RequestError(f"the line is not UTF-8 text (byte {_first_bad_byte(raw)})") from None
     except RecursionError:
         raise RequestError("the line is nested too deeply") from None
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:  # 0.23 has a DecodeError for both
+        if (byte := _first_bad_byte(raw)) is not None:
+            raise RequestError(f"the line is not UTF-8 text (byte {byte})") from None
         text = str(error).removeprefix("JSON is malformed: ")
         if (found := _PLACE.search(text)) and (word := _NO_VALUE.match(raw, int(found[1]))):
             text = f"{word[0].decode()} is not a JSON value (byte {found[1]}); write null, true, false or a number"
@@ -73,12 +73,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> None:
 _UNIQUE = json.JSONDecoder(object_pairs_hook=_unique)
 
 
-def _first_bad_byte(raw: bytes) -> int:
+def _first_bad_byte(raw: bytes) -> int | None:
+    """Return the number (from 1) of the first byte that is not UTF-8, None where all are."""
     try:
         raw.decode()
     except UnicodeDecodeError as error:
         return error.start + 1
-    return len(raw)
+    return None
 
 
 def custom_id_of(line: dict[str, Any]) -> str | None:

@@ -109,6 +109,7 @@ BAD = [
     (b'{"prompt": None}', "the line is not JSON: None is not a JSON value (byte 11); write null, true, false or a number"),
     (b'{"prompt": "a"} x', "the line is not JSON: trailing characters (byte 17)"),
     (b'{"prompt": "\xff"}', "the line is not UTF-8 text (byte 13)"),
+    (b'\xe4{"prompt": "a"}', "the line is not UTF-8 text (byte 1)"),
     (b'{"prompt": ' + b"[" * 3000 + b"]" * 3000 + b"}", "the line is nested too deeply"),
     (b"[1]", 'the line is not a JSON object such as {"prompt": "..."}'),
     ({}, "the line needs one of messages, prompt, input, choices, text_1 or query, or a url and a body"),
