@@ -289,7 +289,7 @@ def _doctor(world: World, options: argparse.Namespace) -> int:
     found = doctor.examine(world, options.model)
     if world.rank == 0:
         for line in found.lines():
-            print(terminal.fitted(line, sys.stdout) if line.startswith("! ") else line, flush=True)
+            print(terminal.fitted(line, sys.stdout), flush=True)
         if options.output is not None:
             hosts.write(options.output, found.hosts)
             print(f"{options.output} is written; mpillm plan --hosts {options.output} reads it.", flush=True)

@@ -37,7 +37,7 @@ class Console:
     def say(self, line: str) -> None:
         """Print a line on stderr, on rank 0 only."""
         if self._speaks():
-            tqdm.write(terminal.fitted(f"mpillm: {line}", sys.stderr), file=sys.stderr)
+            tqdm.write(f"mpillm: {line}", file=sys.stderr)
 
     def downloading(self, done: int, total: int) -> None:
         """A bar of bytes."""
@@ -98,8 +98,8 @@ class Console:
         from mpillm.store import report_page  # loaded at the end, as others look at the answers
 
         for line in report_page.summary(made):
-            print(terminal.fitted(f"mpillm: {line}", stream), file=stream)
-        print(f"mpillm: The results are in {path}.", file=stream)  # whole, for it is copied
+            print(f"mpillm: {line}", file=stream)
+        print(f"mpillm: The results are in {path}.", file=stream)
         stream.flush()
 
 

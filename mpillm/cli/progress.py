@@ -50,7 +50,7 @@ class Rates:
 def _waits_and_drafts(state: ProgressState, capacity: float = float("inf")) -> str:
     """What the run has waited for, and what drafts gave, as far as there is room; empty if next to nothing."""
     parts = [] if state.hits is None else [f"hits {100 * state.hits:.0f} %"]
-    if state.per_pass is not None:
+    if (state.per_pass or 0.0) >= 1.05:  # else it reads 1.0
         parts.append(f"{state.per_pass:.1f} tokens/pass")
     for what, part in (("waits for disk", state.stalled), ("waits for ranks", state.waited)):
         if part >= 0.005:

@@ -14,12 +14,13 @@ import sys
 from collections.abc import Iterator
 from typing import TextIO
 
-from mpillm.cli.terminal import terminal_of_launcher
+from mpillm.cli.terminal import fitted, terminal_of_launcher
 
 # Control characters (C0, DEL, C1), line and paragraph separators, marks that reorder text, and surrogates: what acts on
 # a terminal instead of being shown.
 _ACTS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _NAMES = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
+_OURS = re.compile(r"mpillm( [\w-]+)?: ")  # how a sentence to the user begins
 
 
 def visible(text: str, keep: str = "") -> str:
@@ -37,7 +38,10 @@ def visible(text: str, keep: str = "") -> str:
 
 
 class Unfailing(io.TextIOBase):
-    """Writes to a stream until that fails, and to nowhere from then on; controls nothing but lines."""
+    """Writes to a stream until that fails, and to nowhere from then on; controls nothing but lines.
+
+    On a terminal it breaks sentences of mpillm between words.
+    """
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
@@ -57,6 +61,8 @@ class Unfailing(io.TextIOBase):
 
     def write(self, text: str, /) -> int:
         shown = visible(text, keep="\n\r\t").encode(self._encoding, "replace").decode(self._encoding)
+        if self._stream is not None and _OURS.match(shown):
+            shown = fitted(shown, self._stream)
         self._try("write", shown)
         return len(text)
 

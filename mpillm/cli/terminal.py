@@ -18,6 +18,8 @@ import psutil
 
 from mpillm.comm import launch
 
+USUAL = 80  # columns of a terminal
+
 
 def terminal_of_launcher(stream: int) -> TextIO | None:
     """Rank 0's way to the terminal that its launcher has as stream 1 or 2; None if that is no terminal."""
@@ -87,19 +89,29 @@ def both_streams_meet() -> bool:
 
 
 def columns(stream: TextIO) -> int | None:
-    """The width of the terminal that a stream writes to; None if it is none, or has no width."""
+    """The width of the terminal that a stream writes to; None if it is none, or has no width.
+
+    After su the launcher's terminal belongs to another user and tells nothing; it is taken to have the usual width.
+    """
     try:
-        return os.get_terminal_size(stream.fileno()).columns or None if stream.isatty() else None
+        if stream.isatty():
+            return os.get_terminal_size(stream.fileno()).columns or None
+        folder = _launcher_streams()
+        shown = "" if folder is None else os.readlink(f"{folder}/{stream.fileno()}")
     except (OSError, ValueError):
         return None
+    return USUAL if shown.startswith(("/dev/pts/", "/dev/tty")) else None
 
 
-def fitted(line: str, stream: TextIO) -> str:
-    """The line, broken between words where the stream's terminal would break it inside one."""
+def fitted(text: str, stream: TextIO) -> str:
+    """The text, its lines broken between words where the stream's terminal would break them inside one."""
     width = columns(stream)
-    if width is None or len(line) <= width:
-        return line
-    return textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    if width is None or len(text) <= width:
+        return text
+    return "\n".join(
+        textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        for line in text.split("\n")
+    )
 
 
 def _launcher_streams() -> str | None:

@@ -111,8 +111,8 @@ def _text(found: _Found, ranks: int) -> str:
     """The job file."""
     spec, speeds = found.spec, "measured" if found.measured else "assumed"
     said = (
-        f"# {found.rate:.1f} tokens/s on {count_of(ranks, 'rank')}, by {speeds} speeds; a rank takes up to "
-        f"{shown_bytes(found.held)} in all."
+        f"# {found.rate:.1f} tokens/s on {count_of(ranks, 'rank')} ({speeds} speeds); "
+        f"at most {shown_bytes(found.held)} on a rank."
     )
     values = msgspec.to_builtins(spec)
     if spec.input == UNREAD:

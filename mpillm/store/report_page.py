@@ -60,6 +60,8 @@ def summary(report: Report) -> Iterator[str]:
         if len(drafters := report.batch.drafters) > 1:
             parts = [f"{name} {accepted} of {count}" for name, (count, accepted) in drafters.items()]
             yield f"Accepted by drafter: {', '.join(parts)}."
+    if (name := _draft_model(report)) and "model" not in report.batch.drafters:
+        yield f"The draft model {name} drafted nothing, as that was not expected to save time."
     if planned := report.planned:
         yield (
             f"Computing took {report.computing:.1f} s; {planned.of_computed:.1f} s were planned for "
@@ -93,6 +95,12 @@ def summary(report: Report) -> Iterator[str]:
     ]
     if wire:
         yield f"Sent for each token: {', '.join(wire)}."
+
+
+def _draft_model(report: Report) -> str | None:
+    """The draft model that was to draft where that saves time; None if there is none."""
+    asked: str | None = report.job.get("draft", {}).get("model")
+    return asked if report.job.get("batch", {}).get("speculation") == "auto" else None
 
 
 def _memory_used(ranks: Sequence[RankStatistics]) -> str:

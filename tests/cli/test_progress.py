@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import os
 import pty
 import re
@@ -11,12 +12,14 @@ import struct
 import subprocess
 import sys
 import termios
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mpillm import cli
-from mpillm.cli import progress
+from mpillm.cli import progress, terminal
+from mpillm.cli.streams import Unfailing
 from mpillm.run.progress import ProgressState
 from tests.conftest import Mpi, clean_environment, run_bounded
 from tests.e2e.jobs import CHAT, command, mixed_lines, write_lines
@@ -87,6 +90,44 @@ def test_nothing_is_wider_than_80_columns(
     assert [line for line in shown if len(line) > 80] == []
 
 
+def test_few_accepted_drafts_are_not_told() -> None:
+    """1.04 tokens a pass would read 1.0."""
+    per_pass = [replace(state(1), per_pass=per_pass) for per_pass in (None, 1.04, 1.25)]
+    plain = progress._waits_and_drafts(state(1))
+    assert [progress._waits_and_drafts(one) for one in per_pass] == [
+        plain, plain, plain.replace(", waits", ", 1.2 tokens/pass, waits"),
+    ]  # fmt: skip
+
+
+class Pipe(io.StringIO):
+    """A pipe to a launcher."""
+
+    def fileno(self) -> int:
+        return 2
+
+
+def test_sentences_break_between_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal, also on that of another user, as after su; what else is printed is left as it is."""
+    sentence, other = "mpillm run: " + " ".join(["sentence"] * 12), "other " * 30
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 24, 60, 0, 0))
+    with open(follower, "w") as stream:
+        Unfailing(stream).write(f"{sentence}\n")
+        Unfailing(stream).flush()
+        (tmp_path / "2").symlink_to(os.ttyname(follower))  # as /proc shows the launcher's
+        shown = os.read(leader, 1 << 16).decode()
+    os.close(leader)
+    monkeypatch.setattr(terminal, "_launcher_streams", lambda: str(tmp_path))
+    pipe = Pipe()
+    Unfailing(pipe).write(sentence)
+    Unfailing(pipe).write(other)
+    for lines, width in ((shown.splitlines(), 60), (pipe.getvalue().removesuffix(other).splitlines(), 80)):
+        assert " ".join(map(str.strip, lines)).startswith(sentence)
+        assert max(map(len, lines)) <= width
+        assert len(lines[0]) > width - 10
+    assert pipe.getvalue().endswith(other)
+
+
 def on_a_terminal(words: list[str | Path], env: dict[str, str]) -> str:
     """What a command shows on a terminal of 80 columns."""
     leader, follower = pty.openpty()
@@ -114,7 +155,9 @@ def test_a_terminal_shows_a_live_line_and_ends_with_the_summary(mpi: Mpi, tmp_pa
         shown
     )  # nothing tells yet how much time is left
     lines = [line for line in shown.splitlines() if line.strip()]
-    assert lines[-1].startswith("mpillm: The results are in ")
+    assert lines[-2:] == ["mpillm: The results are in", f"  {tmp_path}/out/results.jsonl."], (
+        "a path is not broken"
+    )
     answers = [number for number, line in enumerate(lines) if line.startswith(("r0: ", "r1: ", "r2: "))]
     summary = [number for number, line in enumerate(lines) if line.startswith("mpillm: 200 requests: ")]
     assert len(answers) >= 3

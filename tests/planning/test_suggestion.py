@@ -38,6 +38,7 @@ def test_the_least_memory_for_a_rate_is_a_job() -> None:
     assert msgspec.structs.replace(kept, memory=memory) == asked, "all else is as it was asked for"
     sizes = [int(toml(text)["memory"]["weights"].removesuffix("MiB")) for text in (slow, fast)]
     assert sizes == sorted(sizes)
+    assert max(len(line) for line in fast.splitlines() if line.startswith("#")) <= 80
     with pytest.raises(JobError, match="No amount of memory gives 1e\\+15 tokens/s on 1 rank"):
         suggestion.job_file(job, machines, 1e15)
 
@@ -61,7 +62,7 @@ def test_a_suggested_job_runs_as_it_says(tmp_path: Path) -> None:
     text = mpillm("plan", *asked, "--suggest", str(best["time"]["rate"] / 5))
     (tmp_path / "job.toml").write_text(text)
     rate, held = re.findall(
-        r"# (\S+) tokens/s on 1 rank, by measured speeds; a rank takes up to (\S+) MiB", text
+        r"# (\S+) tokens/s on 1 rank \(measured speeds\); at most (\S+) MiB on a rank", text
     )[0]
     assert float(rate) >= best["time"]["rate"] / 5
     [whole] = best["ranks"]

@@ -202,6 +202,10 @@ def test_what_drafts_gave() -> None:
     ]
     run.batch.drafted, run.batch.accepted = 1, 0
     assert "Speculation: 0 of 1 drafted token accepted (0 %)" in "".join(report_page.summary(run))
+    run.job |= {"draft": {"model": "small.gguf"}, "batch": {"speculation": "auto"}}
+    assert "The draft model small.gguf drafted nothing, as" in "".join(report_page.summary(run))
+    run.batch.drafters["model"] = (1, 0)
+    assert "drafted nothing" not in "".join(report_page.summary(run))
 
 
 def test_planned_beside_measured_and_the_slowest_rank() -> None:
