@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 CRASHED = 70  # exit code after an unforeseen error (EX_SOFTWARE of sysexits.h)
 # Seconds in which the other ranks must finish or fail too, before the error of one rank aborts all.
 GRACE = 2.0
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SUPERVISED = "MPILLM_SUPERVISED"  # set by a supervisor, which says itself why it stops the ranks by SIGUSR1
 
 
 def run(world: World, program: Callable[[World], int]) -> int:
@@ -111,13 +112,13 @@ def _all_arrive(world: World, departure: Departure, error: MpillmError | None) -
 def _interruptible() -> Iterator[None]:
     """SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) raise Interrupted once; launchers tend to send several signals.
 
-    SIGUSR2 is from a supervisor, which says itself why it stops the ranks: its Interrupted has no text. Signals that
-    are ignored at the end stay so: one more would kill the process on its way out, and change its exit code.
+    A supervisor's Interrupted has no text. Signals that are ignored at the end stay so: one more would kill the process
+    on its way out, and change its exit code.
     """
 
     def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
         _ignore_signals()
-        if number == signal.SIGUSR2:
+        if number == signal.SIGUSR1 and SUPERVISED in os.environ:
             raise Interrupted
         raise Interrupted(
             f"Stopped by {signal.Signals(number).name}; run the same command again to continue."

@@ -20,6 +20,7 @@ from types import FrameType
 import psutil
 
 from mpillm.comm.launch import Library
+from mpillm.comm.running import SUPERVISED
 from mpillm.errors import Interrupted, JobError, LayoutError
 from mpillm.launching.hostfile import HostSlots, hostfile_text, read_hosts, write_hosts
 from mpillm.launching.mpiexec import AS_ROOT, Settings, command, end_session
@@ -168,7 +169,7 @@ class Supervisor:
             write_hosts(hostfile, hosts, self._library)
         launcher = subprocess.Popen(
             [*command(self._library, self._settings, ranks, hostfile, folder), *self._program],
-            env={**os.environ, **AS_ROOT} if os.geteuid() == 0 else None,
+            env={**os.environ, SUPERVISED: "1", **(AS_ROOT if os.geteuid() == 0 else {})},
             start_new_session=True,
             preexec_fn=_end_with_parent,  # noqa: PLW1509 (there is no other thread at this moment)
         )
@@ -198,7 +199,7 @@ class Supervisor:
                     if not self._told:
                         grown = True
                         self._say("The hostfile has changed; the run starts again with its hosts.")
-                    launcher.send_signal(signal.SIGUSR2)  # both MPIs pass it on; on SIGTERM they kill at once
+                    launcher.send_signal(signal.SIGUSR1)  # both MPIs pass it on; on SIGTERM they kill at once
                     give_up = now + STOPPING
         finally:
             end_session(launcher)

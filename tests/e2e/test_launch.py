@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mpillm.store.status import Reader
 from tests.conftest import HANGS, Mpi, run_bounded
 from tests.e2e.jobs import command, mixed_lines, run, write_lines
 from tests.model.golden import model_path
@@ -126,6 +127,9 @@ def test_who_stops_the_supervisor_stops_the_run(
             assert said.count("Stopped by") == 1, said  # by the supervisor, and not by a rank as well
             assert "Stopped by SIGTERM; run the same command again to continue." in said
         assert_nobody_left(output)
+    if number == signal.SIGTERM:  # begun answers are saved too, which have no checkpoint by then
+        with contextlib.closing(Reader(output)) as reader:
+            assert reader.look().partial > 0
 
 
 @pytest.mark.parametrize(
