@@ -200,9 +200,17 @@ def test_the_page_lists_each_extra() -> None:
 
 
 def test_containers_install_what_there_is() -> None:
+    """They copy what a wheel is built from, and nothing else of a checkout, which may hold environments and results."""
     extras = PROJECT["project"]["optional-dependencies"].keys()
+    needed = {"pyproject.toml", "setup.py", "README.md", "LICENSE", "cython", "mpillm"} | {
+        folder.partition("/")[0] for folder in BESIDE.values()
+    }
     for name in ("Containerfile", "apptainer.def"):
         text = (ROOT / "packaging" / name).read_text()
+        copied = [
+            words for words in map(str.split, text.splitlines()) if words and words[-1].startswith("/source/")
+        ]
+        assert {word for words in copied for word in words[:-1]} - {"COPY"} == needed, name
         (wanted,) = re.findall(r"\[([^\]\"]*MPI[^\]\"]*)\]", text)
         chosen = [re.sub(r"\W+", "", word) for word in wanted.split(",")]
         assert chosen[0] == "MPI"
