@@ -17,6 +17,7 @@ from mpillm.words import count_of, tokens_of
 HTML = "report.html"
 # What the page calls the phases of a run; what is before them is the start of its processes.
 PHASES = {"prepare": "checking the input", "compute": "loading and computing", "write": "writing the results"}
+DRAFTS = {"answers": "earlier answers", "model": "draft model"}  # what the page calls sources of drafts
 NO_PLOTS = "The page has no plots: they need matplotlib (pip install 'mpillm[plots]')."
 
 
@@ -58,8 +59,11 @@ def summary(report: Report) -> Iterator[str]:
             "pass."
         )
         if len(drafters := report.batch.drafters) > 1:
-            parts = [f"{name} {accepted} of {count}" for name, (count, accepted) in drafters.items()]
-            yield f"Accepted by drafter: {', '.join(parts)}."
+            parts = [
+                f"{DRAFTS.get(name, name)} {accepted} of {count}"
+                for name, (count, accepted) in drafters.items()
+            ]
+            yield f"Accepted by source of the drafts: {', '.join(parts)}."
     if (name := _draft_model(report)) and "model" not in report.batch.drafters:
         yield f"The draft model {name} drafted nothing, as that was not expected to save time."
     if planned := report.planned:
@@ -146,7 +150,7 @@ def cite(report: Report) -> str:
     return printable("; ".join(facts))
 
 
-LONG = 16  # letters of a word that may be broken
+LONG = 28  # letters of a word that is not broken: the longest key of a job has 27
 # Figures are beside each other where there is room, and tables are moved sideways on a phone.
 _STYLE = """:root{color-scheme:light dark;--line:#ccc;--shade:#f3f3f3;--text:#222;--page:#fff}
 @media screen and (prefers-color-scheme:dark){:root{--line:#555;--shade:#2a2a2a;--text:#ddd;--page:#1b1b1b}}
@@ -154,12 +158,14 @@ body{font:15px/1.45 system-ui,sans-serif;max-width:76rem;margin:2rem auto;paddin
 background:var(--page)}table{border-collapse:collapse;margin:.5rem 0 1.5rem;display:block;overflow-x:auto}
 td,th{border:1px solid var(--line);padding:.2rem .6rem;text-align:right;max-width:30rem}
 .long,h1{overflow-wrap:anywhere}th{background:var(--shade)}p{max-width:62rem}.text{text-align:left}
+td:not(.text){white-space:nowrap}@media(max-width:30rem){td,th{padding:.2rem .25rem}}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:1rem;align-items:start}
 figure{margin:.5rem 0}svg{width:100%;max-width:36rem;height:auto}
 svg text{fill:currentColor}
 pre{background:var(--shade);padding:.7rem;white-space:pre-wrap;overflow-wrap:anywhere}
 @media print{:root{color-scheme:light}body{margin:0;max-width:none}.plots{grid-template-columns:1fr 1fr}
-h2{break-after:avoid}figure,table,tr{break-inside:avoid}table{display:table;font-size:9px}td,th{padding:.1rem .3rem}}"""
+h2{break-after:avoid}.json{columns:2;font-size:9px}figure,table,tr{break-inside:avoid}
+table{display:table;font-size:9px}td,th{padding:.1rem .3rem}}"""
 
 
 def _page(name: str, report: Report, drawn: Sequence[tuple[str, str]], missing: str | None) -> str:
@@ -195,23 +201,24 @@ def _page(name: str, report: Report, drawn: Sequence[tuple[str, str]], missing: 
         parts.append("<h2>Messages between ranks</h2>")
         parts.append(_table(("message", "sent by all ranks", "for each token"), rows))
     if report.errors:
-        parts.append(f"<h2>Errors (the first {len(report.errors)} of {report.requests.errors})</h2>")
+        first, of = len(report.errors), report.requests.errors
+        parts.append(f"<h2>Errors{f' (the first {first} of {of})' if first < of else ''}</h2>")
         parts.append(_table(("custom_id", "error"), report.errors.items()))
     parts.append(f"<h2>To cite</h2><pre>{html.escape(cite(report))}</pre>")
     for heading, values in (("Model", report.model), ("Job", report.job), ("Versions", report.versions)):
         shown = as_json(values).decode()
-        parts.append(f"<h2>{heading}</h2><pre>{html.escape(shown)}</pre>")
+        parts.append(f"<h2>{heading}</h2><pre class=json>{html.escape(shown)}</pre>")
     return "\n".join(parts) + "\n"
 
 
 def _what(report: Report) -> str:
-    """Which model has answered which requests, where and when."""
+    """The model and the input, where and when."""
     hosts = count_of(len({rank.host for rank in report.ranks}), "host")
     ranks = count_of(len(report.ranks), "rank")
-    asked = f" answered {report.input.path}" if report.input else ""
+    asked = f", input {report.input.path}" if report.input else ""
     began = report.began[:19].replace("T", " ")
     return printable(
-        f"mpillm: {report.model.get('name', '?')}{asked} on {ranks} of {hosts}, from {began} UTC."
+        f"mpillm: model {report.model.get('name', '?')}{asked}, on {ranks} of {hosts}, from {began} UTC."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -147,13 +148,15 @@ def _throughput(timeline: Sequence[tuple[float, int, int]]) -> Plot:
 
 def _rates(counted: Sequence[tuple[float, int]]) -> Iterator[Row]:
     """The beginning and the end of each stretch of time, and the rate in it; short stretches are taken together."""
-    end = counted[-1][0]
-    since, had = counted[0]
-    shortest = (end - since) / 100
-    for now, has in counted[1:]:
-        if now > since + shortest or now == end > since:
-            yield round(since, 3), round(now, 3), round((has - had) / (now - since), 3)
-            since, had = now, has
+    shortest = (counted[-1][0] - counted[0][0]) / 100
+    ends = [counted[0]]
+    for point in counted[1:]:
+        if point[0] > ends[-1][0] + shortest:
+            ends.append(point)
+    if len(ends) > 1:
+        ends[-1] = counted[-1]
+    for (since, had), (now, has) in itertools.pairwise(ends):
+        yield round(since, 3), round(now, 3), round((has - had) / (now - since), 3)
 
 
 def _seconds_of(rank: RankStatistics, kind: str) -> float:
@@ -209,7 +212,7 @@ def _distributions(directory: Path) -> Iterator[Plot]:
 
 def _histogram(name: str, caption: str, values: Mapping[str, Any], unit: str) -> Iterator[Plot]:
     everything = np.concatenate([*values.values(), []])
-    if not len(everything):
+    if len(everything) <= len(values):  # of each kind one, of which there is nothing to see
         return
     if unit == "tokens":  # whole numbers, which are in the middle of their bins
         least, count = int(everything.min()), int(np.ptp(everything)) + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import re
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ def test_one_of_a_kind_is_one(tmp_path: Path) -> None:
     report.write(Directory(tmp_path), run)
     page = report_page.write_html(tmp_path)[0].read_text()
     assert "<title>Report of the run " in page
-    assert "on 2 ranks of 2 hosts, from 2026-01-01 00:00:00 UTC.</p>" in page
+    assert "</b>, on 2 ranks of 2 hosts, from 2026-01-01 00:00:00 UTC.</p>" in html.unescape(page)
+    assert "<h2>Errors</h2>" in page
     assert "<p>1 request: 1 answered" in page
     assert "<h2>Ranks: 1 stage x 2 shards</h2>" in page
 
@@ -183,6 +185,10 @@ def test_a_plot_says_what_there_is_to_see(tmp_path: Path) -> None:
     assert found["throughput"].caption == "Finished requests per second"
     assert [rate for *_, rate in found["throughput"].rows] == [2.0, 3.0]
     assert "waiting for other replicas" not in found["seconds"].columns
+    run.timeline.append((2.001, 0, 5))  # what comes just before the end is no rate of its own
+    assert next(report_plots.plots(run, tmp_path)).rows == [(0.0, 1.0, 2.0), (1.0, 2.001, 2.997)]
+    run.timeline = [(0.0, 0, 0), (2.0, 0, 5), (2.001, 0, 5)]
+    assert "throughput" not in {plot.name for plot in report_plots.plots(run, tmp_path)}
     (axes,) = found["bytes"].figure().axes
     assert (axes.get_xlabel(), axes.patches[0].get_width()) == ("KiB", 3.0)
     run.replicas = 2
@@ -198,7 +204,7 @@ def test_what_drafts_gave() -> None:
     run.batch.drafters = {"answers": (20, 5), "prompt lookup": (40, 25)}
     assert list(report_page.summary(run))[2:4] == [
         said,
-        "Accepted by drafter: answers 5 of 20, prompt lookup 25 of 40.",
+        "Accepted by source of the drafts: earlier answers 5 of 20, prompt lookup 25 of 40.",
     ]
     run.batch.drafted, run.batch.accepted = 1, 0
     assert "Speculation: 0 of 1 drafted token accepted (0 %)" in "".join(report_page.summary(run))
@@ -340,7 +346,10 @@ def test_lengths_and_latencies_are_those_of_the_results(tmp_path: Path) -> None:
         assert rows[0][0] == least
     assert found["lengths"].rows[-1][1] == 20.5
     with h5py.File(tmp_path / "results.h5", "r+") as h5:
-        h5["tokens/offsets"][:] = 0
+        h5["prompts/offsets"][:], h5["tokens/offsets"][:] = [0, 3, 3], [0, 5, 5, 5]
+    assert "lengths" not in {plot.name for plot in report_plots.plots(made(), tmp_path)}  # one of each
+    with h5py.File(tmp_path / "results.h5", "r+") as h5:
+        h5["prompts/offsets"][:], h5["tokens/offsets"][:] = [0, 3, 10], 0
     found = {plot.name: plot for plot in report_plots.plots(made(), tmp_path)}
     assert found["lengths"].caption == "Lengths of prompts"
     with h5py.File(tmp_path / "results.h5", "r+") as h5:
