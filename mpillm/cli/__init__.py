@@ -14,6 +14,7 @@ from mpillm.cli.streams import unfailing
 from mpillm.comm import launch
 from mpillm.errors import Interrupted, JobError, MpillmError, of_system
 
+BROKEN = 1  # exit code of a Python that lacks a library
 EARLY = "Stopped before anything was computed; run the same command again."
 
 
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:
             told = of_system(error)
             if told is None:
+                launch.end_all(launch.launched_by(os.environ), BROKEN, os.environ)
                 raise
             sentence, code = str(told), JobError.exit_code
         sys.stderr.write(f"mpillm: {sentence}\n")

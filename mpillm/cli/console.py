@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mpillm.cli import terminal
-from mpillm.cli.progress import BEFORE, LINES, LIVE, Live, ProgressLines, Rates
+from mpillm.cli.progress import BEFORE, LINES, LIVE, Live, ProgressLines, Rates, width
 from mpillm.cli.streams import visible
 from mpillm.run.progress import Bar
 from mpillm.store import report
@@ -81,7 +81,7 @@ class Console:
             yield ProgressLines(total, self.say, done, Rates(tokens))
             return
         with tqdm(
-            total=total, initial=done, bar_format=BEFORE, smoothing=0, file=sys.stderr, dynamic_ncols=True
+            total=total, initial=done, bar_format=BEFORE, smoothing=0, file=sys.stderr, ncols=width()
         ) as bar:
             yield Live(bar, Rates(tokens))
 

@@ -17,6 +17,7 @@ LIVE, LINES = 0.2, 5.0  # seconds between two looks at a terminal, and between t
 FORM = "{n_fmt}/{total_fmt} requests {percentage:3.0f}% [{elapsed}<LEFT{postfix}] {bar}"  # tqdm's words
 BEFORE = FORM.replace("<LEFT", "")  # anything tells how much time is left
 BESIDE = " requests 100% [0:00:00<0:00:00, "  # of a live line, between its numbers
+AFTER = "^C "  # what the terminal shows behind it when it is stopped
 WINDOW = 10.0  # seconds that the rate of now is taken over
 
 
@@ -62,12 +63,19 @@ def _waits_and_drafts(state: ProgressState, capacity: float = float("inf")) -> s
     return told
 
 
+def width() -> int | None:
+    """The columns of a live line; None if nothing tells them."""
+    columns = terminal.columns(sys.stderr)
+    return None if columns is None else columns - len(AFTER)
+
+
 class Live:
     """A line on a terminal that is drawn anew."""
 
     def __init__(self, bar: tqdm, rates: Rates) -> None:
         """The bar has the form `BEFORE`, and a postfix with rates."""
         self._bar, self._rates, self._shown = bar, rates, 0.0
+        self._bar.dynamic_ncols = lambda _: (width(), None)  # of tqdm: columns and rows
 
     def update(self, answered: int, state: Callable[[], ProgressState]) -> None:
         self._bar.n += answered
@@ -77,10 +85,9 @@ class Live:
         self._rates.add(now.tokens)
         if now.left is not None:
             self._bar.bar_format = FORM.replace("LEFT", tqdm.format_interval(now.left))
-        width = terminal.columns(sys.stderr)
         capacity = float("inf")
-        if width is not None:  # else the end of a line that is too long would be cut off
-            capacity = width - len(f"{self._bar.n}/{self._bar.total}{BESIDE}{self._rates}]")
+        if (columns := width()) is not None:  # else the end of a line that is too long would be cut off
+            capacity = columns - len(f"{self._bar.n}/{self._bar.total}{BESIDE}{self._rates}]")
         self._bar.set_postfix_str(f"{self._rates}{_waits_and_drafts(now, capacity)}", refresh=False)
         self._bar.refresh()
         self._shown = time.monotonic()

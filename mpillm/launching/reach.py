@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import socket
 import subprocess
@@ -15,7 +16,11 @@ from mpillm.launching.hostfile import HostSlots, read_hosts
 from mpillm.launching.mpiexec import Settings
 
 ANSWER = 10.0  # seconds for a host to answer
-ABSENT = "mpillm-absent"  # what a host without this Python answers
+LOADS = 60.0  # seconds for its Python to load MPI, which may come from a slow disk
+# What a host answers without this Python, and if that loads no MPI.
+ABSENT, BROKEN = "mpillm-absent", "mpillm-broken"
+LOAD = "from mpillm.comm.program import library; library()"
+PASSED = ("LD_LIBRARY_PATH", "MPI4PY_LIBMPI", "PYTHONPATH")  # MPICH takes them along, and LOAD may need them
 
 
 class NoHostError(JobError):
@@ -27,7 +32,7 @@ def answering(settings: Settings, say: Callable[[str], None]) -> list[HostSlots]
     if settings.hostfile is None:
         return []
     hosts = read_hosts(settings.hostfile)
-    silent = silent_hosts(settings.agent, hosts)
+    silent = silent_hosts(settings.agent, hosts, loads=True)
     there = [host for host in hosts if host.name not in silent]
     for host, why in silent.items():
         say(f"The host {host} {why}{'; continuing without it' if there else ''}.")
@@ -38,41 +43,56 @@ def answering(settings: Settings, say: Callable[[str], None]) -> list[HostSlots]
     return there
 
 
-def silent_hosts(agent: str, hosts: Sequence[HostSlots]) -> dict[str, str]:
-    """The names of the hosts that cannot take ranks, and why each cannot."""
+def silent_hosts(agent: str, hosts: Sequence[HostSlots], loads: bool = False) -> dict[str, str]:
+    """The names of the hosts that cannot take ranks, and why each cannot; `loads` as for `why_silent`."""
     names = [host.name for host in hosts]
     with ThreadPoolExecutor(min(64, len(names) or 1)) as pool:
-        why = pool.map(lambda name: why_silent(agent, name), names)
+        why = pool.map(lambda name: why_silent(agent, name, loads), names)
         return {name: reason for name, reason in zip(names, why, strict=True) if reason}
 
 
-def why_silent(agent: str, host: str) -> str:
+def why_silent(agent: str, host: str, loads: bool = False) -> str:
     """Why a host takes no ranks, as the agent (AGENT HOST COMMAND starts a command there) says it; else nothing.
 
-    Without this Python there, Open MPI would end all ranks, and MPICH would wait for the host.
+    Without this Python there, Open MPI would end all ranks, and MPICH would wait for the host. With `loads` it is also
+    tried whether that loads mpillm and an MPI library.
     """
     if host in ("localhost", "127.0.0.1", socket.gethostname(), *own_addresses()):
         return ""
-    words = shlex.split(agent)
+    words, limit = shlex.split(agent), LOADS if loads else ANSWER
     if words[0].rpartition("/")[2] == "ssh":
         words += ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={ANSWER / 2:.0f}"]
+    command = f"test -x {shlex.quote(sys.executable)} || echo {ABSENT}"
+    if loads:
+        given = [f"{name}={os.environ[name]}" for name in PASSED if name in os.environ]
+        python = [
+            *(["env", *given] if given else []),
+            sys.executable,
+        ]  # env takes another machine's program for a script
+        command += f"; {shlex.join([*python, '-c', LOAD])} || echo {BROKEN}"
     try:
         done = subprocess.run(
-            [*words, host, f"test -x {shlex.quote(sys.executable)} || echo {ABSENT}"],
+            [*words, host, command],
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=ANSWER,
+            timeout=limit,
             check=False,
             text=True,
             errors="replace",
         )
     except subprocess.TimeoutExpired:
-        return f"does not answer ({words[0]} did not finish within {ANSWER:.0f} s)"
+        return f"does not answer ({words[0]} did not finish within {limit:.0f} s)"
     except OSError as error:
         return f"does not answer ({words[0]}: {error.strerror})"
+    said = [" ".join(line.split()) for line in done.stderr.splitlines() if line.strip()]
+    last = said[-1].rstrip(".") if said else ""
     if ABSENT in done.stdout:
         return f"has no {sys.executable}: install mpillm there, in the same directory"
+    if BROKEN in done.stdout:
+        ours = f"{JobError.__module__}.{JobError.__name__}: "  # which says itself what to do
+        if last.startswith(ours):
+            return f"cannot start mpillm ({last.removeprefix(ours)})"
+        return f"cannot start mpillm ({last}); install it there as on this host"
     if not done.returncode:
         return ""
-    said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return f"does not answer ({said[-1].rstrip('.') if said else f'{words[0]} ended with {done.returncode}'})"
+    return f"does not answer ({last or f'{words[0]} ended with {done.returncode}'})"

@@ -11,6 +11,7 @@ from pathlib import Path
 import h5py
 import pytest
 
+from mpillm import cli
 from mpillm.cli import commands, main
 from mpillm.errors import of_system
 from mpillm.store import report
@@ -150,3 +151,17 @@ def test_ctrl_c_while_it_starts(
     assert main(["run"]) == 75
     sentence = "mpillm: Stopped before anything was computed; run the same command again.\n"
     assert capsys.readouterr().err == sentence * said
+
+
+def test_a_python_that_lacks_a_library_ends_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MPICH's mpiexec would let the others wait for this one."""
+    monkeypatch.delattr(cli, "commands", raising=False)
+    monkeypatch.setitem(sys.modules, "mpillm.cli.commands", None)
+    told, tell = os.pipe()
+    for name, value in (("PMI_SIZE", "2"), ("PMI_RANK", "1"), ("PMI_FD", str(tell))):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["run"])
+    assert os.read(told, 100) == b"cmd=abort exitcode=1\n"
+    os.close(told)
+    os.close(tell)

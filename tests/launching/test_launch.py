@@ -96,15 +96,28 @@ def test_other_commands_become_mpiexec(
             "echo pi@$1: Permission denied '(publickey)'. >&2; exit 255",
             "does not answer (pi@pi9: Permission denied (publickey))",
         ),
+        (
+            'shift; export MPI4PY_LIBMPI=/gone/libmpi.so.40; sh -c "$*"',
+            "cannot start mpillm (No MPI library can be loaded (cannot load MPI library): correct MPI4PY_LIBMPI, or "
+            "make mpi4py for that library, with its mpicc in PATH: pip install --force-reinstall --no-deps "
+            "--no-binary=mpi4py mpi4py)",
+        ),
+        (
+            'shift; sh -c "$(echo "$*" | sed "s/; /; cd gone \\&\\& /")"',
+            "cannot start mpillm (sh: 1: cd: can't cd to gone); install it there as on this host",
+        ),
         ("exit 3", "does not answer ({agent} ended with 3)"),
         ("", "does not answer ({agent}: Exec format error)"),
     ],
 )
-def test_why_a_host_does_not_answer(script: str, why: str, tmp_path: Path) -> None:
+def test_why_a_host_does_not_answer(
+    script: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MPI4PY_LIBMPI", raising=False)
     agent = tmp_path / "agent"
     agent.write_text(f"#!/bin/sh\n{script}\n" if script else "")
     agent.chmod(0o755)
-    assert why_silent(str(agent), "pi9") == why.format(agent=agent, python=sys.executable)
+    assert why_silent(str(agent), "pi9", loads=True) == why.format(agent=agent, python=sys.executable)
     assert why_silent(str(agent), "localhost") == ""
 
 
@@ -139,7 +152,7 @@ def test_a_host_that_is_lost_while_ranks_start(tmp_path: Path, monkeypatch: pyte
     """Open MPI waits for ever for the daemon of a host that was switched off just then."""
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
     answers = iter(["", "", "", "Connection timed out"])  # of two hosts, asked twice
-    monkeypatch.setattr(reach, "why_silent", lambda agent, host: next(answers))
+    monkeypatch.setattr(reach, "why_silent", lambda agent, host, loads: next(answers))
     monkeypatch.setattr(supervisor, "command", lambda *words: ["sleep", "1000"])
     for name in ("WATCH", "ASK", "LOOK"):
         monkeypatch.setattr(supervisor, name, 0.1)
