@@ -15,6 +15,8 @@ from mpillm.batch.work import Line, Model, Work, hashed_id
 from mpillm.engine.request import FinishedCompletion
 from mpillm.errors import NotFiniteError
 
+BAD, FAILED = "bad_request", "failed"  # codes of errors: the request's fault, and the server's
+
 
 def check_finite(completions: Sequence[FinishedCompletion]) -> None:
     """NotFiniteError if the model's output for any of a request's choices is not finite."""
@@ -33,7 +35,7 @@ def result_line(work: Work, completions: Sequence[FinishedCompletion], model: Mo
 
 def error_line(custom_id: str, message: str, status: int = 400) -> bytes:
     """The line of results.jsonl for a request that ended in an error; `message` is one sentence."""
-    kind, code = ("invalid_request_error", "bad_request") if status < 500 else ("server_error", "failed")
+    kind, code = ("invalid_request_error", BAD) if status < 500 else ("server_error", FAILED)
     body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
     return _line(custom_id, status, body, {"code": code, "message": message})
 

@@ -7,6 +7,7 @@ output directory, as `mpillm run` leaves it, for each batch. A batch goes on fro
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import threading
@@ -20,6 +21,7 @@ from typing import Any
 import msgspec
 
 from mpillm.batch import requests
+from mpillm.batch.answers import BAD, FAILED
 from mpillm.batch.work import Model
 from mpillm.errors import JobError, MpillmError, NoSpace
 from mpillm.serve.arrivals import Arrivals
@@ -33,10 +35,20 @@ log = logging.getLogger(__name__)
 
 FULL_DISK = "The server's disk is full; the batch goes on when there is space."
 ENDED = ("completed", "failed", "cancelled")
+MAX_ERRORS = 100  # wrong lines that a failed batch lists
 
 
 class InUse(MpillmError):
     """A file is the input of a batch that has not ended."""
+
+
+class BatchError(msgspec.Struct):
+    """What is wrong with a batch, or with the line of its input that has a number."""
+
+    message: str
+    code: str
+    line: int | None = None
+    param: str | None = None
 
 
 class BatchObject(msgspec.Struct, kw_only=True):
@@ -115,7 +127,7 @@ class Batches:
             left = None if left is None else math.ceil(left)
             batch = msgspec.structs.replace(batch, request_counts=run.counts(), seconds_left=left)
         if batch.id in self._waiting or (run is not None and run.waits):
-            batch = msgspec.structs.replace(batch, errors=_errors(FULL_DISK))
+            batch = msgspec.structs.replace(batch, errors=_errors(BatchError(FULL_DISK, code="disk_full")))
         return batch
 
     def cancel(self, name: str) -> BatchObject:
@@ -146,7 +158,7 @@ class Batches:
                     run.commit()
                 except MpillmError as error:
                     run.give_up()
-                    self._submit(partial(self._fail, str(error)), name)
+                    self._submit(partial(self._fail, str(error), FAILED), name)
 
     def close(self) -> None:
         """Stop where everything is; the next start goes on from there."""
@@ -185,11 +197,12 @@ class Batches:
                 log.error("The batch %s has failed: %s", name, message, exc_info=not known)
                 if failed:  # and that cannot be written
                     return
-                failed, step = True, partial(self._fail, message)
+                code = BAD if isinstance(error, JobError) else FAILED
+                failed, step = True, partial(self._fail, message, code)
 
-    def _fail(self, message: str, name: str) -> None:
+    def _fail(self, message: str, code: str, name: str) -> None:
         with self._changed:
-            self._set(self.read(name), "failed", errors=_errors(message))
+            self._set(self.read(name), "failed", errors=_errors(BatchError(message, code=code)))
             run = self._running.pop(name, None)
         if run is not None:
             run.close()
@@ -210,6 +223,11 @@ class Batches:
         with contextlib.ExitStack() as unless_begun:
             unless_begun.callback(run.close)
             with self._changed:
+                if checked.bad == len(checked):
+                    wrong = itertools.islice(checked.errors, MAX_ERRORS)
+                    errors = [BatchError(line.error or "", code=BAD, line=line.number) for line in wrong]
+                    self._set(batch, "failed", errors=_errors(*errors), request_counts=run.counts())
+                    return
                 if self.read(name).status == "cancelling":
                     run.cancel()
                 else:
@@ -238,5 +256,5 @@ class Batches:
         run.close()
 
 
-def _errors(message: str) -> dict[str, Any]:
-    return {"object": "list", "data": [{"message": message}]}
+def _errors(*errors: BatchError) -> dict[str, Any]:
+    return {"object": "list", "data": msgspec.to_builtins(errors)}

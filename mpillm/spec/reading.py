@@ -6,8 +6,9 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -22,6 +23,7 @@ else:
 from mpillm.spec.job import Spec, known_keys
 from mpillm.spec.messages import explain, instead_of, nearest, other_job
 
+LINE = "The command line"
 ADDRESS = "://"  # what no path has
 UNREAD = "-"  # standard input, which no plan reads
 
@@ -34,7 +36,7 @@ def load(
     input: str | None = None,
     output: str | None = None,
     planned: bool = False,
-    caller: str = "The command line",
+    caller: str = LINE,
 ) -> Spec:
     """Return the checked job of a file (or of none), the command line's word on top; JobError says what is wrong.
 
@@ -63,17 +65,33 @@ def load(
     for key, given in (("input", "input" in values), ("output", "path" in values.get("output", {}))):
         if not given:
             raise JobError(f'{where} does not say where its {key} is; add {key} = "..." or --{key} PATH.')
-    return checked(values, where)
+    blamed = dict[str, str]()
+    for override in overrides:
+        key = ".".join(_keys(override.partition("=")[0]))
+        blamed[f"{key}."] = caller if caller != LINE else f"--set {override}"
+    return checked(values, where, blamed=blamed)
 
 
-def checked(values: dict[str, Any], where: str, *, arguments: Set[str] = frozenset()) -> Spec:
-    """Return the job of these tables; JobError says what is wrong, of `where`, which also takes other `arguments`."""
+def checked(
+    values: dict[str, Any],
+    where: str,
+    *,
+    arguments: Set[str] = frozenset(),
+    blamed: Mapping[str, str] = MappingProxyType({}),
+) -> Spec:
+    """Return the job of these tables; JobError says what is wrong, of `where`, which also takes other `arguments`.
+
+    `blamed` names what else gave the keys that begin so.
+    """
     _take_shorthands(values, where)
     _refuse_unknown(values, where, arguments)
     try:
         spec = msgspec.convert(values, Spec)
     except msgspec.ValidationError as error:
-        raise JobError(f"{where}: {explain(error, values)}.") from None
+        said = explain(error, values)
+        key = f"{said.partition(':')[0]}."
+        by = next((name for begin, name in blamed.items() if key.startswith(begin)), where)
+        raise JobError(f"{by}: {said}.") from None
     if ADDRESS in spec.input:
         raise JobError(f"The input {spec.input} is a URL; download it first, and give the path of the file.")
     if ADDRESS in spec.output.path:

@@ -107,10 +107,22 @@ def test_a_batch_beside_clients_and_across_a_restart(tmp_path: Path) -> None:
         failed = client.batches.create(
             input_file_id=empty.id, endpoint="/v1/completions", completion_window="24h"
         )
-        assert ended(client, failed.id).errors.data[0].message.endswith("contains no requests.")
+        [problem] = ended(client, failed.id).errors.data
+        assert problem.message.endswith("contains no requests.")
+        assert (problem.code, problem.line, problem.param) == ("bad_request", None, None)
+        wrong = client.files.create(
+            file=("wrong.jsonl", b'{"promt": "a"}\n\n{"prompt": {}}\n'), purpose="batch"
+        ).id
+        no_line = of_endpoint(client, wrong, "/v1/completions")
+        assert (no_line.status, no_line.error_file_id, no_line.request_counts.failed) == ("failed", None, 2)
+        assert [(problem.line, problem.code) for problem in no_line.errors.data] == [
+            (1, "bad_request"),
+            (3, "bad_request"),
+        ]
+        assert no_line.errors.data[0].message.startswith("Line 1: the line needs one of messages, ")
         # Lists come in parts, if they are asked for in parts.
         whole = [each.id for each in client.batches.list()]
-        assert whole == [failed.id, again.id, made.id]
+        assert whole == [no_line.id, failed.id, again.id, made.id]
         part = client.batches.list(limit=2)
         assert ([each.id for each in part.data], part.has_more) == (whole[:2], True)
         assert [each.id for each in client.batches.list(limit=1)] == whole
@@ -122,7 +134,7 @@ def test_a_batch_beside_clients_and_across_a_restart(tmp_path: Path) -> None:
             client.get("/batches?order=asc", cast_to=object)
         kept = [each.id for each in client.files.list()]
         assert [each.id for each in client.files.list(order="asc")] == kept[::-1]
-        assert [each.purpose for each in client.files.list(purpose="batch")] == ["batch"] * 3
+        assert [each.purpose for each in client.files.list(purpose="batch")] == ["batch"] * 4
         assert {each.purpose for each in client.files.list(purpose="batch_output")} == {"batch_output"}
 
         # A line for another endpoint than the batch is wrong, and a batch of such lines fails; a batch without an

@@ -159,6 +159,20 @@ def test_wrong_overrides(tmp_path: Path) -> None:
         with pytest.raises(JobError) as caught:
             load(tmp_path, LEAST, override)
         assert sentence in str(caught.value)
+    for overrides, sentence in [  # which one it is
+        (
+            ["sampling.seed=3", "sampling.temperature=hot"],
+            "--set sampling.temperature=hot: sampling.temperature: expected a number, not 'hot'.",
+        ),
+        (['layout={"stages": "x"}'], '--set layout={"stages": "x"}: layout.stages: expected one of \'auto\''),
+    ]:
+        with pytest.raises(JobError) as caught:
+            load(tmp_path, LEAST, *overrides)
+        assert str(caught.value).startswith(sentence)
+    with pytest.raises(
+        JobError, match=r"^The job file .*: sampling.temperature: expected a number, not 'hot'"
+    ):
+        load(tmp_path, LEAST + '[sampling]\ntemperature = "hot"\n', "sampling.seed=3")
     with pytest.raises(JobError, match=r"--set 'quantize.x=3': quantize is a value, not a table"):
         load(tmp_path, LEAST + 'quantize = "none"\n', "quantize.x=3")
 
