@@ -92,6 +92,43 @@ class Nodes:
                 cores[rank.machine].append(rank.cores)
         return any(len(own) > node_cores(own) for own in cores.values())
 
+    @property
+    def with_cores(self) -> list[int]:
+        """The ranks that have cores of their own: of a machine with more ranks than cores the first ones.
+
+        These are as many as can be shards: a power of two. Ranks that are bound to different cores all have their own.
+        """
+        surplus = {rank for ranks in self._surplus().values() for rank in ranks}
+        return [rank for rank in range(len(self._ranks)) if rank not in surplus]
+
+    @property
+    def surplus_in_words(self) -> list[str]:
+        """What to tell the user about the other ranks."""
+        said: dict[str, list[str]] = {}
+        for node, ranks in self._surplus().items():
+            there = [rank for rank in self._ranks if rank.node == node]
+            cores, are = node_cores([rank.cores for rank in there]), "is" if len(ranks) == 1 else "are"
+            only = f"there {'is' if cores == 1 else 'are'} only {count_of(cores, 'core')}"
+            text = f"{len(ranks)} of {len(there)} ranks {are} kept in reserve, because {only}"
+            said.setdefault(text, []).append(there[0].host)
+        return [
+            f"On {some_of(names, 'host')}, {text}; set layout.shards, layout.stages or layout.replicas to use all."
+            for text, names in said.items()
+        ]
+
+    def _surplus(self) -> dict[tuple[str, str], list[int]]:
+        """The ranks of each machine that have no core of their own."""
+        here: dict[tuple[str, str], list[int]] = {}
+        for number, rank in enumerate(self._ranks):
+            here.setdefault(rank.node, []).append(number)
+        found = {}
+        for node, numbers in here.items():
+            own = [self._ranks[number].cores for number in numbers]
+            cores = node_cores(own)
+            if len(own) > cores and len({one.affinity for one in own}) == 1:
+                found[node] = numbers[1 << cores.bit_length() - 1 :]
+        return found
+
     def loads(self, threads: Sequence[int]) -> list[tuple[str, float]]:
         """Each rank's machine, and the part of its cores that so many threads of each rank keep busy.
 

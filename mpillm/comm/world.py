@@ -25,7 +25,7 @@ from mpillm.comm.waiting import wait, wait_for_flags
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-STAND_BY = 0.05  # seconds between two looks of a spare rank
+STAND_BY = 0.02  # seconds between two looks of a spare rank
 
 
 class World(Exchange):
@@ -151,8 +151,11 @@ class World(Exchange):
             self.spare = self.rank not in ranks
             with faults.bounded(self._heartbeat.limit if self._heartbeat else 0.0, str(self)):
                 if not self.spare:  # the spare ones need not be asked
-                    group = self.comm.Get_group().Incl(sorted(ranks))
+                    all_of_them = self.comm.Get_group()
+                    group = all_of_them.Incl(sorted(ranks))
+                    all_of_them.Free()
                     self._use(self.comm.Create_group(group))
+                    group.Free()
         return not self.spare
 
     def stand_by(self) -> None:
@@ -185,8 +188,11 @@ class World(Exchange):
                     left = self._all.Shrink()
                     self._rejoin(left.Split(0, left.Get_rank() + spare * left.Get_size()))
                     break
-        at = self._all.Get_group().Translate_ranks(None, before)
+        now = self._all.Get_group()
+        at = now.Translate_ranks(None, before)
         gone = [rank for rank in range(before.Get_size()) if rank not in at]
+        for group in (before, now):
+            group.Free()
         self.lost += len(gone)
         return [f"rank {rank} on {hosts[rank]}" for rank in gone]
 

@@ -7,7 +7,6 @@ are tried as well by the model of a step's time, and one that is clearly faster 
 from __future__ import annotations
 
 import itertools
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -50,7 +49,7 @@ class Layouts:
 
     def choose(self, machines: Machines) -> Found:
         """The fastest layout on all ranks of these machines; LayoutError if there is none."""
-        planner = LayoutPlanner(self.spec, self.planner, self.asked, machines, self._known)
+        planner = self._planner_of(machines)
         rule = planner.found(self._by_rule(planner))
         if not self._open(machines):
             return rule
@@ -58,8 +57,13 @@ class Layouts:
         for replicas_of in self._others(planner, rule):
             found = planner.found(Chosen(replicas_of, "by the model of a step's time"))
             several = len(found.plans) > 1
-            worth_it = len(found.plans) <= (self.requests or sys.maxsize) or 0 in found.time.idle
-            if worth_it and found.fits and not (several and planner.too_much(found.plans)):
+            # No replica is left without a request but rank 0's, which cannot be left out, where it is a slow one.
+            busy = len(found.plans) - (0 in found.time.idle)
+            if (
+                busy <= (self.requests or busy)
+                and found.fits
+                and not (several and planner.too_much(found.plans))
+            ):
                 others.append(found)
         for found in others:
             if (found.fits, -found.cost) > (best.fits, -best.cost):
@@ -68,13 +72,19 @@ class Layouts:
             best = rule
         return replace(best, chosen=replace(best.chosen, compared=_compared(best, [rule, *others])))
 
+    def of_one(self, machines: Machines, stages: int, shards: int) -> Found:
+        """One replica of so many stages and shards on all ranks of these machines; LayoutError if there is none."""
+        planner = self._planner_of(machines)
+        found = replicas.choose(planner.config, machines.ranks, 1, stages, shards, machines.ranks_per_host)
+        return planner.found(Chosen(found, ""))
+
+    def _planner_of(self, machines: Machines) -> LayoutPlanner:
+        return LayoutPlanner(self.spec, self.planner, self.asked, machines, self._known)
+
     def _open(self, machines: Machines) -> bool:
         """Whether other layouts than the rule's are worth a look."""
-        return (
-            len(machines.ranks_per_host) > 1
-            and machines.links_known
-            and self.spec.wire.between_stages == "f32"
-        )
+        several = len(machines.ranks_per_host) > 1
+        return several and bool(machines.speeds) and self.spec.wire.between_stages == "f32"
 
     def _by_rule(self, planner: LayoutPlanner) -> Chosen:
         """What the rule says, with `shards` where that is possible."""
@@ -88,7 +98,7 @@ class Layouts:
         """Other layouts: each number of replicas with each number of shards, and replicas of unlike size."""
         given, machines, tried = self.spec.layout, planner.machines, {rule.chosen.replicas}
         hosts = machines.ranks_per_host
-        # One more than requests: rank 0's host cannot be left out, but a replica of slow hosts gets none of them.
+        # One more than requests: rank 0's host cannot be left out, but its replica may get none of them.
         most = None if self.requests is None else self.requests + 1
         counts = _counts(len(hosts), most) if self.count == "auto" else [self.count]
         cuts: list[int] = [given.shards] if given.shards != "auto" else []
@@ -99,10 +109,11 @@ class Layouts:
         for number, shards in itertools.product(counts, cuts):
             with suppress(LayoutError):
                 found = replicas.choose(planner.config, machines.ranks, number, given.stages, shards, hosts)
-                if found not in tried:
+                if found not in tried and (machines.links_known or number == len(hosts)):
                     tried.add(found)
                     yield found
-        for shards in cuts if self.count == "auto" and given.stages == "auto" else ():
+        unlike = machines.links_known and self.count == "auto" and given.stages == "auto"
+        for shards in cuts if unlike else ():
             found = _smallest(planner, shards)
             if found and found not in tried and len(found) <= (most or len(found)):
                 tried.add(found)

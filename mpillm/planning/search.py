@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from mpillm.errors import LayoutError, MpillmError
 from mpillm.planning.layout import Layouts
 from mpillm.planning.layout_plans import Found
 from mpillm.planning.machines import Machines
+from mpillm.spec import Spec
 from mpillm.words import some_of
 
 LEAVE_OUT = 1.005  # how many times as fast a run must be without some hosts
 CLEARLY = 1.02  # the same for a run, whose speeds were measured in a second or two
+HAND_OVER = 1.3  # the same where rank 0's host would give all lines to others
 EVERY_SUBSET = 5  # up to so many hosts all subsets are tried, and up to ...
 ONE_BY_ONE = 8  # ... so many each host alone, again and again
 FEW = 32  # of many hosts one in so many are left out at first
@@ -33,25 +36,9 @@ def search(
 
     The most hosts with which the run is as fast as it can be, or about. LayoutError if none of them works.
     """
-    hosts, tried = len(machines.ranks_per_host), _Tried(layouts, machines)
-    refused: MpillmError | None = None
-    try:
-        tried.add(frozenset())
-    except LayoutError as error:
-        refused = error
-    if hosts > 1 and not _by_rank(layouts):
-        for without in _candidates(machines, needed):
-            tried.look(without)
-        if hosts - needed > EVERY_SUBSET and hosts <= ONE_BY_ONE:
-            tried.climb(needed)
-    if not tried.found:
-        assert refused is not None
-        raise refused
-    best = tried.best()
-    alone = tried.found.get(frozenset(range(needed, hosts))) if needed else None
-    if alone is not None and alone.fits and alone.cost < worth * tried.found[best].cost:
-        best = frozenset(range(needed, hosts))
-    return tried.found[best], sorted(best)
+    tried = _tried(layouts, machines, needed)
+    without = tried.best(needed, worth)
+    return tried.found[without], sorted(without)
 
 
 def for_run(layouts: Layouts, machines: Machines, worth: float = 1.0) -> tuple[Found, list[int], str]:
@@ -60,31 +47,77 @@ def for_run(layouts: Layouts, machines: Machines, worth: float = 1.0) -> tuple[F
     Hosts are left out where their speeds are known and the run is clearly faster without them, or would have nothing
     for them to do. Rank 0's host is needed: it reads the input and writes the results. `worth` is that of `search`.
     """
-    on_all = layouts.choose(machines)
-    if machines.speeds and len(machines.ranks_per_host) > 1:
-        best, without = search(layouts, machines, 1, worth)
-        times, useless = on_all.cost / best.cost, len(on_all.time.idle) > len(best.time.idle)
-        alone = len(best.machines.ranks_per_host) == 1
-        clear = times * (worth if alone else 1.0) >= CLEARLY
-        if without and (clear or best.fits > on_all.fits or useless):
-            return best, without, _reason(machines, without, times)
+    if not machines.speeds or len(machines.ranks_per_host) == 1:
+        return layouts.choose(machines), [], ""
+    tried = _tried(layouts, machines, 1)
+    without = tried.best(1, worth)
+    best, on_all = tried.found[without], tried.found.get(frozenset())
+    if on_all is None:
+        return best, sorted(without), _reason(machines, sorted(without), "there are no more requests")
+    times, useless = on_all.cost / best.cost, len(on_all.time.idle) > len(best.time.idle)
+    alone = len(best.machines.ranks_per_host) == 1
+    clear = times * (worth if alone else 1.0) >= CLEARLY
+    if without and (clear or best.fits > on_all.fits or useless):
+        them = "it" if len(without) == 1 else "them"
+        why = f"the run is {times:.1f} times as fast without {them}"
+        if times < CLEARLY:
+            why = f"the run is hardly faster with {them}"
+        return (
+            best,
+            sorted(without),
+            _reason(machines, sorted(without), f"by the estimated time of a step {why}"),
+        )
     return on_all, [], ""
 
 
-def _reason(machines: Machines, without: Sequence[int], times: float) -> str:
+def shards_may_save(layouts: Layouts, machines: Machines) -> float:
+    """The seconds that shards on several hosts may save rank 0's host, on a network twice as good as it is assumed."""
+    hosts = len(machines.ranks_per_host)
+    alone = layouts.choose(machines.without(range(1, hosts))).cost
+    hopeful, found = replace(machines.with_faster_network(2), glimpsed=False), [alone]
+    for count in (1 << power for power in range(1, hosts.bit_length())):
+        part = hopeful.without(range(count, hosts))
+        with suppress(MpillmError):
+            found.append(layouts.of_one(part, 1, part.ranks).cost)
+    return alone - min(found)
+
+
+def _tried(layouts: Layouts, machines: Machines, needed: int) -> _Tried:
+    """What is found on these machines, and without some of their hosts; LayoutError if nothing works."""
+    hosts, tried = len(machines.ranks_per_host), _Tried(layouts, machines)
+    most, alone = hosts, frozenset(range(needed, hosts))
+    if needed and layouts.requests and not machines.links_known and not by_rank(layouts.spec):
+        # A replica is not larger than a host then, if one can hold the model; rank 0's may have nothing to do.
+        tried.look(alone)
+        if alone in tried.found and tried.found[alone].fits:
+            most = min(hosts, layouts.requests + 1)
+    refused: MpillmError | None = None
+    if most == hosts:
+        try:
+            tried.add(frozenset())
+        except LayoutError as error:
+            refused = error
+    if hosts > 1 and not by_rank(layouts.spec):
+        for without in _candidates(machines, needed):
+            if hosts - len(without) <= most:
+                tried.look(without)
+        if hosts - needed > EVERY_SUBSET and hosts <= ONE_BY_ONE:
+            tried.climb(needed)
+    if not tried.found:
+        assert refused is not None
+        raise refused
+    return tried
+
+
+def _reason(machines: Machines, without: Sequence[int], why: str) -> str:
     """The sentence that names the hosts that are left out, and says why."""
-    are, them = ("is", "it") if len(without) == 1 else ("are", "them")
-    why = f"the run is {times:.1f} times as fast without {them}"
-    if times < CLEARLY:
-        why = f"the run is hardly faster with {them}"
     names = machines.host_names()
     named = some_of([names[host] for host in without], "host")
-    return f"{named} {are} left out and kept in reserve: by the estimated time of a step {why}."
+    return f"{named} {'is' if len(without) == 1 else 'are'} left out and kept in reserve: {why}."
 
 
-def _by_rank(layouts: Layouts) -> bool:
+def by_rank(spec: Spec) -> bool:
     """Whether the job gives values to ranks by their numbers, which would change."""
-    spec = layouts.spec
     return any(
         isinstance(value, list) for value in (spec.memory.weights, spec.memory.kv, spec.layout.threads)
     )
@@ -101,7 +134,7 @@ class _Tried:
     def add(self, without: Hosts) -> None:
         """Find the layout without these hosts; LayoutError if there is none."""
         machines = self._machines.without(without) if without else self._machines
-        key = (*machines.ranks_per_host, *machines.free, *map(id, machines.speeds))
+        key = (*machines.ranks_per_host, *machines.free, *(speed.key for speed in machines.speeds))
         if key not in self._alike:
             self._alike[key] = machines
             self.found[without] = self._layouts.choose(machines)
@@ -111,8 +144,8 @@ class _Tried:
         with suppress(MpillmError):
             self.add(without)
 
-    def best(self) -> Hosts:
-        """The hosts to leave out."""
+    def best(self, needed: int = 0, worth: float = 1.0) -> Hosts:
+        """The hosts to leave out; `needed` and `worth` are those of `search`."""
 
         def cost(found: Found) -> tuple[bool, float]:
             return not found.fits, found.cost
@@ -123,9 +156,16 @@ class _Tried:
             for without, found in self.found.items()
             if cost(found)[0] == unfit and found.cost <= LEAVE_OUT * minimum
         ]
-        return min(
+        best = min(
             near, key=lambda without: (bool(self.found[without].time.idle), len(without), sorted(without))
         )
+        hosts = range(needed, len(self._machines.ranks_per_host))
+        alone = self.found.get(frozenset(hosts)) if needed else None
+        if 0 in self.found[best].time.idle:
+            worth = max(worth, HAND_OVER)
+        if alone is not None and alone.fits and alone.cost < worth * self.found[best].cost:
+            return frozenset(hosts)
+        return best
 
     def climb(self, needed: int) -> None:
         """Starting at the best choice so far, leave a host out or take one in as long as that makes the run faster."""

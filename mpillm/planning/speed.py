@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 
 from mpillm.kernels import BlockType
@@ -32,6 +32,12 @@ class Speed:
     core: float = 0.5  # how fast one core runs what is no kernel; 1 is that on which `step_time` was measured
     latency: float = 0.0  # seconds of a message one way
     wire: float = 0.0  # bytes/s
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """All rates, for dictionaries: equal for ranks that are alike."""
+        products = tuple((kind, tuple(rates)) for kind, rates in self.products.items())
+        return products, *(getattr(self, field.name) for field in fields(self) if field.name != "products")
 
     def shared_by(self, ranks: float) -> Speed:
         """The speed of each of so many ranks that share this one; each has the whole link to other hosts."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import pickle
 import time
 from collections import deque
-from collections.abc import Callable
 
 import msgspec
 
@@ -44,12 +43,12 @@ TELL_EVERY = 1.0  # seconds after which a leader reports its progress even if no
 class Assistant:
     """Computes lines for rank 0 on the ranks of one replica."""
 
-    def __init__(self, session: Session, spec: Spec, model: Callable[[], Model]) -> None:
-        """`model` opens the model with its tokenizer, or raises MpillmError; rank 0 computes meanwhile."""
+    def __init__(self, session: Session, spec: Spec, model: Model) -> None:
+        """`model` has the tokenizer, which is loaded while rank 0 opens the job."""
         self._session, self._spec, self._model = session, spec, model
         self._mailbox = Mailbox(session.world, session.counters)
         self._records: list[AnswerRecord] = []
-        self._leader = Leader(session, spec, model, self._records.append)
+        self._leader = Leader(session, spec, lambda: model, self._records.append)
         self._lines: deque[Assigned] = deque()
         self._ask, self._asked = FEW, True  # rank 0 sends the first lines without a request
         self._told = time.monotonic()
@@ -60,7 +59,6 @@ class Assistant:
         """Compute lines until rank 0 sends `NoMoreLines`; return its exit code."""
         engine, watch = self._leader.engine, self._session.watch
         try:
-            self._model()
             for finished in engine.run(self._leader.requests(self._next), self._more):
                 for completion in finished:
                     self._leader.take(completion)
@@ -100,7 +98,7 @@ class Assistant:
             return None
         given = self._lines.popleft()
         content = read_line(given.content, self._spec)
-        return make_work(given.line, content, self._spec, self._model()), given.partial
+        return make_work(given.line, content, self._spec, self._model), given.partial
 
     def _more(self) -> bool:
         """Wait for a line when nothing is left to compute; return False if no more will come."""

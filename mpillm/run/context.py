@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from datetime import datetime
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 
 from mpillm.comm.world import World
@@ -47,10 +47,10 @@ class RankContext:
         return self.stack.enter_context(Claim(self.spec.output_path, patience))
 
     def assistant(self, session: Session, path: Path, since: datetime) -> Assistant | None:
-        """Return the assistant of a leader other than rank 0, else None; the run began at the time `since`."""
-        if session.place.rank or self.world.rank == 0:
+        """Return the assistant of a rank other than rank 0 if it leads a replica; the run began at the time `since`."""
+        if session.place.rank:
             return None
-        return Assistant(session, self.spec, cache(lambda: model_of(session, path, lambda: since)))
+        return Assistant(session, self.spec, model_of(session, path, lambda: since))
 
     def computation(self, session: Session, path: Path, before: Computation | None) -> Computation:
         """Open the job, or continue the computation `before` a loss; rank 0 only."""

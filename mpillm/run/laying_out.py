@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,29 +12,31 @@ import msgspec
 
 from mpillm import kernels, version
 from mpillm.comm.world import World
-from mpillm.errors import JobError, LayoutError
+from mpillm.errors import JobError, LayoutError, MpillmError
 from mpillm.partition.replicas import Replicas
 from mpillm.planning import hosts, measure, pace
 from mpillm.planning.estimate import TYPICAL, demand_of, estimate, rank_seconds, replica_shares
-from mpillm.planning.input_needs import InputNeeds
+from mpillm.planning.input_needs import NO_INPUT, InputNeeds
 from mpillm.planning.layout import Layouts
 from mpillm.planning.layout_plans import Chosen
 from mpillm.planning.machines import Machines
 from mpillm.planning.placement import Placement
 from mpillm.planning.planner import Planner
 from mpillm.planning.replica_steps import ReplicaSteps, replica_steps
-from mpillm.planning.search import for_run
+from mpillm.planning.search import by_rank, for_run, shards_may_save
 from mpillm.planning.speed import Speed
 from mpillm.planning.wire import shards_cross_hosts, with_wire
 from mpillm.run import speed_notes
 from mpillm.run.origin import Origin
 from mpillm.spec import Spec
-from mpillm.weights.source import Source
 from mpillm.words import count_of
 
 # Hosts are measured only for jobs of at least so many seconds: briefly (a quarter of a second), for the shares of
 # replicas alone, and thoroughly (more than a second).
 SHORT, MEASURED, LONG = 1.0, 3.0, 30.0
+# Seconds that a brief measurement takes on a core of pace 1, and how many times as much it must be able to save: the
+# times of short jobs are mostly assumed, and often too long.
+MEASURING, SAVES = 0.25, 4.0
 # After a brief measurement, other hosts are used if they make the run faster by this factor: plans may be off by 15 %,
 # and rank 0's host alone is the safe choice.
 WORTH = 1.15
@@ -58,16 +60,20 @@ class LayoutChoice:
         self,
         world: World,
         spec: Spec,
-        source: Source,
-        planner: Planner,
-        asked: InputNeeds,
+        open_model: Callable[[], Planner],
+        ask: Callable[[], InputNeeds],
         shards: int | None,
         replicated: bool,
         leave_out: bool,
     ) -> None:
-        """`shards` is that of `Layouts`; there is one replica unless `replicated`, on all ranks unless `leave_out`."""
-        self._world, self._spec, self._source, self._planner = world, spec, source, planner
-        self._asked, self._shards, self._replicated, self._leave_out = asked, shards, replicated, leave_out
+        """`open_model` opens the model on this rank at the first call, and `ask` says on rank 0 what the input needs.
+
+        `shards` is that of `Layouts`; there is one replica unless `replicated`, on all ranks unless `leave_out`.
+        """
+        self._world, self._spec, self._open_model, self._ask = world, spec, open_model, ask
+        self._shards, self._replicated, self._leave_out = shards, replicated, leave_out
+        #: what the input asks for; known once a layout is
+        self.asked = NO_INPUT
         self._paces: Sequence[float] = ()
         self._loads: Sequence[tuple[str, float]] = ()
 
@@ -79,6 +85,8 @@ class LayoutChoice:
                 f"layout.replicas = {spec.layout.replicas} works only with `mpillm run`; start one server "
                 "for each replica."
             )
+        self._look(threads)
+        self._prepare()
         machines = self._at_first(threads)
         worth = WORTH if spec.layout.hosts == "auto" else 1.0
         found = world.on_rank_0(partial(self._search, spec, machines, worth))
@@ -94,6 +102,7 @@ class LayoutChoice:
         """Return the layout of a run that continues with other ranks or speeds; uses the ranks' speeds if known."""
         world, spec = self._world, with_wire(self._spec, origin.wire)
         speeds, machines = world.gather(origin.speed_now), self._machines()
+        self._prepare()
         known = [speed for speed in speeds if speed is not None]
         if len(known) == world.size:
             machines = replace(machines, speeds=known, measured=True)
@@ -109,17 +118,32 @@ class LayoutChoice:
         found = world.on_rank_0(search)
         return replace(found, chosen=replace(found.chosen, wire=origin.wire, wire_reason="as the run began"))
 
+    def _look(self, threads: int) -> None:
+        """Find the paces of ranks on several hosts, and how they share cores, if no file says it (collective)."""
+        world = self._world
+        if self._spec.layout.hosts == "auto" and len(world.nodes.ranks_per_host) > 1:
+            looks = world.gather((pace.pace(), threads))
+            self._paces, self._loads = [own for own, _ in looks], world.nodes.loads([own for _, own in looks])
+
+    def _prepare(self) -> None:
+        """Open the model and read the input on rank 0; other ranks open the model meanwhile (collective).
+
+        Not where they share cores with other hosts: they would delay rank 0, and may be left out. Rank 0 waits for none
+        of them, and an error of theirs counts only if they have a place in the layout.
+        """
+        world, several = self._world, len(self._world.nodes.ranks_per_host) > 1
+        if world.rank and not (self._leave_out and several and world.nodes.crowded([world.rank])):
+            with suppress(MpillmError):
+                self._open_model()
+        self.asked = world.on_rank_0(self._ask)
+
     def _at_first(self, threads: int) -> Machines:
         """The machines, with what is known of their speeds before any is measured now."""
         world, file = self._world, self._spec.layout.hosts
         if file != "auto":
             known = world.on_rank_0(lambda: hosts.read(Path(file), world.size))
             return replace(self._machines(), speeds=known.speeds, measured=known.measured)
-        if len(world.nodes.ranks_per_host) == 1:
-            return self._machines()
-        looks = world.gather((pace.pace(), threads))
-        self._paces, self._loads = [own for own, _ in looks], world.nodes.loads([own for _, own in looks])
-        if not self._leave_out:
+        if not (self._paces and self._leave_out):
             return self._machines()
         if (noted := self._noted(threads, 0.0)) is not None:
             return noted
@@ -132,7 +156,9 @@ class LayoutChoice:
         if (noted := self._noted(threads, effort)) is not None:
             return noted
         budget = self._spec.on_rank(world.rank, world.host).memory.weights_bytes
-        speeds = measure.speeds(world, self._source, threads, effort, budget)
+        with world.together():
+            source = self._open_model().source
+        speeds = measure.speeds(world, source, threads, effort, budget)
         if world.rank == 0:
             speed_notes.keep(self._places(threads), effort, speeds, self._paces)
         return replace(self._machines(), speeds=speeds, measured=True)
@@ -149,7 +175,7 @@ class LayoutChoice:
     def _places(self, threads: int) -> list[str]:
         """What speeds are those of: each rank's host, the model and the program."""
         places = [f"{place}, {count_of(threads, 'thread')}" for place in self._world.nodes.places]
-        return [*places, str(self._source.path.absolute()), kernels.path(), version.__version__]
+        return [*places, str(self._open_model().source.path.absolute()), kernels.path(), version.__version__]
 
     def _machines(self) -> Machines:
         """The machines of all ranks, without their speeds."""
@@ -160,33 +186,33 @@ class LayoutChoice:
 
     def rank_seconds(self, machines: Machines, replicas: Replicas) -> list[float]:
         """Return `estimate.rank_seconds` of replicas on these machines."""
-        return rank_seconds(self._placement(machines, replicas), demand_of(self._asked))
+        return rank_seconds(self._placement(machines, replicas), demand_of(self.asked))
 
     def shares(self, machines: Machines, chosen: Chosen) -> list[float]:
         """Return `estimate.replica_shares` of a layout's replicas on these machines."""
         placement = self._placement(machines, chosen.replicas).with_wire(chosen.wire)
-        return replica_shares(placement, demand_of(self._asked))
+        return replica_shares(placement, demand_of(self.asked))
 
     def replica_steps(self, machines: Machines, chosen: Chosen) -> list[ReplicaSteps]:
         """Return `replica_steps` of a layout's replicas on these machines."""
         placement = self._placement(machines, chosen.replicas).with_wire(chosen.wire)
-        return replica_steps(placement, demand_of(self._asked) or TYPICAL)
+        return replica_steps(placement, demand_of(self.asked) or TYPICAL)
 
     def gain(self, machines: Machines, chosen: Chosen) -> float:
         """Return the time of the job with `chosen` divided by its time with the best layout on these machines."""
         placement = self._placement(machines, chosen.replicas).with_wire(chosen.wire)
-        now = estimate(placement, demand_of(self._asked))
+        now = estimate(placement, demand_of(self.asked))
         with suppress(LayoutError):
             return now.seconds / self._search(placement.spec, machines).seconds
         return 1.0
 
     def _placement(self, machines: Machines, replicas: Replicas) -> Placement:
-        plans = list(self._planner.replicas(self._spec, replicas, self._asked, machines.names))
-        return Placement(self._spec, self._planner.config, machines, replicas, plans)
+        plans = list(self._open_model().replicas(self._spec, replicas, self.asked, machines.names))
+        return Placement(self._spec, self._open_model().config, machines, replicas, plans)
 
     def _layouts(self, spec: Spec) -> Layouts:
         count = spec.layout.replicas if self._replicated else 1
-        return Layouts(spec, self._planner, count, self._asked.lines or None, self._shards, self._asked)
+        return Layouts(spec, self._open_model(), count, self.asked.lines or None, self._shards, self.asked)
 
     def _search(self, spec: Spec, machines: Machines, worth: float = 1.0) -> LaidOut:
         """Search the layout of a job on these machines; `worth` is that of `search`."""
@@ -205,9 +231,24 @@ class LayoutChoice:
         used = found.machines.of_ranks(found.ranks)
         if spec.wire.activations == "auto" and shards_cross_hosts(used, replicas):
             return True
-        pipeline = any(replica.stages > 1 for replica in replicas)
-        left_open = "auto" in (given.replicas, given.stages, given.shards)
-        return self._leave_out and left_open and (pipeline or found.seconds > MEASURED)
+        if not self._leave_out or "auto" not in (given.replicas, given.stages, given.shards):
+            return False
+        if any(replica.stages > 1 for replica in replicas):
+            return True
+        least = SAVES * MEASURING / min(self._paces, default=1.0)
+        if len(used.ranks_per_host) == 1 and found.machines.glimpsed:
+            return found.seconds > least and self._world.on_rank_0(
+                lambda: shards_may_save(self._layouts(spec), found.machines) > least
+            )
+        return found.seconds > max(MEASURED, least)
+
+
+def by_itself(spec: Spec) -> bool:
+    """Whether the job leaves its layout open, and has no values for ranks by their numbers."""
+    layout = spec.layout
+    return (layout.replicas, layout.stages, layout.shards, layout.hosts) == ("auto",) * 4 and not by_rank(
+        spec
+    )
 
 
 def _left_open(spec: Spec) -> Spec:

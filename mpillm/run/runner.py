@@ -28,7 +28,7 @@ def run(world: World, spec: Spec, progress: Progress, trace: Path | None = None)
     with ExitStack() as stack:
         tracer = stack.enter_context(Tracer.started(world, trace)) if trace else None
         rank = RankContext(world, spec, progress, stack, tracer)
-        state: State | Regrouping | Ended = Starting(())
+        state: State | Regrouping | Ended = Starting()
         while True:
             try:
                 with world.losses():

@@ -37,9 +37,10 @@ from mpillm.planning.needs import needs_of
 from mpillm.planning.placement import Placement
 from mpillm.planning.planner import Planner
 from mpillm.planning.shortage import shortage
+from mpillm.planning.speed import Speed
 from mpillm.planning.wire import wire_in_words
 from mpillm.run import draft
-from mpillm.run.laying_out import LayoutChoice
+from mpillm.run.laying_out import LayoutChoice, by_itself
 from mpillm.run.origin import Origin
 from mpillm.spec import Spec, tightest
 from mpillm.store.records import UsedLayout
@@ -71,74 +72,92 @@ class Session:
 
         `origin` is that of the run if ranks were lost. `shards_before` shards are used if the job does not set their
         number and the model can be cut so. There is one replica unless `replicated`. All ranks are used unless
-        `leave_out` allows to leave out those of slow hosts: these are spare then (`World.spare`), and their session has
-        only its `origin`. `say` tells the user at once, on rank 0, what the system may kill the run for.
+        `leave_out` allows to leave out those of slow hosts, and those that have no core of their own: these are spare
+        then (`World.spare`), and their session has only its `speed`. `say` tells the user at once, on rank 0, what the
+        system may kill the run for.
         """
         self._say = say
         self._replicated, self._leave_out = replicated, leave_out
         self.world, self._origin, self._shards_before = world, origin, shards_before
+        self._path = model
+        self._planner: Planner | None = None  # once the model is open
         self.job, self.spec = spec, spec  # the job for all ranks, and with this rank's own values
+        #: the measured speed of this rank, if known
+        self.speed: Speed | None = None
+        self._left_out = list[str]()  # sentences about the ranks that are
         with ExitStack() as unless_made:
             self._open_files = unless_made
-            self._open_model(model)
-            self._lay_out()
+            if leave_out and by_itself(spec):
+                self._left_out += world.nodes.surplus_in_words
+                world.go_on_with(world.nodes.with_cores)
             if not world.spare:
+                self._lay_out()
+            if not world.spare:
+                self._agree_on_model()
                 self._take_place()
                 self._make_worker()
             self._open_files = unless_made.pop_all()
 
-    def _open_model(self, model: Path) -> None:
-        """Open the model's files and check that all ranks have the same ones (collective)."""
+    def _open_model(self) -> Planner:
+        """Open the model's files, if they are not open yet; return the planner."""
+        if self._planner is not None:
+            return self._planner
         world, origin = self.world, self._origin
-        say_when_lost(str(world), model)
-        with world.together():
-            self.spec = spec = self.job.on_rank(world.rank, world.host)
-            self.source = open_source(model, spec.quantize)
-            self._open_files.callback(self.source.close)
-            config = config_of(self.source)
-            self.adapters = Adapters(spec.adapters, self.source, config)
-            self._open_files.callback(self.adapters.close)
-            self.config = replace(config, adapters=self.adapters)
-            if world.rank == 0:
-                check_vectors(self.source)
-            self.activations = activations_of(self.source, self.config)
-            self.planner = Planner(self.source, self.config)
-            self.watch = origin.watch if origin is not None else Watch(self.source, self.adapters.files)
-            self.watch.check()
-        self._same_model()
-        self.model = origin.model if origin is not None else world.bcast(self.watch.files)
-        self.fingerprint = summed(self.model)
-        states = sorted(set(world.gather(self.watch.state)))
-        self.model_state = origin.model_state if origin is not None else "+".join(states)
+        say_when_lost(str(world), self._path)
+        self.source = open_source(self._path, self.spec.quantize)
+        self._open_files.callback(self.source.close)
+        config = config_of(self.source)
+        self.adapters = Adapters(self.spec.adapters, self.source, config)
+        self._open_files.callback(self.adapters.close)
+        self.config = replace(config, adapters=self.adapters)
+        if world.rank == 0:
+            check_vectors(self.source)
+        self.activations = activations_of(self.source, self.config)
+        before = origin.watch if origin is not None else None  # None too if this rank was spare
+        self.watch = before or Watch(self.source, self.adapters.files)
+        self.watch.check()
+        self._planner = Planner(self.source, self.config)
+        return self._planner
 
     def _lay_out(self) -> None:
-        """Choose the layout, and the replica, stage and shard of this rank (collective)."""
-        world, spec, origin = self.world, self.spec, self._origin
+        """Choose the layout, and the ranks that have a place in it (collective)."""
+        world, origin = self.world, self._origin
+        with world.together():
+            self.spec = spec = self.job.on_rank(world.rank, world.host)
         assert isinstance(spec.layout.threads, (str, int))
         self.threads = world.threads(spec.layout.threads)
         world.limit_threads(self.threads)
-        self.needs = world.on_rank_0(self._ask) if self._replicated else NO_INPUT
         self.choice = LayoutChoice(
             world,
             self.job,
-            self.source,
-            self.planner,
-            self.needs,
+            self._open_model,
+            self._ask,
             self._shards_before,
             self._replicated,
             self._leave_out,
         )
         found = self.choice.first(self.threads) if origin is None else self.choice.again(origin)
         chosen, machines = found.chosen, found.machines
-        self.chosen, self._left_out = chosen, found.left_out
-        self._speed = machines.speeds[world.rank] if machines.links_known else None
+        self.chosen, self.needs = chosen, self.choice.asked
+        self._left_out += [found.left_out] if found.left_out else []
+        self.speed = machines.speeds[world.rank] if machines.links_known else None
         self.machines, self.replicas, self.wire = machines.of_ranks(found.ranks), chosen.replicas, chosen.wire
         #: the reason for this layout
         self.reason = "; ".join(filter(None, (chosen.reason, chosen.compared)))
-        self._kv_tokens = 0
         world.go_on_with(found.ranks)
+
+    def _agree_on_model(self) -> None:
+        """Open the model where it is not open yet, and check that all ranks have the same one (collective)."""
+        world, origin = self.world, self._origin
+        with world.together():
+            self._open_model()
+        self._same_model()
+        self.model = origin.model if origin is not None else world.bcast(self.watch.files)
+        self.fingerprint = summed(self.model)
+        states = sorted(set(world.gather(self.watch.state)))
+        self.model_state = origin.model_state if origin is not None else "+".join(states)
         if self._say is not None and world.rank == 0:
-            plans = self.planner.replicas(self.job, self.replicas, self.needs, self.machines.names)
+            plans = self._open_model().replicas(self.job, self.replicas, self.needs, self.machines.names)
             if lacking := shortage(plans, self.machines, "SLURM_JOB_ID" in os.environ):
                 self._say(lacking)
 
@@ -151,7 +170,7 @@ class Session:
         #: warnings for the user
         self.warnings = world.nodes.bindings if self.spec.layout.threads == "auto" else []
         self.warnings += world.nodes.clocks
-        self.warnings += [self._left_out] if self._left_out else []
+        self.warnings += self._left_out
         if self.wire != "f32" and self.place.shards > 1:
             words = wire_in_words(self.wire, self.place.shards, self.chosen.wire_reason)
             self.warnings.append(f"{words[0].upper()}{words[1:]}.")
@@ -203,7 +222,7 @@ class Session:
     def estimate(self, demand: Demand | None) -> Estimate:
         """Estimate the time of `demand`, or of the input if it is None, from the machines' speeds."""
         names = self.machines.names
-        plans = list(self.planner.replicas(self.job, self.replicas, self.needs, names))
+        plans = list(self._open_model().replicas(self.job, self.replicas, self.needs, names))
         placement = Placement(self.job, self.config, self.machines, self.replicas, plans)
         return estimate(placement.with_wire(self.wire), demand or demand_of(self.needs))
 
@@ -215,18 +234,17 @@ class Session:
     @property
     def origin(self) -> Origin:
         """The properties with which the run began."""
-        before, tokens = self._origin, self._kv_tokens
-        if before is not None:
-            return replace(before, kv_tokens=before.kv_tokens or tokens)
+        if (before := self._origin) is not None:
+            return replace(before, watch=self.watch)
         return Origin(
             self.config,
             self.replicas,
-            tokens,
+            self._kv_tokens,
             self.watch,
             self.model,
             self.model_state,
             self.wire,
-            self._speed,
+            self.speed,
         )
 
     def engine(self, totals: Totals | None = None, speculation: Mode | None = None) -> Engine:
@@ -287,7 +305,10 @@ class Session:
                 )
 
     def _ask(self) -> InputNeeds:
-        """Return the needs of the input, which only rank 0 reads (collective)."""
+        """Return the needs of the input, if this is a job; on rank 0, which reads it."""
+        self._open_model()
+        if not self._replicated:
+            return NO_INPUT
         return needs_of(self.spec, self.config, self.source, lambda: self.tokenizer)
 
     def _limits(self) -> Limits:

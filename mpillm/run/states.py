@@ -19,7 +19,9 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
+from mpillm.comm.world import World
 from mpillm.engine.worker import follow
+from mpillm.planning.speed import Speed
 from mpillm.run import outcome
 from mpillm.run.assistant import Assistant
 from mpillm.run.balance import AGAIN, Slowed, Teller, is_failure, what_was_slow
@@ -38,29 +40,29 @@ from mpillm.store.journal_facts import began
 class Starting:
     """No session exists yet."""
 
-    losses: Losses
-
     def advance(self, rank: RankContext) -> State:
-        return begin(rank, self.losses)
+        return begin(rank)
 
     def regrouped(self, computed: bool, losses: Losses) -> State:
         assert not computed
-        return Starting(self.losses + losses)
+        return Restarting(None, None, losses)  # others may have begun already
 
 
 @dataclass(frozen=True)
 class Restarting:
     """The model is distributed anew: ranks were lost, and spare ones may replace them, or a rank has become slow."""
 
-    origin: Origin
+    origin: Origin | None  # None on a rank that was spare, or still starting
     before: Computation | None  # None on a rank that has not led
     losses: Losses
     slowed: Slowed | None = None  # known to rank 0
+    speed: Speed | None = None  # of a rank that was spare, if known
 
     def advance(self, rank: RankContext) -> State:
-        world, origin = rank.world, self.origin
+        world = rank.world
         gc.collect()  # release the earlier session's memory before the new one needs as much
-        kv_tokens = max(world.gather(origin.kv_tokens))  # spare ranks do not know it
+        if (origin := self._shared(world)) is None:
+            return begin(rank, self.losses)
         if (slowed := world.bcast(self.slowed)) is not None:
             world.look_around()
             slower = origin.slower * slowed.ratios[world.rank]
@@ -70,11 +72,20 @@ class Restarting:
                 speed=origin.speed or slowed.planned[world.rank],
                 slower=slower / min(world.gather(slower)),
             )
-        return begin(rank, self.losses, replace(origin, kv_tokens=kv_tokens), self.before, slowed)
+        return begin(rank, self.losses, origin, self.before, slowed)
+
+    def _shared(self, world: World) -> Origin | None:
+        """The origin, which others learn from a rank that has computed; None if no such rank is left (collective)."""
+        knowing = [rank for rank, knows in enumerate(world.gather(self.origin is not None)) if knows]
+        if not knowing:
+            return None
+        own = self.origin and replace(self.origin, watch=None, speed=None, slower=1.0)
+        shared = world.bcast(own, knowing[0])
+        return self.origin or (shared and replace(shared, speed=self.speed))
 
     def regrouped(self, computed: bool, losses: Losses) -> State:
         assert not computed
-        return Restarting(self.origin, self.before, self.losses + losses)
+        return Restarting(self.origin, self.before, self.losses + losses, speed=self.speed)
 
 
 @dataclass(frozen=True)
@@ -183,7 +194,7 @@ class Following:
 class Waiting:
     """This rank has computed everything, and waits until rank 0 has written the results."""
 
-    origin: Origin
+    origin: Origin | None  # None on a rank that was spare
     losses: Losses
 
     def advance(self, rank: RankContext) -> Ended:
@@ -198,9 +209,10 @@ class Waiting:
 
 @dataclass(frozen=True)
 class StandingBy:
-    """This rank is spare: it holds no weights, and computes only if others are lost."""
+    """This rank is spare: it has not opened the model, and computes only if others are lost."""
 
-    origin: Origin
+    origin: Origin | None  # None if it has never computed
+    speed: Speed | None  # of this rank, if known
     losses: Losses
 
     def advance(self, rank: RankContext) -> Ended:
@@ -208,7 +220,10 @@ class StandingBy:
         return Ended(None)
 
     def regrouped(self, computed: bool, losses: Losses) -> State:
-        return Waiting(self.origin, self.losses).regrouped(computed, losses)
+        losses = self.losses + losses
+        if computed:
+            return Waiting(self.origin, losses)
+        return Restarting(self.origin, None, losses, speed=self.speed)
 
 
 @dataclass(frozen=True)
@@ -235,7 +250,7 @@ State = Starting | Restarting | Leading | Gathering | Writing | Following | Wait
 
 def begin(
     rank: RankContext,
-    losses: Losses,
+    losses: Losses = (),
     origin: Origin | None = None,
     before: Computation | None = None,
     slowed: Slowed | None = None,
@@ -257,12 +272,13 @@ def begin(
         session = Session(world, spec, path, origin, shards, replicated=True, leave_out=True, say=say)
         unless_begun.callback(session.close)
         if world.spare:
-            return StandingBy(session.origin, losses)
-        computation = None
+            return StandingBy(origin, session.speed, losses)
+        computation = assistant = None
         with world.together():
             if world.rank == 0:
                 computation = rank.computation(session, path, before)
-        assistant = rank.assistant(session, path, since)
+            else:
+                assistant = rank.assistant(session, path, since)
         if computation is not None and losses:
             computation.job.warn(what_was_lost(losses, session))
         if computation is not None and slowed is not None:

@@ -21,6 +21,38 @@ def test_containers_of_one_machine_share_its_cores(boots: str, crowded: bool) ->
     assert Nodes(0, ranks).crowded([0, 3]) == crowded
 
 
+@pytest.mark.parametrize(
+    ("ranks", "cores", "used"),
+    [
+        (4, Cores(frozenset(range(2))), [0, 1]),
+        (2, Cores(frozenset(range(2))), [0, 1]),
+        (4, Cores(frozenset(range(16)), 2.5, "group"), [0, 1]),
+        (8, Cores(frozenset(range(6))), [0, 1, 2, 3]),
+        (3, Cores(frozenset({0})), [0]),
+    ],
+)
+def test_ranks_that_have_cores(ranks: int, cores: Cores, used: list[int]) -> None:
+    """Behind them, another host with a rank."""
+    own = [RankInfo("a", "a", cores, Process(n, 0.0, 0), 1, "", 0.0) for n in range(ranks)]
+    nodes = Nodes(0, [*own, RankInfo("b", "b", Cores(frozenset({0})), Process(9, 0.0, 0), 1, "", 0.0)])
+    assert nodes.with_cores == [*used, ranks]
+    said = [f"On a, {ranks - len(used)} of {ranks} ranks are kept in reserve, because there "]
+    assert [words[: len(said[0])] for words in nodes.surplus_in_words] == (said if ranks > len(used) else [])
+
+
+def test_ranks_that_are_bound_to_cores_of_their_own_have_them() -> None:
+    bound = [RankInfo("a", "a", Cores(frozenset({n % 2})), Process(n, 0.0, 0), 1, "", 0.0) for n in range(4)]
+    assert Nodes(0, bound).with_cores == [0, 1, 2, 3]
+    many = [
+        RankInfo(host, host, Cores(frozenset({0, 1})), Process(n, 0.0, 0), 1, "", 0.0)
+        for n, host in enumerate("aaabbb")
+    ]
+    assert Nodes(0, many).surplus_in_words == [
+        "On a and b, 1 of 3 ranks is kept in reserve, because there are only 2 cores; set layout.shards, "
+        "layout.stages or layout.replicas to use all."
+    ]
+
+
 def test_clocks_that_are_wrong_are_said_with_their_host() -> None:
     """Once for each host: a Raspberry Pi without a network begins years ago."""
     clocks = {"pc": 1e9, "near": 1e9 + 50, "pi": 1e6, "late": 1e9 + 3600}

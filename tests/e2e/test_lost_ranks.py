@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mpillm.comm.cores import physical
 from tests.conftest import Mpi, get_mpi, run_bounded
 from tests.e2e.jobs import CHAT, command, mixed_lines, write_lines
 from tests.model.golden import model_path
@@ -18,6 +20,7 @@ from tests.model.golden import model_path
 pytestmark = pytest.mark.mpiexec
 PROGRAM = Path(__file__).with_name("dying.py")
 SETTINGS = ["batch.max_num_seqs=4"]
+ALL = "layout.replicas=1"  # all ranks compute, however many cores there are
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +73,40 @@ def assert_same(output: Path, undisturbed: Path) -> None:
 def test_the_others_go_on(
     ranks: int, plan: str, layout: str, source: Path, undisturbed: Path, openmpi: Mpi, tmp_path: Path
 ) -> None:
-    said = dying(openmpi, ranks, plan, source, tmp_path / "out")
+    said = dying(openmpi, ranks, plan, source, tmp_path / "out", ALL)
     for victim in plan.split(","):
         assert re.search(rf"^mpillm: Lost .*\brank {victim[0]} on ", said, re.MULTILINE), said
     assert_same(tmp_path / "out", undisturbed)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert f"{report['stages']} x {report['shards']}" == layout
     assert any(warning.startswith("Lost rank ") for warning in report["warnings"])
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "1:step:9:SIGKILL",  # one in reserve takes its place
+        "0:step:9:SIGKILL,1:step:9:SIGKILL",  # those in reserve are all that is left
+        "2:stand:2:SIGKILL,0:step:1:SLOW",
+    ],
+)
+def test_ranks_without_a_core_are_kept_in_reserve(
+    plan: str, source: Path, undisturbed: Path, openmpi: Mpi, tmp_path: Path
+) -> None:
+    cores = sorted(physical(os.sched_getaffinity(0), Path("/")))[:2]
+    if len(cores) < 2:
+        pytest.skip("needs two cores")
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)  # that of mpiexec and its ranks
+    try:
+        said = dying(openmpi, 4, plan, source, tmp_path / "out")
+    finally:
+        os.sched_setaffinity(0, before)
+    assert "2 of 4 ranks are kept in reserve, because there are only 2 cores;" in said
+    assert_same(tmp_path / "out", undisturbed)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert f"{report['stages']} x {report['shards']}" == "1 x 2"
+    assert len(report["ranks"]) == 2
 
 
 def test_states_are_computed_again(openmpi: Mpi, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from mpillm.planning.input_needs import NO_INPUT
 from mpillm.planning.layout_plans import Chosen
 from mpillm.planning.machines import Machines
 from mpillm.planning.speed import ASSUMED, Speed
-from mpillm.run import speed_notes
+from mpillm.run import laying_out, speed_notes
 from mpillm.run.laying_out import LaidOut, LayoutChoice
 
 TWO_HOSTS = Machines([1, 1], [2**30, 2**30])
@@ -40,8 +41,16 @@ class World:
     def on_rank_0(self, work: Any) -> Any:
         return work()
 
+    def together(self) -> Any:
+        return nullcontext()
+
     def gather(self, own: tuple[float, int]) -> list[tuple[float, int]]:
         return [(pace, own[1]) for pace in self._paces]
+
+
+def choice(world: Any, job: spec.Spec, source: Any) -> LayoutChoice:
+    planner: Any = SimpleNamespace(source=source)
+    return LayoutChoice(world, job, lambda: planner, lambda: NO_INPUT, None, True, True)
 
 
 @pytest.mark.parametrize(
@@ -75,11 +84,45 @@ def test_short_jobs_are_measured_briefly(
     monkeypatch.setenv("MPILLM_CACHE", str(tmp_path))
     monkeypatch.setattr(measure, "speeds", speeds)
     job: Any = spec.load(None, (), model="model", input="in", output="out")
-    nothing: Any = None
     source: Any = SimpleNamespace(path=tmp_path / "model")
     world: Any = World()
-    LayoutChoice(world, job, source, nothing, NO_INPUT, None, True, True).first(1)
+    choice(world, job, source).first(1)
     assert made == efforts
+
+
+@pytest.mark.parametrize(
+    ("seconds", "saved", "paces", "measures"),
+    [
+        (4.0, 2.0, (1.0, 1.0), True),
+        (4.0, 0.9, (1.0, 1.0), False),  # less than measuring may cost
+        (4.0, 2.0, (0.3, 0.3), False),  # where that takes longer, too
+        (0.9, 5.0, (1.0, 1.0), False),
+    ],
+)
+def test_a_job_for_one_host_is_measured_only_if_shards_may_save_more(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    seconds: float,
+    saved: float,
+    paces: tuple[float, float],
+    measures: bool,
+) -> None:
+    made: list[float] = []
+
+    def searched(self: LayoutChoice, job: spec.Spec, machines: Machines, worth: float = 1.0) -> LaidOut:
+        return LaidOut(Chosen((Replica(0, 1, 1),), ""), machines, range(1), seconds)
+
+    def speeds(world: World, source: None, threads: int, effort: float, budget: None) -> list[Speed]:
+        made.append(effort)
+        return [ASSUMED, ASSUMED]
+
+    monkeypatch.setattr(LayoutChoice, "_search", searched)
+    monkeypatch.setattr(laying_out, "shards_may_save", lambda layouts, machines: saved)
+    monkeypatch.setenv("MPILLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(measure, "speeds", speeds)
+    job: Any = spec.load(None, (), model="model", input="in", output="out")
+    choice(World("a", "b", paces=paces), job, SimpleNamespace(path=tmp_path / "model")).first(1)
+    assert bool(made) == measures
 
 
 def test_later_runs_on_the_same_hosts_do_not_measure_them_again(
@@ -101,13 +144,12 @@ def test_later_runs_on_the_same_hosts_do_not_measure_them_again(
     monkeypatch.setenv("MPILLM_CACHE", str(tmp_path))
     monkeypatch.setattr(measure, "speeds", measured)
     job: Any = spec.load(None, (), model="model", input="in", output="out")
-    nothing: Any = None
     source: Any = SimpleNamespace(path=tmp_path / "model")
 
     def begin(*places: str, threads: int = 1, paces: Sequence[float] = (1.0, 1.0)) -> list[float]:
         made.clear()
         world: Any = World(*places, paces=paces)
-        LayoutChoice(world, job, source, nothing, NO_INPUT, None, True, True).first(threads)
+        choice(world, job, source).first(threads)
         return list(made)
 
     seconds = 5.0
