@@ -44,7 +44,7 @@ class Unfailing(io.TextIOBase):
     """
 
     def __init__(self, stream: TextIO | None) -> None:
-        self._stream = stream
+        self._stream, self._last = stream, "\n"  # and the last character that was written
         self._encoding = getattr(stream, "encoding", None) or "utf-8"
 
     @property
@@ -63,6 +63,9 @@ class Unfailing(io.TextIOBase):
         shown = visible(text, keep="\n\r\t").encode(self._encoding, "replace").decode(self._encoding)
         if self._stream is not None and _OURS.match(shown):
             shown = fitted(shown, self._stream)
+            if self._last not in "\n\r":  # a live line, which another thread has drawn
+                self._try("write", "\n")
+        self._last = shown[-1:] or self._last
         self._try("write", shown)
         return len(text)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpillm.cli import terminal
 from mpillm.comm.launch import Launch
 from mpillm.comm.program import library
 from mpillm.errors import JobError, MpillmError
@@ -105,5 +106,7 @@ def _no_command(words: list[str], ranks: int) -> str:
 
 
 def _say(line: str) -> None:
+    if (width := terminal.columns(sys.stderr)) is not None:  # ranks that were killed have left a live line
+        sys.stderr.write(f"\r{' ' * (width - 1)}\r")
     sys.stderr.write(f"mpillm: {line}\n")
     sys.stderr.flush()

@@ -30,6 +30,7 @@ from mpillm.spec import Spec
 from mpillm.store.directory import Directory
 from mpillm.store.journal_facts import finished
 from mpillm.store.output import JOURNAL
+from mpillm.store.results import JSONL
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,10 @@ class Supervisor:
             outcome = finished(self._spec.output_path)
             # This start has said so, not one before it, since when the input may have grown.
             if outcome is not None and self._journal_size() > size:
-                return 1 if outcome.errors else 0
+                complete = 1 if outcome.errors else 0
+                if code != complete:  # mpiexec has said more, after rank 0
+                    self._say(f"The run is complete; the results are in {self._spec.output_path / JSONL}.")
+                return complete
             if self._told:
                 self._say(f"Stopped by {self._told.name}; run the same command again to continue.")
                 return Interrupted.exit_code

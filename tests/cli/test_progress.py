@@ -99,6 +99,22 @@ def test_few_accepted_drafts_are_not_told() -> None:
     ]  # fmt: skip
 
 
+def test_a_sentence_does_not_go_on_with_a_live_line() -> None:
+    shown = io.StringIO()
+    stream = Unfailing(shown)
+    for text in (
+        "\r1/9 requests",
+        "mpillm: A rank was lost.",
+        "\n",
+        "\r2/9",
+        "\r",
+        "mpillm: Again.\n",
+        "mpillm: b\n",
+    ):
+        stream.write(text)
+    assert shown.getvalue() == "\r1/9 requests\nmpillm: A rank was lost.\n\r2/9\rmpillm: Again.\nmpillm: b\n"
+
+
 class Pipe(io.StringIO):
     """A pipe to a launcher."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -146,6 +147,24 @@ def test_a_hostfile_of_which_no_host_answers(tmp_path: Path, capsys: pytest.Capt
         f"The host {name} does not answer (false ended with 1)." for name in ("pi1", "pi2")
     ]
     assert run._hosts(first=False) == [HostSlots("pi1", 1), HostSlots("pi2", 1)], "they may come back"
+
+
+@pytest.mark.parametrize(("code", "said"), [(0, []), (14, ["The run is complete; the results are in {}."])])
+def test_the_last_sentence_is_not_mpiexecs(
+    code: int,
+    said: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
+    of = Supervisor(job(tmp_path, f"model={model_path('chat')}"), OPENMPI, Settings(1), [], print)
+    monkeypatch.setattr(of, "_once", lambda *arguments: (code, False))
+    monkeypatch.setattr(of, "_journal_size", iter([0, 9]).__next__)
+    monkeypatch.setattr(supervisor, "finished", lambda path: SimpleNamespace(errors=0))
+    assert of.run() == 0
+    path = of._spec.output_path / "results.jsonl"
+    assert capsys.readouterr().out.splitlines() == [line.format(path) for line in said]
 
 
 def test_a_host_that_is_lost_while_ranks_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
