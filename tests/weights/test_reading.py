@@ -157,3 +157,17 @@ def test_what_the_page_cache_has_is_mapped_without_looking_at_each_page(tmp_path
     assert not map_cached(memory.ctypes.data, memory.nbytes, sink)
     assert not cached(sink, 0, 2**30), "beyond the end"
     os.close(sink)
+
+
+def test_what_linux_maps_around_a_byte_is_given_back_with_it(tmp_path: Path) -> None:
+    """Linux 6.18 maps the whole folio, which may be as large as what was written at once."""
+    path, size = tmp_path / "file", 1 << 22
+    with path.open("wb", buffering=0) as out:
+        for _ in range(4):
+            out.write(bytes(size // 4))
+    file = MappedFile(path)
+    everything, middle = file.view(0, size), size * 3 // 8
+    assert everything[middle] == 0
+    assert mapped(everything) > 0
+    file.release(middle, 1)
+    assert mapped(everything) == 0

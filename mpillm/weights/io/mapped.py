@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mpillm.errors import ModelError
 from mpillm.foreign import HEAD, what_it_is
-from mpillm.weights.io.filesystem import AROUND, madvise
+from mpillm.weights.io.filesystem import AROUND, FOLIO, madvise
 from mpillm.weights.io.reading import DirectFile, changed, open_file, read_pieces
 
 Bytes = NDArray[np.uint8]
@@ -76,11 +76,12 @@ class MappedFile:
     def release(self, offset: int, nbytes: int) -> None:
         """Give back the pages that hold these bytes; looking at them again maps them again.
 
-        Those around them go as well. Nothing is lost with a page: the mapping is read-only. Where `read` goes past the
-        page cache, vectors still come through the map.
+        Those that Linux has mapped with them go as well. Nothing is lost with a page: the mapping is read-only. Where
+        `read` goes past the page cache, vectors still come through the map.
         """
-        first = max(offset - AROUND, 0)
-        self._advise(mmap.MADV_DONTNEED, first, min(offset + nbytes + AROUND, self.size) - first)
+        first = max(offset - AROUND, 0) // FOLIO * FOLIO
+        end = -(-(offset + nbytes + AROUND) // FOLIO) * FOLIO
+        self._advise(mmap.MADV_DONTNEED, first, min(end, self.size) - first)
 
     def close(self) -> None:
         """Unmap the file (when the last view of it is gone)."""
