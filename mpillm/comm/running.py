@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -118,16 +119,18 @@ def _interruptible() -> Iterator[None]:
 
     def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
         _ignore_signals()
+        sys.unraisablehook = lambda _: None  # a thread that was being started has nothing to say
         if number == signal.SIGUSR1 and SUPERVISED in os.environ:
             raise Interrupted
         raise Interrupted(
             f"Stopped by {signal.Signals(number).name}; run the same command again to continue."
         )
 
-    before = [signal.signal(name, interrupt) for name in STOPS]
+    before, hook = [signal.signal(name, interrupt) for name in STOPS], sys.unraisablehook
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for name, handler in zip(STOPS, before, strict=True):
             if signal.getsignal(name) is interrupt:
                 signal.signal(name, handler)

@@ -19,7 +19,7 @@ import msgspec
 from mpillm.batch.endpoints.chat import ChatCompletionsEndpoint
 from mpillm.batch.streaming import ChatStream
 from mpillm.batch.work import Model
-from mpillm.comm.launch import launched_by
+from mpillm.comm.launch import MPICH, launched_by
 from mpillm.comm.world import World
 from mpillm.engine.request import FinishedCompletion
 from mpillm.engine.worker import follow
@@ -41,8 +41,7 @@ HELP = """\
 /retry         answer the last message again
 /exit          leave"""
 NEW = "/reset starts a new conversation"
-KEYS = " (Ctrl-D does the same); Ctrl-C stops an answer"
-KEYS_LAUNCHED = "; Ctrl-C ends mpiexec"  # Open MPI's tells nobody of Ctrl-D
+CTRL_D = "Ctrl-D         leave\nCtrl-C         stop the answer; "
 
 
 def run(world: World, spec: Spec, progress: Progress, lines: Typed) -> int:
@@ -57,7 +56,7 @@ def run(world: World, spec: Spec, progress: Progress, lines: Typed) -> int:
         arrivals = Arrivals(capacity=1, background=0)
         chat = Conversation(spec, model, arrivals, lines, progress.say)
         reader = threading.Thread(target=chat.talk, name="chat")
-        with first_signal_calls(chat.interrupt, again=True):
+        with first_signal_calls(chat.end, on_sigint=chat.interrupt):
             try:
                 if model.text is None or not model.text.has_chat:
                     raise JobError(f"{model.name} has no chat template; use mpillm run with prompts.")
@@ -110,6 +109,14 @@ class Conversation:
         """Stop the answer that is being given; the conversation, if there is none."""
         if not self._answers:
             self._arrivals.close()
+        self._stop()
+
+    def end(self) -> None:
+        """End the conversation, and an answer with it."""
+        self._arrivals.close()
+        self._stop()
+
+    def _stop(self) -> None:
         self._stopped = True  # also before there is a ticket
         if self._ticket is not None:
             self._ticket.cancel()
@@ -130,8 +137,7 @@ class Conversation:
             self._messages.pop()
             self._ask(self._messages.pop())
         else:
-            launched = launched_by(os.environ) is not None
-            self._write(f"{HELP}{KEYS_LAUNCHED if launched else KEYS}\n")
+            self._write(f"{HELP}\n{_keys()}\n")
         return True
 
     def _ask(self, message: dict[str, Any]) -> None:
@@ -198,3 +204,12 @@ class Conversation:
         self._write(content)
         sys.stdout.flush()
         return content
+
+
+def _keys() -> str:
+    """What keys do."""
+    started = launched_by(os.environ)
+    if started is None:
+        return f"{CTRL_D}between answers, leave"
+    # Open MPI's mpiexec tells nobody of Ctrl-D.
+    return f"{CTRL_D}a second one ends mpiexec" if started.launcher == MPICH else "Ctrl-C         end mpiexec"

@@ -8,16 +8,20 @@ from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
-def first_signal_calls(function: Callable[[], object], again: bool = False) -> Iterator[None]:
+def first_signal_calls(
+    function: Callable[[], object], on_sigint: Callable[[], object] | None = None
+) -> Iterator[None]:
     """Within the block the first SIGINT or SIGTERM calls `function`; the next one does what it did before.
 
-    With `again` every SIGINT calls the function.
+    With `on_sigint` every SIGINT calls that instead.
     """
 
     def handle(number: int, _frame: object) -> None:
-        if not (again and number == signal.SIGINT):
+        if on_sigint is not None and number == signal.SIGINT:
+            on_sigint()
+        else:
             restore()
-        function()
+            function()
 
     def restore() -> None:
         for number, handler in before.items():

@@ -55,8 +55,8 @@ def test_turns_from_a_pipe(openmpi: Mpi, tmp_path: Path) -> None:
     (second,) = answers(tmp_path, ["the fox", first, "over the dog"])
     typed = "the fox\nover the dog\n/retry\n/unknown\n\n/system be kind\nover the dog\n/exit\nnever\n"
     for command, env, help_ends in (
-        ([sys.executable], clean_environment(), "stops an answer"),
-        (openmpi.command(2), openmpi.environment(), "Ctrl-C ends mpiexec"),
+        ([sys.executable], clean_environment(), "stop the answer; between answers, leave"),
+        (openmpi.command(2), openmpi.environment(), "Ctrl-C         end mpiexec"),
     ):
         words = [str(word) for word in [*command, "-m", "mpillm", "chat", "--model", CHAT, *SETTINGS]]
         done = subprocess.run(words, input=typed, env=env, capture_output=True, text=True, check=False)
@@ -113,7 +113,9 @@ def test_keys_history_and_pasted_lines_on_a_terminal(tmp_path: Path) -> None:
 
 
 @with_readline
-def test_ctrl_c_stops_an_answer_and_then_the_conversation(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_stops_an_answer_and_then_the_conversation(first: signal.Signals, tmp_path: Path) -> None:
+    """SIGTERM, into which Open MPI's mpiexec turns Ctrl-C, ends both."""
     terminal, inside = pty.openpty()
     words = ["-m", "mpillm", "chat", "--model", str(CHAT), "--set", "sampling.max_tokens=480"]
     with subprocess.Popen(
@@ -131,11 +133,13 @@ def test_ctrl_c_stops_an_answer_and_then_the_conversation(tmp_path: Path) -> Non
         os.write(terminal, b"the fox\n")
         while len(seen) < 60:
             seen += os.read(terminal, 4096)
-        process.send_signal(signal.SIGINT)
-        wait_for(PROMPT, 2)  # an answer that is stopped is followed by the next prompt
-        assert process.poll() is None
-        process.send_signal(signal.SIGINT)
+        process.send_signal(first)
+        if first == signal.SIGINT:
+            wait_for(PROMPT, 2)  # an answer that is stopped is followed by the next prompt
+            assert process.poll() is None
+            process.send_signal(signal.SIGINT)
         assert process.wait() == 0
+        assert os.read(terminal, 1 << 16).endswith(b"\r\n")
     os.close(terminal)
 
 
