@@ -58,12 +58,9 @@ class Layouts:
             found = planner.found(Chosen(replicas_of, "by the model of a step's time"))
             several = len(found.plans) > 1
             # No replica is left without a request but rank 0's, which cannot be left out, where it is a slow one.
-            busy = len(found.plans) - (0 in found.time.idle)
-            if (
-                busy <= (self.requests or busy)
-                and found.fits
-                and not (several and planner.too_much(found.plans))
-            ):
+            idle, enough = found.time.idle, self.requests or len(found.plans)
+            busy = set(idle) <= {0} and len(found.plans) - len(idle) <= enough
+            if busy and found.fits and not (several and planner.too_much(found.plans)):
                 others.append(found)
         for found in others:
             if (found.fits, -found.cost) > (best.fits, -best.cost):

@@ -19,7 +19,9 @@ from mpillm.words import some_of
 
 LEAVE_OUT = 1.005  # how many times as fast a run must be without some hosts
 CLEARLY = 1.02  # the same for a run, whose speeds were measured in a second or two
-HAND_OVER = 1.3  # the same where rank 0's host would give all lines to others
+# The same where rank 0's host would give all lines to others, by measured speeds, and by what is seen in a glimpse:
+# ranks that share cores with others get very different parts of them by chance.
+HAND_OVER, HAND_OVER_UNSEEN = 1.3, 2.0
 EVERY_SUBSET = 5  # up to so many hosts all subsets are tried, and up to ...
 ONE_BY_ONE = 8  # ... so many each host alone, again and again
 FEW = 32  # of many hosts one in so many are left out at first
@@ -51,9 +53,9 @@ def for_run(layouts: Layouts, machines: Machines, worth: float = 1.0) -> tuple[F
         return layouts.choose(machines), [], ""
     tried = _tried(layouts, machines, 1)
     without = tried.best(1, worth)
-    best, on_all = tried.found[without], tried.found.get(frozenset())
+    best, on_all, left_out = tried.found[without], tried.found.get(frozenset()), sorted(without)
     if on_all is None:
-        return best, sorted(without), _reason(machines, sorted(without), "there are no more requests")
+        return best, left_out, _reason(machines, left_out, "there are no more requests")
     times, useless = on_all.cost / best.cost, len(on_all.time.idle) > len(best.time.idle)
     alone = len(best.machines.ranks_per_host) == 1
     clear = times * (worth if alone else 1.0) >= CLEARLY
@@ -62,11 +64,7 @@ def for_run(layouts: Layouts, machines: Machines, worth: float = 1.0) -> tuple[F
         why = f"the run is {times:.1f} times as fast without {them}"
         if times < CLEARLY:
             why = f"the run is hardly faster with {them}"
-        return (
-            best,
-            sorted(without),
-            _reason(machines, sorted(without), f"by the estimated time of a step {why}"),
-        )
+        return best, left_out, _reason(machines, left_out, f"by the estimated time of a step {why}")
     return on_all, [], ""
 
 
@@ -74,7 +72,8 @@ def shards_may_save(layouts: Layouts, machines: Machines) -> float:
     """The seconds that shards on several hosts may save rank 0's host, on a network twice as good as it is assumed."""
     hosts = len(machines.ranks_per_host)
     alone = layouts.choose(machines.without(range(1, hosts))).cost
-    hopeful, found = replace(machines.with_faster_network(2), glimpsed=False), [alone]
+    speeds = [replace(speed, wire=2 * speed.wire, latency=speed.latency / 2) for speed in machines.speeds]
+    hopeful, found = replace(machines, speeds=speeds, glimpsed=False), [alone]
     for count in (1 << power for power in range(1, hosts.bit_length())):
         part = hopeful.without(range(count, hosts))
         with suppress(MpillmError):
@@ -147,14 +146,15 @@ class _Tried:
     def best(self, needed: int = 0, worth: float = 1.0) -> Hosts:
         """The hosts to leave out; `needed` and `worth` are those of `search`."""
 
-        def cost(found: Found) -> tuple[bool, float]:
-            return not found.fits, found.cost
+        def cost(found: Found) -> tuple[bool, bool, float]:
+            waits = any(found.time.idle)  # a replica other than rank 0's has nothing to do
+            return not found.fits, waits, found.cost
 
-        unfit, minimum = min(map(cost, self.found.values()))
+        *kind, minimum = min(map(cost, self.found.values()))
         near = [
             without
             for without, found in self.found.items()
-            if cost(found)[0] == unfit and found.cost <= LEAVE_OUT * minimum
+            if [*cost(found)][:2] == kind and found.cost <= LEAVE_OUT * minimum
         ]
         best = min(
             near, key=lambda without: (bool(self.found[without].time.idle), len(without), sorted(without))
@@ -162,7 +162,7 @@ class _Tried:
         hosts = range(needed, len(self._machines.ranks_per_host))
         alone = self.found.get(frozenset(hosts)) if needed else None
         if 0 in self.found[best].time.idle:
-            worth = max(worth, HAND_OVER)
+            worth = max(worth, HAND_OVER if self._machines.links_known else HAND_OVER_UNSEEN)
         if alone is not None and alone.fits and alone.cost < worth * self.found[best].cost:
             return frozenset(hosts)
         return best

@@ -26,7 +26,7 @@ from mpillm.planning.layout_plans import Found
 from mpillm.planning.machines import Machines
 from mpillm.planning.placement import Placement
 from mpillm.planning.planner import Planner
-from mpillm.planning.search import LEAVE_OUT, for_run, search
+from mpillm.planning.search import HAND_OVER_UNSEEN, LEAVE_OUT, for_run, search, shards_may_save
 from mpillm.planning.speed import Speed
 from mpillm.planning.step_time import RankWork, StepRows, StepTime
 from tests.sparse import llama
@@ -243,16 +243,38 @@ hosts = st.builds(
 )
 
 
-@settings(max_examples=15)
-@given(st.lists(hosts, min_size=2, max_size=4), st.sampled_from([1, 2, 5, 40, 1000]))
-def test_more_ranks_are_never_slower_than_fewer(cluster: list[Host], requests: int) -> None:
+@settings(max_examples=25)
+@given(
+    st.lists(hosts, min_size=2, max_size=4),
+    st.one_of(st.integers(1, 6), st.sampled_from([40, 1000])),
+    st.booleans(),
+)
+def test_more_ranks_are_never_slower_than_fewer(cluster: list[Host], requests: int, glimpsed: bool) -> None:
+    """Nor do more replicas compute than there are requests, or more hosts wait than one whose replica has none."""
     asked, before = layouts(requests=requests), None
     for count in range(1, len(cluster) + 1):
-        found, _ = search(asked, machines_of(cluster[:count]))
+        machines = replace(machines_of(cluster[:count]), glimpsed=glimpsed)
+        found, without, _ = for_run(asked, machines)
+        idle = found.time.idle
+        assert len(found.chosen.replicas) - len(idle) <= requests
+        assert set(idle) <= {0}
+        assert len(found.machines.ranks_per_host) + len(without) == count
         if before is not None and before.fits:
             assert found.fits
-            assert found.time.seconds <= LEAVE_OUT * CLEARLY * before.time.seconds
+            # What is only glimpsed must be clearly faster.
+            handed = 1.0 if not glimpsed else HAND_OVER_UNSEEN
+            assert found.cost <= max(LEAVE_OUT * CLEARLY**2, handed) * before.cost
         before = found
+
+
+def test_what_shards_may_save_decides_whether_a_network_is_measured() -> None:
+    """Nothing, where the network would have to be far better than it is assumed."""
+    for latency, saved in ((200_000.0, False), (60.0, True)):
+        machines = machines_of([host(SLOW, latency_us=latency)] * 3)
+        found = shards_may_save(layouts(requests=1), replace(machines, glimpsed=True))
+        assert (found > 0) == saved
+        alone = layouts(requests=1).choose(machines.without([1, 2])).cost
+        assert found < alone / 2  # that of two hosts; the third one cannot be a shard
 
 
 @pytest.mark.parametrize(("hosts_of", "ranks"), [(256, 1), (32, 8)])
