@@ -129,6 +129,10 @@ def test_chat_and_batches(browser: WebDriver, server: str, tmp_path: Path) -> No
         element.send_keys(text)
 
     wait.until(lambda _: find("#model") == HTML)
+    focused = browser.execute_script("return document.activeElement.id")
+    assert focused == ("text" if browser.execute_script("return innerWidth") > 500 else ""), (
+        "phones have a keyboard"
+    )
     # Without the key a sentence says so.
     write("#text", "the fox")
     press("#send")

@@ -248,5 +248,7 @@ for (const tab of document.querySelectorAll("nav button"))
     refresh();
   });
 
+// On a phone the keyboard would cover half of the page.
+if (matchMedia("(min-width: 40rem) and (not (pointer: coarse))").matches) $("text").focus();
 refresh();
 setInterval(refresh, 2000);
