@@ -11,7 +11,7 @@ RANKS  ?= 2
 VENV   := .venv
 MPICH  := .venv-mpich
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet
 
 SOURCES := pyproject.toml setup.py $(filter-out cython/declarations.pxi,$(wildcard cython/*.p* cython/core/*.[ch]))
 
