@@ -32,9 +32,7 @@ NETWORK = {
 IN_MEMORY = {0x01021994: "tmpfs", 0x858458F6: "ramfs"}
 POPULATE_READ = 22  # MADV_POPULATE_READ of linux/mman.h, since Linux 5.14
 AROUND = 64 * 1024  # Linux maps so much around a page that is touched, if it has it in memory anyway
-FOLIO = (
-    2 * 1024 * 1024
-)  # Linux 6.18 maps the whole folio, up to so many bytes of a file, whose size divides its offset
+FOLIO = 2**21  # Linux 6.18 maps a whole folio, at most so many bytes, whose size divides its offset
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from mpillm.errors import JobError
-from mpillm.weights.io.filesystem import can_populate, madvise, network_kind
+from mpillm.weights.io.filesystem import can_populate, network_kind
 from mpillm.weights.io.reading import (
     REQUESTS,
     Bytes,
@@ -55,8 +54,7 @@ class MappedLoader(MappingLoader):
 
     def release(self, plan: PagePlan) -> None:
         """Unmap a page's pages; the system keeps them as long as nobody else needs the memory."""
-        buffer = self._maps[plan.file].view(plan.offset, plan.nbytes)
-        madvise(buffer.ctypes.data, buffer.nbytes, mmap.MADV_DONTNEED)
+        self._maps[plan.file].release(plan.offset, plan.nbytes)
         os.posix_fadvise(self._files[plan.file].descriptor, plan.offset, plan.nbytes, os.POSIX_FADV_DONTNEED)
 
 
