@@ -146,23 +146,23 @@ class _Tried:
     def best(self, needed: int = 0, worth: float = 1.0) -> Hosts:
         """The hosts to leave out; `needed` and `worth` are those of `search`."""
 
-        def cost(found: Found) -> tuple[bool, bool, float]:
-            waits = any(found.time.idle)  # a replica other than rank 0's has nothing to do
-            return not found.fits, waits, found.cost
+        hand_over = HAND_OVER if self._machines.links_known else HAND_OVER_UNSEEN
 
-        *kind, minimum = min(map(cost, self.found.values()))
+        def cost(found: Found) -> tuple[bool, bool, float]:
+            idle = found.time.idle
+            waits = any(idle)  # a replica other than rank 0's, which is number 0, has nothing to do
+            return not found.fits, waits, found.cost * (hand_over if 0 in idle else 1.0)
+
+        costs = {without: cost(found) for without, found in self.found.items()}
+        *kind, minimum = min(costs.values())
         near = [
-            without
-            for without, found in self.found.items()
-            if [*cost(found)][:2] == kind and found.cost <= LEAVE_OUT * minimum
+            without for without, (*own, each) in costs.items() if own == kind and each <= LEAVE_OUT * minimum
         ]
         best = min(
             near, key=lambda without: (bool(self.found[without].time.idle), len(without), sorted(without))
         )
         hosts = range(needed, len(self._machines.ranks_per_host))
         alone = self.found.get(frozenset(hosts)) if needed else None
-        if 0 in self.found[best].time.idle:
-            worth = max(worth, HAND_OVER if self._machines.links_known else HAND_OVER_UNSEEN)
         if alone is not None and alone.fits and alone.cost < worth * self.found[best].cost:
             return frozenset(hosts)
         return best
