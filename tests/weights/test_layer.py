@@ -233,6 +233,7 @@ def test_what_was_mapped_around_goes_too(tmp_path: Path, at: int) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(2**22))
     file = MappedFile(path)
+    file.release(0, file.size)  # its head has been read
     assert file.view(at, 1)[0] == 0
     assert mapped_kib(path) > 0
     file.release(at, 1)
