@@ -14,7 +14,6 @@ from mpillm.model.opening import open_source
 from mpillm.partition.grid import Place
 from mpillm.weights.fill import CHUNK, load
 from mpillm.weights.inventory import all_tensors
-from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.io.reading import new_buffer
 from mpillm.weights.plan import ALIGNMENT
 from mpillm.weights.roles import Key
@@ -225,20 +224,6 @@ def mapped_kib(path: Path) -> int:
         elif inside and head[0] == "Rss:":
             total += int(head[1])
     return total
-
-
-@pytest.mark.parametrize("at", [0, 2**20 - 1, 2**20 + 2**19, 5 * 2**19 + 4097, 2**22 - 1])
-def test_what_was_mapped_around_goes_too(tmp_path: Path, at: int) -> None:
-    """How much the kernel maps around a page is its own choice: of experts beside each other, it added up."""
-    path = tmp_path / "file"
-    path.write_bytes(bytes(2**22))
-    file = MappedFile(path)
-    file.release(0, file.size)  # its head has been read
-    assert file.view(at, 1)[0] == 0
-    assert mapped_kib(path) > 0
-    file.release(at, 1)
-    assert mapped_kib(path) == 0
-    file.close()
 
 
 def test_pages_are_given_back(tmp_path):
