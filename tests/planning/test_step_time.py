@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
+from operator import mul
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mpillm.kernels import KV_BLOCK, BlockType
 from mpillm.planning.job_time import PROMPT_TOKEN, REQUEST, Demand, job_time
@@ -229,3 +233,56 @@ def test_planned_and_measured_times_are_printed(
     head = r"seconds, MiB +planned +measured +ratio +planned +measured +ratio"
     line = rf"one answer{pair} *{pair} +\d+\.\d\d \d+\.\d\d"
     assert re.fullmatch(rf"{head} +all runs\n{line}\n", printed), printed
+
+
+def faster(speed: Speed, key: str, times: float) -> Speed:
+    """A rank of which one rate is so many times as high."""
+    if key == "products":
+        return replace(
+            speed, products={kind: [times * rate for rate in rates] for kind, rates in speed.products.items()}
+        )
+    if key == "attention":
+        return replace(speed, attention=(times * speed.attention[0], times * speed.attention[1]))
+    return replace(speed, **{key: times * getattr(speed, key)})
+
+
+@given(
+    draws=st.data(),
+    layers=st.integers(1, 80),
+    kind=st.sampled_from([BlockType.Q4_0, BlockType.Q4_K, BlockType.Q8_0, BlockType.BF16]),
+    streams=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    requests=st.integers(1, 2000),
+    prompt=st.integers(1, 4000),
+    generated=st.integers(0, 2000),
+    sequences=st.integers(1, 256),
+)
+def test_a_faster_machine_or_a_smaller_job_never_takes_longer(
+    draws: st.DataObject, layers: int, kind: BlockType, streams: float, requests: int, prompt: int, generated: int,
+    sequences: int,
+) -> None:  # fmt: skip
+    rate = st.floats(1e8, 1e12)
+    # Four times as many rows take no less time, and no more than one by one.
+    rates = st.tuples(rate, *[st.floats(1, 4)] * 3).map(lambda drawn: list(accumulate(drawn, mul)))
+    speed = Speed(
+        {name: draws.draw(rates) for name in ("q4_0", "q4_k", "q8_0", "bf16", "f32")},
+        memory=draws.draw(rate), disk=draws.draw(rate), attention=(draws.draw(rate), draws.draw(rate)),
+        values=draws.draw(rate), fill=draws.draw(rate), core=draws.draw(st.floats(0.05, 2)),
+    )  # fmt: skip
+    weights = draws.draw(st.floats(1e6, 1e10))
+    streamed = int(weights * 0.56 * streams)
+    own = work(layers, 0, products={kind: weights}, streamed=streamed, streamed_part=streams,
+               page=weights * 0.56 / layers, values=weights / 1000,
+               attention=[AttentionWork(0, 4096, 16384)])  # fmt: skip
+
+    def seconds(
+        speed: Speed, requests: int = requests, prompt: int = prompt, generated: int = generated
+    ) -> float:
+        asked = Demand(requests, requests * prompt, requests * generated)
+        return job_time([stage(own, speed=speed)], asked, 512, sequences).seconds
+
+    now = seconds(speed) * (1 + 1e-9)
+    for key in ("products", "memory", "disk", "attention", "values", "core"):
+        assert seconds(faster(speed, key, draws.draw(st.floats(1, 10)))) <= now, key
+    assert seconds(speed, requests=-(-requests // 2)) <= now
+    assert seconds(speed, prompt=-(-prompt // 2)) <= now
+    assert seconds(speed, generated=generated // 2) <= now
