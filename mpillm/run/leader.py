@@ -106,7 +106,7 @@ class Leader:
                     prompts += len(request.prompt)
                     answers += request.max_tokens
         generated = sum(one.generated for one in unfinished)
-        whole = prompts + generated + self._lengths.part(answers) * (answers - generated)
+        whole = self._lengths.whole(prompts, answers, generated)
         left = whole - sum(one.computed for one in unfinished)
         lines = len(self._pending)
         alike = (lines + waiting) / max(lines, 1)

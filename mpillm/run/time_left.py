@@ -27,6 +27,13 @@ class AnswerLengths:
         allowed = self.allowed + running
         return (self.used + running) / allowed if allowed else 1.0
 
+    def whole(self, prompts: int, allowed: int, generated: int) -> float:
+        """How many tokens requests that run will have in the end, prompts included, of which so many are `generated`.
+
+        What is computed of them, divided by this, is the part of these requests that is done.
+        """
+        return prompts + generated + self.part(allowed) * (allowed - generated)
+
 
 class TimeLeft:
     """Requests are taken to be alike: what they took tells what the others take."""

@@ -75,12 +75,14 @@ class BatchRun:
         """How long it takes still, by what this start has computed; None if nothing tells that yet."""
         if self._began is None:
             return None
-        asked = [
-            (ticket.generated, sum(request.max_tokens for request in ticket.work.requests))
-            for ticket in list(self._under_way.values())
-        ]
-        part = self._lengths.part(sum(allowed for _, allowed in asked))
-        begun = sum(min(generated / (allowed * part), 1.0) for generated, allowed in asked if allowed * part)
+        running = list(self._under_way.values())
+        prompts = sum(ticket.work.prompt_tokens for ticket in running)
+        generated = sum(ticket.generated for ticket in running)
+        allowed = sum(request.max_tokens for ticket in running for request in ticket.work.requests)
+        # A prompt is computed when its first token comes.
+        computed = generated + sum(ticket.work.prompt_tokens for ticket in running if ticket.generated)
+        whole = self._lengths.whole(prompts, allowed, generated)
+        begun = len(running) * computed / whole if whole else 0.0
         return self._time_left.seconds(len(self._journal.done), begun, time.monotonic() - self._began)
 
     def _counted(self) -> Counts:

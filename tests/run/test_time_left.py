@@ -43,6 +43,15 @@ def test_answers_that_run_count_as_long_as_allowed_until_many_are_finished() -> 
     assert lengths.part(0) == pytest.approx(0.1)
 
 
+def test_what_runs_is_weighed_with_its_prompts() -> None:
+    lengths = AnswerLengths()
+    lengths.add(100, 1000)
+    assert lengths.whole(50, 1000, 1000) == 1050  # nothing is left to guess
+    assert lengths.whole(50, 1000, 0) == pytest.approx(50 + 1000 * 1100 / 2000)
+    assert lengths.whole(50, 1000, 400) == pytest.approx(450 + 600 * 1100 / 2000)
+    assert lengths.whole(0, 0, 0) == 0.0
+
+
 @pytest.mark.parametrize("kind", LENGTHS)
 def test_it_is_about_right_in_the_second_half(kind: str) -> None:
     """Within 40 % of what it takes; before, the short ones alone are known. A step takes a second."""
