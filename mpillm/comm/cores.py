@@ -19,6 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from mpillm.comm.launch import starter_folder
 from mpillm.errors import JobError
+from mpillm.words import count_of
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +110,18 @@ def node_cores(ranks: list[Cores]) -> int:
     if all(rank.quota for rank in ranks):
         cores = min(cores, int(sum({rank.quota_at: rank.quota for rank in ranks}.values())))
     return max(1, cores)
+
+
+def with_cores(ranks: int, cores: int) -> int:
+    """How many of a node's ranks compute where the layout is automatic: as many as can be shards and have a core."""
+    return ranks if ranks <= cores else 1 << cores.bit_length() - 1
+
+
+def reserve_in_words(ranks: int, cores: int) -> str:
+    """What becomes of a node's other ranks."""
+    surplus = ranks - with_cores(ranks, cores)
+    are, there = ("is" if count == 1 else "are" for count in (surplus, cores))
+    return f"{surplus} of {ranks} ranks {are} kept in reserve, because there {there} only {count_of(cores, 'core')}"
 
 
 def binding(ranks: list[Cores]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from mpillm import version
-from mpillm.comm.cores import Cores, binding, node_cores
+from mpillm.comm.cores import Cores, binding, node_cores, reserve_in_words, with_cores
 from mpillm.comm.faults import Process
 from mpillm.comm.free_memory import free_memory
 from mpillm.words import count_of, some_of
@@ -105,15 +105,23 @@ class Nodes:
     def surplus_in_words(self) -> list[str]:
         """What to tell the user about the other ranks."""
         said: dict[str, list[str]] = {}
-        for node, ranks in self._surplus().items():
+        for node in self._surplus():
             there = [rank for rank in self._ranks if rank.node == node]
-            cores, are = node_cores([rank.cores for rank in there]), "is" if len(ranks) == 1 else "are"
-            only = f"there {'is' if cores == 1 else 'are'} only {count_of(cores, 'core')}"
-            text = f"{len(ranks)} of {len(there)} ranks {are} kept in reserve, because {only}"
+            text = reserve_in_words(len(there), node_cores([rank.cores for rank in there]))
             said.setdefault(text, []).append(there[0].host)
         return [
             f"On {some_of(names, 'host')}, {text}; set layout.shards, layout.stages or layout.replicas to use all."
             for text, names in said.items()
+        ]
+
+    @property
+    def cores(self) -> list[int]:
+        """How many cores the ranks of each machine have, by the numbers of the machines."""
+        return [
+            node_cores(
+                [rank.cores for rank, own in zip(self._ranks, self.numbers, strict=True) if own == number]
+            )
+            for number in range(max(self.numbers) + 1)
         ]
 
     def _surplus(self) -> dict[tuple[str, str], list[int]]:
@@ -124,9 +132,9 @@ class Nodes:
         found = {}
         for node, numbers in here.items():
             own = [self._ranks[number].cores for number in numbers]
-            cores = node_cores(own)
-            if len(own) > cores and len({one.affinity for one in own}) == 1:
-                found[node] = numbers[1 << cores.bit_length() - 1 :]
+            used = with_cores(len(own), node_cores(own))
+            if used < len(own) and len({one.affinity for one in own}) == 1:
+                found[node] = numbers[used:]
         return found
 
     def loads(self, threads: Sequence[int]) -> list[tuple[str, float]]:

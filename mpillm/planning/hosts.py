@@ -5,6 +5,7 @@ name = "pi"          # for people
 count = 4            # so many that are alike
 ranks = 1            # on each
 memory = "7GiB"      # that is free on each
+cores = 4            # that the ranks may use; if there are fewer than ranks, some ranks are kept in reserve
 # How fast each is, all of its ranks together. What is not said is assumed.
 products = {q4_0 = [20.0, 30.0, 33.0]}  # 10^9 operations/s, with 1, 4, 16 and 64 rows of activations
 attention = [8.0, 12.0]  # of attention, with a row of each sequence, and with a prompt's rows
@@ -28,6 +29,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from mpillm.comm.cores import Cores, node_cores
 from mpillm.comm.free_memory import free_memory
 from mpillm.errors import JobError
 from mpillm.planning.machines import Machines
@@ -49,6 +51,7 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     name: str = ""
     count: HostCount = 1
     ranks: HostCount = 1
+    cores: HostCount | None = None
     products: (
         Annotated[
             dict[str, Annotated[list[Rate], Meta(min_length=len(ROWS) - 1, max_length=len(ROWS))]],
@@ -122,23 +125,26 @@ def read(path: Path, ranks: int | None = None) -> Machines:
 def machines_of(hosts: Sequence[Host], ranks: int | None = None) -> Machines:
     """The machines of the first `ranks` ranks of these hosts, or of all."""
     per_host, free = list[int](), list[int]()
-    names, speeds = list[str](), list[Speed]()
+    names, speeds, cores = list[str](), list[Speed](), list[int]()
     for host in hosts:
         speed = host.speed
         for copy in range(host.count):
             used = host.ranks if ranks is None else min(host.ranks, ranks - len(free))
             if used > 0:
                 per_host.append(used)
+                cores.append(host.cores or 0)
                 free += [byte_size(host.memory) // used] * used
                 name = host.name or f"host {len(per_host)}"
                 names += [f"{name} ({copy + 1})" if host.name and host.count > 1 else name] * used
                 speeds += [speed] * used
-    return Machines(per_host, free, names, speeds, all(host.products for host in hosts))
+    return Machines(per_host, free, names, speeds, all(host.products for host in hosts), cores=cores)
 
 
 def alike(ranks: int, ranks_per_host: int, memory: int | None) -> Machines:
-    """The machines of so many ranks on hosts with `memory` bytes each, or what is free here, and assumed speeds."""
-    host = Host(memory=memory or free_memory(), ranks=ranks_per_host, count=-(-ranks // ranks_per_host))
+    """The machines of so many ranks on hosts with `memory` bytes each, or like this one; speeds are assumed."""
+    cores = node_cores([Cores.of_this_process()]) if memory is None else None
+    count = -(-ranks // ranks_per_host)
+    host = Host(memory=memory or free_memory(), ranks=ranks_per_host, count=count, cores=cores)
     return machines_of([host], ranks)
 
 

@@ -8,8 +8,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from mpillm.comm.cores import reserve_in_words, with_cores
 from mpillm.planning.speed import ASSUMED, Speed
 from mpillm.planning.step_time import INSIDE, LinkRate, between
+from mpillm.words import some_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Machines:
     # Each rank's machine, which several hosts may share as containers do, and the part of its cores that the rank
     # keeps busy; speeds are those of all ranks working.
     loads: Sequence[tuple[str, float]] = field(default=(), compare=False)
+
+    cores: Sequence[int] = field(default=(), compare=False)  # of each host, 0 if not known, or nothing
 
     @property
     def links_known(self) -> bool:
@@ -75,6 +79,35 @@ class Machines:
             for first, count in zip(self.firsts(), self.ranks_per_host, strict=True)
         ]
         return sorted(range(len(rates)), key=lambda host: (rates[host], -host))
+
+    def computing(self) -> tuple[Machines, list[str]]:
+        """These machines without the ranks that an automatic layout keeps in reserve, and sentences about them.
+
+        They have no core: see `Nodes.with_cores`.
+        """
+        ranks, parts, said = list[int](), list[tuple[int, int]](), dict[str, list[str]]()
+        names = self.host_names()
+        for host, first in enumerate(self.firsts()):
+            count = self.ranks_per_host[host]
+            cores = self.cores[host] if self.cores else 0
+            used = with_cores(count, cores) if cores else count
+            ranks += range(first, first + used)
+            parts += [(used, count)] * used
+            if used < count:
+                said.setdefault(reserve_in_words(count, cores), []).append(names[host])
+        if not said:
+            return replace(self, cores=()), []
+        found, alike = self.of_ranks(ranks), dict[tuple[int, int, int], Speed]()
+        speeds = [
+            alike.setdefault((id(speed), *part), speed.shared_by(part[0] / part[1]))
+            for speed, part in zip(found.speeds, parts, strict=bool(found.speeds))
+        ]
+        free = [
+            min(own * count // used, sys.maxsize)
+            for own, (used, count) in zip(found.free, parts, strict=True)
+        ]
+        sentences = [f"on {some_of(hosts, 'host')}, {text}" for text, hosts in said.items()]
+        return replace(found, free=free, speeds=speeds, cores=()), sentences
 
     def without(self, hosts: Collection[int]) -> Machines:
         """These machines without some hosts."""

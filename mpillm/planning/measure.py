@@ -111,6 +111,7 @@ def hosts(world: World, ranks: Sequence[Measured], links: Sequence[LinkTiming]) 
                 memory=sum(free[rank] for rank in own),
                 name=world.hosts[own[0]],
                 ranks=len(own),
+                cores=world.nodes.cores[number],
                 products={
                     kind: summed([ranks[rank].rates.products[kind] for rank in own])
                     for kind in ranks[own[0]].rates.products

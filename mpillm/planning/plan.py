@@ -25,7 +25,7 @@ from mpillm.planning.machines import Machines
 from mpillm.planning.needs import needs_of
 from mpillm.planning.planner import Planner
 from mpillm.planning.rank_plan import RankPlan, problems
-from mpillm.planning.search import search
+from mpillm.planning.search import by_itself, search
 from mpillm.planning.step_time import sum_bytes
 from mpillm.planning.wire import shards_cross_hosts, wire_in_words
 from mpillm.spec import Spec, shown_bytes
@@ -47,6 +47,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     reason: str  # for as many replicas
     compared: str  # how much longer another layout would take
     left_out: list[str]  # hosts that would slow the run down
+    in_reserve: list[str]  # sentences about ranks that have no core
     stages: int  # of the first replica, as what follows where replicas differ
     shards: int
     layouts: list[tuple[int, int]]  # all that work for a replica of so many ranks, (stages, shards)
@@ -88,7 +89,10 @@ def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machine
     Hosts without which the run would be faster are left out.
     """
     asked = needs_of(spec, config, source)
-    planner, names = Planner(source, config), machines.host_names()
+    planner, in_reserve = Planner(source, config), list[str]()
+    if by_itself(spec):
+        machines, in_reserve = machines.computing()
+    names = machines.host_names()
     layouts = Layouts(spec, planner, spec.layout.replicas, asked.lines or None, asked=asked)
     best, without = search(layouts, machines)
     machines, chosen, time = best.machines, best.chosen, best.time
@@ -107,6 +111,7 @@ def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machine
         reason=chosen.reason,
         compared=chosen.compared,
         left_out=[names[host] for host in without],
+        in_reserve=in_reserve,
         stages=stages,
         shards=shards,
         layouts=grid.layouts(config, len(found[0].ranks)),
@@ -138,6 +143,8 @@ def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machine
 
 def laid_out(spec: Spec, planner: Planner, machines: Machines, asked: InputNeeds) -> Found:
     """The layout on all of these machines, with what its ranks hold and its time; LayoutError if nothing works."""
+    if by_itself(spec):
+        machines, _ = machines.computing()
     return Layouts(spec, planner, spec.layout.replicas, asked.lines or None, asked=asked).choose(machines)
 
 

@@ -43,6 +43,8 @@ def _sentences(plan: Plan) -> Iterator[str]:
         yield f"          {plan.compared}"
     if plan.left_out:
         yield f"          left out, because they would slow the run down: {some_of(plan.left_out, 'host')}"
+    for sentence in plan.in_reserve:
+        yield f"          {sentence}"
     possible = [_layout(*pair) for pair in others]
     if plan.replicas > 1:
         possible += [f"one replica of {_layout(*pair)}" for pair in plan.layouts_of_all]

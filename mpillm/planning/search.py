@@ -115,6 +115,14 @@ def _reason(machines: Machines, without: Sequence[int], why: str) -> str:
     return f"{named} {'is' if len(without) == 1 else 'are'} left out and kept in reserve: {why}."
 
 
+def by_itself(spec: Spec) -> bool:
+    """Whether the job leaves its layout open, and has no values for ranks by their numbers."""
+    layout = spec.layout
+    return (layout.replicas, layout.stages, layout.shards, layout.hosts) == ("auto",) * 4 and not by_rank(
+        spec
+    )
+
+
 def by_rank(spec: Spec) -> bool:
     """Whether the job gives values to ranks by their numbers, which would change."""
     return any(

@@ -23,7 +23,7 @@ from mpillm.planning.machines import Machines
 from mpillm.planning.placement import Placement
 from mpillm.planning.planner import Planner
 from mpillm.planning.replica_steps import ReplicaSteps, replica_steps
-from mpillm.planning.search import by_rank, for_run, shards_may_save
+from mpillm.planning.search import for_run, shards_may_save
 from mpillm.planning.speed import Speed
 from mpillm.planning.wire import shards_cross_hosts, with_wire
 from mpillm.run import speed_notes
@@ -241,14 +241,6 @@ class LayoutChoice:
                 lambda: shards_may_save(self._layouts(spec), found.machines) > least
             )
         return found.seconds > max(MEASURED, least)
-
-
-def by_itself(spec: Spec) -> bool:
-    """Whether the job leaves its layout open, and has no values for ranks by their numbers."""
-    layout = spec.layout
-    return (layout.replicas, layout.stages, layout.shards, layout.hosts) == ("auto",) * 4 and not by_rank(
-        spec
-    )
 
 
 def _left_open(spec: Spec) -> Spec:

@@ -36,11 +36,12 @@ from mpillm.planning.limits import limits
 from mpillm.planning.needs import needs_of
 from mpillm.planning.placement import Placement
 from mpillm.planning.planner import Planner
+from mpillm.planning.search import by_itself
 from mpillm.planning.shortage import shortage
 from mpillm.planning.speed import Speed
 from mpillm.planning.wire import wire_in_words
 from mpillm.run import draft
-from mpillm.run.laying_out import LayoutChoice, by_itself
+from mpillm.run.laying_out import LayoutChoice
 from mpillm.run.origin import Origin
 from mpillm.spec import Spec, tightest
 from mpillm.store.records import UsedLayout

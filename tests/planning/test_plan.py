@@ -345,6 +345,23 @@ def test_what_fits_is_judged_by_what_hosts_have() -> None:
     )
 
 
+def test_ranks_without_a_core_are_in_reserve(tmp_path: Path) -> None:
+    file = tmp_path / "hosts.toml"
+    hosts.write(file, [Host(memory=2**33, name="a", ranks=4, cores=2), Host(memory=2**33, name="b", ranks=2)])
+
+    def made(*settings: str) -> Plan:
+        job = spec.load(None, settings, model=str(MODELS / "llama3"), input="in", output="out")
+        return plan.make(job, 6, hosts.read(file))
+
+    few, every = made(), made("layout.replicas=2")
+    assert few.in_reserve == ["on a, 2 of 4 ranks are kept in reserve, because there are only 2 cores"]
+    assert few.in_reserve[0] in " ".join(plan_text.as_text(few).split())
+    assert (len(few.ranks), len(every.ranks), every.in_reserve) == (4, 6, [])
+    assert few.free == [2**32] * 4  # those that compute share what is free
+    machines = hosts.read(file)
+    assert machines.computing()[0].speeds[0] == machines.speeds[0].shared_by(0.5)
+
+
 def test_the_table_fits_a_terminal(tmp_path: Path) -> None:
     (tmp_path / "in").write_text('{"prompt": [5, 6], "max_tokens": 3}\n' * 40)
     job = spec.load(
