@@ -1,9 +1,11 @@
-"""Files that are something else than they should be, known by how they begin."""
+"""Files that are something else than they should be, known by how they begin, or that are called otherwise."""
 
 from __future__ import annotations
 
 import codecs
+import difflib
 import re
+from pathlib import Path
 
 HEAD = 64  # bytes of a file's beginning that tell it
 
@@ -31,3 +33,13 @@ def what_it_is(head: bytes) -> str | None:
         return "is a document of an office program; save its table as CSV"
     known = next((what for beginnings, what in _BEGINNINGS if head.startswith(beginnings)), None)
     return "is UTF-16; save it as UTF-8" if known is None and _UTF_16.match(head) else known
+
+
+def alike(path: Path) -> str | None:
+    """A question whether what is called like the missing `path` was meant; None if nothing beside it is."""
+    try:
+        beside = [other.name for other in path.parent.iterdir()]
+    except OSError:
+        return None
+    close = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.7)
+    return f"did you mean {path.parent / close[0]}?" if close else None

@@ -23,7 +23,7 @@ from mpillm.batch.rows.line import MAX_LINE, ROW_ERROR
 from mpillm.batch.template import asker
 from mpillm.batch.work import Line, Model, Work, work_of
 from mpillm.errors import JobError, RequestError, UnsuitedError
-from mpillm.foreign import what_it_is
+from mpillm.foreign import alike, what_it_is
 from mpillm.spec import Spec
 
 MAX_ERROR = 400  # characters of what is wrong with a line
@@ -214,9 +214,10 @@ def opened(path: Path) -> BinaryIO:
     """An input to read; JobError if it cannot be."""
     try:
         if not path.exists():
-            raise JobError(f"The input {path} does not exist.")
+            meant = alike(path)
+            raise JobError(f"The input {path} does not exist{f'; {meant}' if meant else '.'}")
         if not path.is_file():
-            raise JobError(f"The input {path} is not a file.")
+            raise JobError(f"The input {path} is not a file; give a file of requests, such as JSON lines.")
         return path.open("rb")
     except OSError as error:
         raise JobError(f"The input {path} cannot be read: {error.strerror}.") from None

@@ -17,6 +17,7 @@ from mpillm.catalogue.hosted import HOSTED, table
 from mpillm.catalogue.hub import pull_config, pull_hf, pulled
 from mpillm.catalogue.wheel import DownloadProgress, WheelModel, pull_wheel
 from mpillm.errors import JobError
+from mpillm.foreign import alike
 from mpillm.weights.opening import file_in
 
 CATALOGUE: dict[str, WheelModel] = {
@@ -57,7 +58,7 @@ def resolve(model: str, progress: DownloadProgress | None = None) -> Path:
         raise JobError(f"The model {model!r} is a URL; write {web}.")
     if model.startswith((".", "/", "~")) or path.suffix in (".gguf", ".m"):
         raise JobError(
-            f"The model {path} does not exist; check the path, or write hf:owner/name to fetch a model."
+            f"The model {path} does not exist; {alike(path) or 'check the path.'} hf:owner/name fetches a model."
         )
     hint = (
         f"hf:{model} for a repository of that name"

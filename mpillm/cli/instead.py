@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Collection, Sequence
 
 RANKS_OF_LAUNCHERS = ("-n", "-np", "--np", "--ranks")
+HOSTS = ("--hosts", "--host", "-H", "-f", "--machinefile", "--nodes")
 WITH_RANKS = ("bench", "chat", "doctor", "pack", "run", "serve")
 # A run goes on by itself, and never overwrites another one's answers.
 GOING_ON = ("--resume", "--continue", "--restart", "--force", "--overwrite")
@@ -75,6 +76,8 @@ def sentence(
             if "--set" in known and (meant := _value_of_set(word, words)):
                 return f"{word!r} is an unexpected argument; did you mean {meant}?"
             continue
+        if name in HOSTS and command == "launch":
+            return f"there is no option {name}; write the hosts into a file, one in a line, and type --hostfile FILE"
         if name == "--hosts" and command in WITH_RANKS:
             return f"there is no option {name}; type mpillm launch --hostfile FILE {command} ..."
         if name.startswith("--") and (key := _key_called(name[2:])):

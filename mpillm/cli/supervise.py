@@ -23,9 +23,8 @@ ONCE = ("doctor", "chat", "serve", "bench", "pack")  # commands with ranks that 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """The arguments of `launch`."""
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("-n", type=int, metavar="N", dest="ranks", help="number of ranks on this machine")
-    where.add_argument(
+    parser.add_argument("-n", type=int, metavar="N", dest="ranks", help="number of ranks on this machine")
+    parser.add_argument(
         "--hostfile",
         type=Path,
         metavar="FILE",
@@ -77,10 +76,12 @@ def run(
         command = options.words[:1]
         if command not in (["run"], *([name] for name in ONCE)):
             raise JobError(_no_command(options.words, options.ranks or 2))
-        if options.ranks is None and options.hostfile is None:
+        if options.ranks is not None and options.hostfile is not None:
             raise JobError(
-                f"launch needs a number of ranks or machines: mpillm launch -n 2 {command[0]}, or --hostfile FILE."
+                f"{options.hostfile} says how many ranks each machine takes; change its slots, or leave out -n."
             )
+        if options.ranks is None and options.hostfile is None:
+            raise JobError(_no_ranks(options.words))
         if options.ranks is not None and options.ranks < 1:
             raise JobError(f"-n {options.ranks} is not a number of ranks.")
         settings = mpiexec.Settings(options.ranks, options.hostfile, options.agent, tuple(options.mpi_option))
@@ -96,10 +97,26 @@ def run(
         return error.exit_code
 
 
+def _no_ranks(words: list[str]) -> str:
+    """A sentence on a command without ranks, which may stand after it."""
+    for number, word in enumerate(words[:-1]):
+        if word in ("-n", "-np", "--hostfile"):
+            moved = [
+                "-n" if word == "-np" else word,
+                words[number + 1],
+                *words[:number],
+                *words[number + 2 :],
+            ]
+            return f"{word} must come before the command: mpillm launch {shlex.join(moved)}."
+    return f"launch needs a number of ranks or machines: mpillm launch -n 2 {words[0]}, or --hostfile FILE."
+
+
 def _no_command(words: list[str], ranks: int) -> str:
     """A sentence on words that do not begin with a command that launch starts."""
     if words and words[0].endswith(".toml"):
         return f"launch needs the command before the job: mpillm launch -n {ranks} run {words[0]}."
+    if words[1:] and words[1] in ("run", *ONCE):
+        return f"{words[0]} is no command; if it is a hostfile, type mpillm launch --hostfile {shlex.join(words)}."
     if words and not words[0].startswith("-"):
         return f"launch starts {listed(('run', *ONCE), 'and')}; type mpillm {shlex.join(words)} without it."
     return "launch needs a command: mpillm launch -n 2 run JOB.toml."

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mpillm.comm.launch import Library
 from mpillm.errors import JobError
+from mpillm.foreign import alike
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,20 @@ def read_hosts(path: Path) -> list[HostSlots]:
     """The hosts of a hostfile, in Open MPI's words (`node1 slots=2`) or MPICH's (`node1:2`); JobError without any."""
     try:
         lines = [line.partition("#")[0].strip() for line in hostfile_text(path).splitlines()]
+    except FileNotFoundError:
+        meant = alike(path) or "mpillm init hostfile DIR writes one."
+        raise JobError(f"The hostfile {path} does not exist; {meant}") from None
+    except IsADirectoryError:
+        raise JobError(f"{path} is a directory; give a hostfile, such as {path / 'openmpi.hosts'}.") from None
     except OSError as error:
         raise JobError(f"The hostfile {path} cannot be read: {error.strerror}.") from None
     hosts = []
     for line in filter(None, lines):
-        found = re.fullmatch(r"([^\s:]+)(?::([0-9]{1,6})|\s+slots\s*=\s*([0-9]{1,6}))?", line)
+        found = re.fullmatch(r"([^\s:,]+)(?::([0-9]{1,6})|\s+slots\s*=\s*([0-9]{1,6}))?", line)
         if not found:
             raise JobError(
-                f"The hostfile {path} has the line {line[:100]!r}; write 'node1 slots=2' or 'node1:2'."
+                f"The hostfile {path} has the line {line[:100]!r}; write 'node1 slots=2' or 'node1:2', a line for each "
+                "host."
             )
         slots = int(found[2] or found[3] or 1)
         if not slots:

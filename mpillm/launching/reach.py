@@ -10,16 +10,21 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from mpillm.comm.program import library
 from mpillm.comm.rendezvous import own_addresses
 from mpillm.errors import JobError
 from mpillm.launching.hostfile import HostSlots, read_hosts
 from mpillm.launching.mpiexec import Settings
+from mpillm.version import __version__
 
 ANSWER = 10.0  # seconds for a host to answer
 LOADS = 60.0  # seconds for its Python to load MPI, which may come from a slow disk
-# What a host answers without this Python, and if that loads no MPI.
-ABSENT, BROKEN = "mpillm-absent", "mpillm-broken"
-LOAD = "from mpillm.comm.program import library; library()"
+# What a host answers without this Python, if that loads no MPI, and before what it has.
+ABSENT, BROKEN, HAS = "mpillm-absent", "mpillm-broken", "mpillm-has"
+LOAD = (
+    "from mpillm.comm.program import library; from mpillm.version import __version__; "
+    f"print('{HAS}', 'mpillm', __version__, 'and', library().name)"
+)
 PASSED = ("LD_LIBRARY_PATH", "MPI4PY_LIBMPI", "PYTHONPATH")  # MPICH takes them along, and LOAD may need them
 
 
@@ -89,10 +94,16 @@ def why_silent(agent: str, host: str, loads: bool = False) -> str:
     if ABSENT in done.stdout:
         return f"has no {sys.executable}: install mpillm there, in the same directory"
     if BROKEN in done.stdout:
-        ours = f"{JobError.__module__}.{JobError.__name__}: "  # which says itself what to do
-        if last.startswith(ours):
-            return f"cannot start mpillm ({last.removeprefix(ours)})"
+        known = f"{JobError.__module__}.{JobError.__name__}: "  # which says itself what to do
+        if last.startswith(known):
+            return f"cannot start mpillm ({last.removeprefix(known)})"
         return f"cannot start mpillm ({last}); install it there as on this host"
+    if (
+        loads
+        and (has := done.stdout.partition(HAS)[2].strip())
+        and has != (ours := f"mpillm {__version__} and {library().name}")
+    ):
+        return f"has {has}, and this host {ours}; install the same there"
     if not done.returncode:
         return ""
     return f"does not answer ({last or f'{words[0]} ended with {done.returncode}'})"

@@ -111,11 +111,12 @@ class Supervisor:
         while True:
             hosts = self._hosts(first)
             ranks = ranks_that_work(self._spec, sum(host.slots for host in hosts) if hosts else self._ranks)
-            size = self._journal_size()
+            size, written = self._journal_size(), self._journal_written()
             code, grown = self._once(ranks, hosts, folder)
             outcome = finished(self._spec.output_path)
-            # This start has said so, not one before it, since when the input may have grown.
-            if outcome is not None and self._journal_size() > size:
+            # This start has said so, not one before it, since when the input may have grown. (It may be shorter: what
+            # was computed before the model's files were touched is checked, and noted, anew.)
+            if outcome is not None and self._journal_written() != written:
                 complete = 1 if outcome.errors else 0
                 if code != complete:  # mpiexec has said more, after rank 0
                     self._say(f"The run is complete; the results are in {self._spec.output_path / JSONL}.")
@@ -163,6 +164,12 @@ class Supervisor:
     def _journal_size(self) -> int:
         with contextlib.suppress(OSError):
             return (self._spec.output_path / JOURNAL).stat().st_size
+        return 0
+
+    def _journal_written(self) -> int:
+        """When the journal was last written, in nanoseconds; 0 if there is none."""
+        with contextlib.suppress(OSError):
+            return (self._spec.output_path / JOURNAL).stat().st_mtime_ns
         return 0
 
     def _once(self, ranks: int, hosts: list[HostSlots], folder: Path) -> tuple[int, bool]:

@@ -15,6 +15,7 @@ from typing import Literal
 import msgspec
 
 from mpillm.errors import Interrupted, JobError
+from mpillm.foreign import alike
 from mpillm.store.directory import Directory, explained
 from mpillm.store.output import JOURNAL, LOCK, NO_LOCKS, owner_of
 from mpillm.store.records import KEY_BYTES, JournalHeader, Scan, scan
@@ -114,9 +115,8 @@ class Reader:
             except NotADirectoryError:
                 raise JobError(f"{path} is a file; give the output directory of a run.") from None
             except FileNotFoundError:
-                raise NotBegun(
-                    f"The directory {path} does not exist; a run creates it when it starts."
-                ) from None
+                meant = alike(path) or "a run creates it when it starts."
+                raise NotBegun(f"The directory {path} does not exist; {meant}") from None
         if JOURNAL not in self._directory.names():
             owner = self._owner()
             self._directory.close()

@@ -27,6 +27,24 @@ MISTAKES = {
         "http://localhost:3000/page is not an origin; write http://HOST:PORT, or * for all pages",
     ),
     "origins as vLLM has them": ("serve --allowed-origins [\"*\"]", "is not an origin; write http://HOST:PORT"),
+    "ranks behind the command": (
+        "launch run a.toml -n 4", "-n must come before the command: mpillm launch -n 4 run a.toml."
+    ),
+    "a hostfile behind the command": (
+        "launch doctor --hostfile h", "--hostfile must come before the command: mpillm launch --hostfile h doctor."
+    ),
+    "a hostfile without its option": (
+        "launch hosts run a.toml", "if it is a hostfile, type mpillm launch --hostfile hosts run a.toml."
+    ),
+    "hosts at launch": ("launch --hosts node1,node2 doctor", "one in a line, and type --hostfile FILE"),
+    "MPICH's letter at launch": ("launch -f hosts doctor", "there is no option -f; write the hosts into a file"),
+    "a hostfile's letters": ("launch --hostfile hots doctor", "The hostfile hots does not exist; did you mean hosts?"),
+    "no hostfile": ("launch --hostfile x/y doctor", "y does not exist; mpillm init hostfile DIR writes one."),
+    "a directory of hostfiles": ("launch --hostfile . doctor", ". is a directory; give a hostfile, such as openmpi"),
+    "an input's letters": (
+        f"run --model {CHAT} --input takn --output out", "The input takn does not exist; did you mean taken?"
+    ),
+    "a run's letters": ("status takn", "The directory takn does not exist; did you mean taken?"),
     "launch of nothing": ("launch -n 2", "launch needs a command: mpillm launch -n 2 run JOB.toml."),
     "launch of something else": ("launch -n 2 plan a.toml", "bench and pack; type mpillm plan a.toml without it."),
     "launch of a check without ranks": ("launch doctor", "mpillm launch -n 2 doctor, or --hostfile FILE"),
@@ -129,7 +147,9 @@ MISTAKES = {
     "a format": ("export out --format excel", "'excel' is not one of csv, parquet, jsonl"),
     "a block type": ("pack a b --weights q8", "did you mean q8_0?"),
     "an option without its value": ("run --model", "expected one argument; mpillm run --help lists all"),
-    "two that exclude": ("launch -n 2 --hostfile a run", "not allowed with argument -n; mpillm launch --help"),
+    "two that exclude": (
+        "launch -n 2 --hostfile a run", "a says how many ranks each machine takes; change its slots, or leave out -n."
+    ),
     "a model on Windows": (
         "plan --model 'C:\\models\\m.gguf'", "is a path of Windows; in its Linux (WSL) it is /mnt/c/models/m.gguf"
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,12 +10,14 @@ from types import SimpleNamespace
 import pytest
 
 from mpillm.comm.launch import Library
+from mpillm.comm.program import library
 from mpillm.errors import JobError, LayoutError
 from mpillm.launching import mpiexec, reach, supervisor
 from mpillm.launching.hostfile import HostSlots, read_hosts, write_hosts
 from mpillm.launching.mpiexec import Settings
 from mpillm.launching.reach import why_silent
 from mpillm.launching.supervisor import Supervisor, ranks_that_work
+from mpillm.version import __version__
 from tests.conftest import ROOT
 from tests.job_helpers import job
 from tests.model.golden import model_path
@@ -38,7 +41,8 @@ def test_what_is_written_is_read(library: Library, tmp_path: Path) -> None:
 
 def test_bad_hostfiles(tmp_path: Path) -> None:
     path = tmp_path / "hosts"
-    with pytest.raises(JobError, match="cannot be read: No such file"):
+    path.write_text("node1,node2\n")
+    with pytest.raises(JobError, match=r"has the line 'node1,node2'; .*, a line for each host\.$"):
         read_hosts(path)
     path.write_text("# nobody\n\n")
     with pytest.raises(JobError, match="names no host"):
@@ -98,6 +102,10 @@ def test_other_commands_become_mpiexec(
             "does not answer (pi@pi9: Permission denied (publickey))",
         ),
         (
+            f"echo {reach.HAS} mpillm 0.0.1 and MPI",
+            f"has mpillm 0.0.1 and MPI, and this host mpillm {__version__} and {{mpi}}; install the same there",
+        ),
+        (
             'shift; export MPI4PY_LIBMPI=/gone/libmpi.so.40; sh -c "$*"',
             "cannot start mpillm (No MPI library can be loaded (cannot load MPI library): correct MPI4PY_LIBMPI, or "
             "make mpi4py for that library, with its mpicc in PATH: pip install --force-reinstall --no-deps "
@@ -118,7 +126,9 @@ def test_why_a_host_does_not_answer(
     agent = tmp_path / "agent"
     agent.write_text(f"#!/bin/sh\n{script}\n" if script else "")
     agent.chmod(0o755)
-    assert why_silent(str(agent), "pi9", loads=True) == why.format(agent=agent, python=sys.executable)
+    assert why_silent(str(agent), "pi9", loads=True) == why.format(
+        agent=agent, python=sys.executable, mpi=library().name
+    )
     assert why_silent(str(agent), "localhost") == ""
 
 
@@ -159,8 +169,16 @@ def test_the_last_sentence_is_not_mpiexecs(
 ) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
     of = Supervisor(job(tmp_path, f"model={model_path('chat')}"), OPENMPI, Settings(1), [], print)
-    monkeypatch.setattr(of, "_once", lambda *arguments: (code, False))
-    monkeypatch.setattr(of, "_journal_size", iter([0, 9]).__next__)
+    of._spec.output_path.mkdir()
+    journal = of._spec.output_path / "journal"
+    journal.write_bytes(b"of a model whose file was touched since")
+    os.utime(journal, ns=(0, 0))
+
+    def once(*arguments: object) -> tuple[int, bool]:
+        journal.write_bytes(b"shorter")
+        return code, False
+
+    monkeypatch.setattr(of, "_once", once)
     monkeypatch.setattr(supervisor, "finished", lambda path: SimpleNamespace(errors=0))
     assert of.run() == 0
     path = of._spec.output_path / "results.jsonl"
