@@ -107,9 +107,9 @@ def _measured_part() -> float:
     return (time.thread_time() - used) / (time.perf_counter() - began)
 
 
-def core_speed(seconds: float) -> float:
-    """How fast one core runs plain code, as `Speed.core`, measured for about so many seconds."""
-    return TURN / typical(_turns, [TURNS], seconds) * TURNS
+def core_speed(seconds: float, turns: int = TURNS) -> float:
+    """How fast one core runs plain code, as `Speed.core`, measured for about so many seconds, `turns` a call."""
+    return TURN / typical(_turns, [turns], seconds) * turns
 
 
 def typical(call: Callable[[T], object], data: Sequence[T], for_seconds: float = SECONDS) -> float:

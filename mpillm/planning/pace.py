@@ -8,14 +8,14 @@ from pathlib import Path
 from mpillm.planning.kernel_rates import WHOLE, core_speed
 from mpillm.planning.speed import ASSUMED, Speed
 
-SECONDS = 0.002
+SECONDS, TURNS = 0.001, 2000
 SAME = 1.3  # how many times as fast a rank may be as it was, and what was measured then still counts
 WAITED = Path("/proc/self/schedstat")  # the nanoseconds that this thread has run, and has waited for a core
 
 
 def pace() -> float:
     """How fast a core runs this rank's plain code, as `Speed.core`; of a core that others use too, its part."""
-    return core_speed(SECONDS) * part_so_far(WAITED)
+    return core_speed(SECONDS, TURNS) * part_so_far(WAITED)
 
 
 def part_so_far(waited: Path) -> float:

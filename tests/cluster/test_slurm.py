@@ -323,7 +323,8 @@ def test_the_real_job_gives_the_same_bytes(
     checkout: Path, mpi: Mpi, submit: Submit, options: str, script: str
 ) -> None:
     job = write_job(checkout)
-    done = submit(checkout, options, f"slurm/{script}", "job.toml")
+    all_compute = "--set", "layout.replicas=1"  # though the nodes of these tests are one machine
+    done = submit(checkout, options, f"slurm/{script}", "job.toml", *all_compute)
     assert (done.state, done.exit_code) == ("COMPLETED", 0), done.log
     assert results(checkout) == reference(checkout, mpi, job)
 
