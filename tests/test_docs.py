@@ -354,10 +354,10 @@ def test_the_r_code_of_the_page_on_results_runs(results: Path) -> None:
     if not rscript or run_bounded([rscript, "-e", 'library("hdf5r")']).returncode:
         pytest.skip("R and its package hdf5r are missing: apt install r-base-core r-cran-hdf5r")
     (code,) = re.findall(r"^```r\n(.*?)^```", RESULTS.read_text(), flags=re.M | re.S)
-    told = "cat(nrow(answers), subset(answers, status != 200)$custom_id, length(tokens))"
+    told = "cat(nrow(answers), subset(answers, status != 200)$custom_id, tokens)"
     done = run_bounded([rscript, "-e", f"{code}\n{told}"], cwd=results)
-    tokens = read_results(results / "out/mine").tokens.values
-    assert done.stdout.splitlines()[-1:] == [f"5 request-4 {len(tokens)}"], done.stderr
+    tokens = read_results(results / "out/mine").tokens[0]
+    assert done.stdout.splitlines()[-1:] == [" ".join(map(str, [5, "request-4", *tokens]))], done.stderr
 
 
 def test_the_tutorial_for_python_runs(tmp_path: Path) -> None:
