@@ -1,4 +1,4 @@
-"""How long answers are that are held to one of some texts, or to a regular expression: known before a run."""
+"""The maximum length of answers that must be one of some texts or match a regular expression, before a run."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ UNKNOWN = sys.maxsize
 
 
 class AnswerLength(NamedTuple):
-    """The most tokens of an answer, and how many of them are drawn: what must follow is computed at once."""
+    """The maximum number of tokens of an answer, and how many are drawn; the others follow from the grammar."""
 
     tokens: int
     drawn: int
 
 
 UNBOUNDED = AnswerLength(UNKNOWN, UNKNOWN)
-KNOWN = 4096  # bounds that are kept for other lines
+KNOWN = 4096  # lengths that are kept for other lines
 _PARTS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(?P<count>\d+)\}|\{\d+,(?P<most>\d+)\}|.", re.DOTALL)
 
 
@@ -35,7 +35,7 @@ class _Outputs(msgspec.Struct):
 
 
 class AnswerLengths:
-    """The most tokens of answers, as the tokenizer divides their texts."""
+    """Finds the maximum number of tokens of answers, with the model's tokenizer."""
 
     def __init__(self, spec: Spec, counter: TokenCounter) -> None:
         self._counter = counter
@@ -59,7 +59,7 @@ class AnswerLengths:
         return UNBOUNDED if asked else self._of_job
 
     def _held(self, outputs: bytes) -> AnswerLength:
-        """The length of an answer that is held to this value of structured_outputs."""
+        """The maximum length of an answer with this value of structured_outputs."""
         try:
             asked = msgspec.json.decode(outputs, type=_Outputs)
             if (choices := bytes(asked.choice)) not in (b"", b"null"):
@@ -76,7 +76,7 @@ class AnswerLengths:
 
 
 def decisions(texts: list[str]) -> int:
-    """The most decisions that lead to one of these texts: places where others begin alike and go on differently."""
+    """The maximum number of places in one of these texts where another text begins alike and goes on differently."""
     ordered = sorted(set(texts))
     common = [_common(*two) for two in pairwise(ordered)]
     before, behind = _lower(common), _lower(common[::-1])[::-1]
@@ -84,12 +84,12 @@ def decisions(texts: list[str]) -> int:
 
 
 def _common(one: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
+    """The number of characters at the beginning that two texts have in common."""
     return sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(one, other, strict=False)))
 
 
 def _lower(common: list[int]) -> list[frozenset[int]]:
-    """For each text, where those before it go another way; `common` has what neighbours have in common."""
+    """For each sorted text the places where earlier texts differ from it; `common` is `_common` of neighbours."""
     found, stack = [frozenset[int]()], list[int]()
     for length in common:
         while stack and stack[-1] >= length:
@@ -101,12 +101,12 @@ def _lower(common: list[int]) -> list[frozenset[int]]:
 
 def longest_match(pattern: str) -> int:
     """Characters of the longest text that a regular expression matches, or more; UNKNOWN if there is no longest one."""
-    if "{," in pattern:  # which not all read alike
+    if "{," in pattern:  # its meaning differs between libraries
         return UNKNOWN
     last, open_groups = (
         0,
         [[0, 0]],
-    )  # of each: characters of its longest finished branch, and of the one at hand
+    )  # for each: characters of its longest finished branch, and of the current one
     for part in _PARTS.finditer(pattern):
         group = open_groups[-1]
         if times := part["count"] or part["most"]:

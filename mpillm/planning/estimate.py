@@ -19,16 +19,16 @@ from mpillm.planning.step_time import Stage, StepRows, rank_time, round_of, stag
 
 # How many times as fast an uneven division of layers must be, or a replica that computes more lines.
 UNEVEN = 1.1
-DEAR = 1.05  # how many times as long a job takes with f32 where Q8_0 is chosen
-IDLE = 1.25  # how many times as long as the whole job a request takes on a replica that gets none
-TYPICAL = Demand(requests=256, prompt=256 * 256.0, generated=256 * 128.0)  # where there is no input
+DEAR = 1.05  # Q8_0 is chosen if f32 takes so many times as long
+IDLE = 1.25  # a replica is idle if one request takes it so many times as long as the whole job
+TYPICAL = Demand(requests=256, prompt=256 * 256.0, generated=256 * 128.0)  # if there is no input
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
-    """What a job takes. Of a step: a round of all sequences that run at once through the first replica's stages."""
+    """The time of a job. A step is a round of all running sequences through the stages of the first replica."""
 
-    measured: bool  # the speeds; else they are assumed, at least some of them
-    of_input: bool  # the tokens are those of the input; else of a typical job
+    measured: bool  # all speeds are measured; otherwise some are assumed
+    of_input: bool  # the tokens are those of the input; otherwise of a typical job
     requests: int  # sequences: choices count
     prompt_tokens: int  # an estimate
     generated_tokens: int  # at most
@@ -54,7 +54,7 @@ def demand_of(asked: InputNeeds) -> Demand | None:
 
 
 def estimate(placement: Placement, given: Demand | None) -> Estimate:
-    """What a demand takes on these replicas, which share its requests by their speeds; None: a typical one."""
+    """The time of a demand (None: TYPICAL) on these replicas, which share the requests by their speeds."""
     demand, machines = given or TYPICAL, placement.machines
     kinds = _kinds(placement, demand)
     seconds, requests = _shared(kinds, demand)
@@ -93,7 +93,7 @@ def estimate(placement: Placement, given: Demand | None) -> Estimate:
 
 
 def faster_wire(placement: Placement, demand: Demand | None) -> tuple[Wire, str]:
-    """The wire of replicas whose shards cross hosts, and why; it is the faster one by DEAR, or f32."""
+    """The wire for replicas with shards on several hosts, and why: Q8_0 if f32 takes DEAR times as long, else f32."""
     exact, rounded = (estimate(placement.with_wire(wire), demand).seconds for wire in ("f32", "q8_0"))
     times = exact / rounded
     if times < DEAR:
@@ -102,7 +102,7 @@ def faster_wire(placement: Placement, demand: Demand | None) -> tuple[Wire, str]
 
 
 class _Kind:
-    """Replicas that are equally fast, by their numbers, and their time for a part of a demand."""
+    """The numbers of replicas that are equally fast, and the time that one of them takes for a part of a demand."""
 
     def __init__(self, stages: Sequence[Stage], replica: Replica, plan: ReplicaPlan, demand: Demand) -> None:
         self.stages, self.numbers = stages, list[int]()
@@ -111,7 +111,7 @@ class _Kind:
         self._loading = loading_time(stages, plan.ranks)
 
     def time(self, requests: int) -> JobTime:
-        """The time of one of them for so many of the requests."""
+        """The time that one of them takes for so many requests."""
         if requests not in self._known:
             own = self._demand.of(requests)
             sequences = at_once(self._plan, self._replica, own)
@@ -136,7 +136,7 @@ def _kinds(placement: Placement, demand: Demand) -> list[_Kind]:
 
 
 def _shared(kinds: Sequence[_Kind], demand: Demand) -> tuple[float, list[int]]:
-    """Seconds of a demand that these replicas share, and how many of its requests one of each kind computes."""
+    """Seconds of a demand on all replicas, and the number of requests that a replica of each kind computes."""
     return shared_time(
         [kind.seconds for kind in kinds], [len(kind.numbers) for kind in kinds], demand.requests
     )
@@ -145,7 +145,7 @@ def _shared(kinds: Sequence[_Kind], demand: Demand) -> tuple[float, list[int]]:
 def stage_layers_by_speed(placement: Placement, number: int, asked: InputNeeds) -> tuple[int, ...] | None:
     """How many layers each stage of a replica should have; None if an even division is about as fast.
 
-    The placement's plan is that of an even division.
+    The placement must have an even division.
     """
     spec, config, machines = placement.spec, placement.config, placement.machines
     replica, plan, stages = placement.replicas[number], placement.plans[number], placement.stages(number)
@@ -174,7 +174,7 @@ def stage_layers_by_speed(placement: Placement, number: int, asked: InputNeeds) 
 def replica_shares(placement: Placement, given: Demand | None) -> list[float]:
     """The part of the requests that each replica should compute so that all end together.
 
-    Equal ones if speeds are not known, or differ by no more than what was measured in a second or two may be off.
+    Equal parts if speeds are not known, or if they differ by less than a short measurement may be off.
     """
     replicas, demand = len(placement.replicas), given or TYPICAL
     even = [1 / replicas] * replicas

@@ -1,4 +1,4 @@
-"""What grammars take on rank 0: known before a run, by the keys of its lines that hold an answer to one."""
+"""The memory of grammars on rank 0, from the keys of the input's lines that constrain an answer, before a run."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from mpillm.spec import Spec
 from mpillm.text.constrain import CACHED, MAX_LENGTH
 from mpillm.text.schema_checks import MAX_MULTIPLE, remainders
 
-# Bytes of a vocabulary's entry among what the library knows of the tokenizer (700 measured from 50,000 entries on; 1020
-# while it is made, before rows and the cache take what is planned for them).
+# Bytes of an entry of the vocabulary in the library's copy of the tokenizer (700 measured from 50,000 entries on; 1020
+# while the copy is made, but rows and the cache do not take their memory before that).
 WORD = 720
-FIRST = 4 * 2**20  # bytes that the first grammar takes besides, with its thread's stack
+FIRST = 4 * 2**20  # more bytes for the first grammar, with the stack of its thread
 # Bytes of a compiled grammar with the states of its lexer (60,000 measured of a few choices, 200,000 of a schema of 6
 # properties, 6 MB of a pattern that counts to thousands), for each of its characters, and for each state.
 HELD, HELD_CHARACTER, STATE, STATES = 1 << 16, 320, 2048, 3072
-REMAINDER = 544  # of each remainder that "multipleOf" tells apart (525 measured)
+REMAINDER = 544  # for each remainder of "multipleOf" (525 measured)
 
-MANY = 1 << 14  # grammars that are told apart
+MANY = 1 << 14  # different grammars that are recognised
 
 # Values of tool_choice that force no call.
 _NO_CALL = frozenset({b"", b"null", b'"auto"', b'"none"'})
@@ -44,13 +44,13 @@ class Asked(msgspec.Struct):
 
 
 class GrammarNeeds(msgspec.Struct, frozen=True):
-    """What the grammars of an input take."""
+    """The memory of the grammars of an input."""
 
-    largest: int = 0  # bytes of one that is compiled, at most
+    largest: int = 0  # maximum bytes of a compiled one
     together: int = 0  # bytes of all of them
 
     def kept(self, at_once: int, vocab: int) -> int:
-        """Bytes, while so many requests use one each, of a model with `vocab` tokens."""
+        """Bytes while `at_once` requests use a grammar each; the model has `vocab` tokens."""
         if not self.together:
             return 0
         return FIRST + WORD * vocab + min(self.together, (CACHED + at_once) * self.largest)
@@ -63,13 +63,13 @@ class GrammarCounter:
     """Counts the grammars of an input."""
 
     def __init__(self, spec: Spec) -> None:
-        self._seen: set[bytes] = set()  # digests of different ones
+        self._seen: set[bytes] = set()  # digests of the different ones
         self._largest = self._together = 0
         job = [getattr(spec.sampling, key) for key in _KEYS]
         self._add(b"".join(msgspec.json.encode(one) for one in job if one is not None))
 
     def add(self, body: Asked) -> None:
-        """Take note of what a line asks for."""
+        """Count the grammar of a line, if it asks for one."""
         given = {key: bytes(getattr(body, key)) for key in Asked.__struct_fields__}
         tools, choice = given.pop("tools"), given.pop("tool_choice")
         if given["response_format"].replace(b" ", b"") == b'{"type":"text"}':
@@ -79,7 +79,7 @@ class GrammarCounter:
         self._add(b"".join(one for one in given.values() if one != b"null"))
 
     def _add(self, grammar: bytes) -> None:
-        """Take note of a grammar as JSON; nothing of none. What is beyond MANY is counted as different."""
+        """Count a grammar in JSON, if it is not empty; behind the first MANY each counts as a new one."""
         digest = hashlib.blake2b(grammar, digest_size=8).digest()
         if not grammar or digest in self._seen:
             return
@@ -90,12 +90,12 @@ class GrammarCounter:
         self._together += held
 
     def needs(self) -> GrammarNeeds:
-        """What they take."""
+        """The memory of all that were counted."""
         return GrammarNeeds(self._largest, self._together)
 
 
 def compiled_bytes(grammar: bytes) -> int:
-    """Bytes of a compiled grammar, which is given as JSON, with the states that answers lead its lexer to."""
+    """Bytes of a compiled grammar, given in JSON, and of the states of its lexer that answers reach."""
     multiple = 1
     for found in _MULTIPLE.findall(grammar):
         multiple = min(math.lcm(multiple, remainders(float(found))), MAX_MULTIPLE)

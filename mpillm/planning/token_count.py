@@ -1,4 +1,4 @@
-"""How many tokens the texts of an input are: counted in its first part, and bounded by their bytes behind it."""
+"""The number of tokens of an input's texts: its first part is counted, the rest is bounded by its bytes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from mpillm.errors import RequestError
 from mpillm.kernels import KV_BLOCK
 from mpillm.text import Tokenizer
 
-COUNTED = 1 << 20  # bytes of the part that is tokenized: some tenths of a second
-BYTES_PER_TOKEN = 4  # of a text, by an estimate where there is no tokenizer
-SPECIAL = 4  # tokens that one puts around a text
+COUNTED = 1 << 20  # bytes that are tokenized, in some tenths of a second
+BYTES_PER_TOKEN = 4  # an estimate for models without a tokenizer
+SPECIAL = 4  # tokens that a tokenizer puts around a text
 
 
 class Tokens(NamedTuple):
-    """The number of tokens: an estimate, and the most there can be; and of each text, if all were counted.
+    """The likely and the maximum number of tokens; and the tokens of each text, if all were counted.
 
-    `shared` of the likely ones fill blocks of the KV cache that begin as earlier ones did, in `alike` of the texts.
+    `shared` of the likely tokens are in blocks of the KV cache that earlier texts have too, `alike` texts have such.
     """
 
     likely: int
@@ -31,33 +31,30 @@ class Tokens(NamedTuple):
 
 
 class Around(NamedTuple):
-    """Bytes of what a model's files put around texts, and how it reads pairs."""
+    """The bytes that the files of a model put around texts, and how the model reads pairs."""
 
     template: int = 0  # for chats
-    prompt: int = 0  # before a text that gets an embedding, at most
-    apart: bool = False  # whether the two texts of a pair are read apart, as others that get embeddings
+    prompt: int = 0  # maximum bytes before a text that gets an embedding
+    apart: bool = False  # the two texts of a pair are read separately, and each gets an embedding
 
 
 NOTHING = Around()
 
 
 class TokenCounter:
-    """Counts tokens with the model's tokenizer, if it has one: it is loaded for the first text."""
+    """Counts tokens with the tokenizer of the model, if it has one, which is loaded for the first text."""
 
     def __init__(self, load: Callable[[], Tokenizer | None]) -> None:
         self._load = load
-        self._bytes = self._tokens = self._shared = 0  # of what was counted
-        self._begun = set[int]()  # hashes of all blocks, each with what stands before it
+        self._bytes = self._tokens = self._shared = 0  # of all texts that were counted
+        self._begun = set[int]()  # a hash for each block and all before it
 
     @cached_property
     def _tokenizer(self) -> Tokenizer | None:
         return self._load()
 
     def count(self, value: bytes, chat: bool = False) -> Tokens:
-        """The tokens of all texts in a value of JSON, with what the tokenizer puts around them.
-
-        The texts of a chat become one.
-        """
+        """The tokens of all texts in a JSON value, with those that the tokenizer adds. The texts of a chat become one."""
         if self._bytes + len(value) > COUNTED:
             maximum = len(value) + SPECIAL * value.count(b'"') // 2
             counted = max(self._bytes, 1)
@@ -77,7 +74,7 @@ class TokenCounter:
         return found
 
     def longest(self, value: bytes) -> int:
-        """Tokens of the longest text in a value of JSON, or its characters where they are not counted."""
+        """The tokens of the longest text in a JSON value, or the value's bytes if texts are not counted."""
         found = self.count(value)
         return max(found.texts, default=len(value))
 
@@ -88,7 +85,7 @@ class TokenCounter:
         return Tokens(sum(lengths), sum(lengths), lengths, KV_BLOCK * sum(known), sum(map(bool, known)))
 
     def _known_blocks(self, ids: list[int]) -> int:
-        """How many blocks of a text begin as earlier ones did; the others are known from now on."""
+        """The number of blocks of a text that were seen before, behind the same text; remembers the others."""
         before, known = 0, 0
         for start in range(0, len(ids) - KV_BLOCK + 1, KV_BLOCK):
             before = hash((before, *ids[start : start + KV_BLOCK]))
@@ -98,7 +95,7 @@ class TokenCounter:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All strings of a value, but the names in objects."""
+    """All strings of a value except the names in objects."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):

@@ -1,4 +1,4 @@
-"""An open directory: its files are made, replaced and removed through its handle, wherever its path leads meanwhile.
+"""An open directory. Its files are made, replaced and removed through its handle, even if its path changes.
 
 No symbolic link is followed below the directory, and no file that somebody else has put there is written to: a new
 file has a name that cannot be guessed until it is complete and takes the place of the old one.
@@ -72,7 +72,7 @@ class Directory(Descriptor):
         return file
 
     def unnamed(self) -> int:
-        """The descriptor of a new file that has no name any more, so that nothing is left of it when it is closed."""
+        """The descriptor of a new file without a name: nothing is left of it when it is closed."""
         name = f"unnamed.{secrets.token_hex(8)}.tmp"
         file = self.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         os.unlink(name, dir_fd=self._file)
@@ -83,7 +83,7 @@ class Directory(Descriptor):
         return {name for name in os.listdir(self._file) if not _TEMPORARY.fullmatch(name)}
 
     def remove_temporary_files(self) -> None:
-        """Remove what killed processes have left of `replacing`; nobody may be replacing a file meanwhile."""
+        """Remove temporary files of `replacing` in killed processes; no process may be replacing a file now."""
         for name in filter(_TEMPORARY.fullmatch, os.listdir(self._file)):
             with contextlib.suppress(OSError):
                 os.unlink(name, dir_fd=self._file)
@@ -97,7 +97,7 @@ class Directory(Descriptor):
         return os.path.samestat(found, os.fstat(file))
 
     def is_at_its_path(self) -> bool:
-        """Whether the path still leads to this directory; true where that cannot be found out."""
+        """Whether the path still leads to this directory; true if that cannot be determined."""
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(self._file))
         except (FileNotFoundError, NotADirectoryError):
@@ -115,7 +115,7 @@ class Directory(Descriptor):
 
     @contextlib.contextmanager
     def replacing(self, name: str) -> Iterator[io.BufferedRandom]:
-        """A file to write in place of `name`, which becomes it when all went well and is on disk, else is removed."""
+        """A file to write: it takes the place of `name` when all is on disk; after an error it is removed."""
         temporary = f"{name}.{secrets.token_hex(8)}.tmp"
         with explained(self.path / name):
             try:

@@ -100,7 +100,7 @@ class TextColumn:
 
 
 class RaggedColumn:
-    """Rows of different lengths: all values one behind the other, and where each row begins and the last one ends."""
+    """Rows of different lengths: all values in one dataset, and the offsets between the rows in another."""
 
     def __init__(self, group: h5py.Group, values: str, dtype: DTypeLike) -> None:
         self._values = GrowingDataset(group, values, dtype, chunk=8192)
@@ -131,9 +131,9 @@ def _append(dataset: h5py.Dataset, values: NDArray[Any]) -> None:
 
 
 class _GuardedFile:
-    """A file for the HDF5 library, which crashes if one that it has open cannot be written.
+    """A file for the HDF5 library, which crashes if a write to an open file fails.
 
-    So none of this raises: a failed write's error is kept and nothing more is written, until someone calls `check`.
+    So no method of the library raises: after a failed write nothing more is written, and `check` raises the error.
     """
 
     def __init__(self, file: int) -> None:
@@ -150,7 +150,7 @@ class _GuardedFile:
         return self._at
 
     def readinto(self, buffer: memoryview) -> int:
-        """Zeros stand for what could not be written."""
+        """Read; bytes that could not be written are zeros."""
         buffer[:] = self.read(len(buffer)).ljust(len(buffer), b"\0")
         return len(buffer)
 
@@ -176,10 +176,10 @@ class _GuardedFile:
         return size
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: each write is made at once."""
 
     def check(self) -> None:
-        """Raise what went wrong; bring to disk what has come together."""
+        """Raise the error of a failed write; sync the file if enough was written."""
         if self._error is not None:
             raise self._error
         if self._unsynced >= SYNC_BYTES:

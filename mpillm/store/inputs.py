@@ -1,6 +1,6 @@
-"""The lines of a job's input: the input itself, or what was made of one of another form.
+"""The lines of a job's input: the input itself, or lines made from an input in another format.
 
-That lies in the output directory beside the journal, is made anew by each run, and is the same if the input is.
+The lines made lie in the output directory beside the journal. Each run makes them anew; the same input gives the same.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def lines_path(spec: Spec) -> Path:
 
 
 def prepare(spec: Spec, claim: Claim) -> None:
-    """Make lines of the input if it is of another form; JobError if it cannot be read, or no table written."""
+    """Make lines if the input has another format; JobError if it cannot be read, or if no table can be written."""
     if spec.output.format != "none":
         table.check_library(spec.output.format)
     path = spec.input_path
@@ -48,7 +48,7 @@ def prepare(spec: Spec, claim: Claim) -> None:
 
 @contextmanager
 def opened(spec: Spec) -> Iterator[IO[bytes]]:
-    """The lines, also before the input is prepared; none of standard input, which can be read only once."""
+    """The lines, also before `prepare`; none of standard input, which can be read only once."""
     path = lines_path(spec)
     if path.exists():
         with path.open("rb") as file:

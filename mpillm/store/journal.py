@@ -1,4 +1,4 @@
-"""The journal: an append-only file of checked records, from which a stopped run goes on and results are made.
+"""The journal: an append-only file of records with checksums. A stopped run continues from it; results are made of it.
 
 The first record is the header (what job this is), the next one the input's lines, and then the header once more, so
 that no single damage hides what the results behind it belong to. Then come results, in the order in which they were
@@ -52,9 +52,9 @@ from mpillm.words import count_of
 log = logging.getLogger(__name__)
 
 SYNC_EVERY = 0.1  # seconds
-COUNT_EVERY = 10.0  # seconds without results, after which what was computed is noted nevertheless
+COUNT_EVERY = 10.0  # seconds after which the counts are written although there are no results
 SYNC_SHARE = 0.02
-WAITING = 1 << 10  # records that wait for it at most
+WAITING = 1 << 10  # maximum number of records that wait for a write
 
 
 class Journal(Descriptor):
@@ -133,7 +133,7 @@ class Journal(Descriptor):
         old = found.keys or b""
         if found.damage or not keys.startswith(old):
             refuse_changed_lines(self.path, old, keys, lines, self._names(found.done))
-        # From here on it is this job's, and may be written to.
+        # From here on the journal is known to be of this job, and may be written to.
         with explained(self.path):
             found = self._without_unverified(found)
             size = os.fstat(self._file).st_size
@@ -259,7 +259,7 @@ class Journal(Descriptor):
     def _cut(self) -> None:
         try:
             os.ftruncate(self._file, self._end)
-        except OSError as error:  # then the next start drops it
+        except OSError as error:  # the next start drops such bytes
             log.warning("The unfinished end of %s stays for now: %s.", self.path, error.strerror)
 
     def read(self, custom_id: str) -> Result:

@@ -1,4 +1,4 @@
-"""What a journal says to those who do not continue it: when its run began, on which layout, and how it ended."""
+"""Facts read from a journal without continuing it: when its run began, on which layout, and how it ended."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def _lines(part: Path) -> Iterator[bytes]:
 
 
 def _all_different(parts: Sequence[Path]) -> bool:
-    """Whether no custom_id occurs twice, by hashes of 8 bytes (two equal ones cost longer names, nothing else)."""
+    """Whether no custom_id occurs twice, by hashes of 8 bytes (equal hashes only make the names longer)."""
     decode = msgspec.json.Decoder(_Id).decode
     hashes = b"".join(
         blake2b(decode(line).custom_id.encode(), digest_size=8).digest()

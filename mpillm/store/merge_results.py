@@ -20,7 +20,7 @@ from mpillm.store.results import HDF5, JSONL, TIMINGS, hdf5_text
 
 CHUNK = 1 << 16  # values that are copied at once
 
-# Datasets that hold an index into another dataset, and which; the index moves by what the parts before have there.
+# Datasets that hold an index into another dataset; it is increased by the lengths of the earlier parts there.
 _INDEX = {"requests/choices": "choices/prompt", "choices/prompt": "prompts/offsets"}
 
 
@@ -62,7 +62,7 @@ def merge_results(
 def _merge_dataset(
     group: h5py.Group, path: str, sources: Sequence[h5py.File], ids: Sequence[str], check: Any
 ) -> None:
-    """Append a dataset of all parts; offsets and indices move by what the parts before hold."""
+    """Append a dataset of all parts; offsets and indices are increased by the lengths of the earlier parts."""
     name = path.rpartition("/")[2]
     dataset = sources[0][path]
     if h5py.check_string_dtype(dataset.dtype):
@@ -74,7 +74,7 @@ def _merge_dataset(
             check()
         texts.flush()
         return
-    # An offsets dataset has an entry more than there are rows: the first one is kept of the first part alone.
+    # An offsets dataset has one entry more than rows: only the first part keeps its first entry.
     offsets = name == "offsets" or path == "requests/choices"
     numbers = GrowingDataset(group, name, dataset.dtype)
     base = 0

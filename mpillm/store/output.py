@@ -1,4 +1,4 @@
-"""The output directory: who may write to it, and whether it is still where the run was told to write."""
+"""The output directory: which run may write to it, and whether it is still at its path."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def try_lock(descriptor: int, path: Path) -> bool:
 
 
 class Claim:
-    """The right to write to an output directory, until closed or until the process ends, however it ends.
+    """The right of a process to write to an output directory, until `close` or the end of the process.
 
     The lock is the kernel's (`flock`, which network file systems turn into a lock at the server), not the lock
     file's existence: a crashed run leaves nothing behind that has to be removed. All files are written through
@@ -51,7 +51,7 @@ class Claim:
     def __init__(self, path: Path, patience: float = PATIENCE) -> None:
         """Make the directory if need be; OutputError if it cannot be written, is foreign, or in use by another run.
 
-        `patience` is for how many seconds another process may still have it.
+        Another process may hold the directory for `patience` more seconds.
         """
         self.path = path
         self.since = datetime.now().astimezone()
@@ -92,11 +92,9 @@ class Claim:
                     f"Another run ({owner}) is writing to {self.path}; wait for its end or give another output."
                 )
             time.sleep(LOOK)
-        if (
-            os.fstat(self._lock).st_nlink > 1
-        ):  # some other file has been given this name, too: it stays as it is
+        if os.fstat(self._lock).st_nlink > 1:  # the lock is a hard link of another file, which stays as it is
             return
-        with contextlib.suppress(OSError):  # who holds the lock is good to know, and no more than that
+        with contextlib.suppress(OSError):  # the owner's name is only for messages
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
@@ -114,7 +112,7 @@ class Claim:
 
 
 def owner_of(lock: int) -> str:
-    """Who has written its name into the open lock file: the last process that claimed the directory."""
+    """The process named in the open lock file: the last one that claimed the directory."""
     return os.pread(lock, 200, 0).decode(errors="replace").strip()
 
 

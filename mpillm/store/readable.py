@@ -1,4 +1,4 @@
-"""Values as people and programs read them: JSON also where paths are not UTF-8."""
+"""Values for people and programs: JSON, also with paths that are not UTF-8."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def printable(text: str) -> str:
 
 
 def path_of(text: str) -> Path:
-    """The path that `printable` wrote as `text`: the text itself if there is such a file, else with its bytes."""
+    """The path that `printable` wrote as `text`: `text` itself if that file exists, else with the escaped bytes."""
     path = Path(text)
     if path.exists():
         return path

@@ -71,7 +71,7 @@ class Result(msgspec.Struct, tag="result", frozen=True):
 
 
 class PartialResult(msgspec.Struct, tag="part", frozen=True):
-    """What an unfinished choice has generated from token `start` on; earlier records have what precedes it."""
+    """The tokens of an unfinished choice from token `start` on; earlier records have those before."""
 
     custom_id: str
     key: bytes  # of its line
@@ -92,7 +92,7 @@ class UsedLayout(msgspec.Struct, tag="layout", frozen=True):
 
 
 class Counts(msgspec.Struct, tag="counts", frozen=True):
-    """What start number `start` of the run has computed so far; of each start the last record counts."""
+    """What start number `start` of the run has computed so far; the last record of each start is valid."""
 
     start: int  # from 1
     seconds: float  # of computing
@@ -100,7 +100,7 @@ class Counts(msgspec.Struct, tag="counts", frozen=True):
     generated: int
     shared: int  # of the prompts' tokens, those that were not computed
     recomputed: int
-    left: float | None = None  # seconds until the run ends, as far as anything told
+    left: float | None = None  # estimated seconds until the end of the run
 
 
 class Verified(msgspec.Struct, tag="sound", frozen=True):
@@ -120,7 +120,7 @@ class Finished(msgspec.Struct, tag="finished", frozen=True):
 
 
 class Name(msgspec.Struct, frozen=True):
-    """The fields of a result that are needed to know that it is there."""
+    """The fields of a result that identify it."""
 
     custom_id: str
     key: bytes
@@ -155,7 +155,7 @@ class Done:
         return custom_id in self._places
 
     def add(self, custom_id: str, offset: int, status: int) -> None:
-        """Note where the record of a request is that has none yet."""
+        """Remember the offset of a request's record; the request must have none yet."""
         self._places.add(custom_id, offset << STATUS_BITS | status & STATUS)
         self.failed += status != 200
 
@@ -232,7 +232,7 @@ def _read(file: int, offset: int, length: int) -> bytes:
 def scan(file: int, found: Scan | None = None) -> Scan:
     """Read a journal to its end; bytes after its last good record are an unfinished one.
 
-    `found` is what an earlier scan of the same journal has found, which this one goes on from, and changes.
+    `found` is the result of an earlier scan of the same journal: this scan continues from it, and changes it.
     """
     found = Scan() if found is None else found
     for offset, payload in good_records(file, found.end):

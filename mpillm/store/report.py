@@ -54,11 +54,11 @@ class Start(msgspec.Struct, kw_only=True):
 
 # What a rank does while others may wait for it.
 BUSY = {"compute": "computing", "weights": "waiting for weights", "kv": "waiting for KV cache on disk"}
-STANDS_OUT = 1.15  # how many times as busy as the rank in the middle
+STANDS_OUT = 1.15  # a rank is clearly slower if it is so many times as busy as the median
 
 
 class Steps(msgspec.Struct, kw_only=True):
-    """What steps could take on, and what they did."""
+    """Limits of steps, and what the steps did."""
 
     max_sequences: int
     max_tokens: int
@@ -67,8 +67,8 @@ class Steps(msgspec.Struct, kw_only=True):
     peak_sequences: int = 0  # in one step; reports of before have it under another name
     streamed: int  # bytes of weights that all ranks together load for each step
     turns: int = 0  # of sequences in steps that drew tokens for them
-    drafted: int = 0  # tokens that were computed along as guesses at the next ones
-    accepted: int = 0  # of them, those that were drawn
+    drafted: int = 0  # drafted tokens
+    accepted: int = 0  # those of them that were accepted
     drafters: dict[str, tuple[int, int]] = {}  # both, by drafter
 
 
@@ -87,7 +87,7 @@ class RankStatistics(msgspec.Struct, kw_only=True):
     weights: dict[str, float]
     # Budget, bytes, blocks; layers_in_file, read, written, stalls, stall_seconds if it spills.
     kv: dict[str, float]
-    experts: dict[str, float] = {}  # as weights, of a mixture's experts, which weights has none of then
+    experts: dict[str, float] = {}  # the same for a mixture's experts, which `weights` then does not count
     messages: dict[str, dict[str, float]]  # per kind: messages, bytes_sent, bytes_received, seconds waited
     memory: dict[str, int] = {}  # what was planned, at most: weights, kv, activations, process
     memory_peak: int = 0  # of the process, as the system counts it
@@ -99,8 +99,8 @@ class Planned(msgspec.Struct, kw_only=True):
 
     seconds: float  # for what the input asks for
     of_computed: float  # for the tokens that were computed by this start
-    limit: str  # what was to take most of a step
-    bubble: float  # the part of a step in which stages were to wait for each other
+    limit: str  # what takes most of a step, by the plan
+    bubble: float  # the part of a step in which stages wait for each other, by the plan
 
 
 class Report(msgspec.Struct, kw_only=True):
@@ -165,7 +165,7 @@ class Report(msgspec.Struct, kw_only=True):
         return waited / self.computing if self.computing else 0.0
 
     def slowest(self) -> tuple[RankStatistics, str] | None:
-        """The rank for which the others wait, and what it does most of the time; None if no rank stands out."""
+        """The rank for which the others wait, and what takes most of its time; None if no rank is clearly slower."""
         busy = [sum(rank.seconds.get(key, 0.0) for key in BUSY) for rank in self.ranks]
         at = max(range(len(busy)), key=busy.__getitem__, default=0)
         others = sorted(busy[:at] + busy[at + 1 :])
@@ -183,7 +183,7 @@ class Report(msgspec.Struct, kw_only=True):
         return max(1 - at_work / (len(known) * self.computing), 0.0)
 
     def expert_hits(self) -> tuple[int, int]:
-        """How often an expert was still in memory when it was used, and all its uses, on all ranks."""
+        """How many uses of experts found them in memory, and all uses, on all ranks."""
         counts = [(rank.experts["hits"], rank.experts["misses"]) for rank in self.ranks if rank.experts]
         hits = sum(hit for hit, _ in counts)
         return int(hits), int(hits + sum(missed for _, missed in counts))

@@ -257,7 +257,7 @@ def _rank_table(report: Report) -> str:
 
 
 def _paging_tables(report: Report) -> Iterator[str]:
-    """How often weights were in memory, of what is not there all the time."""
+    """For weights and experts that are paged, how often they were found in memory."""
     head = ["rank", "budget", "held at most", "found in memory", "loaded", "waits", "seconds waited"]
     for kind, paged in (("weights", report.batch.streamed), ("experts", True)):
         caches = [(rank.rank, getattr(rank, kind)) for rank in report.ranks]

@@ -170,7 +170,7 @@ class _ResultColumns:
         self._first_prompt = 0
 
     def add(self, line: Line, result: Result | None) -> None:
-        """A request; None for one whose line is bad."""
+        """Add a request; None for a bad line."""
         self._custom_id.add(hdf5_text(line.custom_id))
         self._line.add(line.number)
         self._status.add(400 if result is None else result.status)
@@ -190,7 +190,7 @@ class _ResultColumns:
         self._first_prompt += len(result.prompts)
 
     def flush(self) -> None:
-        """Write what is held."""
+        """Write the buffered values."""
         for column in vars(self).values():
             if isinstance(column, GrowingDataset | TextColumn | RaggedColumn):
                 column.flush()

@@ -88,6 +88,6 @@ def _as_numbers(keys: bytes) -> NDArray[np.uint64]:
 
 
 def _are_in(numbers: NDArray[np.uint64], wanted: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Which of the wanted ones are among sorted numbers, of which there is at least one."""
+    """Whether each of the wanted numbers is among sorted numbers, which are not empty."""
     found: NDArray[np.bool_] = numbers[np.searchsorted(numbers, wanted).clip(max=len(numbers) - 1)] == wanted
     return found

@@ -1,4 +1,4 @@
-"""How far a run is, read from its journal without touching it: while it runs, after it stopped, and after its end."""
+"""The progress of a run, read from its journal, which stays as it is: during the run, after a stop and at the end."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Status(msgspec.Struct, kw_only=True, frozen=True):
     prompt_tokens: int  # of all starts, without those that were shared
     generated_tokens: int
     owner: str = ""  # the process that runs it
-    left: float | None = None  # seconds that a running one needs still, by what it wrote last
+    left: float | None = None  # seconds until the end, by the last record of a running one
 
     @property
     def exit_code(self) -> int:
@@ -153,7 +153,7 @@ class Reader:
             total=total,
             answered=total
             if found.finished
-            else len(found.done),  # lines that are no requests are errors, too
+            else len(found.done),  # lines that are no requests count as errors
             errors=found.finished.errors if found.finished else found.done.failed,
             partial=len(found.partial),
             damaged=sum(end - start for start, end in found.damage),

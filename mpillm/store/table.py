@@ -89,7 +89,7 @@ def write(directory: Directory, lines: Path, digest: str | None, format: TableFo
 
 
 def row_of(line: Row) -> Row:
-    """What a table says of a line of results.jsonl, of its first choice or text; null is what it has not.
+    """A table's row for a line of results.jsonl, with its first choice or text; what the line lacks is null.
 
     `custom_id`, `status`, `error`; `text` (of a multiple choice the likeliest), `reasoning`, `tool_calls`,
     `finish_reason`; `logprob`, the sum over a prompt that was scored, or over the likeliest choice; `embedding`;
@@ -161,7 +161,7 @@ def _joined(directory: Directory, lines: Path, digest: str | None) -> Iterator[t
 
 
 def _columns(raw: bytes) -> Row:
-    """The columns of a row; none if it is no object."""
+    """The columns of a row; empty if the row is no object."""
     try:
         row = decode_line(raw)
     except RequestError:
@@ -171,7 +171,7 @@ def _columns(raw: bytes) -> Row:
 
 @dataclass
 class _TableColumns:
-    """The columns of a table, and of which kinds their values are, which are not null."""
+    """The columns of a table, and the kinds of their values other than null."""
 
     rows: dict[str, set[str]] = field(default_factory=dict)
     answers: dict[str, set[str]] = field(default_factory=dict)

@@ -63,7 +63,7 @@ def _events(ranks: list[RankTrace], later: list[float]) -> Iterator[dict[str, An
         for thread, number in numbers.items():
             yield _named("thread_name", process, number, thread[1])
         for span in spans:
-            # Both ends are rounded alike, so that what lies in another span still does.
+            # Both ends are rounded in the same way, so nested spans stay nested.
             begin, end = (round(1e9 * (at + more)) for at in (span.start, span.start + span.seconds))
             event = {
                 "ph": "X",
