@@ -54,7 +54,7 @@ class TokenCounter:
         return self._load()
 
     def count(self, value: bytes, chat: bool = False) -> Tokens:
-        """The tokens of all texts in a JSON value, with those that the tokenizer adds. The texts of a chat become one."""
+        """The tokens of all texts in a JSON value, and those the tokenizer adds; the texts of a chat become one."""
         if self._bytes + len(value) > COUNTED:
             maximum = len(value) + SPECIAL * value.count(b'"') // 2
             counted = max(self._bytes, 1)
