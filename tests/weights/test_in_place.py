@@ -5,7 +5,6 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
-from weakref import ReferenceType, ref
 
 import numpy as np
 import pytest
@@ -19,10 +18,10 @@ from mpillm.weights import fill
 from mpillm.weights.formats import in_place
 from mpillm.weights.formats.in_place import InPlaceLoader
 from mpillm.weights.formats.loaders import UnpackedLoader
-from mpillm.weights.io.reading import Bytes, new_buffer
+from mpillm.weights.io.reading import new_buffer
 from mpillm.weights.page import Matrix, Page
 from mpillm.weights.paging.cache import WeightCache
-from mpillm.weights.plan import ALIGNMENT, PagePlan
+from mpillm.weights.plan import ALIGNMENT, PagePlan, PageTensor
 from mpillm.weights.roles import Key
 from mpillm.weights.source import rank_plans
 from tests.tools.packing import expected, model_path, outcome
@@ -90,28 +89,30 @@ def test_answers_are_the_same_while_pages_are_packed(name: str, monkeypatch: pyt
     assert events[:3] == ["step", "renewed", "step"]
 
 
-def test_a_page_is_dropped_before_the_next_one_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows in llama.cpp's order lie in buffers beside the file: they are not in memory twice for all layers."""
-    with closing(open_source(model_path(NAMES[0]))) as source:
-        pages = rank_plans(config_of(source), Place(0, 1, 1), source)
-        model_path(NAMES[0]).read_bytes()
+@pytest.mark.parametrize("name", NAMES)
+def test_what_lies_beside_the_file_is_made_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as rows in llama.cpp's order: made again with the packed blocks, they would be in memory twice."""
+    filled, plain = list[PageTensor](), in_place.fill
+
+    def counted(pages: Any, *given: Any) -> None:
+        filled.extend(entry for page in pages for entry, _ in page)
+        plain(pages, *given)
+
+    monkeypatch.setattr(in_place, "fill", counted)
+    with closing(open_source(model_path(name))) as source:
+        pages = [page for page in rank_plans(config_of(source), Place(0, 1, 1), source) if page.expert < 0]
+        model_path(name).read_bytes()
         loader = source.open_loader("auto", 2, pages, False)
         assert isinstance(loader, InPlaceLoader)
         with closing(WeightCache(pages, loader, sum(page.nbytes for page in pages))) as cache:
-            before = list[ReferenceType[Bytes]]()
             for number in range(len(pages)):
-                with cache.use(number) as page:
-                    before += [ref(page.buffer.base)] if page.buffer.nbytes else []
-                    del page
-            left, filled = list[int](), in_place.fill
-
-            def counted(*given: Any) -> None:
-                left.append(sum(buffer() is not None for buffer in before))
-                filled(*given)
-
-            monkeypatch.setattr(in_place, "fill", counted)
+                with cache.use(number):
+                    pass
+            beside = len(filled)
             cache.renew(lambda: None)
-            assert len(before) == left[0] > left[-1]
+        entries = [entry for page in pages for entry in page.entries if not source.in_file(entry)]
+        assert sorted(map(id, filled)) == sorted(map(id, entries))
+        assert 0 < beside < len(filled)
 
 
 def test_threads_that_pack_a_page_leave_nothing_of_it_mapped(monkeypatch: pytest.MonkeyPatch) -> None:

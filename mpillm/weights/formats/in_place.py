@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import accumulate
@@ -60,8 +60,8 @@ class InPlaceLoader(MappingLoader):
     """Pages whose matrices are used where they lie in the files, which ranks of a node share.
 
     What products cannot take so (vectors, rows in another order, columns of a matrix) is made ready in a buffer beside.
-    Pages that have blocks in place are made once more before the second step: with all blocks packed, which products
-    take faster. Neither way changes a result.
+    Before the second step blocks in place are packed, which products take faster; the buffers beside stay. Neither way
+    changes a result.
 
     The files are mapped once more for it, for what is read of them otherwise gives its pages back.
     """
@@ -73,12 +73,30 @@ class InPlaceLoader(MappingLoader):
         self._source = source
         self._threads = threads
         self._to_pack = [page for page in pages if any(map(self._for_now, page.entries))]
+        self._places = {
+            page.name: dict[int, Placed]() for page in self._to_pack
+        }  # of what is not packed anew
 
     def allocate(self, plan: PagePlan, dropped: list[Bytes]) -> Bytes:
-        return new_buffer(self._beside(plan, self._source.in_place), ALIGNMENT)
+        memory = new_buffer(
+            _nbytes(entry for entry in plan.entries if not self._source.in_place(entry)), ALIGNMENT
+        )
+        spread(memory, self._threads)
+        return memory
 
     def load(self, plan: PagePlan, buffer: Bytes) -> Page:
-        return self._laid_out(plan, buffer, self._source.in_place)
+        places = dict[int, Placed]()
+        for entry in plan.entries:
+            if there := self._source.in_place(entry):
+                memory = self._maps[there.file].view(there.offset, there.nbytes)
+                self._make_resident(there.file, memory)
+                places[entry.offset] = Placed(memory, there.row_bytes)
+        places |= self._filled([entry for entry in plan.entries if entry.offset not in places], buffer)
+        if plan.name in self._places:
+            self._places[plan.name] = {
+                entry.offset: places[entry.offset] for entry in plan.entries if not self._for_now(entry)
+            }
+        return Page(plan, buffer, places)
 
     def renewed(self) -> Iterator[tuple[PagePlan, Page]]:
         """Pack the pages that have blocks in place, the first time that this is called.
@@ -89,50 +107,42 @@ class InPlaceLoader(MappingLoader):
         to_pack, self._to_pack = self._to_pack, []
         if not to_pack:
             return
-        sizes = [self._beside(plan, self._for_good) for plan in to_pack]
+        blocks = [list(filter(self._for_now, plan.entries)) for plan in to_pack]
+        sizes = list(map(_nbytes, blocks))
         memory = new_buffer(sum(sizes), ALIGNMENT)
         spread(memory, self._threads)
         with ThreadPoolExecutor(self._threads, "weights-packed") as pool:
-            for plan, size, end in zip(to_pack, sizes, accumulate(sizes), strict=True):
-                self._unmap(plan)
-                yield plan, self._laid_out(plan, memory[end - size : end], self._for_good, pool)
+            for plan, entries, size, end in zip(to_pack, blocks, sizes, accumulate(sizes), strict=True):
+                self._unmap(entries)
+                own = memory[end - size : end]
+                yield plan, Page(plan, own, self._places.pop(plan.name) | self._filled(entries, own, pool))
 
     def release(self, plan: PagePlan) -> None:
         """The maps go when the files are closed: the next run finds the pages where they are."""
 
-    def _unmap(self, plan: PagePlan) -> None:
+    def _unmap(self, entries: Iterable[PageTensor]) -> None:
         """Give back the mapped pages of blocks that are packed now."""
-        for entry in filter(self._for_now, plan.entries):
+        for entry in entries:
             if there := self._source.in_place(entry):
                 self._maps[there.file].release(there.offset, there.nbytes)
-
-    def _for_good(self, entry: PageTensor) -> StoredRows | None:
-        return self._source.in_place(entry) if self._source.in_file(entry) else None
 
     def _for_now(self, entry: PageTensor) -> bool:
         return self._source.in_place(entry) is not None and not self._source.in_file(entry)
 
-    def _beside(self, plan: PagePlan, place: Callable[[PageTensor], StoredRows | None]) -> int:
-        """Bytes of what is made ready in a buffer."""
-        return sum(aligned(entry.nbytes) for entry in plan.entries if place(entry) is None)
+    def _filled(
+        self, entries: Sequence[PageTensor], buffer: Bytes, pool: Executor | None = None
+    ) -> dict[int, Placed]:
+        """The places of entries that are made ready in a buffer, one behind the other."""
+        ends = accumulate(aligned(entry.nbytes) for entry in entries)
+        places = {
+            entry.offset: Placed(buffer[(first := end - aligned(entry.nbytes)) : first + entry.nbytes], 0)
+            for entry, end in zip(entries, ends, strict=True)
+        }
+        made = [[(entry, places[entry.offset].data)] for entry in entries]
+        fill(made, self._source, pool, min(CHUNK, UNDER_WAY // self._threads))
+        return places
 
-    def _laid_out(
-        self,
-        plan: PagePlan,
-        buffer: Bytes,
-        place: Callable[[PageTensor], StoredRows | None],
-        pool: Executor | None = None,
-    ) -> Page:
-        """The page with its entries at their places in the files, and the others in the buffer."""
-        places, at, beside = {}, 0, []
-        for entry in plan.entries:
-            if there := place(entry):
-                memory = self._maps[there.file].view(there.offset, there.nbytes)
-                self._make_resident(there.file, memory)
-                places[entry.offset] = Placed(memory, there.row_bytes)
-                continue
-            places[entry.offset] = Placed(buffer[at : at + entry.nbytes], 0)
-            beside.append([(entry, places[entry.offset].data)])
-            at += aligned(entry.nbytes)
-        fill(beside, self._source, pool, min(CHUNK, UNDER_WAY // self._threads))
-        return Page(plan, buffer, places)
+
+def _nbytes(entries: Iterable[PageTensor]) -> int:
+    """Bytes of entries that are made ready in a buffer."""
+    return sum(aligned(entry.nbytes) for entry in entries)
