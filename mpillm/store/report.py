@@ -9,6 +9,7 @@ import msgspec
 
 from mpillm.errors import JobError
 from mpillm.store.directory import Directory
+from mpillm.store.output import JOURNAL
 from mpillm.store.readable import as_json
 
 JSON = "report.json"
@@ -220,7 +221,8 @@ def read(directory: Path) -> Report:
                 f"There is no finished run in {directory} itself, but in directories inside it: give one of them, or "
                 f"merge the parts of an array with mpillm merge {directory} --output DIR."
             ) from None
-        raise JobError(f"There is no finished run in {directory}: it has no {JSON}.") from None
+        begun = f"; mpillm status {directory} shows how far it is" if (directory / JOURNAL).exists() else ""
+        raise JobError(f"There is no finished run in {directory}: it has no {JSON}{begun}.") from None
     except NotADirectoryError:
         raise JobError(f"{directory} is a file; give the output directory of a run.") from None
     except OSError as error:

@@ -380,6 +380,9 @@ def test_the_plots_know_all_that_is_counted() -> None:
 def test_a_directory_without_a_finished_run(tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r"^There is no finished run in \S+: it has no report\.json\.$"):
         report_page.write_html(tmp_path)
+    (tmp_path / "journal").touch()
+    with pytest.raises(JobError, match=r"no report\.json; mpillm status \S+ shows how far it is\.$"):
+        report_page.write_html(tmp_path)
     (tmp_path / "report.json").write_text('{"model": 3}')
     with pytest.raises(JobError, match=r"report\.json is not one of this mpillm: "):
         report.read(tmp_path)
