@@ -135,7 +135,10 @@ def _budget(value: Any) -> float:
 
 
 def _own(key: str, value: Any, rank: int, host: str) -> Any:
-    """A rank's own value of a key; hosts on paper that are alike have a number behind their name."""
+    """A rank's own value of a key; hosts on paper that are alike have a number behind their name.
+
+    If hosts are not known (""), as for the supervisor, it is any that a table has.
+    """
     if isinstance(value, list):
         if rank >= len(value):
             raise JobError(
@@ -146,6 +149,8 @@ def _own(key: str, value: Any, rank: int, host: str) -> Any:
         for name in (host, host.partition(" (")[0], "default"):
             if name in value:
                 return value[name]
+        if value and not host:
+            return next(iter(value.values()))
         raise JobError(f'{key} has no value for the host {host!r}; add one, or one for "default".')
     return value
 

@@ -138,6 +138,7 @@ def test_as_many_ranks_as_work(tmp_path: Path) -> None:
     spec = job(tmp_path, model)
     assert [ranks_that_work(spec, maximum) for maximum in (1, 2, 3, 4, 9)] == [1, 2, 2, 4, 4]
     assert ranks_that_work(job(tmp_path, model, "layout.stages=2"), 3) == 2
+    assert ranks_that_work(job(tmp_path, model, 'memory.kv={pi="1GiB", nuc="2GiB"}'), 2) == 2
     with pytest.raises(LayoutError, match="cannot be laid out on 1 rank"):
         ranks_that_work(job(tmp_path, model, "layout.stages=2"), 1)
     with pytest.raises(LayoutError, match=r"memory\.weights = 1KiB is too small"):
