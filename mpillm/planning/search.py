@@ -116,11 +116,13 @@ def _reason(machines: Machines, without: Sequence[int], why: str) -> str:
 
 
 def by_itself(spec: Spec) -> bool:
-    """Whether the job leaves its layout open, and has no values for ranks by their numbers."""
+    """Whether the job leaves its layout open, and has neither a budget for weights nor values for ranks by numbers.
+
+    A budget is that of each rank: fewer of them would hold less of the model.
+    """
     layout = spec.layout
-    return (layout.replicas, layout.stages, layout.shards, layout.hosts) == ("auto",) * 4 and not by_rank(
-        spec
-    )
+    left_open = (layout.replicas, layout.stages, layout.shards, layout.hosts) == ("auto",) * 4
+    return left_open and spec.memory.weights == "all" and not by_rank(spec)
 
 
 def by_rank(spec: Spec) -> bool:

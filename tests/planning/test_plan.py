@@ -357,6 +357,8 @@ def test_ranks_without_a_core_are_in_reserve(tmp_path: Path) -> None:
     assert few.in_reserve == ["on a, 2 of 4 ranks are kept in reserve, because there are only 2 cores"]
     assert few.in_reserve[0] in " ".join(plan_text.as_text(few).split())
     assert (len(few.ranks), len(every.ranks), every.in_reserve) == (4, 6, [])
+    paged = made("memory.weights=64MiB")
+    assert (len(paged.ranks), paged.in_reserve) == (6, []), "a budget is that of each rank"
     assert few.free == [2**32] * 4  # those that compute share what is free
     machines = hosts.read(file)
     assert machines.computing()[0].speeds[0] == machines.speeds[0].shared_by(0.5)
