@@ -34,6 +34,8 @@ class World(Exchange):
     def __init__(self, comm: MPI.Intracomm, meeting: Meeting | None = None) -> None:
         """`meeting` watches for ranks that do not start; after the start the heartbeat watches them."""
         self._meeting = meeting
+        #: this rank's number and the number of ranks when the run was started, as in a file of hosts
+        self.number, self.started = comm.Get_rank(), comm.Get_size()
         #: whether the others can go on when a rank dies (see `faults`)
         self.survives = comm.Get_size() > 1 and faults.survivable(os.environ)
         self.lost = 0  # number of ranks that were lost so far

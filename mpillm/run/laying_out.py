@@ -141,7 +141,8 @@ class LayoutChoice:
         """The machines, with what is known of their speeds before any is measured now."""
         world, file = self._world, self._spec.layout.hosts
         if file != "auto":
-            known = world.on_rank_0(lambda: hosts.read(Path(file), world.size))
+            numbers = world.gather(world.number)  # some may have been lost while they started
+            known = world.on_rank_0(lambda: hosts.read(Path(file), world.started).of_ranks(numbers))
             return replace(self._machines(), speeds=known.speeds, measured=known.measured)
         if not (self._paces and self._leave_out):
             return self._machines()

@@ -23,11 +23,13 @@ from mpillm.weights.source import Source
 
 def model_path(world: World, spec: Spec, progress: Progress) -> Path:
     """Return the model's path: rank 0 fetches it if needed, then every rank finds it on its own node (collective)."""
-    for ranks in (range(1), range(1, world.size)):
-        with world.together():
-            if world.rank in ranks:
-                path = models.resolve(spec.model_on(world.host), progress.downloading)
-    return path
+
+    def resolve() -> Path:
+        return models.resolve(spec.model_on(world.host), progress.downloading)
+
+    path = world.on_rank_0(resolve)
+    with world.together():
+        return resolve() if world.rank else path
 
 
 def model_name(path: Path) -> str:

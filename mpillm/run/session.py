@@ -123,8 +123,8 @@ class Session:
     def _lay_out(self) -> None:
         """Choose the layout, and the ranks that have a place in it (collective)."""
         world, origin = self.world, self._origin
-        with world.together():
-            self.spec = spec = self.job.on_rank(world.rank, world.host)
+        # Every rank looks at all of them, so that all find the same error without a message.
+        self.spec = spec = [self.job.on_rank(*rank) for rank in enumerate(world.hosts)][world.rank]
         assert isinstance(spec.layout.threads, (str, int))
         self.threads = world.threads(spec.layout.threads)
         world.limit_threads(self.threads)

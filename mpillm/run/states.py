@@ -18,6 +18,8 @@ import gc
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import partial
 
 from mpillm.comm.world import World
 from mpillm.engine.worker import follow
@@ -262,10 +264,7 @@ def begin(
     """
     world, entered = rank.world, time.monotonic()
     with ExitStack() as unless_begun, explaining(losses):
-        with world.together():
-            if world.rank == 0:
-                inputs.prepare(rank.spec, rank.claim)
-        since = world.on_rank_0(lambda: began(rank.claim))
+        since = world.on_rank_0(partial(_prepare, rank))
         path = model_path(world, rank.spec, rank.progress)
         spec, shards = rank.kept(origin)
         say = rank.progress.say
@@ -285,3 +284,9 @@ def begin(
             computation.job.warn(what_was_slow(slowed, session, time.monotonic() - entered))
         unless_begun.pop_all()
     return Leading(computation) if computation is not None else Following(session, assistant, losses)
+
+
+def _prepare(rank: RankContext) -> datetime:
+    """Prepare the input; return when the run began. For rank 0, which does not wait for the others here."""
+    inputs.prepare(rank.spec, rank.claim)
+    return began(rank.claim)
