@@ -140,7 +140,7 @@ def test_who_stops_the_supervisor_stops_the_run(
             "launch starts run, doctor, chat, serve, bench and pack; type mpillm plan without it.",
         ),
         (["-n", "0", "run"], "-n 0 is not a number of ranks"),
-        (["--hostfile", "/nowhere", "run"], "The hostfile /nowhere cannot be read"),
+        (["--hostfile", "/nowhere", "run"], "The hostfile /nowhere does not exist; mpillm init"),
     ],
 )
 def test_mistakes_are_not_repeated(openmpi: Mpi, words: list[str], said: str) -> None:
