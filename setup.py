@@ -1,4 +1,4 @@
-"""Builds the compiled kernels; everything else about the package is in pyproject.toml.
+"""Builds the compiled kernels and the long description; everything else about the package is in pyproject.toml.
 
 The kernels are optional: without a C compiler or Python's headers the package still installs, and NumPy serves.
 """
@@ -6,6 +6,7 @@ The kernels are optional: without a C compiler or Python's headers the package s
 from __future__ import annotations
 
 import os
+import re
 import runpy
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -123,4 +124,16 @@ def kernels() -> list[Extension]:
     return built
 
 
-setup(ext_modules=kernels(), cmdclass={"build_ext": Build})
+def description() -> str:
+    """README.md for a package index, where links to files of the checkout lead nowhere: their texts, no pictures."""
+    text = Path("README.md").read_text(encoding="utf-8")
+    text = re.sub(r"^(<!--.*-->|!\[.*\]\(docs/.*\))\n\n", "", text, flags=re.M)
+    return re.sub(r"\[([^]]*)\]\((?!https?:)[^)]*\)", r"\1", text)
+
+
+setup(
+    ext_modules=kernels(),
+    cmdclass={"build_ext": Build},
+    long_description=description(),
+    long_description_content_type="text/markdown",
+)

@@ -117,7 +117,13 @@ def test_a_wheel_of_the_source_archive_is_that_of_the_checkout(checkout: Path, t
         assert done.returncode == 0, done.stderr
         with zipfile.ZipFile(next(out.iterdir())) as wheel:
             wheels.append({name: wheel.getinfo(name).CRC for name in wheel.namelist()})
+            metadata = wheel.read(f"mpillm-{mpillm.__version__}.dist-info/METADATA").decode()
     assert wheels[0] == wheels[1]
+    assert "Description-Content-Type: text/markdown" in metadata
+    assert "\n# mpillm\n" in metadata
+    assert not re.findall(r"\]\((?!https?:)|<!--", metadata), (
+        "an index has no files that a link could lead to"
+    )
     assert {
         "mpillm/serve/page/app.js",
         "mpillm/slurm/run.sh",
