@@ -103,7 +103,15 @@ class LayoutChoice:
         world, spec = self._world, with_wire(self._spec, origin.wire)
         speeds, machines = world.gather(origin.speed_now), self._machines()
         self._prepare()
-        known = [speed for speed in speeds if speed is not None]
+        # One that was in reserve for want of a core replaces one on its host.
+        here = {
+            host: speed for host, speed in zip(world.nodes.numbers, speeds, strict=True) if speed is not None
+        }
+        known = [
+            speed or here[host]
+            for host, speed in zip(world.nodes.numbers, speeds, strict=True)
+            if host in here
+        ]
         if len(known) == world.size:
             machines = replace(machines, speeds=known, measured=True)
 

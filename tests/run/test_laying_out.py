@@ -125,6 +125,32 @@ def test_a_job_for_one_host_is_measured_only_if_shards_may_save_more(
     assert bool(made) == measures
 
 
+def test_a_rank_from_the_reserve_is_as_fast_as_another_one_of_its_host(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    used: list[Sequence[Speed]] = []
+
+    def searched(self: LayoutChoice, job: spec.Spec, machines: Machines, worth: float = 1.0) -> LaidOut:
+        used.append(machines.speeds)
+        return LaidOut(Chosen((Replica(0, 2, 1),), ""), machines, range(2))
+
+    monkeypatch.setattr(LayoutChoice, "_search", searched)
+    job: Any = spec.load(None, (), model="model", input="in", output="out")
+    origin: Any = SimpleNamespace(
+        wire="f32", speed_now=ASSUMED, laid_out=lambda world, wire: (Replica(0, 2, 1),)
+    )
+    for numbers, speeds, known in [
+        ([0, 0], [ASSUMED, None], [[ASSUMED, ASSUMED]]),
+        ([0, 1], [ASSUMED, None], []),  # another host may have any speed
+    ]:
+        used.clear()
+        world = World("a", "b")
+        world.nodes.numbers = numbers
+        monkeypatch.setattr(world, "gather", lambda own, speeds=speeds: speeds)
+        choice(world, job, SimpleNamespace(path=tmp_path / "model")).again(origin)
+        assert used == known
+
+
 def test_later_runs_on_the_same_hosts_do_not_measure_them_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
