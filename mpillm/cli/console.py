@@ -77,7 +77,7 @@ class Console:
     @contextmanager
     def requests(self, total: int, done: int, tokens: int) -> Iterator[Bar]:
         """A line of requests, with rates and the time left; `done` and `tokens` are not of this time."""
-        if not self._live or not self._speaks():
+        if not (total and self._live and self._speaks()):  # a live line of no requests would tell nothing
             yield ProgressLines(total, self.say, done, Rates(tokens))
             return
         with tqdm(

@@ -19,6 +19,7 @@ import pytest
 
 from mpillm import cli
 from mpillm.cli import progress, terminal
+from mpillm.cli.console import Console
 from mpillm.cli.streams import Unfailing
 from mpillm.run.progress import ProgressState
 from tests.conftest import Mpi, clean_environment, run_bounded
@@ -97,6 +98,15 @@ def test_few_accepted_drafts_are_not_told() -> None:
     assert [progress._waits_and_drafts(one) for one in per_pass] == [
         plain, plain, plain.replace(", waits", ", 1.2 tokens/pass, waits"),
     ]  # fmt: skip
+
+
+def test_no_live_line_of_no_requests(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console()
+    console._live = True
+    for total in (0, 2):
+        with console.requests(total, 0, 0) as bar:
+            bar.update(total, lambda: state(5))
+        assert ("requests" in capsys.readouterr().err) == (total > 0)
 
 
 def test_a_sentence_does_not_go_on_with_a_live_line() -> None:
