@@ -65,36 +65,43 @@ def test_the_command_exists() -> None:
     assert callable(getattr(importlib.import_module(module), function))
 
 
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
+def copied(to: Path) -> Path:
     """A copy of what a build reads, so that nothing is built in place."""
     listed = run_bounded(["git", "ls-files"], cwd=ROOT).stdout.split()
     names = listed or [str(path.relative_to(ROOT)) for path in ROOT.glob("*/**/*") if path.is_file()]
-    folder = tmp_path / "checkout"
     for name in names:
         if name.startswith(BUILT_FROM) or "/" not in name:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes((ROOT / name).read_bytes())
-    return folder
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            (to / name).write_bytes((ROOT / name).read_bytes())
+    return to
 
 
-def build(what: str, checkout: Path, **env: str) -> list[str]:
-    """Return the names of the files in a new wheel or sdist."""
-    out = checkout.parent / "dist"
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copied(tmp_path_factory.mktemp("packaging") / "checkout")
+
+
+@pytest.fixture(scope="module")
+def archive(checkout: Path) -> Path:
+    """The source archive."""
+    return build("sdist", checkout, checkout.parent / "sdist")
+
+
+def build(what: str, source: Path, out: Path, **env: str) -> Path:
+    """The wheel or the source archive that is built from a checkout."""
     code = f"from setuptools import build_meta; build_meta.build_{what}({str(out)!r})"
-    done = run_bounded([sys.executable, "-c", code], env=clean_environment(**env), cwd=checkout)
+    done = run_bounded([sys.executable, "-c", code], env=clean_environment(**env), cwd=source)
     assert done.returncode == 0, done.stderr
-    (archive,) = out.iterdir()
-    if what == "wheel":
-        return zipfile.ZipFile(archive).namelist()
-    with tarfile.open(archive) as tar:
-        return [name.partition("/")[2] for name in tar.getnames()]
+    (built,) = out.iterdir()
+    return built
 
 
-def test_a_source_archive_has_what_a_build_needs(checkout: Path) -> None:
+def test_a_source_archive_has_what_a_build_needs(checkout: Path, archive: Path) -> None:
     """Without the headers of the kernels, `pip install` from an archive would fall back to NumPy."""
-    there = {str(path.relative_to(checkout)) for path in checkout.glob("**/*") if path.is_file()}
-    inside = set(build("sdist", checkout))
+    tracked = copied(checkout.parent / "tracked")
+    there = {str(path.relative_to(tracked)) for path in tracked.glob("**/*") if path.is_file()}
+    with tarfile.open(archive) as tar:
+        inside = {name.partition("/")[2] for name in tar.getnames()}
     assert {name for name in there if name.startswith(BUILT_FROM)} <= inside
     assert not {name for name in inside if Path(name).match("cython/*.c")}, (
         "made by Cython, for one version of it"
@@ -102,53 +109,36 @@ def test_a_source_archive_has_what_a_build_needs(checkout: Path) -> None:
     assert not {name for name in inside if name.startswith("tests")}, "without their files they do not run"
 
 
-def test_a_wheel_of_the_source_archive_is_that_of_the_checkout(checkout: Path, tmp_path: Path) -> None:
-    build("sdist", checkout)
-    (archive,) = (tmp_path / "dist").iterdir()
+def test_without_a_compiler_wheels_of_the_archive_and_the_checkout_are_equal(
+    checkout: Path, archive: Path, tmp_path: Path
+) -> None:
+    """No compiler, or one that fails (as it does without Python's headers): NumPy's kernels serve."""
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path / "unpacked", filter="data")
-    archive.unlink()
     (unpacked,) = (tmp_path / "unpacked").iterdir()
     wheels = []
-    for source in (checkout, unpacked):
-        out = tmp_path / f"from {source.name}"
-        code = f"from setuptools import build_meta; print(build_meta.build_wheel({str(out)!r}))"
-        done = run_bounded([sys.executable, "-c", code], env=clean_environment(CC="false"), cwd=source)
-        assert done.returncode == 0, done.stderr
-        with zipfile.ZipFile(next(out.iterdir())) as wheel:
+    for source, compiler in ((checkout, "/nowhere/cc"), (unpacked, "false")):
+        with zipfile.ZipFile(build("wheel", source, tmp_path / f"of {source.name}", CC=compiler)) as wheel:
             wheels.append({name: wheel.getinfo(name).CRC for name in wheel.namelist()})
             metadata = wheel.read(f"mpillm-{mpillm.__version__}.dist-info/METADATA").decode()
     assert wheels[0] == wheels[1]
     assert "Description-Content-Type: text/markdown" in metadata
     assert "\n# mpillm\n" in metadata
-    assert not re.findall(r"\]\((?!https?:)|<!--", metadata), (
-        "an index has no files that a link could lead to"
-    )
-    assert {
-        "mpillm/serve/page/app.js",
-        "mpillm/slurm/run.sh",
-        "mpillm/jobs/quickstart.toml",
-        "mpillm/docs/index.md",
-    } <= set(wheels[0])
-
-
-@pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
-def test_without_a_compiler_it_is_installed_all_the_same(checkout: Path, compiler: str) -> None:
-    """No compiler, or one that fails (as it does without Python's headers): NumPy's kernels serve."""
-    names = build("wheel", checkout, CC=compiler)
-    assert "mpillm/kernels/reference/products.py" in names
+    links = re.findall(r"\]\((?!https?:)|<!--", metadata)
+    assert not links, "an index has no files that a link could lead to"
+    names = set(wheels[0])
+    assert {"mpillm/serve/page/app.js", "mpillm/kernels/reference/products.py"} <= names
     assert not [name for name in names if name.endswith((".so", RECORD))]
     beside = {
         path for folder in BESIDE.values() for path in (checkout / folder).glob("*.*") if path.is_file()
     }
-    assert {f"mpillm/{path.relative_to(checkout)}" for path in beside if path.name != "__init__.py"} <= set(
-        names
-    )
+    assert {f"mpillm/{path.relative_to(checkout)}" for path in beside if path.name != "__init__.py"} <= names
 
 
 @pytest.mark.skipif(not COMPILED, reason="the kernels are not compiled here")
-def test_a_checkout_uses_installed_kernels_of_the_same_sources(checkout: Path, tmp_path: Path) -> None:
+def test_a_checkout_uses_installed_kernels_of_the_same_sources(tmp_path: Path) -> None:
     """`pip install .` and then `python -m mpillm` in the checkout: the compiled modules lie elsewhere."""
+    checkout = copied(tmp_path / "checkout")
     site, header = tmp_path / "site/mpillm/kernels", checkout / "cython/core/kernels.h"
     site.mkdir(parents=True)
     for path in Path(COMPILED).parent.glob("*.so"):

@@ -67,7 +67,7 @@ def undisturbed_run(folder: Path, lines: list[dict[str, Any]], *settings: str) -
 
 @pytest.fixture(scope="module")
 def mixed_undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    lines = mixed_lines(200, seed=4, tokens=60)
+    lines = mixed_lines(100, seed=4, tokens=60)
     return undisturbed_run(tmp_path_factory.mktemp("mixed"), lines, "batch.speculation=off")
 
 
@@ -77,7 +77,7 @@ def mixed_undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_goes_on_after(
     victim: str, number: signal.Signals, mpi: Mpi, mixed_undisturbed: Path, tmp_path: Path
 ) -> None:
-    source = write_lines(tmp_path / "in.jsonl", mixed_lines(200, seed=4, tokens=60))
+    source = write_lines(tmp_path / "in.jsonl", mixed_lines(100, seed=4, tokens=60))
     output, settings = tmp_path / "out", ["batch.max_num_seqs=4", "batch.speculation=prompt-lookup"]
     launcher = start(mpi, 2, command(source, output, *settings))
     try:
