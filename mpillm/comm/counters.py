@@ -6,6 +6,15 @@ from dataclasses import asdict, dataclass, field, fields
 
 from mpillm import tracing
 
+# What a trace says that a rank waits for, as the report does.
+WAITED_FOR = {
+    "all_reduce": "other shards",
+    "pipe": "other stages",
+    "step": "a step",
+    "reply": "replies",
+    "requests": "other replicas",
+}
+
 
 @dataclass
 class Count:
@@ -25,7 +34,7 @@ class Count:
     def waited(self, seconds: float) -> None:
         """Count time spent on waiting for messages of this kind."""
         self.seconds += seconds
-        tracing.spent(f"wait for {self.kind}", seconds)
+        tracing.spent(f"wait for {WAITED_FOR[self.kind]}", seconds)
 
 
 @dataclass

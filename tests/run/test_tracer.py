@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from mpillm import tracing
+from mpillm.comm.counters import WAITED_FOR
 from tests.conftest import Mpi
 from tests.e2e.jobs import assert_one_sentence, command, mixed_lines, write_lines
 
@@ -107,14 +108,16 @@ def test_spans_nest_and_sum_to_the_report(openmpi: Mpi, tmp_path: Path) -> None:
             trace_of["spans"],
         )
         for kind, count in rank["messages"].items():
-            assert seconds(spans, number, f"wait for {kind}") == pytest.approx(count["seconds"], abs=1e-4)
+            assert seconds(spans, number, f"wait for {WAITED_FOR[kind]}") == pytest.approx(
+                count["seconds"], abs=1e-4
+            )
         weights = rank["weights"]
         assert seconds(spans, number, "load") == pytest.approx(weights["load_seconds"], abs=1e-4)
         assert seconds(spans, number, "wait for weights") == pytest.approx(weights["stall_seconds"], abs=1e-4)
         loads = [span for span in spans if of_rank(span, number) and span["name"] == "load"]
         assert len(loads) == weights["loads"] > 0
         assert sum(span["args"]["bytes"] for span in loads) == weights["loaded"]
-        waits = ("wait for all_reduce", "wait for pipe", "wait for weights")
+        waits = ("wait for other shards", "wait for other stages", "wait for weights")
         inside = seconds(spans, number, *steps) - seconds(spans, number, *waits)
         assert rank["seconds"]["compute"] == pytest.approx(inside, abs=1e-4)
     for phase, length in report["phases"].items():
