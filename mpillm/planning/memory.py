@@ -40,9 +40,8 @@ LOADING = 8
 PAGE, TENSOR = 2048, 768  # of what is known of a page and of a tensor (1650 and 640 measured)
 # Beside their pieces, of threads that read an unpacked model all the time (2 MiB measured).
 STREAMING = 4 * 2**20
-LARGE_BUFFERS = (
-    3  # of a step's rows, that lie in huge pages once they are large, with a part of one at their ends
-)
+# Of a step's rows, which lie in huge pages once they are large, with a part of one at their ends.
+LARGE_BUFFERS = 3
 
 
 class RankMemory(msgspec.Struct, frozen=True, kw_only=True):

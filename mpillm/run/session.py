@@ -238,7 +238,7 @@ class Session:
         if (before := self._origin) is not None:
             return replace(before, watch=self.watch)
         return Origin(
-            self.config,
+            replace(self.config, adapters=None),  # whose files this session opened
             self.replicas,
             self._kv_tokens,
             self.watch,
