@@ -71,7 +71,10 @@ def sentence(
         if not word.startswith("-"):
             if " " in word and command == "chat":
                 return f"{word!r} is not an option; run mpillm chat, and type it there"
-            if "--model" in known and command != "run":
+            belongs = (
+                words[max(words.index(word) - 1, 0)] in unknown
+            )  # to an option, which is the one to explain
+            if "--model" in known and command != "run" and not belongs:
                 return f"{word!r} is not an option; to choose a model, type --model {word}"
             if "--set" in known and (meant := _value_of_set(word, words)):
                 return f"{word!r} is an unexpected argument; did you mean {meant}?"

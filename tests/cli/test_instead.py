@@ -60,6 +60,7 @@ MISTAKES = {
     "sbatch's option": ("run --mem=64G", "type it before the script: sbatch --mem=64G slurm/one-node.sbatch ..."),
     "mpiexec's option": ("run -n 4 jobs/a.toml", "type mpillm launch -n 4 run"),
     "a model as a word": ("chat smollm2-135m", "to choose a model, type --model smollm2-135m"),
+    "an option with a word": ("serve --output out/mine", "there is no option --output; mpillm serve --help lists all"),
     "help": ("help", "did you mean mpillm --help?"),
     "a number in words": ("plan --ranks two", "argument --ranks: 'two' is not a whole number"),
     "half a second": ("watch out --every 0.5", "argument --every: '0.5' is not a whole number"),
