@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,9 @@ from mpillm.words import listed
 if TYPE_CHECKING:
     from mpillm.spec import Spec
 
+HEARD = (
+    0.5  # seconds: Open MPI ends all ranks with the first one that fails, and may lose what others have said
+)
 ONCE = ("doctor", "chat", "serve", "bench", "pack")  # commands with ranks that nothing starts again
 
 
@@ -67,7 +71,9 @@ def run(
     from mpillm.launching.supervisor import Supervisor
 
     if started is not None and started.size > 1:
-        if started.rank == 0:
+        if started.rank:
+            time.sleep(HEARD)
+        else:
             _say(
                 f"launch starts mpiexec by itself; type mpillm launch ... without {started.launcher} before it."
             )
