@@ -236,35 +236,88 @@ static void sift(float *values, int32_t *ids, long size, long at) {
     ids[at] = id;
 }
 
+/* Sort a heap: the best first. */
+static void sort_heap(float *values, int32_t *ids, long size) {
+    for (long last = size; --last > 0;) { /* the worst goes to the end */
+        float value = values[0];
+        int32_t id = ids[0];
+        values[0] = values[last], ids[0] = ids[last];
+        values[last] = value, ids[last] = id;
+        sift(values, ids, last, 0);
+    }
+}
+
+/* A heap of the `size` best of d values; NaN counts as -inf. */
+static void heap_best(const float *x, long d, long size, float *values, int32_t *ids) {
+    for (long i = 0; i < size; i++) {
+        values[i] = x[i] == x[i] ? x[i] : -INFINITY;
+        ids[i] = (int32_t)i;
+    }
+    for (long i = size / 2; i-- > 0;) sift(values, ids, size, i);
+    for (long i = size; i < d; i += MK_TILE) {
+        vf v = vf_row(x, i, d, -INFINITY);
+        if (!vf_any_gt(v, vf_set1(values[0]))) continue;
+        for (long j = i; j < i + MK_TILE && j < d; j++)
+            if (x[j] > values[0]) {
+                values[0] = x[j];
+                ids[0] = (int32_t)j;
+                sift(values, ids, size, 0);
+            }
+    }
+}
+
+enum { PEAKS = 1 << 14, FEW = 8 /* for so few the heap alone is faster */, LONGEST = 48, SHORTEST = 4 /* groups */ };
+
+/* The same, faster for few of many: `size` of the peaks of groups of values are at least as high as the lowest of those,
+ * so what is lower need not be looked at.  Returns 0, with no heap, where this does not help. */
+static int heap_of_high(const float *x, long d, long size, float *values, int32_t *ids) {
+    float peaks[PEAKS] = {0};
+    long each = d / (8 * size), count = 0; /* values of a group */
+    if (each > LONGEST) each = LONGEST;
+    if (each * (PEAKS - MK_TILE) < d) each = d / (PEAKS - MK_TILE) + 1;
+    if (size < FEW || each < SHORTEST || each * size > d / 4) return 0;
+    const long step = each * MK_TILE;
+    for (long i = 0; i < d; i += step, count += MK_TILE) { /* a peak of each lane */
+        vf peak = vf_set1(-INFINITY);
+        for (long j = i; j < i + step && j < d; j += MK_TILE) {
+            vf v = vf_row(x, j, d, -INFINITY);
+            peak = vf_gt(v, peak, v, peak); /* not if v is NaN */
+        }
+        vf_store(peaks + count, peak);
+    }
+    heap_best(peaks, count, size, values, ids);
+    const float lowest = values[0];
+    if (lowest == -INFINITY) return 0;
+    const vf below = vf_set1(nextafterf(lowest, -INFINITY));
+    long found = 0;
+    for (long i = 0, at = 0; i < d; i += step, at += MK_TILE) {
+        if (row_max(peaks + at, MK_TILE) < lowest) continue;
+        for (long from = i; from < i + step && from < d; from += MK_TILE) {
+            if (!vf_any_gt(vf_row(x, from, d, -INFINITY), below)) continue;
+            for (long j = from; j < from + MK_TILE && j < d; j++) {
+                if (!(x[j] >= lowest) || (found == size && !(x[j] > values[0]))) continue;
+                const long to = found < size ? found++ : 0;
+                values[to] = x[j];
+                ids[to] = (int32_t)j;
+                if (!to && found == size) sift(values, ids, size, 0);
+                else if (to == size - 1)
+                    for (long k = size / 2; k-- > 0;) sift(values, ids, size, k);
+            }
+        }
+    }
+    return 1;
+}
+
 static void top_k(const void *argument, long begin, long end) {
     const mk_small_job *job = argument;
     for (long row = begin; row < end; row++) {
         const float *x = job->a + row * job->a_stride;
         float *values = job->out + row * job->k;
         int32_t *ids = job->ids + row * job->k;
-        long size = job->k < job->d ? job->k : job->d;
-        for (long i = 0; i < job->k; i++) {
-            values[i] = i < size && x[i] == x[i] ? x[i] : -INFINITY; /* NaN counts as -inf */
-            ids[i] = i < size ? (int32_t)i : -1;
-        }
+        const long size = job->k < job->d ? job->k : job->d;
+        for (long i = size; i < job->k; i++) values[i] = -INFINITY, ids[i] = -1;
         if (!size) continue;
-        for (long i = size / 2; i-- > 0;) sift(values, ids, size, i);
-        for (long i = size; i < job->d; i += MK_TILE) {
-            vf v = vf_row(x, i, job->d, -INFINITY);
-            if (!vf_any_gt(v, vf_set1(values[0]))) continue;
-            for (long j = i; j < i + MK_TILE && j < job->d; j++)
-                if (x[j] > values[0]) {
-                    values[0] = x[j];
-                    ids[0] = (int32_t)j;
-                    sift(values, ids, size, 0);
-                }
-        }
-        for (long last = size; --last > 0;) { /* the worst goes to the end */
-            float value = values[0];
-            int32_t id = ids[0];
-            values[0] = values[last], ids[0] = ids[last];
-            values[last] = value, ids[last] = id;
-            sift(values, ids, last, 0);
-        }
+        if (!heap_of_high(x, job->d, size, values, ids)) heap_best(x, job->d, size, values, ids);
+        sort_heap(values, ids, size);
     }
 }
