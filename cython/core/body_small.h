@@ -236,6 +236,16 @@ static void sift(float *values, int32_t *ids, long size, long at) {
     ids[at] = id;
 }
 
+static void heapify(float *values, int32_t *ids, long size) {
+    for (long at = size / 2; at-- > 0;) sift(values, ids, size, at);
+}
+
+static void replace_worst(float *values, int32_t *ids, long size, float value, long id) {
+    values[0] = value;
+    ids[0] = (int32_t)id;
+    sift(values, ids, size, 0);
+}
+
 /* Sort a heap: the best first. */
 static void sort_heap(float *values, int32_t *ids, long size) {
     for (long last = size; --last > 0;) { /* the worst goes to the end */
@@ -253,16 +263,12 @@ static void heap_best(const float *x, long d, long size, float *values, int32_t 
         values[i] = x[i] == x[i] ? x[i] : -INFINITY;
         ids[i] = (int32_t)i;
     }
-    for (long i = size / 2; i-- > 0;) sift(values, ids, size, i);
+    heapify(values, ids, size);
     for (long i = size; i < d; i += MK_TILE) {
         vf v = vf_row(x, i, d, -INFINITY);
         if (!vf_any_gt(v, vf_set1(values[0]))) continue;
         for (long j = i; j < i + MK_TILE && j < d; j++)
-            if (x[j] > values[0]) {
-                values[0] = x[j];
-                ids[0] = (int32_t)j;
-                sift(values, ids, size, 0);
-            }
+            if (x[j] > values[0]) replace_worst(values, ids, size, x[j], j);
     }
 }
 
@@ -271,20 +277,22 @@ enum { PEAKS = 1 << 14, FEW = 8 /* for so few the heap alone is faster */, LONGE
 /* The same, faster for few of many: `size` of the peaks of groups of values are at least as high as the lowest of those,
  * so what is lower need not be looked at.  Returns 0, with no heap, where this does not help. */
 static int heap_of_high(const float *x, long d, long size, float *values, int32_t *ids) {
-    float peaks[PEAKS] = {0};
     long each = d / (8 * size), count = 0; /* values of a group */
     if (each > LONGEST) each = LONGEST;
     if (each * (PEAKS - MK_TILE) < d) each = d / (PEAKS - MK_TILE) + 1;
     if (size < FEW || each < SHORTEST || each * size > d / 4) return 0;
     const long step = each * MK_TILE;
-    for (long i = 0; i < d; i += step, count += MK_TILE) { /* a peak of each lane */
+    float peaks[PEAKS];
+    do { /* a peak of each lane */
+        const long i = count * each;
         vf peak = vf_set1(-INFINITY);
         for (long j = i; j < i + step && j < d; j += MK_TILE) {
             vf v = vf_row(x, j, d, -INFINITY);
             peak = vf_gt(v, peak, v, peak); /* not if v is NaN */
         }
         vf_store(peaks + count, peak);
-    }
+        count += MK_TILE;
+    } while (count * each < d);
     heap_best(peaks, count, size, values, ids);
     const float lowest = values[0];
     if (lowest == -INFINITY) return 0;
@@ -295,13 +303,13 @@ static int heap_of_high(const float *x, long d, long size, float *values, int32_
         for (long from = i; from < i + step && from < d; from += MK_TILE) {
             if (!vf_any_gt(vf_row(x, from, d, -INFINITY), below)) continue;
             for (long j = from; j < from + MK_TILE && j < d; j++) {
-                if (!(x[j] >= lowest) || (found == size && !(x[j] > values[0]))) continue;
-                const long to = found < size ? found++ : 0;
-                values[to] = x[j];
-                ids[to] = (int32_t)j;
-                if (!to && found == size) sift(values, ids, size, 0);
-                else if (to == size - 1)
-                    for (long k = size / 2; k-- > 0;) sift(values, ids, size, k);
+                if (found == size) {
+                    if (x[j] > values[0]) replace_worst(values, ids, size, x[j], j);
+                } else if (x[j] >= lowest) {
+                    values[found] = x[j];
+                    ids[found++] = (int32_t)j;
+                    if (found == size) heapify(values, ids, size);
+                }
             }
         }
     }
