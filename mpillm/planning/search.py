@@ -39,7 +39,7 @@ def search(
     The most hosts with which the run is as fast as it can be, or about. LayoutError if none of them works.
     """
     tried = _tried(layouts, machines, needed)
-    without = tried.best(needed, worth)
+    without = tried.best(worth)
     return tried.found[without], sorted(without)
 
 
@@ -52,7 +52,7 @@ def for_run(layouts: Layouts, machines: Machines, worth: float = 1.0) -> tuple[F
     if not machines.speeds or len(machines.ranks_per_host) == 1:
         return layouts.choose(machines), [], ""
     tried = _tried(layouts, machines, 1)
-    without = tried.best(1, worth)
+    without = tried.best(worth)
     best, on_all, left_out = tried.found[without], tried.found.get(frozenset()), sorted(without)
     if on_all is None:
         return best, left_out, _reason(machines, left_out, "there are no more requests")
@@ -72,8 +72,7 @@ def shards_may_save(layouts: Layouts, machines: Machines) -> float:
     """The seconds that shards on several hosts may save rank 0's host, on a network twice as good as it is assumed."""
     hosts = len(machines.ranks_per_host)
     alone = layouts.choose(machines.without(range(1, hosts))).cost
-    speeds = [replace(speed, wire=2 * speed.wire, latency=speed.latency / 2) for speed in machines.speeds]
-    hopeful, found = replace(machines, speeds=speeds, glimpsed=False), [alone]
+    hopeful, found = replace(machines.with_faster_network(2, latency=0.5), glimpsed=False), [alone]
     for count in (1 << power for power in range(1, hosts.bit_length())):
         part = hopeful.without(range(count, hosts))
         with suppress(MpillmError):
@@ -83,12 +82,12 @@ def shards_may_save(layouts: Layouts, machines: Machines) -> float:
 
 def _tried(layouts: Layouts, machines: Machines, needed: int) -> _Tried:
     """What is found on these machines, and without some of their hosts; LayoutError if nothing works."""
-    hosts, tried = len(machines.ranks_per_host), _Tried(layouts, machines)
-    most, alone = hosts, frozenset(range(needed, hosts))
+    hosts, tried = len(machines.ranks_per_host), _Tried(layouts, machines, needed)
+    most = hosts
     if needed and layouts.requests and not machines.links_known and not by_rank(layouts.spec):
         # A replica is not larger than a host then, if one can hold the model; rank 0's may have nothing to do.
-        tried.look(alone)
-        if alone in tried.found and tried.found[alone].fits:
+        tried.look(tried.alone)
+        if tried.alone in tried.found and tried.found[tried.alone].fits:
             most = min(hosts, layouts.requests + 1)
     refused: MpillmError | None = None
     if most == hosts:
@@ -101,7 +100,7 @@ def _tried(layouts: Layouts, machines: Machines, needed: int) -> _Tried:
             if hosts - len(without) <= most:
                 tried.look(without)
         if hosts - needed > EVERY_SUBSET and hosts <= ONE_BY_ONE:
-            tried.climb(needed)
+            tried.climb()
     if not tried.found:
         assert refused is not None
         raise refused
@@ -135,8 +134,11 @@ def by_rank(spec: Spec) -> bool:
 class _Tried:
     """What was found without some hosts."""
 
-    def __init__(self, layouts: Layouts, machines: Machines) -> None:
-        self._layouts, self._machines = layouts, machines
+    def __init__(self, layouts: Layouts, machines: Machines, needed: int) -> None:
+        """The first `needed` hosts cannot be left out."""
+        self._layouts, self._machines, self._needed = layouts, machines, needed
+        #: what is left out if only the needed hosts are used
+        self.alone: Hosts = frozenset(range(needed, len(machines.ranks_per_host)))
         self.found: dict[Hosts, Found] = {}
         self._alike: dict[tuple[object, ...], Machines] = {}  # that are left; some without other hosts
 
@@ -153,9 +155,16 @@ class _Tried:
         with suppress(MpillmError):
             self.add(without)
 
-    def best(self, needed: int = 0, worth: float = 1.0) -> Hosts:
-        """The hosts to leave out; `needed` and `worth` are those of `search`."""
+    def best(self, worth: float) -> Hosts:
+        """The hosts to leave out; `worth` is that of `search`."""
+        best = self._fastest()
+        alone = self.found.get(self.alone) if self._needed else None
+        if alone is not None and alone.fits and alone.cost < worth * self.found[best].cost:
+            return self.alone
+        return best
 
+    def _fastest(self) -> Hosts:
+        """The hosts without which the run is as fast as it can be, or about; the fewest of them."""
         hand_over = HAND_OVER if self._machines.links_known else HAND_OVER_UNSEEN
 
         def cost(found: Found) -> tuple[bool, bool, float]:
@@ -168,22 +177,16 @@ class _Tried:
         near = [
             without for without, (*own, each) in costs.items() if own == kind and each <= LEAVE_OUT * minimum
         ]
-        best = min(
+        return min(
             near, key=lambda without: (bool(self.found[without].time.idle), len(without), sorted(without))
         )
-        hosts = range(needed, len(self._machines.ranks_per_host))
-        alone = self.found.get(frozenset(hosts)) if needed else None
-        if alone is not None and alone.fits and alone.cost < worth * self.found[best].cost:
-            return frozenset(hosts)
-        return best
 
-    def climb(self, needed: int) -> None:
+    def climb(self) -> None:
         """Starting at the best choice so far, leave a host out or take one in as long as that makes the run faster."""
-        hosts = range(needed, len(self._machines.ranks_per_host))
         before: Hosts | None = None
-        while self.found and (best := self.best()) != before:
+        while self.found and (best := self._fastest()) != before:
             before = best
-            for host in hosts:
+            for host in sorted(self.alone):
                 if len(without := best ^ {host}) < len(self._machines.ranks_per_host):
                     self.look(without)
 
