@@ -15,6 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from mpillm.comm.launch import STOPS
 from mpillm.errors import Interrupted, JobError, MpillmError
 from mpillm.model.families import gguf_family
 from mpillm.model.opening import judge
@@ -140,12 +141,11 @@ def _passing_libraries() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = [signal.signal(number, signal.default_int_handler) for number in stops]
+    before = [signal.signal(number, signal.default_int_handler) for number in STOPS]
     try:
         yield
     finally:
-        for number, handler in zip(stops, before, strict=True):
+        for number, handler in zip(STOPS, before, strict=True):
             signal.signal(number, handler)
 
 

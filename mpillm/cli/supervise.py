@@ -19,9 +19,8 @@ from mpillm.words import listed
 if TYPE_CHECKING:
     from mpillm.spec import Spec
 
-HEARD = (
-    0.5  # seconds: Open MPI ends all ranks with the first one that fails, and may lose what others have said
-)
+# Seconds: Open MPI ends all ranks with the first one that fails, and may lose what others have said.
+HEARD = 0.5
 ONCE = ("doctor", "chat", "serve", "bench", "pack")  # commands with ranks that nothing starts again
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 
 from mpillm import tracing
 
-# What a trace says that a rank waits for, as the report does.
+# What a trace and a report say that a rank waits for, by the kind of the message.
 WAITED_FOR = {
     "all_reduce": "other shards",
     "pipe": "other stages",

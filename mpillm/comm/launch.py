@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+# With which users, launchers and Slurm (SIGUSR1: its warning) stop a run; some send several.
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 OPENMPI, MPICH = "Open MPI's mpiexec", "MPICH's mpiexec"
 

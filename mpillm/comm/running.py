@@ -16,6 +16,7 @@ from typing import NoReturn
 from mpillm.comm import versions
 from mpillm.comm.departure import Departure
 from mpillm.comm.faults import RankLost
+from mpillm.comm.launch import STOPS
 from mpillm.comm.world import World, say
 from mpillm.errors import Interrupted, MpillmError, of_system
 
@@ -24,7 +25,6 @@ log = logging.getLogger(__name__)
 CRASHED = 70  # exit code after an unforeseen error (EX_SOFTWARE of sysexits.h)
 # Seconds in which the other ranks must finish or fail too, before the error of one rank aborts all.
 GRACE = 2.0
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SUPERVISED = "MPILLM_SUPERVISED"  # set by a supervisor, which says itself why it stops the ranks by SIGUSR1
 
 

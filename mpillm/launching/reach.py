@@ -70,11 +70,9 @@ def why_silent(agent: str, host: str, loads: bool = False) -> str:
     command = f"test -x {shlex.quote(sys.executable)} || echo {ABSENT}"
     if loads:
         given = [f"{name}={os.environ[name]}" for name in PASSED if name in os.environ]
-        python = [
-            *(["env", *given] if given else []),
-            sys.executable,
-        ]  # env takes another machine's program for a script
-        command += f"; {shlex.join([*python, '-c', LOAD])} || echo {BROKEN}"
+        # Only where needed: env takes another machine's program for a script.
+        env = ["env", *given] if given else []
+        command += f"; {shlex.join([*env, sys.executable, '-c', LOAD])} || echo {BROKEN}"
     try:
         done = subprocess.run(
             [*words, host, command],

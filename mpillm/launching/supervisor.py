@@ -19,7 +19,7 @@ from types import FrameType
 
 import psutil
 
-from mpillm.comm.launch import Library
+from mpillm.comm.launch import STOPS, Library
 from mpillm.comm.running import SUPERVISED
 from mpillm.errors import Interrupted, JobError, LayoutError
 from mpillm.launching.hostfile import HostSlots, hostfile_text, read_hosts, write_hosts
@@ -40,7 +40,6 @@ ASK = 15.0  # seconds between two questions to the hosts, while no rank runs yet
 STOPPING = 30.0  # seconds for the ranks to end when they are told to
 LINGER = 10.0  # seconds for mpiexec to end when the journal is complete
 BACK_OFF = (1.0, 5.0, 20.0, 60.0)  # seconds before the next start, after so many starts without progress
-_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
@@ -78,14 +77,14 @@ class Supervisor:
 
     def run(self) -> int:
         """Return the exit code: 0 or 1 for a complete run, 2 for a wrong job, 75 if it may go on later."""
-        before = [signal.signal(number, self._tell) for number in _STOPS]
+        before = [signal.signal(number, self._tell) for number in STOPS]
         try:
             with contextlib.ExitStack() as stack:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mpillm-")))
                 self._open_output(stack)
                 return self._until_complete(folder)
         finally:
-            for number, handler in zip(_STOPS, before, strict=True):
+            for number, handler in zip(STOPS, before, strict=True):
                 signal.signal(number, handler)
 
     def _tell(self, number: int, _frame: FrameType | None) -> None:

@@ -14,19 +14,16 @@ from typing import Any
 import h5py
 import numpy as np
 
+from mpillm.comm.counters import WAITED_FOR
 from mpillm.store.directory import make, replacing
-from mpillm.store.report import RankStatistics, Report
+from mpillm.store.report import BUSY, RankStatistics, Report
 from mpillm.store.results import HDF5, TIMINGS
 
 Axes = Any  # matplotlib's, which need not be installed
 Row = tuple[Any, ...]
 
 # What the page calls what report.json counts: seconds by what they went to, bytes by the message they were in.
-SECONDS = {
-    "compute": "computing", "weights": "waiting for weights", "kv": "waiting for KV cache on disk",
-    "all_reduce": "waiting for other shards", "pipe": "waiting for other stages", "step": "waiting for a step",
-    "reply": "waiting for replies", "requests": "waiting for other replicas",
-}  # fmt: skip
+SECONDS = BUSY | {kind: f"waiting for {what}" for kind, what in WAITED_FOR.items()}
 MESSAGES = {
     "all_reduce": "sums over shards", "pipe": "activations to the next stage", "step": "steps", "reply": "replies",
     "requests": "requests and answers",

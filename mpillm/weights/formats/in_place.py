@@ -73,9 +73,8 @@ class InPlaceLoader(MappingLoader):
         self._source = source
         self._threads = threads
         self._to_pack = [page for page in pages if any(map(self._for_now, page.entries))]
-        self._places = {
-            page.name: dict[int, Placed]() for page in self._to_pack
-        }  # of what is not packed anew
+        # By page, of what is not packed anew.
+        self._places = {page.name: dict[int, Placed]() for page in self._to_pack}
 
     def allocate(self, plan: PagePlan, dropped: list[Bytes]) -> Bytes:
         memory = new_buffer(
