@@ -108,6 +108,10 @@ def run_chat(world: World, options: argparse.Namespace) -> int:
 
 def _spec(world: World, options: argparse.Namespace, output: str) -> spec.Spec:
     """The settings of a job, on every rank; it has no input, and `output` is where files go if there are any."""
+    for override in options.set:
+        if override.partition("=")[0].strip() in ("input", "output", "output.path"):
+            where = "stores its files in --data DIR" if hasattr(options, "data") else "writes no output"
+            raise JobError(f"--set {override} is for a run: {options.command} reads no input and {where}.")
     return world.on_rank_0(
         lambda: spec.load(None, options.set, model=options.model, input=os.devnull, output=output)
     )

@@ -142,8 +142,7 @@ class Supervisor:
                 return Interrupted.exit_code
             pause = BACK_OFF[max(0, fruitless - 1)]
             self._say(
-                f"The run ended before it was complete (exit code {code} of mpiexec); the next start is in "
-                f"{pause:g} s."
+                f"The run ended before it was complete ({_how(code)}); the next start is in {pause:g} s."
             )
             self._sleep(pause)
 
@@ -238,6 +237,11 @@ def _ranks_below(pid: int) -> bool:
         below = psutil.Process(pid).children(recursive=True)
         return any("mpillm" in process.cmdline() for process in below)
     return False
+
+
+def _how(code: int) -> str:
+    """How mpiexec ended; `code` is that of subprocess, so minus the signal if one ended it."""
+    return f"exit code {code} of mpiexec" if code >= 0 else f"{signal.Signals(-code).name} ended mpiexec"
 
 
 def _end_with_parent() -> None:

@@ -43,6 +43,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     unread_lines: int  # of the input, which are no requests
     architecture: str
     weights: list[str]  # how matrices are stored, and what they become
+    missing_nbytes: int  # of the weights, beyond the end of the files
     replicas: int
     reason: str  # for as many replicas
     compared: str  # how much longer another layout would take
@@ -107,6 +108,7 @@ def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machine
         unread_lines=asked.unread,
         architecture=config.architecture,
         weights=weight_types(source),
+        missing_nbytes=_missing(source),
         replicas=len(found),
         reason=chosen.reason,
         compared=chosen.compared,
@@ -146,6 +148,13 @@ def laid_out(spec: Spec, planner: Planner, machines: Machines, asked: InputNeeds
     if by_itself(spec):
         machines, _ = machines.computing()
     return Layouts(spec, planner, spec.layout.replicas, asked.lines or None, asked=asked).choose(machines)
+
+
+def _missing(source: Source) -> int:
+    """Bytes of the weights that the files would hold beyond their ends: their headers alone are enough for a plan."""
+    pieces = {(path, begin, begin + nbytes) for path, begin, nbytes in source.extents()}
+    sizes = {path: path.stat().st_size for path in {path for path, _, _ in pieces}}
+    return sum(max(0, end - max(begin, sizes[path])) for path, begin, end in pieces)
 
 
 def _too_large(machines: Machines, plans: list[RankPlan]) -> Iterator[str]:

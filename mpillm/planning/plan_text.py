@@ -36,6 +36,8 @@ def _sentences(plan: Plan) -> Iterator[str]:
     others = [pair for pair in plan.layouts if pair != (plan.stages, plan.shards)]
     yield f"model     {plan.model} ({plan.architecture})"
     yield f"weights   {', '.join(plan.weights)}"
+    if plan.missing_nbytes:
+        yield f"          {shown_bytes(plan.missing_nbytes)} are missing in the file: fetch them before the run"
     yield f"layout    {_layouts(plan)} on {count_of(ranks, 'rank')}"
     if plan.replicas > 1:
         yield f"          {plan.reason}"

@@ -163,7 +163,7 @@ def explanation(path: Path, error: OSError) -> MpillmError:
     """The sentence for a failed write to `path`."""
     if error.errno in FULL:
         return NoSpace(
-            f"There is no space left for {path} ({error.strerror}); finished requests are safe: free some "
+            f"There is no space left for {path} ({error.strerror}); nothing that was finished is lost: free some "
             "space and run the same command again."
         )
     return OutputError(f"The output {path} cannot be written: {error.strerror or error}.")

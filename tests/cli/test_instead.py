@@ -65,6 +65,8 @@ MISTAKES = {
     "a number in words": ("plan --ranks two", "argument --ranks: 'two' is not a whole number"),
     "half a second": ("watch out --every 0.5", "argument --every: '0.5' is not a whole number"),
     "a rate in words": ("plan --suggest fast", "'fast' is not a rate; write tokens/s"),
+    "a server's output": ("serve --set output=x", "serve reads no input and stores its files in --data DIR"),
+    "a chat's input": ("chat --set input=x", "is for a run: chat reads no input and writes no output"),
     "a port in words": ("serve --port http", "argument --port: 'http' is not a whole number"),
     "no directory": ("report", "type mpillm report DIRECTORY"),
     "no second run": ("compare out", "type mpillm compare FIRST SECOND"),

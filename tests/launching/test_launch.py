@@ -160,9 +160,21 @@ def test_a_hostfile_of_which_no_host_answers(tmp_path: Path, capsys: pytest.Capt
     assert run._hosts(first=False) == [HostSlots("pi1", 1), HostSlots("pi2", 1)], "they may come back"
 
 
-@pytest.mark.parametrize(("code", "said"), [(0, []), (14, ["The run is complete; the results are in {}."])])
+AGAIN = "The run ended before it was complete ({}); the next start is in 1 s."
+COMPLETE = "The run is complete; the results are in {results}."
+
+
+@pytest.mark.parametrize(
+    ("codes", "said"),
+    [
+        ([0], []),
+        ([14], [COMPLETE]),
+        ([-9, 0], [AGAIN.format("SIGKILL ended mpiexec")]),
+        ([137, 14], [AGAIN.format("exit code 137 of mpiexec"), COMPLETE]),
+    ],
+)
 def test_the_last_sentence_is_not_mpiexecs(
-    code: int,
+    codes: list[int],
     said: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -174,16 +186,19 @@ def test_the_last_sentence_is_not_mpiexecs(
     journal = of._spec.output_path / "journal"
     journal.write_bytes(b"of a model whose file was touched since")
     os.utime(journal, ns=(0, 0))
+    left = list(codes)
 
     def once(*arguments: object) -> tuple[int, bool]:
-        journal.write_bytes(b"shorter")
-        return code, False
+        if len(left) == 1:
+            journal.write_bytes(b"shorter")
+        return left.pop(0), False
 
     monkeypatch.setattr(of, "_once", once)
+    monkeypatch.setattr(of, "_sleep", lambda seconds: None)
     monkeypatch.setattr(supervisor, "finished", lambda path: SimpleNamespace(errors=0))
     assert of.run() == 0
     path = of._spec.output_path / "results.jsonl"
-    assert capsys.readouterr().out.splitlines() == [line.format(path) for line in said]
+    assert capsys.readouterr().out.splitlines() == [line.format(results=path) for line in said]
 
 
 def test_a_host_that_is_lost_while_ranks_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,7 +140,7 @@ def test_a_full_disk_interrupts_and_the_run_goes_on_when_there_is_space(mounted:
                 break
         assert "There is no space left for" in str(said)
         assert str(said).endswith(
-            "finished requests are safe: free some space and run the same command again."
+            "nothing that was finished is lost: free some space and run the same command again."
         )
         assert said.exit_code == 75
         before = len(journal.done)

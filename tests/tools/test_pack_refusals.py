@@ -148,7 +148,7 @@ def test_a_full_disk_keeps_what_is_finished(mounted: Mount, monkeypatch: pytest.
     target = mounted("size=600k") / "p"
     usage = shutil.disk_usage(target.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**12))
-    with pytest.raises(Interrupted, match=r"There is no space left for .*finished requests are safe"):
+    with pytest.raises(Interrupted, match=r"There is no space left for .*nothing that was finished is lost"):
         packed("llama3", target)
     with pytest.raises(ModelError, match="is not packed completely"):
         open_source(target)
