@@ -23,6 +23,8 @@ extern const mk_operations OF(LIKE, of_rows);
 
 #include "body_small.h"
 
+#include "body_top_k.h"
+
 #include "body_recurrent.h"
 
 #include "body_attention.h"

@@ -443,6 +443,10 @@ def everything(rng: np.random.Generator, threads: int = 1) -> Iterator[Case]:
         for n, k, m in ((1, 33, 1), (16, 64, 2), (37, 257, 5), (70, 96, 1), (50, 100, 17), (33, 288, 33)):
             yield product(rng, type, n, k, m, threads, fold=int(rng.integers(2)))
         yield product(rng, type, 5, 1, 3, threads)
+    wide = np.round(rng.standard_normal((2, 5003)) * 50).astype(np.float32)  # with ties, -0 among them
+    wide[1, rng.integers(0, 5003, 700)] = [np.nan, -np.inf, np.inf, -1e30, 1e-42] * 140
+    for count in (100, 300, 2000):
+        yield Case("top_k", [2, 5003, count], [wide], threads)
     for m, d in ((1, 1), (3, 16), (6, 45), (7, 130), (5, 576)):
         yield from small(rng, m, d, threads)
     for m, d in ((1, 1), (4, 30), (9, 64)):
