@@ -23,6 +23,8 @@ from mpillm.words import count_of
 
 log = logging.getLogger(__name__)
 
+# Variables that say how many threads a rank has; the first one counts.
+THREADS = ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK")
 COMPILED_KERNELS = "mpillm.kernels._compiled"  # the module that loads OpenMP
 
 
@@ -145,7 +147,7 @@ def threads_per_rank(asked: int | str, cores: int, ranks: int, environ: Mapping[
     """Threads for a rank: what the job says, else OMP_NUM_THREADS, SLURM_CPUS_PER_TASK, or its share of the node."""
     if asked != "auto":
         return _positive("layout.threads", asked)
-    for name in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"):
+    for name in THREADS:
         # OMP_NUM_THREADS may list a number for each nested level
         value = environ.get(name, "").split(",")[0].strip()
         if value:

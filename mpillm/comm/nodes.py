@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import os
 import pathlib
 import socket
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from mpillm import version
-from mpillm.comm.cores import Cores, binding, node_cores, reserve_in_words, with_cores
+from mpillm.comm import core_speed
+from mpillm.comm.cores import (
+    THREADS,
+    Cores,
+    binding,
+    node_cores,
+    reserve_in_words,
+    threads_per_rank,
+    with_cores,
+)
 from mpillm.comm.faults import Process
 from mpillm.comm.free_memory import free_memory
 from mpillm.words import count_of, some_of
@@ -30,6 +40,8 @@ class RankInfo:
     free: int  # bytes of memory that its machine, or its control group, has left
     version: str  # of mpillm
     clock: float  # of the day, in seconds
+    pace: float = 1.0  # see `core_speed`
+    environ: Mapping[str, str] = field(default_factory=dict)  # what says how many threads it has
 
     @classmethod
     def of_this_process(cls) -> RankInfo:
@@ -42,6 +54,8 @@ class RankInfo:
             free_memory(),
             version.__version__,
             time.time(),
+            core_speed.pace(),
+            {name: os.environ[name] for name in THREADS if name in os.environ},
         )
 
     @property
@@ -137,19 +151,28 @@ class Nodes:
                 found[node] = numbers[used:]
         return found
 
-    def loads(self, threads: Sequence[int]) -> list[tuple[str, float]]:
-        """Each rank's machine, and the part of its cores that so many threads of each rank keep busy.
+    @property
+    def paces(self) -> list[float]:
+        """How fast the ranks run plain code (`core_speed.pace`)."""
+        return [rank.pace for rank in self._ranks]
+
+    def loads(self, asked: Sequence[int | str]) -> list[tuple[str, float]]:
+        """Each rank's machine, and the part of its cores that the rank's threads keep busy; `asked` is the job's.
 
         Containers of one machine have names of their own, but share its cores.
         """
-        on: dict[str, list[Cores]] = {}
+        machines, nodes = dict[str, list[Cores]](), dict[tuple[str, str], list[Cores]]()
         for rank in self._ranks:
-            on.setdefault(rank.machine, []).append(rank.cores)
-        cores = {machine: node_cores(own) for machine, own in on.items()}
-        return [
-            (rank.machine, count / cores[rank.machine])
-            for rank, count in zip(self._ranks, threads, strict=True)
-        ]
+            machines.setdefault(rank.machine, []).append(rank.cores)
+            nodes.setdefault(rank.node, []).append(rank.cores)
+        found = []
+        for rank, count in zip(self._ranks, asked, strict=True):
+            here = nodes[rank.node]
+            threads: float = threads_per_rank(count, node_cores(here), len(here), rank.environ)
+            if rank.cores.quota:  # is this rank's however little others compute
+                threads = min(threads, rank.cores.quota)
+            found.append((rank.machine, threads / node_cores(machines[rank.machine])))
+        return found
 
     @property
     def places(self) -> list[str]:

@@ -7,34 +7,30 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpillm import kernels
+from mpillm.comm.core_speed import LOOK_TURNS, WHOLE, core_speed, plain_code, typical
 from mpillm.kernels import KV_BLOCK, Activation, BlockType
 from mpillm.planning.speed import ROWS, WIDTH, Products
 from mpillm.weights.io.reading import new_buffer
 from mpillm.weights.plan import ALIGNMENT, aligned
 
-T = TypeVar("T")
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
 NUMPY_WIDTH = 256  # columns without the compiled kernels
 MEMORY = 128 * 2**20  # bytes that are read, of matrices too: few caches hold as many
 PIECE = 4 * 2**20  # of them at a time
-# Of each timing: so many seconds, and so many calls unless they take PATIENCE times as long.
-SECONDS, CALLS, PATIENCE = 0.06, 8, 4
+SECONDS = 0.06  # of each timing
 HEADS, KV_HEADS, HEAD_DIM = 16, 8, 128
 SEQUENCES, CONTEXT = 8, 512  # that attend with a row each to so many tokens; or as many rows of a prompt
 VALUE_ROWS = 64
 FILLING = 0.04  # seconds in which new memory is written
-WHOLE = 0.85  # the part of a core that counts as a whole one
 PERIODS = 0.2  # seconds of two periods of a control group's quota
-TURNS, TURN = 20_000, 70e-9  # of a loop of Python, and its seconds where `Speed.core` is 1
 
 
 @dataclass(frozen=True)
@@ -103,29 +99,8 @@ def _measured_part() -> float:
     """The part of a core that this thread has for some periods of a quota (usually 0.1 s each)."""
     began, used = time.perf_counter(), time.thread_time()
     while time.perf_counter() - began < PERIODS:
-        _turns(TURNS // 10)
+        plain_code(LOOK_TURNS)
     return (time.thread_time() - used) / (time.perf_counter() - began)
-
-
-def core_speed(seconds: float, turns: int = TURNS) -> float:
-    """How fast one core runs plain code, as `Speed.core`, measured for about so many seconds, `turns` a call."""
-    return TURN / typical(_turns, [turns], seconds) * turns
-
-
-def typical(call: Callable[[T], object], data: Sequence[T], for_seconds: float = SECONDS) -> float:
-    """Seconds of a call on a core of its own: the median of this thread's, with each of `data` in turn.
-
-    The fastest one is that whose data happened to be in a cache, and other programs disturb the slowest ones.
-    """
-    call(data[0])
-    seconds, first = list[float](), time.perf_counter()
-    while (passed := time.perf_counter() - first) < for_seconds or (
-        len(seconds) < CALLS and passed < PATIENCE * for_seconds
-    ):
-        start = time.thread_time()
-        call(data[len(seconds) % len(data)])
-        seconds.append(time.thread_time() - start)
-    return median(seconds)
 
 
 def _fill(memory: Bytes, least: int) -> float:
@@ -216,10 +191,3 @@ def _values(threads: int, seconds: float) -> float:
         kernels.quantize_rows(x, bounds, blocks, threads)
 
     return 3 * x.size / typical(call, [0], seconds)
-
-
-def _turns(count: int) -> None:
-    """Plain code: a table whose entries are replaced."""
-    table: dict[int, tuple[int, object]] = {}
-    for turn in range(count):
-        table[turn & 1023] = (turn, table.get(turn >> 1))

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import msgspec
 
@@ -74,8 +75,12 @@ class LayoutChoice:
         self._shards, self._replicated, self._leave_out = shards, replicated, leave_out
         #: what the input asks for; known once a layout is
         self.asked = NO_INPUT
-        self._paces: Sequence[float] = ()
-        self._loads: Sequence[tuple[str, float]] = ()
+        nodes = world.nodes
+        several = spec.layout.hosts == "auto" and len(nodes.ranks_per_host) > 1
+        # What is seen at once of ranks on several hosts, if no file says more: paces, and how they share cores.
+        self._paces = nodes.paces if several else []
+        asked = [cast(int | str, spec.on_rank(*rank).layout.threads) for rank in enumerate(world.hosts)]
+        self._loads = nodes.loads(asked) if several else []
 
     def first(self, threads: int) -> LaidOut:
         """Return the layout of a new run; measures the machines with `threads` threads if that may change it."""
@@ -85,7 +90,6 @@ class LayoutChoice:
                 f"layout.replicas = {spec.layout.replicas} works only with `mpillm run`; start one server "
                 "for each replica."
             )
-        self._look(threads)
         self._prepare()
         machines = self._at_first(threads)
         worth = WORTH if spec.layout.hosts == "auto" else 1.0
@@ -125,13 +129,6 @@ class LayoutChoice:
 
         found = world.on_rank_0(search)
         return replace(found, chosen=replace(found.chosen, wire=origin.wire, wire_reason="as the run began"))
-
-    def _look(self, threads: int) -> None:
-        """Find the paces of ranks on several hosts, and how they share cores, if no file says it (collective)."""
-        world = self._world
-        if self._spec.layout.hosts == "auto" and len(world.nodes.ranks_per_host) > 1:
-            looks = world.gather((pace.pace(), threads))
-            self._paces, self._loads = [own for own, _ in looks], world.nodes.loads([own for _, own in looks])
 
     def _prepare(self) -> None:
         """Open the model and read the input on rank 0; other ranks open the model meanwhile (collective).

@@ -22,14 +22,17 @@ from mpillm.weights.source import Source
 
 
 def model_path(world: World, spec: Spec, progress: Progress) -> Path:
-    """Return the model's path: rank 0 fetches it if needed, then every rank finds it on its own node (collective)."""
+    """Return the model's path on rank 0, which fetches it if needed (collective)."""
+    return world.on_rank_0(lambda: models.resolve(spec.model_on(world.host), progress.downloading))
 
-    def resolve() -> Path:
-        return models.resolve(spec.model_on(world.host), progress.downloading)
 
-    path = world.on_rank_0(resolve)
-    with world.together():
-        return resolve() if world.rank else path
+def found_here(world: World, spec: Spec, progress: Progress) -> Callable[[Path], Path]:
+    """Return a function that finds the model on this rank's host, given its path on rank 0; see `Session`."""
+
+    def find(path: Path) -> Path:
+        return models.resolve(spec.model_on(world.host), progress.downloading) if world.rank else path
+
+    return find
 
 
 def model_name(path: Path) -> str:

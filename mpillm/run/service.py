@@ -21,7 +21,7 @@ from mpillm.comm.world import World
 from mpillm.engine.request import FinishedCompletion, Request
 from mpillm.engine.worker import follow
 from mpillm.errors import ModelError, RequestError
-from mpillm.run.opened import model_of, model_path
+from mpillm.run.opened import found_here, model_of, model_path
 from mpillm.run.progress import Bar
 from mpillm.run.session import Session
 from mpillm.spec import Spec
@@ -47,8 +47,9 @@ class Service:
 
     def __init__(self, world: World, spec: Spec) -> None:
         """Load the model of `spec`, ignoring input and output; raises MpillmError on all ranks if one fails."""
-        path = model_path(world, spec, _Quiet())
-        self._session = session = Session(world, spec, path)
+        quiet = _Quiet()
+        path = model_path(world, spec, quiet)
+        self._session = session = Session(world, spec, path, find=found_here(world, spec, quiet))
         self._spec = spec
         self.name = ""
         with world.together():

@@ -68,6 +68,7 @@ class Session:
         replicated: bool = False,
         leave_out: bool = False,
         say: Callable[[str], None] | None = None,
+        find: Callable[[Path], Path] = lambda model: model,
     ) -> None:
         """Open the model and distribute it over the ranks (collective).
 
@@ -75,12 +76,12 @@ class Session:
         number and the model can be cut so. There is one replica unless `replicated`. All ranks are used unless
         `leave_out` allows to leave out those of slow hosts, and those that have no core of their own: these are spare
         then (`World.spare`), and their session has only its `speed`. `say` tells the user at once, on rank 0, what the
-        system may kill the run for.
+        system may kill the run for. `find` says where this rank, if it has a place, has what rank 0 has at `model`.
         """
         self._say = say
         self._replicated, self._leave_out = replicated, leave_out
         self.world, self._origin, self._shards_before = world, origin, shards_before
-        self._path = model
+        self._model, self._find = model, find
         self._planner: Planner | None = None  # once the model is open
         self.job, self.spec = spec, spec  # the job for all ranks, and with this rank's own values
         #: the measured speed of this rank, if known
@@ -104,8 +105,9 @@ class Session:
         if self._planner is not None:
             return self._planner
         world, origin = self.world, self._origin
-        say_when_lost(str(world), self._path)
-        self.source = open_source(self._path, self.spec.quantize)
+        path = self._find(self._model)
+        say_when_lost(str(world), path)
+        self.source = open_source(path, self.spec.quantize)
         self._open_files.callback(self.source.close)
         config = config_of(self.source)
         self.adapters = Adapters(self.spec.adapters, self.source, config)

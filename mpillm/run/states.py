@@ -30,7 +30,7 @@ from mpillm.run.balance import AGAIN, Slowed, Teller, is_failure, what_was_slow
 from mpillm.run.computation import Computation
 from mpillm.run.context import RankContext
 from mpillm.run.losses import Losses, explaining, what_was_lost
-from mpillm.run.opened import model_path
+from mpillm.run.opened import found_here, model_path
 from mpillm.run.origin import Origin
 from mpillm.run.session import Session
 from mpillm.run.statistics import rank_statistics
@@ -268,7 +268,8 @@ def begin(
         path = model_path(world, rank.spec, rank.progress)
         spec, shards = rank.kept(origin)
         say = rank.progress.say
-        session = Session(world, spec, path, origin, shards, replicated=True, leave_out=True, say=say)
+        find = found_here(world, rank.spec, rank.progress)
+        session = Session(world, spec, path, origin, shards, True, True, say, find)
         unless_begun.callback(session.close)
         if world.spare:
             return StandingBy(origin, session.speed, losses)

@@ -24,7 +24,7 @@ from mpillm.comm.world import World
 from mpillm.engine.request import FinishedCompletion
 from mpillm.engine.worker import follow
 from mpillm.errors import JobError, RequestError
-from mpillm.run.opened import model_of, model_path
+from mpillm.run.opened import found_here, model_of, model_path
 from mpillm.run.progress import Progress
 from mpillm.run.session import Session
 from mpillm.serve.arrivals import Arrivals, Closed, Ticket
@@ -47,7 +47,8 @@ CTRL_D = "Ctrl-D         leave\nCtrl-C         stop the answer; "
 def run(world: World, spec: Spec, progress: Progress, lines: Typed) -> int:
     """Talk until the lines, which rank 0 reads, end (collective); the exit code."""
     path = model_path(world, spec, progress)
-    with contextlib.closing(Session(world, spec, path)) as session:
+    find = found_here(world, spec, progress)
+    with contextlib.closing(Session(world, spec, path, find=find)) as session:
         if world.rank:
             with first_signal_calls(lambda: None):  # rank 0 says when it ends
                 return follow(session.worker, session.channel, session.watch.check)

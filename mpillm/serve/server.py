@@ -18,7 +18,7 @@ from mpillm.comm.world import World
 from mpillm.engine.worker import follow
 from mpillm.errors import JobError
 from mpillm.run.job import open_journal
-from mpillm.run.opened import model_of, model_path
+from mpillm.run.opened import found_here, model_of, model_path
 from mpillm.run.progress import Progress
 from mpillm.run.session import Session
 from mpillm.serve import openapi
@@ -59,7 +59,10 @@ def run(world: World, spec: Spec, options: ServeOptions, progress: Progress) -> 
                 stack.callback(os.close, _claim(spec.output_path))
                 listener = stack.enter_context(_listen(options))
         path = model_path(world, spec, progress)
-        session = stack.enter_context(contextlib.closing(Session(world, spec, path, leave_out=True)))
+        find = found_here(world, spec, progress)
+        session = stack.enter_context(
+            contextlib.closing(Session(world, spec, path, leave_out=True, find=find))
+        )
         if listener is None:
             with first_signal_calls(lambda: None):  # rank 0 says when it ends
                 if world.spare:

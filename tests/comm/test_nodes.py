@@ -79,3 +79,18 @@ def test_what_many_hosts_have_alike_is_said_once() -> None:
     assert few.startswith("On n0, n1 and n2, mpiexec bound")
     (one,) = Nodes(0, ranks[:1]).bindings
     assert one.startswith("On n0, mpiexec bound")
+
+
+def test_the_part_of_a_machine_that_ranks_keep_busy() -> None:
+    """Containers of one machine of four cores: a rank has all of its threads, or what a quota leaves of them."""
+    four = frozenset(range(4))
+    ranks = [
+        RankInfo(f"box{n}", "one", cores, Process(n, 0.0, 0), 1, "", 0.0, 1.0, environ)
+        for n, (cores, environ) in enumerate(
+            [(Cores(four), {}), (Cores(four), {"OMP_NUM_THREADS": "2"}), (Cores(four, 0.5, "group"), {})]
+        )
+    ]
+    ranks.append(RankInfo("other", "other", Cores(frozenset({0, 1})), Process(9, 0.0, 0), 1, "", 0.0))
+    nodes = Nodes(0, ranks)
+    assert nodes.loads(["auto"] * 4) == [("one", 1.0), ("one", 0.5), ("one", 0.125), ("other", 1.0)]
+    assert nodes.loads([1, 3, 1, 1]) == [("one", 0.25), ("one", 0.75), ("one", 0.125), ("other", 0.5)]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mpillm.comm import core_speed
 from mpillm.planning import pace
 
 
@@ -13,12 +14,12 @@ def test_a_core_that_others_use_too_counts_in_part(tmp_path: Path) -> None:
     waited = tmp_path / "schedstat"
     for text, part in (("300 600 9\n", 1 / 3), ("950 50 1\n", 1.0), ("0 0 0\n", 1.0), ("?", 1.0)):
         waited.write_text(text)
-        assert pace.part_so_far(waited) == pytest.approx(part)
-    assert pace.part_so_far(tmp_path / "missing") == 1.0  # not Linux
+        assert core_speed.part_so_far(waited) == pytest.approx(part)
+    assert core_speed.part_so_far(tmp_path / "missing") == 1.0  # not Linux
 
 
 def test_it_is_that_of_this_machine() -> None:
-    assert 0 < pace.pace() < 100
+    assert 0 < core_speed.pace() < 100
 
 
 def test_hosts_that_are_about_as_fast_are_alike() -> None:

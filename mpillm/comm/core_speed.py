@@ -1,0 +1,63 @@
+"""How fast a core runs plain code of this process: a look of a millisecond, where more may not be worth its time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import TypeVar
+
+T = TypeVar("T")
+
+TURNS, TURN = 20_000, 70e-9  # of a loop of Python, and its seconds where `Speed.core` is 1
+LOOK, LOOK_TURNS = 0.001, 2000  # seconds of a look at the pace, and turns of a call
+CALLS, PATIENCE = 8, 4  # of each timing: so many calls unless they take PATIENCE times as long as they should
+WHOLE = 0.85  # the part of a core that counts as a whole one
+WAITED = Path("/proc/self/schedstat")  # the nanoseconds that this thread has run, and has waited for a core
+
+
+def pace() -> float:
+    """How fast a core runs this rank's plain code, as `Speed.core`; of a core that others use too, its part."""
+    return core_speed(LOOK, LOOK_TURNS) * part_so_far(WAITED)
+
+
+def part_so_far(waited: Path) -> float:
+    """The part of a core that this process has got since it started (mostly while it imported modules).
+
+    It is less than 1 if a control group has a quota, which a container may hide, or if other programs compute.
+    """
+    try:
+        ran, waiting = map(int, waited.read_text().split()[:2])
+    except (OSError, ValueError):  # not Linux, or a kernel that does not count it
+        return 1.0
+    part = ran / (ran + waiting) if ran else 1.0
+    return part if part < WHOLE else 1.0
+
+
+def core_speed(seconds: float, turns: int = TURNS) -> float:
+    """How fast one core runs plain code, as `Speed.core`, measured for about so many seconds, `turns` a call."""
+    return TURN / typical(plain_code, [turns], seconds) * turns
+
+
+def typical(call: Callable[[T], object], data: Sequence[T], for_seconds: float) -> float:
+    """Seconds of a call on a core of its own: the median of this thread's, with each of `data` in turn.
+
+    The fastest one is that whose data happened to be in a cache, and other programs disturb the slowest ones.
+    """
+    call(data[0])
+    seconds, first = list[float](), time.perf_counter()
+    while (passed := time.perf_counter() - first) < for_seconds or (
+        len(seconds) < CALLS and passed < PATIENCE * for_seconds
+    ):
+        start = time.thread_time()
+        call(data[len(seconds) % len(data)])
+        seconds.append(time.thread_time() - start)
+    return median(seconds)
+
+
+def plain_code(turns: int) -> None:
+    """A table whose entries are replaced."""
+    table: dict[int, tuple[int, object]] = {}
+    for turn in range(turns):
+        table[turn & 1023] = (turn, table.get(turn >> 1))
