@@ -45,6 +45,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         print(f"\n{NEXT_STEPS}", end="")
         return 0
     if options.command == "launch":
+        _log(options.verbose, "mpillm:", quiet=False)
         return supervise.run(options, command_parser().parse_args, job_of, launch.launched_by(os.environ))
     if options.command == "lm-eval":
         return run_alone(lambda: _lm_eval(options))

@@ -96,7 +96,7 @@ def run(
             hosts = reach.answering(settings, _say)
             sys.stderr.flush()
             mpiexec.become(library(), settings, hosts, program)
-        return Supervisor(read(options.words), library(), settings, program, _say).run()
+        return Supervisor(read(options.words), library(), settings, program, _say, _show, _show_error).run()
     except MpillmError as error:
         _say(str(error))
         return error.exit_code
@@ -128,7 +128,16 @@ def _no_command(words: list[str], ranks: int) -> str:
 
 
 def _say(line: str) -> None:
+    _show_error(f"mpillm: {line}")
+
+
+def _show_error(line: str) -> None:
     if (width := terminal.columns(sys.stderr)) is not None:  # ranks that were killed have left a live line
         sys.stderr.write(f"\r{' ' * (width - 1)}\r")
-    sys.stderr.write(f"mpillm: {line}\n")
+    sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
+
+
+def _show(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()

@@ -2,7 +2,8 @@
 
 Under mpiexec the streams of a rank are pipes to the launcher. Open MPI's holds back what has no newline, so a line that
 is drawn again and again appears at the end; what is written when the launcher is told to stop is lost; and what is
-written to two pipes arrives in any order. So rank 0 looks at where the launcher itself writes, if it is on its machine.
+written to two pipes arrives in any order. So rank 0 looks at where the launcher itself writes, if it is on its machine,
+or where its supervisor (`mpillm launch`) does, which shows what the launcher writes.
 """
 
 from __future__ import annotations
@@ -115,11 +116,11 @@ def fitted(text: str, stream: TextIO) -> str:
 
 
 def _launcher_streams() -> str | None:
-    """The descriptors of the outermost MPI launcher on this machine that this process descends from."""
-    found = None
+    """The descriptors of the outermost MPI launcher that this process descends from, or of its supervisor."""
+    found, supervisor = None, os.environ.get(launch.SUPERVISED)
     with contextlib.suppress(psutil.Error):
         for process in psutil.Process().parents():
-            if os.path.basename(process.exe()) not in launch.STARTERS:
+            if os.path.basename(process.exe()) not in launch.STARTERS and str(process.pid) != supervisor:
                 break
             found = f"/proc/{process.pid}/fd"
     return found

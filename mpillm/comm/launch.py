@@ -17,6 +17,8 @@ from pathlib import Path
 
 # With which users, launchers and Slurm (SIGUSR1: its warning) stop a run; some send several.
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# The process id of mpiexec's supervisor, which shows what mpiexec writes, and says why it stops the ranks by SIGUSR1.
+SUPERVISED = "MPILLM_SUPERVISED"
 
 OPENMPI, MPICH = "Open MPI's mpiexec", "MPICH's mpiexec"
 

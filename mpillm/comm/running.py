@@ -16,7 +16,7 @@ from typing import NoReturn
 from mpillm.comm import versions
 from mpillm.comm.departure import Departure
 from mpillm.comm.faults import RankLost
-from mpillm.comm.launch import STOPS
+from mpillm.comm.launch import STOPS, SUPERVISED
 from mpillm.comm.world import World, say
 from mpillm.errors import Interrupted, MpillmError, of_system
 
@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 CRASHED = 70  # exit code after an unforeseen error (EX_SOFTWARE of sysexits.h)
 # Seconds in which the other ranks must finish or fail too, before the error of one rank aborts all.
 GRACE = 2.0
-SUPERVISED = "MPILLM_SUPERVISED"  # set by a supervisor, which says itself why it stops the ranks by SIGUSR1
 
 
 def run(world: World, program: Callable[[World], int]) -> int:

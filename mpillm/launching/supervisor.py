@@ -19,12 +19,12 @@ from types import FrameType
 
 import psutil
 
-from mpillm.comm.launch import STOPS, Library
-from mpillm.comm.running import SUPERVISED
+from mpillm.comm.launch import STOPS, SUPERVISED, Library
 from mpillm.errors import Interrupted, JobError, LayoutError
 from mpillm.launching.hostfile import HostSlots, hostfile_text, read_hosts, write_hosts
 from mpillm.launching.mpiexec import AS_ROOT, Settings, command, end_session
 from mpillm.launching.reach import NoHostError, answering, silent_hosts
+from mpillm.launching.remarks import Remarks
 from mpillm.planning import plan
 from mpillm.spec import Spec
 from mpillm.store.directory import Directory
@@ -38,7 +38,7 @@ LOOK = 0.2  # seconds between two looks at what runs
 WATCH = 2.0  # seconds between two looks at the hostfile
 ASK = 15.0  # seconds between two questions to the hosts, while no rank runs yet
 STOPPING = 30.0  # seconds for the ranks to end when they are told to
-LINGER = 10.0  # seconds for mpiexec to end when the journal is complete
+LINGER = 10.0  # seconds for mpiexec to end when no rank runs here and the journal does not grow
 BACK_OFF = (1.0, 5.0, 20.0, 60.0)  # seconds before the next start, after so many starts without progress
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
@@ -67,10 +67,13 @@ class Supervisor:
         settings: Settings,
         program: Sequence[str],
         say: Callable[[str], None],
+        out: Callable[[str], None],
+        error: Callable[[str], None],
     ) -> None:
-        """`program` is what each rank runs; `say` tells the user."""
+        """`program` is what each rank runs; `say` tells the user; `out` and `error` show a line of the ranks."""
         self._spec, self._library, self._settings = spec, library, settings
         self._program, self._say = program, say
+        self._out, self._error = out, error
         self._told: signal.Signals | None = None  # to stop, and by what
         self._output: Directory | None = None  # as it was before the first start
         self._journal_seen = False
@@ -111,7 +114,8 @@ class Supervisor:
             hosts = self._hosts(first)
             ranks = ranks_that_work(self._spec, sum(host.slots for host in hosts) if hosts else self._ranks)
             size, written = self._journal_size(), self._journal_written()
-            code, grown = self._once(ranks, hosts, folder)
+            remarks = Remarks(self._out, self._error)
+            code, grown = self._once(ranks, hosts, folder, remarks)
             outcome = finished(self._spec.output_path)
             # This start has said so, not one before it, since when the input may have grown. (It may be shorter: what
             # was computed before the model's files were touched is checked, and noted, anew.)
@@ -134,6 +138,8 @@ class Supervisor:
             if grown:
                 continue
             fruitless = 0 if self._journal_size() > size else fruitless + 1
+            if fruitless and remarks.cause() is None:
+                remarks.show()
             if fruitless > len(BACK_OFF):
                 self._say(
                     f"Gave up after {fruitless} starts that added nothing to the journal. Remove the cause "
@@ -141,9 +147,8 @@ class Supervisor:
                 )
                 return Interrupted.exit_code
             pause = BACK_OFF[max(0, fruitless - 1)]
-            self._say(
-                f"The run ended before it was complete ({_how(code)}); the next start is in {pause:g} s."
-            )
+            why = remarks.cause() or _how(code)
+            self._say(f"The run ended before it was complete ({why}); the next start is in {pause:g} s.")
             self._sleep(pause)
 
     def _hosts(self, first: bool) -> list[HostSlots]:
@@ -170,35 +175,38 @@ class Supervisor:
             return (self._spec.output_path / JOURNAL).stat().st_mtime_ns
         return 0
 
-    def _once(self, ranks: int, hosts: list[HostSlots], folder: Path) -> tuple[int, bool]:
+    def _once(self, ranks: int, hosts: list[HostSlots], folder: Path, remarks: Remarks) -> tuple[int, bool]:
         """One start; mpiexec's exit code, and whether it was stopped because the hostfile has changed."""
         known, size = self._hostfile_text(), self._journal_size()
         hostfile = folder / "hosts" if hosts else None
         if hostfile:
             write_hosts(hostfile, hosts, self._library)
-        launcher = subprocess.Popen(
-            [*command(self._library, self._settings, ranks, hostfile, folder), *self._program],
-            env={**os.environ, SUPERVISED: "1", **(AS_ROOT if os.geteuid() == 0 else {})},
-            start_new_session=True,
-            preexec_fn=_end_with_parent,  # noqa: PLW1509 (there is no other thread at this moment)
-        )
+        with remarks.pipes() as (out, error):
+            launcher = subprocess.Popen(
+                [*command(self._library, self._settings, ranks, hostfile, folder), *self._program],
+                stdout=out,
+                stderr=error,
+                env={**os.environ, SUPERVISED: str(os.getpid()), **(AS_ROOT if os.geteuid() == 0 else {})},
+                start_new_session=True,
+                preexec_fn=_end_with_parent,  # noqa: PLW1509 (there is no other thread at this moment)
+            )
         log.info("started %d ranks", ranks)
         give_up = float("inf")  # when mpiexec is ended by force
-        looked = asked = time.monotonic()
+        looked = asked = active = time.monotonic()
         grown, seen = False, False
         try:
             while launcher.poll() is None and time.monotonic() < give_up:
-                time.sleep(LOOK)
+                remarks.listen(LOOK)
                 self._journal_seen = self._journal_seen or self._journal_size() > 0
                 now = time.monotonic()
                 changed = False
                 if now - looked > WATCH:
                     looked = now
                     changed = self._hostfile_text() not in (known, "")
-                    here = _ranks_below(launcher.pid)
-                    if seen and not here:  # mpiexec waits for hosts that are out of reach
-                        give_up = min(give_up, now + LINGER)
-                    seen = seen or here or self._journal_size() > size
+                    if _ranks_below(launcher.pid) or self._journal_size() > size:
+                        seen, active, size = True, now, self._journal_size()
+                    elif seen and now - active > LINGER:  # mpiexec waits for hosts that are out of reach
+                        give_up = min(give_up, now)
                     # While its daemons start, Open MPI waits for ever for a host that is lost.
                     if not seen and now - asked > ASK:
                         asked = now
@@ -210,8 +218,10 @@ class Supervisor:
                         self._say("The hostfile has changed; the run starts again with its hosts.")
                     launcher.send_signal(signal.SIGUSR1)  # both MPIs pass it on; on SIGTERM they kill at once
                     give_up = now + STOPPING
+            remarks.waits = launcher.poll() is None and not self._told and not grown
         finally:
             end_session(launcher)
+            remarks.close()
         return launcher.returncode, grown
 
     def _hostfile_text(self) -> str:

@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,6 +107,11 @@ class Hosts:
             yield self
         finally:
             for name in (self.switch, *(f"{self.prefix}{number}" for number in self.numbers)):
+                for left in run_bounded(["ip", "netns", "pids", name]).stdout.split():
+                    with contextlib.suppress(
+                        ProcessLookupError
+                    ):  # such as mpiexec's daemon behind a cut cable
+                        os.kill(int(left), signal.SIGKILL)
                 run_bounded(["ip", "netns", "delete", name])
 
     def before(self, number: int, words: str) -> None:

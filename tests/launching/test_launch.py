@@ -16,6 +16,7 @@ from mpillm.launching import mpiexec, reach, supervisor
 from mpillm.launching.hostfile import HostSlots, read_hosts, write_hosts
 from mpillm.launching.mpiexec import Settings
 from mpillm.launching.reach import why_silent
+from mpillm.launching.remarks import Remarks
 from mpillm.launching.supervisor import Supervisor, ranks_that_work
 from mpillm.version import __version__
 from tests.conftest import ROOT
@@ -151,7 +152,7 @@ def test_a_hostfile_of_which_no_host_answers(tmp_path: Path, capsys: pytest.Capt
     hostfile = tmp_path / "machines"
     hostfile.write_text("pi1\npi2\n")
     settings = Settings(hostfile=hostfile, agent="false")
-    run = Supervisor(job(tmp_path, f"model={model_path('chat')}"), OPENMPI, settings, ["false"], print)
+    run = Supervisor(job(tmp_path, f"model={model_path('chat')}"), OPENMPI, settings, ["false"], *[print] * 3)
     with pytest.raises(JobError, match=r"^No host of .*machines can take ranks; try: false pi1 true$"):
         run.run()
     assert capsys.readouterr().out.splitlines() == [
@@ -181,7 +182,7 @@ def test_the_last_sentence_is_not_mpiexecs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
-    of = Supervisor(job(tmp_path, f"model={model_path('chat')}"), OPENMPI, Settings(1), [], print)
+    of = Supervisor(job(tmp_path, f"model={model_path('chat')}"), OPENMPI, Settings(1), [], *[print] * 3)
     of._spec.output_path.mkdir()
     journal = of._spec.output_path / "journal"
     journal.write_bytes(b"of a model whose file was touched since")
@@ -201,14 +202,34 @@ def test_the_last_sentence_is_not_mpiexecs(
     assert capsys.readouterr().out.splitlines() == [line.format(results=path) for line in said]
 
 
+def started(folder: Path, monkeypatch: pytest.MonkeyPatch, settings: Settings) -> Supervisor:
+    """A supervisor in a hurry, whose mpiexec sleeps."""
+    (folder / "in.jsonl").write_text('{"prompt": "a"}\n')
+    monkeypatch.setattr(supervisor, "command", lambda *words: ["sleep", "1000"])
+    for name in ("WATCH", "ASK", "LOOK", "LINGER"):
+        monkeypatch.setattr(supervisor, name, 0.1)
+    return Supervisor(job(folder, f"model={model_path('chat')}"), OPENMPI, settings, [], *[print] * 3)
+
+
 def test_a_host_that_is_lost_while_ranks_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Open MPI waits for ever for the daemon of a host that was switched off just then."""
-    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
     answers = iter(["", "", "", "Connection timed out"])  # of two hosts, asked twice
     monkeypatch.setattr(reach, "why_silent", lambda agent, host, loads: next(answers))
-    monkeypatch.setattr(supervisor, "command", lambda *words: ["sleep", "1000"])
-    for name in ("WATCH", "ASK", "LOOK"):
-        monkeypatch.setattr(supervisor, name, 0.1)
-    settings = Settings(hostfile=tmp_path / "machines")
-    of = Supervisor(job(tmp_path, f"model={model_path('chat')}"), OPENMPI, settings, [], print)
-    assert of._once(2, [HostSlots("pi1", 1), HostSlots("pi2", 1)], tmp_path) == (-9, False)
+    of, remarks = (
+        started(tmp_path, monkeypatch, Settings(hostfile=tmp_path / "machines")),
+        Remarks(print, print),
+    )
+    assert of._once(2, [HostSlots("pi1", 1), HostSlots("pi2", 1)], tmp_path, remarks) == (-9, False)
+    assert remarks.cause() == "mpiexec waited for a host that was lost"
+
+
+def test_others_may_go_on_when_this_machine_has_lost_its_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as the journal grows; then mpiexec waits for what is lost."""
+    here, grows = iter([True]), iter(range(1, 20))
+    monkeypatch.setattr(supervisor, "_ranks_below", lambda pid: next(here, False))
+    of = started(tmp_path, monkeypatch, Settings(2))
+    monkeypatch.setattr(of, "_journal_size", lambda: next(grows, 20))
+    assert of._once(2, [], tmp_path, Remarks(print, print)) == (-9, False)
+    assert next(grows, None) is None
