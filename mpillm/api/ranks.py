@@ -31,7 +31,10 @@ def serve(world: World, address: str) -> int:
         shared = world.bcast(spec)
         if shared is None:
             return 0
-        with closing(Service(world, shared)) as service:
+        with closing(Service(world, shared, leave_out=True)) as service:
+            if world.spare:
+                world.stand_by()
+                return 0
             if connection is not None:  # a caller that is gone by now is noticed next
                 _tell(connection, Ready(service.model.name, str(service.layout)))
             while world.bcast((lines := _next(connection)) is not None):

@@ -45,13 +45,19 @@ class _Quiet:
 class Service:
     """A model on all ranks. The constructor is collective; then rank 0 calls `answers`, and the others `follow`."""
 
-    def __init__(self, world: World, spec: Spec) -> None:
-        """Load the model of `spec`, ignoring input and output; raises MpillmError on all ranks if one fails."""
+    def __init__(self, world: World, spec: Spec, leave_out: bool = False) -> None:
+        """Load the model of `spec`, ignoring input and output; raises MpillmError on all ranks if one fails.
+
+        `leave_out` is that of `Session`; a spare rank (`World.spare`) then has nothing but `close`.
+        """
         quiet = _Quiet()
         path = model_path(world, spec, quiet)
-        self._session = session = Session(world, spec, path, find=found_here(world, spec, quiet))
+        find = found_here(world, spec, quiet)
+        self._session = session = Session(world, spec, path, leave_out=leave_out, find=find)
         self._spec = spec
         self.name = ""
+        if world.spare:
+            return
         with world.together():
             if world.rank == 0:
                 since = datetime.now().astimezone()

@@ -20,7 +20,7 @@ from mpillm.engine.draft_model import DraftModel
 from mpillm.engine.engine import Engine
 from mpillm.engine.limits import Limits, Totals
 from mpillm.engine.speculation import Mode
-from mpillm.engine.worker import Worker
+from mpillm.engine.worker import Worker, follow
 from mpillm.errors import ModelError
 from mpillm.model.activations import activations_of
 from mpillm.model.adapters import Adapters
@@ -257,6 +257,13 @@ class Session:
         """
         limits = self.limits if speculation is None else replace(self.limits, speculation=speculation)
         return Engine(self.worker, self.channel, limits, self.shard_vocab, totals, self.draft_model)
+
+    def follow(self) -> int:
+        """On all ranks but 0, of a session that no loss is to survive: compute what rank 0 sends; the exit code."""
+        if self.world.spare:
+            self.world.stand_by()
+            return 0
+        return follow(self.worker, self.channel, self.watch.check)
 
     def _open_draft_model(self) -> DraftModel | None:
         """Open the job's draft model, if it has one, on the leader of each replica."""

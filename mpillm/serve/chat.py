@@ -22,7 +22,6 @@ from mpillm.batch.work import Model
 from mpillm.comm.launch import MPICH, launched_by
 from mpillm.comm.world import World
 from mpillm.engine.request import FinishedCompletion
-from mpillm.engine.worker import follow
 from mpillm.errors import JobError, RequestError
 from mpillm.run.opened import found_here, model_of, model_path
 from mpillm.run.progress import Progress
@@ -48,11 +47,13 @@ def run(world: World, spec: Spec, progress: Progress, lines: Typed) -> int:
     """Talk until the lines, which rank 0 reads, end (collective); the exit code."""
     path = model_path(world, spec, progress)
     find = found_here(world, spec, progress)
-    with contextlib.closing(Session(world, spec, path, find=find)) as session:
+    with contextlib.closing(Session(world, spec, path, leave_out=True, find=find)) as session:
         if world.rank:
             with first_signal_calls(lambda: None):  # rank 0 says when it ends
-                return follow(session.worker, session.channel, session.watch.check)
+                return session.follow()
         model = model_of(session, path)
+        for warning in session.warnings:
+            progress.say(warning)
         engine = session.engine()
         arrivals = Arrivals(capacity=1, background=0)
         chat = Conversation(spec, model, arrivals, lines, progress.say)

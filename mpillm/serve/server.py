@@ -15,7 +15,6 @@ from pathlib import Path
 import uvicorn
 
 from mpillm.comm.world import World
-from mpillm.engine.worker import follow
 from mpillm.errors import JobError
 from mpillm.run.job import open_journal
 from mpillm.run.opened import found_here, model_of, model_path
@@ -65,10 +64,7 @@ def run(world: World, spec: Spec, options: ServeOptions, progress: Progress) -> 
         )
         if listener is None:
             with first_signal_calls(lambda: None):  # rank 0 says when it ends
-                if world.spare:
-                    world.stand_by()
-                    return 0
-                return follow(session.worker, session.channel, session.watch.check)
+                return session.follow()
         return _lead(session, spec, path, options, listener, progress)
 
 

@@ -194,7 +194,20 @@ def test_what_cannot_be_made_is_said(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="ranks must be a whole number >= 1, not '2'"):
         LLM(str(CHAT), "2")  # type: ignore[arg-type]
     with pytest.raises(MpillmError, match="cannot be laid out on 3 ranks"):
-        LLM(str(CHAT), ranks=3)
+        LLM(str(CHAT), ranks=3, layout={"shards": 1})
+
+
+def test_ranks_without_a_core_of_their_own_do_not_compute() -> None:
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})  # that of mpiexec and its ranks
+    try:
+        with LLM(str(CHAT), ranks=2, **SETTINGS) as llm:
+            assert str(llm.layout) == "1 stage x 1 shard"
+            answers = [llm.generate("the quick", max_tokens=5)[0].text for _ in range(2)]
+    finally:
+        os.sched_setaffinity(0, before)
+    with LLM(str(CHAT), ranks=1, **SETTINGS) as llm:
+        assert answers == 2 * [llm.generate("the quick", max_tokens=5)[0].text]
 
 
 def test_without_an_mpi_library(monkeypatch: pytest.MonkeyPatch) -> None:

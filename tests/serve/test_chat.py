@@ -53,10 +53,11 @@ def answers(folder: Path, *conversations: list[str]) -> list[str]:
 def test_turns_from_a_pipe(openmpi: Mpi, tmp_path: Path) -> None:
     (first, alone) = answers(tmp_path, ["the fox"], ["S:be kind", "over the dog"])
     (second,) = answers(tmp_path, ["the fox", first, "over the dog"])
+    core = str(min(os.sched_getaffinity(0)))
     typed = "the fox\nover the dog\n/retry\n/unknown\n\n/system be kind\nover the dog\n/exit\nnever\n"
     for command, env, help_ends in (
         ([sys.executable], clean_environment(), "stop the answer; between answers, leave"),
-        (openmpi.command(2), openmpi.environment(), "Ctrl-C         end mpiexec"),
+        (["taskset", "-c", core, *openmpi.command(2)], openmpi.environment(), "Ctrl-C         end mpiexec"),
     ):
         words = [str(word) for word in [*command, "-m", "mpillm", "chat", "--model", CHAT, *SETTINGS]]
         done = subprocess.run(words, input=typed, env=env, capture_output=True, text=True, check=False)
@@ -66,6 +67,7 @@ def test_turns_from_a_pipe(openmpi: Mpi, tmp_path: Path) -> None:
         assert help_text
         assert last.endswith(visible(f"{help_ends}\n{alone}\n", "\n"))
         assert "Talking to chat" in done.stderr
+        assert ("1 of 2 ranks is kept in reserve" in done.stderr) == (words[0] == "taskset")
 
 
 @pytest.mark.mpiexec
