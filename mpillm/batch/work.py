@@ -150,9 +150,9 @@ def work_of(line: Line, endpoint: Endpoint, spec: Spec, model: Model) -> Work:
 
 
 def _param(error: RequestError, endpoint: Endpoint) -> str | None:
-    """The key with which what is said begins, or that of the prompt if it is too long."""
-    if error.code == TOO_LONG:
-        return endpoint.key
+    """The key with which what is said begins, or that of the prompt."""
+    if error.code == TOO_LONG or re.match(r"the prompt |prompt \d", str(error)):
+        return endpoint.key or "input"
     found = re.match(r"(\w+)[\w.\[\]]*", str(error))
     return found[0] if found is not None and found[1] in endpoint.__struct_fields__ else None
 

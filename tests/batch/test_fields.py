@@ -21,14 +21,16 @@ from openai.types.chat import completion_create_params as chat_create_params
 from mpillm.batch import answers
 from mpillm.batch.endpoints import ENDPOINTS
 from mpillm.batch.other_keys import IGNORED, NEUTRAL, REFUSED
-from mpillm.batch.work import Model, Work
+from mpillm.batch.work import TOO_LONG, Model, Work
+from mpillm.errors import RequestError
 from mpillm.model.embedding import EmbeddingSettings
 from mpillm.model.pooled import Classifier, Dense
+from mpillm.serve.prepare import prepare
 from mpillm.text import load_tokenizer
 from tests.batch.test_answers import answer
 from tests.batch.test_tools import NOW, TEMPLATE, WEATHER, with_template
 from tests.conftest import ROOT
-from tests.job_helpers import END, TEXT, WITH_TEXT, completion, errors, works
+from tests.job_helpers import END, TEXT, WITH_TEXT, completion, errors, job, works
 
 CHAT, COMPLETIONS, EMBEDDINGS, CHOICES, SCORE, RERANK, CLASSIFY = (endpoint.url for endpoint in ENDPOINTS)
 TYPES = {endpoint.url: endpoint for endpoint in ENDPOINTS}
@@ -395,6 +397,34 @@ def test_each_key_has_its_meaning(url: str, model: Model, tmp_path: Path) -> Non
         used = replace(used, pair_template="{instruction}\n{query}\n{document}\n")
     table = MEANINGS[url].items()
     assert not [key for key, (body, check) in table if not check(Asked(url, body, key, used, tmp_path))]
+
+
+WRONG: list[Any] = [
+    *[True, 0, -1, -2.5, 10**9, 1e300, "", "x", "(", "a" * 5000, [], [[]], [-1], [10**9], {}, {"a": 1}, {"999999": 1.0}],
+    *[[{"role": "user", "content": 5}], {"type": "json_schema"}, {"json": {"type": "x"}}, {"regex": "("}],
+]  # fmt: skip
+OF_TWO = ("the line needs ", "the pair has ", "the prompt with choices")  # sentences on several keys together
+
+
+@pytest.mark.parametrize("url", TYPES)
+def test_what_is_refused_is_named_by_its_key(url: str, model: Model, tmp_path: Path) -> None:
+    """OpenAI's `param`."""
+    labels = {SCORE: 1, RERANK: 1, CLASSIFY: 3}.get(url)
+    used = model if labels is None else classifying(model, labels)
+    used = replace(used, pair_template="{instruction}\n{query}\n{document}\n")
+    made, named, misnamed = job(tmp_path), set(), []
+    for key in (*TYPES[url].__struct_fields__, *REFUSED, *IGNORED, "unheard_of"):
+        for value in WRONG:
+            body = {**LEAST[url], "max_tokens": 1} if url in (CHAT, COMPLETIONS) else LEAST[url]
+            try:
+                prepare(url, {**body, key: value}, made, used)
+            except RequestError as error:
+                if error.code != TOO_LONG and not str(error).startswith(OF_TWO):
+                    named.add(key)
+                    if not str(error.param).startswith(key):
+                        misnamed.append((key, value, error.param, str(error)))
+    assert misnamed == []
+    assert len(named) > 30, "or nothing was refused"
 
 
 YES, NO = ({"type": "const_string", "value": text} for text in ("yes", "no"))

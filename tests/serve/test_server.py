@@ -190,7 +190,7 @@ def test_what_is_counted(client: openai.OpenAI, server: str) -> None:
     assert {name for name, kind in kinds.items() if kind == "gauge"} >= {"running", "waiting"}
 
     def after(name: str, count: float) -> None:
-        while metrics_of(client, server)[name] < before.get(name, 0) + count:
+        while metrics_of(client, server).get(name, 0) < before.get(name, 0) + count:
             time.sleep(0.02)
 
     before = metrics_of(client, server)

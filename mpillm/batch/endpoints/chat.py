@@ -93,8 +93,9 @@ class ChatCompletionsEndpoint(Generate, frozen=True, kw_only=True):
             self._grammar(ids, spec, model),
         )
         if requests[0].max_tokens == 0 and self.prompt_logprobs is None:
+            key = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
             raise RequestError(
-                "max_tokens: 0 generates nothing; to score a text, use /v1/completions with echo: true"
+                f"{key}: 0 generates nothing; to score a text, use /v1/completions with echo: true"
             )
         return requests
 

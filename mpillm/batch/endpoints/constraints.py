@@ -41,7 +41,10 @@ def grammar_of(body: Any, spec: Spec, model: Model) -> str | None:
         raise RequestError(f"{' and '.join(asked)} cannot be used together")
     for key, value in asked.items():
         try:
-            return _grammar(key, value, model)
+            grammar = _grammar(key, value, model)
+            if grammar is not None and model.text is not None:
+                model.text.grammars(model.vocab, model.end_ids).check(grammar)
+            return grammar
         except RequestError as error:
             raise RequestError(f"{key}: {error}") from None
     return None

@@ -105,7 +105,7 @@ class EmbeddingsEndpoint(Endpoint, frozen=True, kw_only=True):
             return self.input
         if name not in settings.prompts:
             known = ", ".join(map(repr, settings.prompts)) or "none"
-            raise RequestError(f"the model has no prompt {name[:100]!r}; it has {known}")
+            raise RequestError(f"prompt_name: the model has no prompt {name[:100]!r}; it has {known}")
         prompt = settings.prompts[name]
         if isinstance(self.input, str):
             return prompt + self.input

@@ -96,7 +96,7 @@ def read_prompts(
             if item and not 0 <= min(item) <= max(item) < model.vocab:
                 at = next(at for at, token in enumerate(item) if not 0 <= token < model.vocab)
                 raise RequestError(
-                    f"the token id at {which}[{at}], {item[at]}, is not in the vocabulary (0 to {model.vocab - 1})"
+                    f"{which}[{at}]: the token id {item[at]} is not in the vocabulary (0 to {model.vocab - 1})"
                 )
             ids.append(tuple(item) if cut is None else cut(item))
         else:

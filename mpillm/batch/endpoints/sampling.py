@@ -51,7 +51,7 @@ class Sampled(Endpoint, frozen=True, kw_only=True):
         settings["min_tokens"] = self.min_tokens or 0
         settings["stop_ids"] = self._stop_ids(model)
         if self.allowed_token_ids is not None:
-            _check_ids("allowed token id", self.allowed_token_ids, model)
+            _check_ids("allowed_token_ids", self.allowed_token_ids, model)
             settings["allowed"] = bits(frozenset(self.allowed_token_ids), model.vocab)
         return settings
 
@@ -61,7 +61,7 @@ class Sampled(Endpoint, frozen=True, kw_only=True):
             if not (key.isascii() and key.isdecimal()):
                 raise RequestError(f"logit_bias: {key[:60]!r} is not a token id")
             biases[int(key)] = min(max(value, -MAX_BIAS), MAX_BIAS)
-        _check_ids("token id of logit_bias", biases, model)
+        _check_ids("logit_bias", biases, model)
         return tuple(sorted(biases.items()))
 
     def _bad_words(self, model: Model) -> set[tuple[int, ...]]:
@@ -77,12 +77,14 @@ class Sampled(Endpoint, frozen=True, kw_only=True):
         return found - {()}
 
     def _stop_ids(self, model: Model) -> frozenset[int]:
-        _check_ids("stop token id", self.stop_token_ids or (), model)
+        _check_ids("stop_token_ids", self.stop_token_ids or (), model)
         ends = frozenset() if self.ignore_eos else model.end_ids
         return ends | frozenset(self.stop_token_ids or ())
 
 
-def _check_ids(what: str, ids: Any, model: Model) -> None:
+def _check_ids(key: str, ids: Any, model: Model) -> None:
     for token in ids:
         if not 0 <= token < model.vocab:
-            raise RequestError(f"the {what} {token} is not in the vocabulary (0 to {model.vocab - 1})")
+            raise RequestError(
+                f"{key}: the token id {token} is not in the vocabulary (0 to {model.vocab - 1})"
+            )
