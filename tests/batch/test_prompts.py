@@ -72,7 +72,7 @@ def test_tokens_that_the_model_has_no_embedding_for(tmp_path: Path) -> None:
             f"the prompt {of_a_text}",
             f"prompt 2 of 2 {of_a_text}",
             "the prompt has the token",
-            f"prompt[2], {largest}, is",
+            f"prompt[2]: the token id {largest} is",
         ],
         strict=False,
     ):
