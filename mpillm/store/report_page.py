@@ -151,7 +151,8 @@ def cite(report: Report) -> str:
 
 
 LONG = 28  # letters of a word that is not broken: the longest key of a job has 27
-# Figures are beside each other where there is room, and tables are moved sideways on a phone.
+NARROW = 5  # columns of a table that a phone shows whole; of a wider one each row becomes a card
+# Figures are beside each other where there is room.
 _STYLE = """:root{color-scheme:light dark;--line:#ccc;--shade:#f3f3f3;--text:#222;--page:#fff}
 @media screen and (prefers-color-scheme:dark){:root{--line:#555;--shade:#2a2a2a;--text:#ddd;--page:#1b1b1b}}
 body{font:15px/1.45 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:var(--text);
@@ -159,6 +160,10 @@ background:var(--page)}table{border-collapse:collapse;margin:.5rem 0 1.5rem;disp
 td,th{border:1px solid var(--line);padding:.2rem .6rem;text-align:right;max-width:30rem}
 .long,h1{overflow-wrap:anywhere}th{background:var(--shade)}p{max-width:62rem}.text{text-align:left}
 td:not(.text){white-space:nowrap}@media(max-width:30rem){td,th{padding:.2rem .25rem}}
+@media screen and (max-width:40rem){.wide tr:first-child{display:none}
+.wide tr{display:block;margin-bottom:.6rem;border:1px solid var(--line);padding:.3rem .5rem}
+.wide td{display:flex;justify-content:space-between;gap:1rem;border:0;padding:0}
+.wide td::before{content:attr(data-head)}.wide td:first-child{font-weight:bold;justify-content:start;gap:.5rem}}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:1rem;align-items:start}
 figure{margin:.5rem 0}svg{width:100%;max-width:36rem;height:auto}
 svg text{fill:currentColor}
@@ -277,16 +282,22 @@ def _paging_tables(report: Report) -> Iterator[str]:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table, numbers on the right and texts on the left; only words of more than LONG letters are broken."""
+    """A table, numbers on the right and texts on the left; only words of more than LONG letters are broken.
+
+    On a phone each row of a wide one is a card, and the names of the columns stand before the cells.
+    """
     shown = [[str(value) for value in row] for row in rows]
     texts = [any(not value[:1].isdigit() for value in column) for column in zip(*shown, strict=True)]
 
     def row(cells: Sequence[str], tag: str) -> str:
         out = []
-        for text, is_text in zip(cells, texts, strict=True):
+        for name, text, is_text in zip(head, cells, texts, strict=True):
             kinds = {"text": is_text, "long": max(map(len, text.split()), default=0) > LONG}
             named = " ".join(kind for kind, holds in kinds.items() if holds)
-            out.append(f'<{tag} class="{named}">{html.escape(text)}</{tag}>')
+            before = f' data-head="{html.escape(name)}"' if wide and tag == "td" else ""
+            out.append(f'<{tag} class="{named}"{before}>{html.escape(text)}</{tag}>')
         return f"<tr>{''.join(out)}</tr>"
 
-    return f"<table>{row(head, 'th')}{''.join(row(cells, 'td') for cells in shown)}</table>"
+    wide = len(head) > NARROW
+    body = "".join(row(cells, "td") for cells in shown)
+    return f"<table{' class=wide' if wide else ''}>{row(head, 'th')}{body}</table>"
