@@ -33,8 +33,8 @@ from mpillm.spec import Spec
 from mpillm.words import count_of
 
 # Hosts are measured only for jobs of at least so many seconds: briefly (a quarter of a second), for the shares of
-# replicas alone, and thoroughly (more than a second).
-SHORT, MEASURED, LONG = 1.0, 3.0, 30.0
+# replicas alone, and thoroughly: that takes up to two seconds where a host is slow.
+SHORT, MEASURED, LONG = 1.0, 3.0, 120.0
 # Seconds that a brief measurement takes on a core of pace 1, and how many times as much it must be able to save: the
 # times of short jobs are mostly assumed, and often too long.
 MEASURING, SAVES = 0.25, 4.0
