@@ -114,14 +114,21 @@ def node_cores(ranks: list[Cores]) -> int:
     return max(1, cores)
 
 
-def with_cores(ranks: int, cores: int) -> int:
-    """How many of a node's ranks compute where the layout is automatic: as many as can be shards and have a core."""
-    return ranks if ranks <= cores else 1 << cores.bit_length() - 1
+def with_cores(ranks: int, cores: int, one_thread: bool) -> int:
+    """How many of a node's ranks compute where the layout is automatic, if there are fewer cores than ranks.
+
+    A power of two, for they may be shards: the one that leaves the fewest cores idle, and the larger of two such ones.
+    With `one_thread` a rank has a thread, whatever cores are left.
+    """
+    if ranks <= cores:
+        return ranks
+    used = [1 << power for power in range(cores.bit_length())]
+    return max(used, key=lambda count: (count if one_thread else cores // count * count, count))
 
 
-def reserve_in_words(ranks: int, cores: int) -> str:
+def reserve_in_words(ranks: int, cores: int, used: int) -> str:
     """What becomes of a node's other ranks."""
-    surplus = ranks - with_cores(ranks, cores)
+    surplus = ranks - used
     are, there = ("is" if count == 1 else "are" for count in (surplus, cores))
     return f"{surplus} of {ranks} ranks {are} kept in reserve, because there {there} only {count_of(cores, 'core')}"
 

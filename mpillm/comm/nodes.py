@@ -106,22 +106,21 @@ class Nodes:
                 cores[rank.machine].append(rank.cores)
         return any(len(own) > node_cores(own) for own in cores.values())
 
-    @property
-    def with_cores(self) -> list[int]:
+    def with_cores(self, threads: object) -> list[int]:
         """The ranks that have cores of their own: of a machine with more ranks than cores the first ones.
 
-        These are as many as can be shards: a power of two. Ranks that are bound to different cores all have their own.
+        `threads` are those that the job asks for. Ranks that are bound to different cores all have their own.
         """
-        surplus = {rank for ranks in self._surplus().values() for rank in ranks}
+        surplus = {rank for ranks in self._surplus(threads).values() for rank in ranks}
         return [rank for rank in range(len(self._ranks)) if rank not in surplus]
 
-    @property
-    def surplus_in_words(self) -> list[str]:
+    def surplus_in_words(self, threads: object) -> list[str]:
         """What to tell the user about the other ranks."""
         said: dict[str, list[str]] = {}
-        for node in self._surplus():
+        for node, surplus in self._surplus(threads).items():
             there = [rank for rank in self._ranks if rank.node == node]
-            text = reserve_in_words(len(there), node_cores([rank.cores for rank in there]))
+            cores = node_cores([rank.cores for rank in there])
+            text = reserve_in_words(len(there), cores, len(there) - len(surplus))
             said.setdefault(text, []).append(there[0].host)
         return [
             f"On {some_of(names, 'host')}, {text}; set layout.shards, layout.stages or layout.replicas to use all."
@@ -138,7 +137,7 @@ class Nodes:
             for number in range(max(self.numbers) + 1)
         ]
 
-    def _surplus(self) -> dict[tuple[str, str], list[int]]:
+    def _surplus(self, threads: object) -> dict[tuple[str, str], list[int]]:
         """The ranks of each machine that have no core of their own."""
         here: dict[tuple[str, str], list[int]] = {}
         for number, rank in enumerate(self._ranks):
@@ -146,7 +145,8 @@ class Nodes:
         found = {}
         for node, numbers in here.items():
             own = [self._ranks[number].cores for number in numbers]
-            used = with_cores(len(own), node_cores(own))
+            given = threads != "auto" or any(self._ranks[number].environ for number in numbers)
+            used = with_cores(len(own), node_cores(own), given)
             if used < len(own) and len({one.affinity for one in own}) == 1:
                 found[node] = numbers[used:]
         return found

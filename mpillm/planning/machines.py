@@ -80,21 +80,21 @@ class Machines:
         ]
         return sorted(range(len(rates)), key=lambda host: (rates[host], -host))
 
-    def computing(self) -> tuple[Machines, list[str]]:
+    def computing(self, threads: object) -> tuple[Machines, list[str]]:
         """These machines without the ranks that an automatic layout keeps in reserve, and sentences about them.
 
-        They have no core: see `Nodes.with_cores`.
+        They have no core: see `Nodes.with_cores`, also for `threads`.
         """
         ranks, parts, said = list[int](), list[tuple[int, int]](), dict[str, list[str]]()
         names = self.host_names()
         for host, first in enumerate(self.firsts()):
             count = self.ranks_per_host[host]
             cores = self.cores[host] if self.cores else 0
-            used = with_cores(count, cores) if cores else count
+            used = with_cores(count, cores, threads != "auto") if cores else count
             ranks += range(first, first + used)
             parts += [(used, count)] * used
             if used < count:
-                said.setdefault(reserve_in_words(count, cores), []).append(names[host])
+                said.setdefault(reserve_in_words(count, cores, used), []).append(names[host])
         if not said:
             return replace(self, cores=()), []
         found, alike = self.of_ranks(ranks), dict[tuple[int, int, int], Speed]()

@@ -92,7 +92,7 @@ def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machine
     asked = needs_of(spec, config, source)
     planner, in_reserve = Planner(source, config), list[str]()
     if by_itself(spec):
-        machines, in_reserve = machines.computing()
+        machines, in_reserve = machines.computing(spec.layout.threads)
     names = machines.host_names()
     layouts = Layouts(spec, planner, spec.layout.replicas, asked.lines or None, asked=asked)
     best, without = search(layouts, machines)
@@ -146,7 +146,7 @@ def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machine
 def laid_out(spec: Spec, planner: Planner, machines: Machines, asked: InputNeeds) -> Found:
     """The layout on all of these machines, with what its ranks hold and its time; LayoutError if nothing works."""
     if by_itself(spec):
-        machines, _ = machines.computing()
+        machines, _ = machines.computing(spec.layout.threads)
     return Layouts(spec, planner, spec.layout.replicas, asked.lines or None, asked=asked).choose(machines)
 
 

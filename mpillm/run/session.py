@@ -90,8 +90,9 @@ class Session:
         with ExitStack() as unless_made:
             self._open_files = unless_made
             if leave_out and by_itself(spec):
-                self._left_out += world.nodes.surplus_in_words
-                world.go_on_with(world.nodes.with_cores)
+                threads = spec.layout.threads
+                self._left_out += world.nodes.surplus_in_words(threads)
+                world.go_on_with(world.nodes.with_cores(threads))
             if not world.spare:
                 self._lay_out()
             if not world.spare:

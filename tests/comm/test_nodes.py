@@ -22,32 +22,36 @@ def test_containers_of_one_machine_share_its_cores(boots: str, crowded: bool) ->
 
 
 @pytest.mark.parametrize(
-    ("ranks", "cores", "used"),
+    ("ranks", "cores", "threads", "used"),
     [
-        (4, Cores(frozenset(range(2))), [0, 1]),
-        (2, Cores(frozenset(range(2))), [0, 1]),
-        (4, Cores(frozenset(range(16)), 2.5, "group"), [0, 1]),
-        (8, Cores(frozenset(range(6))), [0, 1, 2, 3]),
-        (3, Cores(frozenset({0})), [0]),
+        (4, Cores(frozenset(range(2))), "auto", [0, 1]),
+        (2, Cores(frozenset(range(2))), "auto", [0, 1]),
+        (4, Cores(frozenset(range(16)), 2.5, "group"), "auto", [0, 1]),
+        (8, Cores(frozenset(range(6))), "auto", [0, 1]),  # with three threads each
+        (8, Cores(frozenset(range(6))), 1, [0, 1, 2, 3]),
+        (4, Cores(frozenset(range(3))), "auto", [0]),
+        (3, Cores(frozenset({0})), "auto", [0]),
     ],
 )
-def test_ranks_that_have_cores(ranks: int, cores: Cores, used: list[int]) -> None:
-    """Behind them, another host with a rank."""
+def test_ranks_that_have_cores(ranks: int, cores: Cores, threads: int | str, used: list[int]) -> None:
+    """As few cores as possible are idle. Behind these ranks, another host with a rank."""
     own = [RankInfo("a", "a", cores, Process(n, 0.0, 0), 1, "", 0.0) for n in range(ranks)]
     nodes = Nodes(0, [*own, RankInfo("b", "b", Cores(frozenset({0})), Process(9, 0.0, 0), 1, "", 0.0)])
-    assert nodes.with_cores == [*used, ranks]
+    assert nodes.with_cores(threads) == [*used, ranks]
     said = [f"On a, {ranks - len(used)} of {ranks} ranks are kept in reserve, because there "]
-    assert [words[: len(said[0])] for words in nodes.surplus_in_words] == (said if ranks > len(used) else [])
+    assert [words[: len(said[0])] for words in nodes.surplus_in_words(threads)] == (
+        said if ranks > len(used) else []
+    )
 
 
 def test_ranks_that_are_bound_to_cores_of_their_own_have_them() -> None:
     bound = [RankInfo("a", "a", Cores(frozenset({n % 2})), Process(n, 0.0, 0), 1, "", 0.0) for n in range(4)]
-    assert Nodes(0, bound).with_cores == [0, 1, 2, 3]
+    assert Nodes(0, bound).with_cores("auto") == [0, 1, 2, 3]
     many = [
         RankInfo(host, host, Cores(frozenset({0, 1})), Process(n, 0.0, 0), 1, "", 0.0)
         for n, host in enumerate("aaabbb")
     ]
-    assert Nodes(0, many).surplus_in_words == [
+    assert Nodes(0, many).surplus_in_words("auto") == [
         "On a and b, 1 of 3 ranks is kept in reserve, because there are only 2 cores; set layout.shards, "
         "layout.stages or layout.replicas to use all."
     ]

@@ -361,7 +361,7 @@ def test_ranks_without_a_core_are_in_reserve(tmp_path: Path) -> None:
     assert (len(paged.ranks), paged.in_reserve) == (6, []), "a budget is that of each rank"
     assert few.free == [2**32] * 4  # those that compute share what is free
     machines = hosts.read(file)
-    assert machines.computing()[0].speeds[0] == machines.speeds[0].shared_by(0.5)
+    assert machines.computing("auto")[0].speeds[0] == machines.speeds[0].shared_by(0.5)
 
 
 def test_the_table_fits_a_terminal(tmp_path: Path) -> None:
