@@ -34,9 +34,9 @@ def command(
 ) -> list[str]:
     """mpiexec with what this MPI needs: more ranks than cores allowed, nothing bound to one core, the agent.
 
-    Where it can (Open MPI 5), it lets the others go on when a rank dies, and keeps its session in `folder`: in the
-    system's folder for temporary files, what a killed mpiexec left stops a later one that has its process id. Without
-    a folder it uses the system's.
+    Open MPI 5 lets the others go on when a rank dies, and keeps its session in `folder`: in the system's folder for
+    temporary files, what a killed mpiexec left stops a later one that has its process id. Without a folder it uses
+    the system's, and ends all ranks with the first that dies: of commands that nothing starts again, none can go on.
     """
     mpiexec = str(library.mpiexec() or "mpiexec")
     if library.name == "MPICH":
@@ -44,9 +44,8 @@ def command(
         words += ["-launcher", "ssh", "-launcher-exec", settings.agent] if settings.agent != "ssh" else []
     else:
         words = [mpiexec, "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none"]
-        if library.version >= (5,):
-            words += ["--with-ft", "ulfm"]
-            words += ["--prtemca", "prte_local_tmpdir_base", str(folder)] if folder else []
+        if library.version >= (5,) and folder:
+            words += ["--with-ft", "ulfm", "--prtemca", "prte_local_tmpdir_base", str(folder)]
         words += ["--hostfile", str(hostfile)] if hostfile else []
         words += ["--prtemca", "plm_ssh_agent", settings.agent] if settings.agent != "ssh" else []
     return [*words, *settings.mpi_options, "-n", str(ranks)]
