@@ -16,6 +16,7 @@ from mpillm.planning.step_time import LOAD, RankWork, Round, Stage, StepRows, ro
 REQUEST, PROMPT_TOKEN = 150e-6, 2e-6
 # Seconds before a job's steps, and in the first one:
 PACK = 0.35e-9  # of a byte of weights that one core makes ready before the first step: 2.4 to 3.3 GB/s
+IMPORTS = 0.2  # of every rank until it can take part in the layout: those of other hosts may be late
 READY = 0.12  # of every rank from the layout to its first step, weights aside: libraries, tokenizer, engine
 FIRST = 3e-3  # of a layer in the first step, in which its kernels are made: 85 to 130 ms of 30 layers
 PRECISION = 0.005  # of the time in which replicas share a job

@@ -18,7 +18,7 @@ from mpillm.planning.estimate import (
     stage_layers_by_speed,
 )
 from mpillm.planning.input_needs import InputNeeds
-from mpillm.planning.job_time import READY
+from mpillm.planning.job_time import IMPORTS, READY
 from mpillm.planning.machines import Machines
 from mpillm.planning.placement import Placement
 from mpillm.planning.planner import Planner
@@ -56,9 +56,10 @@ class Found:
     def cost(self) -> float:
         """What layouts are compared by: the seconds of the job and of the start, times DEAR if the layout is inexact.
 
-        The ranks begin together: all wait for the one with the slowest core.
+        Rank 0 begins as soon as it can. Those that compute wait for the one with the slowest core.
         """
-        ready = READY / min((speed.core for speed in self.machines.speeds), default=ASSUMED.core)
+        cores = [speed.core for speed in self.machines.speeds] or [ASSUMED.core]
+        ready = (IMPORTS + READY) / min(cores) - IMPORTS / cores[0]
         return (self.time.seconds + ready) * (DEAR if self.chosen.inexact else 1.0)
 
     @property

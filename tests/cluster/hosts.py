@@ -13,6 +13,7 @@ import shlex
 import shutil
 import signal
 import stat
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,6 +65,8 @@ class Hosts:
         self.switch = f"mpillm{os.getpid()}s"
         self.numbers = range(1, count + 1)
         self.addresses = [f"{NETWORK}.{number}" for number in self.numbers]
+        #: words of a shell with which programs on the first host begin, where others have them in `agent`
+        self.begin = ""
         self.agent = folder / "agent"
         self.agent.write_text(AGENT.format(network=NETWORK, prefix=self.prefix))
         self.agent.chmod(self.agent.stat().st_mode | stat.S_IXUSR)
@@ -121,6 +124,18 @@ class Hosts:
         agent = agent.replace("exec ip", f'{only} && set -- "{then}"\nexec ip')
         self.agent.write_text(agent.replace("unshare --uts", "unshare --uts --mount"))
 
+    def apart(self) -> None:
+        """Let each host be known as a machine of its own; those that share a machine are taken to share its cores."""
+        boots = self.agent.with_name("boot")
+        for number in self.numbers:
+            boots.with_name(f"boot{number}").write_text(str(uuid.uuid4()))
+        bind = f"mount --bind {boots}{{}} /proc/sys/kernel/random/boot_id; "
+        agent = self.agent.read_text().replace(
+            "hostname $space; ", "hostname $space; " + bind.format("${host##*.}")
+        )
+        self.agent.write_text(agent)
+        self.begin += bind.format(1)
+
     def sent(self) -> list[int]:
         """The bytes that each host's interface has sent so far."""
         words = ["--json", "--statistics", "link", "show", "eth0"]
@@ -130,7 +145,7 @@ class Hosts:
     def on_first(self, command: list[str | Path], env: dict[str, str]) -> list[str | Path]:
         """The command line that runs a command on the first host, with exactly this environment."""
         settings = [f"{name}={value}" for name, value in env.items()]
-        line = f"hostname {self.prefix}1; exec {shlex.join(map(str, command))}"
+        line = f"hostname {self.prefix}1; {self.begin}exec {shlex.join(map(str, command))}"
         return [
             "ip",
             "netns",

@@ -1,18 +1,19 @@
 """What mpillm chooses beside other layouts, measured on nine clusters: `python -m tests.cluster.layouts --model PATH`.
 
 As in `table.py` hosts are network namespaces with a thread each (root; about a minute for a job on a cluster). More
-hosts than cores share them. `tests/planning/test_clusters.py` asks the same of the model of the time, on paper.
+hosts than cores share them, which real machines do not: with `--core` each host is a machine with a part of a core.
+That is right for many answers. Of one answer the stages compute in turn, and each of them is as fast as a whole core.
+`tests/planning/test_clusters.py` asks the same of the model of the time, on paper.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import tempfile
 from pathlib import Path
 
 from tests.cluster.hosts import Hosts, missing
-from tests.cluster.table import Cluster, compare, slowed
+from tests.cluster.table import QUOTA, Cluster, compare, limited
 from tests.conftest import FINDERS
 
 # Hosts, the rate of their cables in tc's words, and whether the second one has a third of a core.
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument(
         "--cluster", type=int, action="append", choices=range(len(CLUSTERS)), help="these alone"
     )
+    parser.add_argument("--core", type=float, help="the part of a core that each host has of its own")
     options = parser.parse_args()
     mpi = FINDERS["openmpi"]()
     if (reason := missing()) or mpi is None:
@@ -49,7 +51,13 @@ def main() -> None:
             Hosts(Path(name), count, rate).up() as hosts,
         ):
             cluster = Cluster(hosts, mpi, Path(name))
-            with slowed(hosts, 2) if slow else contextlib.nullcontext():
+            quotas = {}
+            if options.core:
+                hosts.apart()
+                quotas = dict.fromkeys(hosts.numbers, options.core)
+            if slow:
+                quotas[2] = QUOTA * (options.core or 1.0)
+            with limited(hosts, quotas):
                 for model in options.model:
                     label = f"{count} hosts, {rate}{', one slow' if slow else ''}, {model.name}:"
                     parts += [

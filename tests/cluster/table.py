@@ -13,7 +13,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from tests.cluster import peer
@@ -24,6 +25,7 @@ from tests.conftest import FINDERS, MISSING, ROOT, Mpi, run_bounded
 PROMPT, TOKENS = 64, 24
 LIMIT = 240  # seconds of a run
 QUOTA = 0.33  # of a core, for the slow host
+PERIOD = 100_000  # microseconds of such quotas
 # Answers of the jobs with a slow host. Until it has loaded its weights after s seconds, a job of T seconds has the fast
 # one alone: of the sum of speeds (T + QUOTA * (T - s)) / (T * (1 + QUOTA)) are left, or 1 - 0.25 * s / T. A model of
 # 10^9 weights takes such a host 6 s: a job of 10 s loses 0.15 by it, and one of 45 s 0.03. So the short job must only
@@ -85,25 +87,42 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def slowed(hosts: Hosts, number: int) -> Iterator[None]:
-    """A host whose processes get a part of a core (a control group of version 1)."""
+def limited(hosts: Hosts, quotas: Mapping[int, float]) -> Iterator[None]:
+    """Hosts whose processes get parts of a core (control groups of version 1), by their numbers."""
     own = next(
         line.split(":")[2] for line in Path("/proc/self/cgroup").read_text().splitlines() if ":cpu:" in line
     )
-    group = Path(f"/sys/fs/cgroup/cpu{own}") / "mpillm-slow"
-    agent = hosts.agent.read_text()
-    group.mkdir()
-    try:
-        (group / "cpu.cfs_period_us").write_text("100000")
-        (group / "cpu.cfs_quota_us").write_text(str(int(QUOTA * 100_000)))
-        # A program in a namespace has another /sys, and would quietly stay as fast as it was.
-        procs = f"/proc/{os.getpid()}/root{group}/cgroup.procs"
-        enter = f"if [ $space = {hosts.prefix}{number} ]; then echo $$ > {procs} || exit 1; fi\nexec ip"
-        hosts.agent.write_text(agent.replace("exec ip", enter))
-        yield
-    finally:
-        hosts.agent.write_text(agent)
-        group.rmdir()
+    agent, begin = hosts.agent.read_text(), hosts.begin
+    with contextlib.ExitStack() as stack:
+        for number, quota in quotas.items():
+            group = Path(f"/sys/fs/cgroup/cpu{own}") / f"{hosts.prefix}{number}"
+            group.mkdir()
+            stack.callback(_remove, group)
+            (group / "cpu.cfs_period_us").write_text(str(PERIOD))
+            (group / "cpu.cfs_quota_us").write_text(str(int(quota * PERIOD)))
+            # A program in a namespace has another /sys, and would quietly stay as fast as it was.
+            enter = f"echo $$ > /proc/{os.getpid()}/root{group}/cgroup.procs || exit 1"
+            only = f"if [ $space = {hosts.prefix}{number} ]; then {enter}; fi\nexec ip"
+            hosts.agent.write_text(hosts.agent.read_text().replace("exec ip", only))
+            hosts.begin += f"{enter}; " if number == 1 else ""
+        try:
+            yield
+        finally:
+            hosts.agent.write_text(agent)
+            hosts.begin = begin
+
+
+def _remove(group: Path) -> None:
+    """Remove a control group, whose last processes may be about to end."""
+    until = time.monotonic() + 5
+    while (group / "cgroup.procs").read_text() and time.monotonic() < until:
+        time.sleep(0.1)
+    group.rmdir()
+
+
+def slowed(hosts: Hosts, number: int) -> AbstractContextManager[None]:
+    """A host that has QUOTA of a core."""
+    return limited(hosts, {number: QUOTA})
 
 
 def show(name: str, made: Measured) -> None:

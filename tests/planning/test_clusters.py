@@ -106,7 +106,7 @@ def test_a_run_takes_about_as_long_as_with_the_best_of_all_layouts(planner: Plan
     ("paces", "loads", "used"),
     [
         ((1.0, 1.0), (), {1: 1, 16: 2}),
-        ((1.0, 0.33), (), {1: 1, 16: 1, 256: 2}),  # for whose start the others would wait
+        ((1.0, 0.33), (), {1: 1, 32: 1, 256: 2}),  # for whose imports and start the others would wait
         ((0.33, 1.0, 1.0), (), {1: 2, 2: 3}),  # rank 0 only distributes the lines
         ((0.6, 1.0, 1.0), (), {1: 1, 64: 3}),  # not worth it
         ((1.0, 1.0, 1.0, 0.2), (), {1: 1, 64: 3}),
