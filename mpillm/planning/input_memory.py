@@ -1,7 +1,8 @@
-"""What an input asks for, and what rank 0 keeps of it and of the answers: known before a run, by its lines.
+"""What an input asks for, and the memory that rank 0 needs for it and for the answers, from its lines, before a run.
 
-The lines are not checked. What is kept is an upper bound, and never more than what `mpillm.batch` lets one line ask
-for; so are the blocks of the KV cache, for texts that are not counted have no more tokens than bytes (`token_count`).
+The lines are not checked. The memory is an upper bound, and never more than what `mpillm.batch` lets one line ask for.
+The blocks of the KV cache are an upper bound too: a text that is not tokenized has at most one token a byte
+(`token_count`).
 """
 
 from __future__ import annotations
@@ -37,26 +38,30 @@ from mpillm.store import inputs, table
 from mpillm.text import Tokenizer
 from mpillm.text.bounds import encoded_at_once
 
-PAIR_KEYS = ("query", *dict.fromkeys(name for names in PAIRS for name in names))  # of rerank, and of score
-NAMES = 2  # copies of a line's name
-PROMPT, TOKEN, LOGPROB = 56, 72, 136  # of a token, and of an alternative to it, until the answer is written
-# Of the library for Parquet, and more if it writes (51 and 75 MiB measured).
+PAIR_KEYS = (
+    "query",
+    *dict.fromkeys(name for names in PAIRS for name in names),
+)  # the texts of rerank and score
+NAMES = 2  # copies of a line's name in memory
+# Bytes for a token of the prompt, a generated token and an alternative to a token, until the answer is written.
+PROMPT, TOKEN, LOGPROB = 56, 72, 136
+# Bytes of the library for Parquet, and further bytes if it writes (51 and 75 MiB measured).
 ARROW, TABLE = 56 * 2**20, 28 * 2**20
-# Times the bytes of rows that it reads at once (4.6 measured), and of lines of results that it writes at once (11).
+# Memory for each byte of the rows that it reads at once (4.6 measured), and of the results that it writes at once (11).
 READ, WRITE = 5, 12
 ENVELOPE = 512  # bytes of a line of results, besides the answer
 
-# While a line is checked. What the values of a line take is bounded by the characters that JSON has between them.
-SHORT = 1 << 14  # bytes of a line that takes no memory worth counting
-BRACKET, COMMA, COLON = 80, 72, 240  # bytes of a list or an object, of a value in it, of a name in it
-CHARACTER, TOKEN_ID = 220, 40  # of what is tokenized at once, and of each token of the line
-# Bytes of the process that applies the chat template, and for each byte of a chat there.
+# Memory while a line is checked. The characters between the values of JSON give a bound of what the values take.
+SHORT = 1 << 14  # the memory for lines of up to so many bytes is not counted
+BRACKET, COMMA, COLON = 80, 72, 240  # bytes for a list or an object, for a value in it, for a name in it
+CHARACTER, TOKEN_ID = 220, 40  # bytes for a character that is tokenized, and for each token of the line
+# Bytes of the process that applies the chat template, and its bytes for each byte of a chat.
 TEMPLATE, CHAT = 24 * 2**20, 16
 
-# Tokens around what a chat says: one for so many bytes of the template, FRAMING at most, and for each message.
+# Tokens that the template adds: one for TEMPLATE_TEXT bytes of it, at most FRAMING; and MESSAGE for each message.
 TEMPLATE_TEXT, FRAMING, MESSAGE = 4, 512, 16
 
-_STRING = re.compile(rb'"[^"]*"')  # where nothing is escaped
+_STRING = re.compile(rb'"[^"]*"')  # without escapes
 _NOT_ASCII, _WIDE = re.compile(rb"[\x80-\xff]|\\u"), re.compile(rb"[\xf0-\xff]|\\u[dD]")
 
 
@@ -141,7 +146,7 @@ def _arrow(spec: Spec, results: int) -> int:
 
 
 def _texts_of_pairs(body: Body) -> msgspec.Raw:
-    """The texts of a line's queries and documents, each once, as the list that gets embeddings; empty without any."""
+    """The texts of a line's queries and documents, each once, as a list of JSON; empty if there are none."""
     texts: list[Any] = []
     for given in (getattr(body, name) for name in PAIR_KEYS):
         if given:
@@ -152,16 +157,16 @@ def _texts_of_pairs(body: Body) -> msgspec.Raw:
 
 
 def _prompt_tokens(body: Body, counter: TokenCounter, around: Around) -> Tokens:
-    """Of all prompts of a line, each once, with what the model puts around them."""
+    """The tokens of all prompts of a line, each counted once, with those that the model adds to them."""
     if body.messages:
         texts, messages = (
             counter.count(bytes(body.messages), chat=True),
             max(bytes(body.messages).count(b'"role"'), 1),
         )
-        # Little of a template becomes text, but it may hold a system prompt.
+        # Most of a template is code, but it may contain a system prompt.
         likely = min(around.template // (3 * TEMPLATE_TEXT), FRAMING) + MESSAGE // 2 * messages
         maximum = min(around.template // TEMPLATE_TEXT, FRAMING) + MESSAGE * messages
-        maximum += 2 * len(body.tools)  # which may get more spaces
+        maximum += 2 * len(body.tools)  # the template may add spaces to them
         maximum += len(body.documents) + len(body.chat_template_kwargs)
         return texts._replace(likely=texts.likely + likely, maximum=texts.maximum + maximum)
     given = bytes(body.input or body.prompt)
@@ -175,8 +180,8 @@ def _prompt_tokens(body: Body, counter: TokenCounter, around: Around) -> Tokens:
 
 
 def _of_sequences(body: Body, count: int, prompts: Tokens) -> tuple[int, int | None]:
-    """Prompt tokens of all sequences of a line: an estimate that has those of choices once, and at most (None: not
-    known)."""
+    """Prompt tokens of all sequences of a line: an estimate, which counts those of several answers once, and a maximum
+    (None: unknown)."""
     if body.messages:
         return prompts.likely, count * prompts.maximum
     given = bytes(body.input or body.prompt)
@@ -189,7 +194,7 @@ def _of_sequences(body: Body, count: int, prompts: Tokens) -> tuple[int, int | N
 
 
 def _blocks(body: Body, count: int, prompts: Tokens, new: int, spec: Spec) -> int:
-    """Full blocks of a line's sequences, with `new` tokens of each answer, by an estimate: the run makes do with them.
+    """An estimate of the full blocks of a line's sequences, with `new` tokens of each answer; a run works with fewer.
 
     The last token of an answer is in no block. Prompts that begin alike share blocks, and so do the answers to one.
     """
@@ -210,23 +215,25 @@ def _blocks(body: Body, count: int, prompts: Tokens, new: int, spec: Spec) -> in
 
 
 def _new_tokens(body: Body, spec: Spec) -> int:
-    """That are generated for a sequence, at most."""
+    """The maximum number of tokens that are generated for a sequence."""
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     return min(max(spec.sampling.max_tokens if asked is None else asked, 0), spec.memory.max_context)
 
 
 def _scores(body: Body) -> bool:
-    """Whether log-probabilities of the prompt are asked for."""
+    """Whether a body asks for log-probabilities of the prompt."""
     echoed = bool(body.echo) and body.logprobs is not None and body.logprobs is not False
     return echoed or body.prompt_logprobs is not None
 
 
 def checking_bytes(raw: bytes, context: int) -> int:
-    """Bytes that a line takes at most while it is checked."""
+    """The maximum memory that a line needs while it is checked, in bytes."""
     length = len(raw)
     if length <= SHORT:
         return 0
-    width = 1 if not _NOT_ASCII.search(raw) else 4 if _WIDE.search(raw) else 2  # of a character in memory
+    width = (
+        1 if not _NOT_ASCII.search(raw) else 4 if _WIDE.search(raw) else 2
+    )  # bytes of a character in memory
     values = BRACKET * (raw.count(b"[") + raw.count(b"{")) + COMMA * raw.count(b",") + COLON * raw.count(b":")
     text = length if b"\\" in raw else sum(found.end() - found.start() for found in _STRING.finditer(raw))
     tokens = TOKEN_ID * min(text + raw.count(b",") + 1, MAX_PROMPT_TOKENS)
@@ -234,7 +241,10 @@ def checking_bytes(raw: bytes, context: int) -> int:
 
 
 def _asked(body: Body, spec: Spec, hidden: int, length: int) -> tuple[int, int, int]:
-    """Choices, bytes that are kept of each, and bytes of the answer; `length` is the most tokens of the prompts."""
+    """The number of choices, the bytes that are kept of each, and the bytes of the answer.
+
+    `length` is the maximum number of tokens of all prompts.
+    """
     context = spec.memory.max_context
     given = body.input or body.prompt or body.messages
     prompts = prompts_in(bytes(given)) if given is not body.messages else 1
@@ -258,5 +268,5 @@ def _asked(body: Body, spec: Spec, hidden: int, length: int) -> tuple[int, int, 
 
 
 def _each(alternatives: int) -> int:
-    """Log-probabilities for each token."""
+    """The number of log-probabilities for each token."""
     return 1 + min(max(alternatives, 0), MAX_LOGPROBS)

@@ -1,10 +1,9 @@
-"""A model of the time of a step: pure functions of what ranks hold and of how fast they are.
+"""A model of the time of a step: pure functions of what ranks hold and how fast they are.
 
-A stage computes its products at the rate of their block type and number of rows, takes what products read and write
-through norms, activation functions and quantisation, attends to the keys and values of its sequences, and meanwhile
-reads streamed weights from its disk. Its shards then sum their rows, twice a
-layer. Stages work on micro-batches in turn: with as many of them as stages all are busy, and with fewer of them each
-stage waits for the others.
+A stage computes its products at the rate of their block type and number of rows. It applies norms, activation functions
+and quantisation to what products read and write, computes attention over the keys and values of its sequences, and
+reads streamed weights from its disk meanwhile. Its shards sum their rows twice a layer. Stages work on micro-batches in
+turn. All stages are busy if there are as many micro-batches as stages; with fewer, each stage waits for the others.
 """
 
 from __future__ import annotations
@@ -18,26 +17,26 @@ from mpillm.comm.parts import adders, lanes
 from mpillm.kernels import KV_BLOCK, BlockType
 from mpillm.planning.speed import LARGE, SMALL, WIDTH, Speed
 
-# Seconds of what is no kernel, measured with SmolLM2-135M on a core of Zen 5 (`Speed.core` is 1): between kernels that
-# have taken all of its caches, Python needs twice what it needs alone.
-STEP = 400e-6  # of a step: the scheduler, messages of the engine
-DRAWN = 60e-6  # of a token that is drawn or scored: its candidates, its text, what stops it
-LAYER = 20e-6  # of a layer: the start of its kernels
-WAIT = 10e-6  # of a layer, times the root of the rows: threads meet after each kernel, and the last tile is one's alone
-APART = 120e-6  # of a layer whose kernels are called one by one, more than that
-LOAD = 50e-6  # of a page of weights that is loaded
-# Products are measured with matrices of WIDTH columns. Narrower ones read and write more values for each operation,
-# each of which takes so many times as long as one in a norm (576 columns: 1.7 with 32 rows alone; whole jobs with up to
-# 512 rows, which read W less often than the 64 rows that are measured, take 1.2).
+# Seconds outside of the kernels, measured with SmolLM2-135M on a core of Zen 5 (`Speed.core` is 1). Kernels evict what
+# Python has in the caches, so it takes twice as long as without them.
+STEP = 400e-6  # for a step: the scheduler, messages of the engine
+DRAWN = 60e-6  # for a token that is drawn or scored: its candidates, its text, its stop conditions
+LAYER = 20e-6  # for a layer: the start of its kernels
+WAIT = 10e-6  # for a layer, times the root of the rows: threads meet after each kernel, one computes the last tile
+APART = 120e-6  # for a layer whose kernels are called one by one, in addition
+LOAD = 50e-6  # for a page of weights that is loaded
+# Products are measured with matrices of WIDTH columns. Narrower ones read and write more values for each operation. A
+# value of those takes NARROW times as long as one of a norm: with 576 columns 1.7 for 32 rows, and 1.2 in whole jobs
+# with up to 512 rows, which read W less often than the 64 rows that are measured.
 NARROW = 1.2
-# Of a byte of streamed weights: the cores that compute read it and make it ready too (0.2 to 0.3e-9 measured with
-# SmolLM2 and a Llama of 10^9 weights, packed and not).
+# Seconds for a byte of streamed weights: the cores that compute also read it and convert it (0.2 to 0.3e-9 measured
+# with SmolLM2 and a Llama of 10^9 weights, packed and not).
 STREAMED = 0.25e-9
-# The part of computing or reading, whichever is shorter, that is not done beside the other where every page is
-# streamed: two buffers do not hold a page in use and two that are read.
+# The part of the shorter one of computing and reading that does not overlap with the other if every page is streamed:
+# two buffers cannot hold a page in use and two that are being read.
 ONE_BY_ONE = 0.25
-# The part of messages that rows in two lanes spare, of what computing takes meanwhile at most: 0.5 to 0.7 of two hosts
-# at 1 Gbit/s.
+# The part of the time of messages that rows in two lanes hide, at most so much of the computing: 0.5 to 0.7 measured on
+# two hosts at 1 Gbit/s.
 HIDDEN = 0.5
 
 WeightCounts = Mapping[BlockType, float]  # numbers of weights of matrices, by block type
@@ -48,8 +47,8 @@ class AttentionWork:
     """Layers in which a row attends to `window` tokens at most, or to all (0)."""
 
     window: int
-    nbytes: int  # that are read of each of those tokens
-    operations: int  # for each of them
+    nbytes: int  # bytes that are read of each of those tokens
+    operations: int  # operations for each of those tokens
 
 
 @dataclass(frozen=True)
@@ -57,37 +56,37 @@ class RankWork:
     """What one rank does in a step."""
 
     layers: int
-    products: WeightCounts  # that every row is multiplied with
-    experts: WeightCounts  # all that the rank holds; a row goes to `expert_share` of them
-    head: WeightCounts  # with which only rows are multiplied of which a token is drawn
+    products: WeightCounts  # the weights that every row is multiplied with
+    experts: WeightCounts  # all experts that the rank holds; a row goes to `expert_share` of them
+    head: WeightCounts  # the LM head, for rows of which a token is drawn
     expert_share: float
-    streamed: int  # bytes of weights that a step reads from disk, of every expert if its rows need all
-    streamed_experts: int  # of them: those of experts
+    streamed: int  # bytes of weights that a step reads from disk if its rows need all experts
+    streamed_experts: int  # the bytes of experts among them
     attention: Sequence[AttentionWork]
-    values: float = 0.0  # of a row, that products read and write
-    experts_values: float = 0.0  # of all experts
+    values: float = 0.0  # values of a row that products read and write
+    experts_values: float = 0.0  # the same of all experts
     head_values: float = 0.0
-    page: float = 0.0  # bytes of a page on average
-    made: int = 0  # bytes of weights that are made ready in memory before the first step; others are mapped
+    page: float = 0.0  # average bytes of a page
+    made: int = 0  # bytes of weights that are converted in memory before the first step; others are mapped
     apart: bool = False  # the layers' kernels are called one by one
-    streamed_part: float = 0.0  # of the pages, if they are used one after the other
-    stacked: bool = True  # all layers are one operation, whose rows may go in lanes
+    streamed_part: float = 0.0  # the part of the pages that is streamed, if they are used one after the other
+    stacked: bool = True  # one kernel call computes all layers, and rows may be computed in lanes
 
     def without_layers(self) -> RankWork:
-        """The head alone."""
+        """The same rank with the LM head alone."""
         return replace(self, layers=0, products={}, experts={}, attention=(), streamed=0, streamed_experts=0,
                        streamed_part=0.0, values=0.0, experts_values=0.0)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class LinkRate:
-    """Seconds of a message one way, and bytes/s."""
+    """The seconds that a message takes one way, and the bandwidth in bytes/s."""
 
     latency: float
     wire: float
 
 
-INSIDE = LinkRate(10e-6, 4e9)  # between ranks of one host, through its memory
+INSIDE = LinkRate(10e-6, 4e9)  # between ranks of one host, in shared memory
 
 
 @dataclass(frozen=True)
@@ -96,10 +95,10 @@ class Stage:
 
     works: Sequence[RankWork]
     speeds: Sequence[Speed]
-    sum_bytes: float  # that all of them send to sum a row, twice a layer
-    link: LinkRate  # between them
-    pipe_bytes: int = 0  # of a row that goes to the next stage, from each shard to its like
-    pipe: LinkRate | None = None  # to the next stage; the last one has none
+    sum_bytes: float  # bytes that all of them send to sum a row, twice a layer
+    link: LinkRate  # between the shards
+    pipe_bytes: int = 0  # bytes of a row that each shard sends to the same shard of the next stage
+    pipe: LinkRate | None = None  # the link to the next stage; None for the last one
 
     @cached_property
     def kinds(self) -> list[tuple[RankWork, Speed]]:
@@ -123,16 +122,16 @@ class StepRows:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a stage's step, by what takes them; `disk` counts where it is more than all that goes on meanwhile."""
+    """Seconds of a stage's step, by cause; `disk` is what reading takes longer than all that goes on meanwhile."""
 
     products: float
     kv: float
     other: float
     disk: float
     messages: float
-    # The part of `products` that reading the weights from memory takes, whatever is computed.
+    # The part of `products` that reading the weights from memory takes.
     reading: float = 0.0
-    # The part of computing or of reading from disk, whichever is shorter, that is not done beside the other.
+    # The part of the shorter one of computing and reading from disk that does not overlap with the other.
     apart: float = 0.0
 
     @property
@@ -206,7 +205,7 @@ def rank_time(work: RankWork, speed: Speed, batch: StepRows) -> StepTime:
 
 
 def disk_rate(speed: Speed, page: float) -> float:
-    """Bytes/s at which pages of so many bytes are read: SMALL ones as measured with such, LARGE ones as a file."""
+    """Bytes/s for reading pages of so many bytes: between the rates measured for SMALL pages and for LARGE ones."""
     if not speed.pages or page >= LARGE:
         return speed.disk
     part = math.log(max(page, SMALL) / SMALL) / math.log(LARGE / SMALL)
@@ -214,7 +213,7 @@ def disk_rate(speed: Speed, page: float) -> float:
 
 
 def stage_time(stage: Stage, batch: StepRows) -> StepTime:
-    """Seconds of a stage: of its slowest shard, with what its shards send."""
+    """Seconds of a stage: those of its slowest shard, and of the messages of all its shards."""
     times = [rank_time(work, speed, batch) for work, speed in stage.kinds]
     slowest = max(times, key=lambda time: time.total)
     shards, messages = len(stage.works), 0.0
@@ -242,7 +241,7 @@ def sum_bytes(kind: BlockType, hidden: int, shards: int) -> float:
 
 
 def between(speeds: Sequence[Speed]) -> LinkRate:
-    """The link between hosts of ranks of these speeds: the slowest of theirs."""
+    """The link between the hosts of ranks with these speeds: the slowest one."""
     return LinkRate(max(speed.latency for speed in speeds), min(speed.wire for speed in speeds))
 
 
@@ -256,8 +255,8 @@ class Round:
 
     seconds: float
     micro_batches: int
-    slowest: int  # the number of the stage that takes longest
-    stage: StepTime  # of it, for one micro-batch
+    slowest: int  # the number of the slowest stage
+    stage: StepTime  # the time of the slowest stage, for one micro-batch
     bubble: float  # the part of the time in which a stage waits for others, on average over the stages
 
 
