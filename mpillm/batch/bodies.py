@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from mpillm.batch.endpoints import ENDPOINTS
+from mpillm.batch.endpoints import ENDPOINTS, OTHERS
 from mpillm.batch.other_keys import IGNORED, NEUTRAL, REFUSED, Ignored, refuse, short
 from mpillm.batch.work import Endpoint
 from mpillm.errors import RequestError
@@ -114,6 +114,8 @@ def _open(line: dict[str, Any]) -> tuple[type[Endpoint], dict[str, Any]]:
             other = (
                 f"; to make a prompt of {text}, add --set 'prompt={{{text}}}'" if text and not keys else ""
             )
+            if isinstance(line.get("params"), dict):
+                other = "; Anthropic's params are the body here, with the url /v1/chat/completions"
             raise RequestError(
                 f"the line needs one of {', '.join(names)} or {last}, or a url and a body{other}"
             )
@@ -127,6 +129,8 @@ def _open(line: dict[str, Any]) -> tuple[type[Endpoint], dict[str, Any]]:
     urls = {one: endpoint for endpoint in ENDPOINTS for one in (endpoint.url, *endpoint.aliases)}
     if not isinstance(url, str) or url not in urls:
         given = "there is no url" if url is None else f"the url {short(url)} is unknown"
+        if isinstance(url, str) and url in OTHERS:
+            raise RequestError(f"{given}; use {OTHERS[url]}")
         raise RequestError(f"{given}; there are {', '.join(endpoint.url for endpoint in ENDPOINTS)}")
     if not isinstance(line.get("body"), dict):
         raise RequestError("the body must be a JSON object")

@@ -45,8 +45,12 @@ class CommandParser(argparse.ArgumentParser):
             commands = [name for name in re.findall(r"[\w-]+", given[2]) if name not in HIDDEN]
             job = [f"run {given[1]}"] if given[1].endswith(".toml") else []
             option = [f"mpillm --{given[1]}"] if given[1] in ("help", "version") else []
-            close = job or option or difflib.get_close_matches(given[1], commands, n=1)
-            other = f"did you mean {close[0]}?" if close else f"there are {', '.join(commands)}"
+            option += ["mpillm run --help"] if given[1] == "help" else []
+            ranks = (
+                [f"launch -n {given[1]} run"] if given[1].isdecimal() else []
+            )  # the value of a wrong option
+            close = job or option or ranks or difflib.get_close_matches(given[1], commands, n=1)
+            other = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(commands)}"
             message = f"there is no command {given[1]!r}; {other}"
         elif given := re.match(r"(argument .*): invalid (\w+) value: (.*)", message):
             kind = "number" if given[2] == "float" else "whole number"

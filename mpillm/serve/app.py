@@ -20,7 +20,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mpillm.batch.answers import check_finite
-from mpillm.batch.endpoints import ENDPOINTS
+from mpillm.batch.endpoints import ENDPOINTS, OTHERS
 from mpillm.batch.endpoints.prompts import context
 from mpillm.engine.request import FinishedCompletion
 from mpillm.errors import FULL, NOT_FINITE, MpillmError, NoSpace, NotFiniteError, RequestError
@@ -34,11 +34,6 @@ from mpillm.version import __version__
 # A choice's token, the completions, or that there are none.
 Event = tuple[int, int] | list[FinishedCompletion] | None
 Events = asyncio.Queue[Event]
-
-# What to use instead of URLs of OpenAI, Anthropic, Ollama and llama.cpp that there are not.
-OTHERS = dict.fromkeys(("/v1/responses", "/v1/messages", "/api/chat"), "/v1/chat/completions")
-OTHERS |= dict.fromkeys(("/api/generate", "/completion"), "/v1/completions")
-OTHERS |= dict.fromkeys(("/api/embed", "/embedding"), "/v1/embeddings")
 
 PAGE = Path(__file__).parent / "page"
 MAX_BODY = 32 << 20  # bytes of a request

@@ -25,3 +25,8 @@ ENDPOINTS: tuple[type[Endpoint], ...] = (
 COLUMNS: tuple[ResultColumn, ...] = tuple(
     dict.fromkeys(column for endpoint in ENDPOINTS for column in endpoint.columns)
 )
+
+# What to use instead of URLs of OpenAI, Anthropic, Ollama and llama.cpp that there are not.
+OTHERS = dict.fromkeys(("/v1/responses", "/v1/messages", "/api/chat"), "/v1/chat/completions")
+OTHERS |= dict.fromkeys(("/api/generate", "/completion"), "/v1/completions")
+OTHERS |= dict.fromkeys(("/api/embed", "/embedding"), "/v1/embeddings")
