@@ -52,7 +52,7 @@ class RankInfo:
             Cores.of_this_process(),
             Process.own(),
             free_memory(),
-            version.__version__,
+            version.with_sources(),
             time.time(),
             core_speed.pace(),
             {name: os.environ[name] for name in THREADS if name in os.environ},

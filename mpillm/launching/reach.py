@@ -15,15 +15,15 @@ from mpillm.comm.rendezvous import own_addresses
 from mpillm.errors import JobError
 from mpillm.launching.hostfile import HostSlots, read_hosts
 from mpillm.launching.mpiexec import Settings
-from mpillm.version import __version__
+from mpillm.version import with_sources
 
 ANSWER = 10.0  # seconds for a host to answer
 LOADS = 60.0  # seconds for its Python to load MPI, which may come from a slow disk
 # What a host answers without this Python, if that loads no MPI, and before what it has.
 ABSENT, BROKEN, HAS = "mpillm-absent", "mpillm-broken", "mpillm-has"
 LOAD = (
-    "from mpillm.comm.program import library; from mpillm.version import __version__; "
-    f"print('{HAS}', 'mpillm', __version__, 'and', library().name)"
+    "from mpillm.comm.program import library; from mpillm.version import with_sources; "
+    f"print('{HAS}', 'mpillm', with_sources(), 'and', library().name)"
 )
 PASSED = ("LD_LIBRARY_PATH", "MPI4PY_LIBMPI", "PYTHONPATH")  # MPICH takes them along, and LOAD may need them
 
@@ -99,7 +99,7 @@ def why_silent(agent: str, host: str, loads: bool = False) -> str:
     if (
         loads
         and (has := done.stdout.partition(HAS)[2].strip())
-        and has != (ours := f"mpillm {__version__} and {library().name}")
+        and has != (ours := f"mpillm {with_sources()} and {library().name}")
     ):
         return f"has {has}, and this host {ours}; install the same there"
     if not done.returncode:

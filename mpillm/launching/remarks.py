@@ -22,8 +22,11 @@ _RULE = re.compile(r"([-=])\1{40,}$")  # the first and the last line of a banner
 _REMARK = re.compile(
     r"\[(mpiexec|proxy:\d+)@|YOUR APPLICATION TERMINATED WITH |This typically refers to a problem with your |"
     r"Please see the FAQ page for |"  # these are MPICH's
-    r"\[[^\s\]]+:\d+\] (\[.+?\] )?(\w+ ERROR: |plm:)|NBC_Progress: |"  # Open MPI's
+    r"\[[^\s\]]+:\d+\] (\[.+?\] )?(\w+ ERROR: |plm:|UNSUPPORTED DAEMON)|NBC_Progress: |"  # Open MPI's
     r"ssh: |client_loop: |Connection (to|closed|reset) |Timeout, server |Host key verification failed"
+)
+_ENDED = re.compile(
+    r"^(-{41,}\n)(MPI_ABORT was invoked|\w+ detected that one or more).*?\1", re.DOTALL | re.MULTILINE
 )
 _RANK = re.compile(r"\s*mpillm: ")  # how a rank's sentence begins, which may come in the middle of a banner
 # What tells which host was lost, and by which signal; a rank that ends with an exit code has said why.
@@ -117,8 +120,8 @@ class Remarks:
         return "mpiexec waited for a host that was lost" if self.waits else None
 
     def show(self) -> None:
-        """Show all remarks to a user who must find the cause."""
-        for line in self._kept:
+        """Show the remarks to a user who must find the cause; not that a rank has ended, which has said why."""
+        for line in _ENDED.sub("", "".join(f"{line}\n" for line in self._kept)).splitlines():
             self._error(line)
 
 

@@ -25,7 +25,7 @@ ON = r" \(on rank 1 of 2, host {host}\)"
 CASES = {
     "another version": (
         f"mount --bind {{folder}}/version.py {version.__file__}",
-        r"Rank 1 on {host} runs mpillm 0\.0\.7, and rank 0 on {first} .+; install the same version on every host\.",
+        r"Rank 1 on {host} runs mpillm 0\.0\.7\b.*, and rank 0 on {first} .+; install the same version on every host\.",
     ),
     "another MPI": (
         "{other_mpi}",

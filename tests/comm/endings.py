@@ -162,5 +162,5 @@ def threads(world: World) -> int:
 if __name__ == "__main__":
     started = launched_by(os.environ)
     if sys.argv[1] == "other_version" and started and started.rank == 1:
-        version.__version__ = "0.0.9"
+        version.with_sources = lambda: "0.0.9"
     sys.exit(guard(globals()[sys.argv[1]]))

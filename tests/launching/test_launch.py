@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from mpillm import version
 from mpillm.comm.launch import Library
 from mpillm.comm.program import library
 from mpillm.errors import JobError, LayoutError
@@ -18,7 +19,7 @@ from mpillm.launching.mpiexec import Settings
 from mpillm.launching.reach import why_silent
 from mpillm.launching.remarks import Remarks
 from mpillm.launching.supervisor import Supervisor, ranks_that_work
-from mpillm.version import __version__
+from mpillm.version import with_sources
 from tests.conftest import ROOT
 from tests.job_helpers import job
 from tests.model.golden import model_path
@@ -105,7 +106,7 @@ def test_other_commands_become_mpiexec(
         ),
         (
             f"echo {reach.HAS} mpillm 0.0.1 and MPI",
-            f"has mpillm 0.0.1 and MPI, and this host mpillm {__version__} and {{mpi}}; install the same there",
+            f"has mpillm 0.0.1 and MPI, and this host mpillm {with_sources()} and {{mpi}}; install the same there",
         ),
         (
             'shift; export MPI4PY_LIBMPI=/gone/libmpi.so.40; sh -c "$*"',
@@ -132,6 +133,20 @@ def test_why_a_host_does_not_answer(
         agent=agent, python=sys.executable, mpi=library().name
     )
     assert why_silent(str(agent), "localhost") == ""
+
+
+def test_checkouts_of_a_version_may_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as when only one machine has pulled: ranks would fail in ways that do not name the cause."""
+    source = tmp_path / "mpillm" / "comm" / "world.py"
+    source.parent.mkdir(parents=True)
+    source.write_text("SIZE = 1\n")
+    monkeypatch.setattr(version, "__file__", str(tmp_path / "mpillm" / "version.py"))
+    assert with_sources() == version.__version__, "of what is installed no two differ"
+    (tmp_path / ".git").mkdir()
+    before = with_sources()
+    source.write_text("SIZE = 10\n")
+    assert before.startswith(f"{version.__version__} (sources ")
+    assert with_sources() != before
 
 
 def test_as_many_ranks_as_work(tmp_path: Path) -> None:

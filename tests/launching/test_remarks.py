@@ -53,7 +53,20 @@ PROXY = """\
 OTHER = """\
 [door1:12433] PRTE ERROR: Not found in file odls_base_default_fns.c at line 1751
 [door1:23547] plm:ssh: Warning: setpgid(23551,23551) failed in parent with errno=Permission denied(13)
+[door1:22856] UNSUPPORTED DAEMON ERROR STATE: NO PATH TO TARGET
 NBC_Progress: an error 77 was found during schedule 0x5612a8dcd490 at row-offset 0 - aborting the schedule
+"""
+ABORTED = f"""\
+{"-" * 74}
+MPI_ABORT was invoked on rank 0 in communicator MPI COMM 3 DUP FROM 0
+  Errorcode: 70
+
+NOTE: invoking MPI_ABORT causes Open MPI to kill all MPI processes.
+{"-" * 74}
+{"-" * 74}
+prterun detected that one or more processes exited with non-zero status,
+thus causing the job to be terminated.
+{"-" * 74}
 """
 RANKS = """\
 mpillm: 97 of 300 requests (32 %), 6501 tokens/s (6501 now), 00:09 left
@@ -103,6 +116,12 @@ def test_a_remark_is_kept_and_tells_what_was_lost(heard: Hear, text: str, cause:
     assert remarks.cause() == cause
     remarks.show()
     assert out + error == [*ranks, *ranks, "", *text.splitlines()]
+
+
+def test_that_a_rank_has_ended_is_not_shown(heard: Hear) -> None:
+    remarks, out, error = heard(f"{OTHER}{ABORTED}{SSH}")
+    remarks.show()
+    assert out + error == [*OTHER.splitlines(), *SSH.splitlines()]
 
 
 def test_a_rank_speaks_within_a_banner(
