@@ -1,11 +1,17 @@
 /* Attention over the blocked KV cache: lanes are tokens for q.k, head dimensions for p.v, and the softmax streams over
  * a sequence's blocks of 32 positions in their order.  An item is a group of queries (rows x heads) that share a
  * sequence and a KV head.  They are computed in tiles of queries, which stay in registers, for one block of keys or values
- * at a time; if a group has several tiles, a block is transposed to floats once for all of them.  Tiles do not change the
- * output: every score is one chain of fma over dimensions, and every sum one over tokens. */
+ * at a time; if a group has several tiles, a block is converted to floats once for all of them, where that gains.  Tiles
+ * do not change the output: every score is one chain of fma over dimensions, and every sum one over tokens. */
 
 #include "body_kv_blocks.h"
 #include "body_queries.h"
+
+/* Queries whose softmax is computed side by side, as registers allow. */
+enum { TOGETHER = VEC_QUERIES == 12 ? 3 : 1 };
+
+/* Whether one instruction loads and converts F16. */
+enum { F16_LOADS = VEC_QUERIES >= 6 };
 
 typedef struct {
     long first, last; /* the positions to which it attends */
@@ -19,18 +25,27 @@ typedef struct {
     const mk_attention_job *job;
     int count, shape; /* the number of queries; tiles have QUERIES[shape] queries, of which the last may use fewer */
     long lanes;
+    long first, last; /* the positions to which all of the queries attend */
     float q[MK_ATTENTION_SUMS];    /* tiles [hd][Q], scaled */
     float sums[MK_ATTENTION_SUMS]; /* tiles [Q][lanes] */
     float p[MK_QUERY_TILE][MK_KV_BLOCK]; /* of the tile that is computed */
     query queries[MK_MAX_QUERIES];
 } query_group;
 
-/* Turn scores into probabilities relative to the largest score so far, and rescale the earlier sums.  cap: the soft cap of
- * the scores, or 0. */
-MK_INLINE void stream_softmax(query *q, float *p, float *sums, int vd, float cap) {
+/* Rescale the earlier sums if a score exceeds all before it. */
+MK_INLINE void raise_top(query *q, vf scores, float *sums, int vd) {
+    if (!vf_any_gt(scores, vf_set1(q->top))) return;
+    float top = vf_hmax(scores);
+    vf factor = vf_exp(vf_set1(q->top - top));
+    for (long i = 0; i < vd; i += MK_TILE) vf_store(sums + i, vf_mul(vf_load(sums + i), factor));
+    q->total = vf_mul(q->total, factor);
+    q->top = top;
+}
+
+/* The scores that count; cap: their soft cap, or 0. */
+MK_INLINE void change_scores(const query *q, vf *part, float cap) {
     static const float index[MK_KV_BLOCK] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
                                              16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
-    vf part[2] = {vf_load(p), vf_load(p + MK_TILE)};
     if (cap > 0.0f)
         for (int j = 0; j < 2; j++) part[j] = capped(part[j], vf_set1(cap));
     if (q->from > 0 || q->to < MK_KV_BLOCK - 1) {
@@ -40,21 +55,34 @@ MK_INLINE void stream_softmax(query *q, float *p, float *sums, int vd, float cap
             part[j] = vf_gt(i, last, out, vf_gt(first, i, out, part[j]));
         }
     }
-    vf maximum = vf_max(part[0], part[1]);
-    if (vf_any_gt(maximum, vf_set1(q->top))) {
-        float top = vf_hmax(maximum);
-        vf factor = vf_exp(vf_set1(q->top - top));
-        for (long i = 0; i < vd; i += MK_TILE) vf_store(sums + i, vf_mul(vf_load(sums + i), factor));
-        q->total = vf_mul(q->total, factor);
-        q->top = top;
+}
+
+/* Turn the scores of `count` queries into probabilities relative to the largest score so far of each, and rescale their
+ * earlier sums.  With `whole` all scores count, as they are. */
+HOT void stream_softmax(const int count, const int whole, query *queries, float *p, float *sums, long lanes, int vd,
+                        float cap) {
+    vf part[MAX_EXPS];
+    int small = 0;
+    UNROLL
+    for (int j = 0; j < count; j++) {
+        query *q = queries + j;
+        vf *of = part + 2 * j;
+        of[0] = vf_load(p + j * MK_KV_BLOCK);
+        of[1] = vf_load(p + j * MK_KV_BLOCK + MK_TILE);
+        if (!whole) change_scores(q, of, cap);
+        raise_top(q, vf_max(of[0], of[1]), sums + j * lanes, vd);
+        of[0] = vf_sub(of[0], vf_set1(q->top));
+        of[1] = vf_sub(of[1], vf_set1(q->top));
+        small |= vf_any_gt(vf_set1(-87.0f), vf_min(of[0], of[1]));
     }
-    for (int j = 0; j < 2; j++) part[j] = vf_sub(part[j], vf_set1(q->top));
-    if (vf_any_gt(vf_set1(-87.0f), vf_min(part[0], part[1])))
-        for (int j = 0; j < 2; j++) part[j] = vf_exp(part[j]);
-    else
-        for (int j = 0; j < 2; j++) part[j] = vf_exp_normal(part[j]);
-    for (int j = 0; j < 2; j++) vf_store(p + j * MK_TILE, part[j]);
-    q->total = vf_add(q->total, vf_add(part[0], part[1]));
+    if (small) exp_in(0, 2 * count, part);
+    else exp_in(1, 2 * count, part);
+    UNROLL
+    for (int j = 0; j < count; j++) {
+        vf_store(p + j * MK_KV_BLOCK, part[2 * j]);
+        vf_store(p + j * MK_KV_BLOCK + MK_TILE, part[2 * j + 1]);
+        queries[j].total = vf_add(queries[j].total, vf_add(part[2 * j], part[2 * j + 1]));
+    }
 }
 
 /* Compute one tile of queries with one block of keys and one of values; each block has a type. */
@@ -68,13 +96,23 @@ static void visit(query_group *group, int tile, int type, int value_type, long s
     query *queries = group->queries + tile * Q;
     float *p = group->p[0], *sums = group->sums + tile * Q * lanes;
     QUERY_TILE_FUNCTIONS[type][group->shape].scores(group->q + (long)tile * Q * hd, keys, next_keys, hd, p);
+    if (start >= group->first && start + MK_KV_BLOCK <= group->last + 1 && !(group->job->softcap > 0.0f)) {
+        int j = 0;
+        for (; j + TOGETHER <= count; j += TOGETHER)
+            stream_softmax(TOGETHER, 1, queries + j, p + j * MK_KV_BLOCK, sums + j * lanes, lanes, vd, 0.0f);
+        for (; TOGETHER > 1 && j < count; j++)
+            stream_softmax(1, 1, queries + j, p + j * MK_KV_BLOCK, sums + j * lanes, lanes, vd, 0.0f);
+        many->mix(p, values, next_values, vd, 0, MK_KV_BLOCK - 1, sums, lanes);
+        return;
+    }
     for (int j = 0; j < count; j++) {
         query *q = queries + j;
         q->from = q->first > start ? q->first - start : 0;
         q->to = q->last - start < MK_KV_BLOCK - 1 ? q->last - start : MK_KV_BLOCK - 1;
         from = q->from > from ? q->from : from;
         to = q->to < to ? q->to : to;
-        if (q->from <= q->to) stream_softmax(q, p + j * MK_KV_BLOCK, sums + j * lanes, vd, group->job->softcap);
+        if (q->from <= q->to)
+            stream_softmax(1, 0, q, p + j * MK_KV_BLOCK, sums + j * lanes, lanes, vd, group->job->softcap);
     }
     /* Tokens to which only some of the queries attend are computed query by query. */
     int together = from <= to;
@@ -112,7 +150,7 @@ static void gather(query_group *group, const mk_query_group *item, long *low, lo
     long places = padded(group->count, shape);
     memset(group->q, 0, (size_t)(places * hd) * sizeof *group->q);
     memset(group->sums, 0, (size_t)(places * group->lanes) * sizeof *group->sums);
-    *low = INT32_MAX, *high = 0;
+    *low = group->last = INT32_MAX, *high = group->first = 0;
     for (int r = 0; r < item->rows; r++)
         for (int h = 0; h < item->heads; h++, count++) {
             long row = item->row + r, head = item->head + h, at = job->pos[row], last = at;
@@ -131,6 +169,8 @@ static void gather(query_group *group, const mk_query_group *item, long *low, lo
                                             .top = job->sinks ? job->sinks[head] : -INFINITY,
                                             .total = job->sinks ? vf_load(first_lane) : vf_set1(0.0f),
                                             .out = job->out + row * job->out_stride + head * job->vd};
+            group->first = first > group->first ? first : group->first;
+            group->last = last < group->last ? last : group->last;
             *low = first < *low ? first : *low;
             *high = last > *high ? last : *high;
         }
@@ -145,7 +185,8 @@ static void attend(const mk_attention_job *job, const mk_query_group *item) {
     gather(&group, item, &low, &high);
     int tiles = (int)mk_blocks(group.count, QUERIES[group.shape]);
     int shared = !job->vpool;
-    int floats = tiles > 1 && !shared && job->type != MK_F32 && job->hd <= MAX_FLOAT_DIM && job->vd <= MAX_FLOAT_DIM;
+    int direct = job->type == MK_F32 || (job->type == MK_F16 && F16_LOADS && job->free_f16);
+    int floats = tiles > 1 && !shared && !direct && job->hd <= MAX_FLOAT_DIM && job->vd <= MAX_FLOAT_DIM;
     const int32_t *table = job->table + job->table_start[item->row];
     for (long block = low / MK_KV_BLOCK, last = high / MK_KV_BLOCK; block <= last; block++) {
         long at = (long)table[block] * job->kvh + item->kv_head;

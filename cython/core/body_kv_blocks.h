@@ -32,18 +32,22 @@ MK_INLINE vf load_values(const int type, const int rest, const uint8_t *values, 
 HOT void block_floats(const int type, const int is_keys, const uint8_t *block, const uint8_t *next, int hd,
                       float *out) {
     const long count = (long)hd * MK_KV_BLOCK;
-    float scales[MAX_FLOAT_DIM];
     for (long i = 0; i < mk_kv_bytes(type, hd); i += 64) FETCH(next + i);
     if (type == MK_F16) {
         for (long i = 0; i < count; i += MK_TILE) vf_store(out + i, vf_load_f16((const uint16_t *)block + i));
         return;
     }
     const uint8_t *q = block + 2 * hd;
-    for (int i = 0; i < hd; i += MK_TILE) vf_store(scales + i, vf_load_f16((const uint16_t *)block + i));
-    for (long i = 0; i < count; i += MK_TILE) {
-        long dim = is_keys ? i / MK_KV_BLOCK : i % hd, token = is_keys ? i % MK_KV_BLOCK : i / hd;
-        const float *scale = scales + dim / MK_BLOCK * MK_BLOCK + token; /* of a dimension's block, by token */
-        vf_store(out + i, vf_mul(is_keys ? vf_load(scale) : vf_set1(*scale), vf_load_i8(q + i)));
+    for (long begin = 0; begin < hd; begin += MK_BLOCK) {
+        const uint16_t *of_tokens = (const uint16_t *)block + begin;
+        const vf scale[2] = {vf_load_f16(of_tokens), vf_load_f16(of_tokens + MK_TILE)};
+        float scales[MK_KV_BLOCK];
+        for (int half = 0; half < 2; half++) vf_store(scales + half * MK_TILE, scale[half]);
+        for (int i = 0; i < MK_BLOCK; i++) /* dimensions of keys, or tokens of values */
+            for (int half = 0; half < 2; half++) {
+                const long at = (is_keys ? (begin + i) * MK_KV_BLOCK : i * hd + begin) + half * MK_TILE;
+                vf_store(out + at, vf_mul(is_keys ? scale[half] : vf_set1(scales[i]), vf_load_i8(q + at)));
+            }
     }
 }
 

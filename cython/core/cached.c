@@ -92,7 +92,7 @@ void mk_attention(mk_work *work, int kv_type, const float *q, long q_stride, flo
     long count = group_queries(groups->items, table_start, kv_of_head, m, heads, hd > vd ? hd : vd);
     mk_step_of(work, mk_active->of_rows->attention, count, 1, 1)->attention = (mk_attention_job){
         .type = kv_type, .kvh = kvh, .hd = hd, .vd = vd, .window = window, .scale = scale, .sinks = sinks,
-        .softcap = softcap, .chunked = chunked, .bidirectional = bidirectional,
+        .softcap = softcap, .chunked = chunked, .bidirectional = bidirectional, .free_f16 = mk_f16_is_free(),
         .tuning = tuning ? *tuning : (mk_tuning){0}, .q = q, .out = out, .q_stride = q_stride,
         .out_stride = out_stride, .kpool = kpool, .vpool = vpool, .pos = pos, .table = table,
         .table_start = table_start, .groups = groups->items};

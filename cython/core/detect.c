@@ -58,6 +58,13 @@ static unsigned detect(void) {
     if (!found) found = look();
     return found;
 }
+
+int mk_f16_is_free(void) {
+    static int known, is_free;
+    unsigned a, b, c, d;
+    if (!known) is_free = __get_cpuid(0, &a, &b, &c, &d) && c == 0x444d4163 /* AuthenticAMD */, known = 1;
+    return is_free;
+}
 #elif defined(MK_ARM)
 #ifdef __APPLE__
 #include <sys/sysctl.h>
@@ -79,6 +86,10 @@ static unsigned detect(void) {
 #endif
 #else
 static unsigned detect(void) { return MK_HAS_SCALAR; }
+#endif
+
+#ifndef MK_X86
+int mk_f16_is_free(void) { return 0; }
 #endif
 
 static const struct {

@@ -86,6 +86,7 @@ typedef struct mk_query_groups { /* the groups of one attention */
 
 typedef struct {
     int type, kvh, hd, vd, window, chunked, bidirectional; /* hd, vd: dimensions of a head's keys and of its values */
+    int free_f16; /* mk_f16_is_free */
     float scale, softcap;
     mk_tuning tuning; /* length 0: none */
     const float *q, *sinks; /* sinks [heads], or NULL */

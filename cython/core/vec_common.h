@@ -47,34 +47,53 @@ MK_INLINE void vf_row_store(float *row, long i, long d, vf a) {
     else vf_store_part(row + i, a, d - i);
 }
 
-/* e**x within 2 ulp: x = n ln 2 + r, e**r = 1 + r + r^2 P(r) (Cephes' expf).  NaN stays NaN; the scaling in two steps
- * rounds once on its way through the denormals; with `normal` there are none, and one step gives the same.
- * mpillm/kernels/lanes.py has the same constants. */
-HOT vf exp_in(const int normal, vf x) {
+enum { MAX_EXPS = 6 };
+
+/* e**x within 2 ulp, of `count` vectors side by side, because each is a long chain: x = n ln 2 + r, e**r = 1 + r + r^2 P(r)
+ * (Cephes' expf).  NaN stays NaN; the scaling in two steps rounds once on its way through the denormals; with `normal`
+ * (-87 <= x <= 88, or NaN) there are none, and one step gives the same.  mpillm/kernels/lanes.py has the same constants. */
+HOT void exp_in(const int normal, const int count, vf *x) {
     const vf high = vf_set1(89.0f), low = vf_set1(-105.0f), magic = vf_set1(0x1.8p23f), one = vf_set1(1.0f);
-    if (!normal) x = vf_max(low, vf_min(high, x));
-    vf shifted = vf_add(vf_mul(x, vf_set1(1.44269504088896341f)), magic); /* its low bits are n, to nearest even */
-    vf n = vf_sub(shifted, magic);
-    vf r = vf_fma(n, vf_set1(-0.693359375f), x);
-    r = vf_fma(n, vf_set1(2.12194440e-4f), r);
-    vf p = vf_set1(1.9875691500e-4f);
-    p = vf_fma(p, r, vf_set1(1.3981999507e-3f));
-    p = vf_fma(p, r, vf_set1(8.3334519073e-3f));
-    p = vf_fma(p, r, vf_set1(4.1665795894e-2f));
-    p = vf_fma(p, r, vf_set1(1.6666665459e-1f));
-    p = vf_fma(p, r, vf_set1(5.0000001201e-1f));
-    vf y = vf_add(vf_fma(p, vf_mul(r, r), r), one);
+    static const float FACTORS[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                                    5.0000001201e-1f};
+    vf shifted[MAX_EXPS], n[MAX_EXPS], p[MAX_EXPS];
+    UNROLL
+    for (int j = 0; j < count; j++) {
+        if (!normal) x[j] = vf_max(low, vf_min(high, x[j]));
+        shifted[j] = vf_add(vf_mul(x[j], vf_set1(1.44269504088896341f)), magic); /* its low bits are n, to nearest even */
+    }
+    UNROLL
+    for (int j = 0; j < count; j++) {
+        n[j] = vf_sub(shifted[j], magic);
+        x[j] = vf_fma(n[j], vf_set1(-0.693359375f), x[j]);
+    }
+    UNROLL
+    for (int j = 0; j < count; j++) {
+        x[j] = vf_fma(n[j], vf_set1(2.12194440e-4f), x[j]);
+        p[j] = vf_set1(1.9875691500e-4f);
+    }
+    UNROLL
+    for (int i = 0; i < 5; i++)
+        UNROLL
+        for (int j = 0; j < count; j++) p[j] = vf_fma(p[j], x[j], vf_set1(FACTORS[i]));
+    UNROLL
+    for (int j = 0; j < count; j++) p[j] = vf_add(vf_fma(p[j], vf_mul(x[j], x[j]), x[j]), one);
+    UNROLL
+    for (int j = 0; j < count; j++) {
 #ifdef VEC_SCALE
-    return vf_scale(y, n);
+        x[j] = vf_scale(p[j], n[j]);
 #else
-    vi power = vi_sub(vi_bits(shifted), vi_bits(magic)), half = vi_half(power);
-    if (normal) return vf_mul(y, vf_pow2(power));
-    return vf_mul(vf_mul(y, vf_pow2(half)), vf_pow2(vi_sub(power, half)));
+        vi power = vi_sub(vi_bits(shifted[j]), vi_bits(magic)), half = vi_half(power);
+        if (normal) x[j] = vf_mul(p[j], vf_pow2(power));
+        else x[j] = vf_mul(vf_mul(p[j], vf_pow2(half)), vf_pow2(vi_sub(power, half)));
 #endif
+    }
 }
 
-MK_INLINE vf vf_exp(vf x) { return exp_in(0, x); }
-MK_INLINE vf vf_exp_normal(vf x) { return exp_in(1, x); } /* -87 <= x <= 88, or NaN */
+MK_INLINE vf vf_exp(vf x) {
+    exp_in(0, 1, &x);
+    return x;
+}
 
 /* tanh(x) within 2 ulp: x + x^3 P(x^2) below 0.625, else 1 - 2 / (e^2x + 1) with the sign of x (Cephes' tanhf). */
 MK_INLINE vf vf_tanh(vf x) {
