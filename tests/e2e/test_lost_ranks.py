@@ -103,7 +103,9 @@ def test_ranks_without_a_core_are_kept_in_reserve(
         said = dying(openmpi, 4, plan, source, tmp_path / "out", f"adapters.tuned={ADAPTER}")
     finally:
         os.sched_setaffinity(0, before)
-    assert "2 of 4 ranks are kept in reserve, because there are only 2 cores;" in said
+    # The spare rank may be lost before the others have begun.
+    reserve = "(2 of 4 ranks are|1 of 3 ranks is) kept in reserve, because there are only 2 cores;"
+    assert re.search(reserve, said), said
     assert (tmp_path / "out/results.jsonl").read_bytes() == (undisturbed / "results.jsonl").read_bytes()
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert f"{report['stages']} x {report['shards']}" == "1 x 2"
