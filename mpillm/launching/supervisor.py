@@ -75,6 +75,7 @@ class Supervisor:
         self._program, self._say = program, say
         self._out, self._error = out, error
         self._told: signal.Signals | None = None  # to stop, and by what
+        self._plans = False  # whether it does so now, which takes long for very many ranks
         self._output: Directory | None = None  # as it was before the first start
         self._journal_seen = False
 
@@ -92,6 +93,8 @@ class Supervisor:
 
     def _tell(self, number: int, _frame: FrameType | None) -> None:
         self._told = signal.Signals(number)
+        if self._plans:
+            raise Interrupted(f"Stopped by {self._told.name}; run the same command again to continue.")
 
     def _open_output(self, stack: contextlib.ExitStack) -> None:
         """Make and open the output directory; where that fails, rank 0 says why. What stays empty is removed."""
@@ -112,7 +115,9 @@ class Supervisor:
         fruitless, first = 0, True
         while True:
             hosts = self._hosts(first)
+            self._plans = True
             ranks = ranks_that_work(self._spec, sum(host.slots for host in hosts) if hosts else self._ranks)
+            self._plans = False
             size, written = self._journal_size(), self._journal_written()
             remarks = Remarks(self._out, self._error)
             code, grown = self._once(ranks, hosts, folder, remarks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 from mpillm import version
 from mpillm.comm.launch import Library
 from mpillm.comm.program import library
-from mpillm.errors import JobError, LayoutError
+from mpillm.errors import Interrupted, JobError, LayoutError
 from mpillm.launching import mpiexec, reach, supervisor
 from mpillm.launching.hostfile import HostSlots, read_hosts, write_hosts
 from mpillm.launching.mpiexec import Settings
@@ -237,6 +238,16 @@ def test_a_host_that_is_lost_while_ranks_start(tmp_path: Path, monkeypatch: pyte
     )
     assert of._once(2, [HostSlots("pi1", 1), HostSlots("pi2", 1)], tmp_path, remarks) == (-9, False)
     assert remarks.cause() == "mpiexec waited for a host that was lost"
+
+
+def test_planning_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For 100,000 ranks it takes longer than anybody waits."""
+    of = started(tmp_path, monkeypatch, Settings(100_000))
+    monkeypatch.setattr(
+        supervisor, "ranks_that_work", lambda spec, ranks: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    with pytest.raises(Interrupted, match=r"^Stopped by SIGTERM; run the same command again to continue\.$"):
+        of.run()
 
 
 def test_others_may_go_on_when_this_machine_has_lost_its_ranks(
