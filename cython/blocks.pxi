@@ -10,8 +10,8 @@ def pack(int type, const uint8_t[:, :] canonical, long k, bounds, uint8_t[::1] o
     require_type(kind)
     if type == MK_BF12 and kind == MK_BF16:
         kind = type
-    if kind != type and (mk_block(kind) > 1 or (type != MK_Q8_0 and type != MK_Q4_0)):
-        raise ValueError(f"pack makes Q8_0 or Q4_0 of F32, F16 or BF16, not block type {type} of {kind}")
+    if kind != type and (mk_block(kind) > 1 or type not in (MK_Q8_0, MK_Q4_0, MK_W8A8)):
+        raise ValueError(f"pack makes Q8_0, Q4_0 or W8A8 of F32, F16 or BF16, not block type {type} of {kind}")
     require("canonical", (n, mk_blocks(k, mk_block(kind)) * mk_block_bytes(kind)), (n, canonical.shape[1]))
     if canonical.shape[1] > 1 and canonical.strides[1] != 1:
         raise ValueError("canonical must have contiguous rows")
@@ -55,12 +55,13 @@ def dequantize(int type, const uint8_t[:, ::1] canonical, long k, float[:, :] ou
     finish(&work, threads)
 
 
-def quantize_rows(const float[:, :] x, bounds, uint8_t[:, ::1] out, int threads=1):
+def quantize_rows(const float[:, :] x, bounds, uint8_t[:, ::1] out, int threads=1, int type=MK_Q8_0):
+    require_quantised(type)
     require_rows("x", x, -1, -1)
     cdef const int32_t[::1] edges = check_bounds(bounds, x.shape[1], 1)
-    require("out", (x.shape[0], count_blocks(edges, MK_BLOCK) * MK_ACTIVATION), (out.shape[0], out.shape[1]))
+    require("out", (x.shape[0], activation_bytes(type, edges)), (out.shape[0], out.shape[1]))
     cdef mk_work work
     mk_begin(&work)
-    mk_quantize_rows(&work, &x[0, 0], x.strides[0] // 4, NULL, x.shape[0], &edges[0], <int>edges.shape[0] - 1,
+    mk_quantize_rows(&work, type, &x[0, 0], x.strides[0] // 4, NULL, x.shape[0], &edges[0], <int>edges.shape[0] - 1,
                      &out[0, 0], out.shape[1])
     finish(&work, threads)

@@ -60,20 +60,43 @@ cdef long count_blocks(const int32_t[::1] edges, int block) noexcept:
     return blocks
 
 
-cdef long coded_bytes(const int32_t[::1] edges) noexcept:
+cdef long tile_bytes(int type, const int32_t[::1] edges) noexcept:
     cdef long size = 0
     cdef Py_ssize_t i
     for i in range(edges.shape[0] - 1):
-        size += mk_coded_bytes(edges[i + 1] - edges[i])
+        size += mk_tile_bytes(type, edges[i + 1] - edges[i])
     return size
+
+
+cdef long activation_bytes(int type, const int32_t[::1] edges) noexcept:
+    cdef long size = 0
+    cdef Py_ssize_t i
+    for i in range(edges.shape[0] - 1):
+        size += mk_activation_bytes(type, edges[i + 1] - edges[i])
+    return size
+
+
+cdef int require_quantised(int type) except -1:
+    require_type(type)
+    if not mk_is_quantised(type):
+        raise ValueError(f"activations for block type {type} are floats")
+    return 0
+
+
+cdef int require_exact(int type, const int32_t[::1] edges) except -1:
+    """Check that the sums of a panel's products fit into 32 bits."""
+    cdef Py_ssize_t i
+    for i in range(edges.shape[0] - 1):
+        if mk_is_panel(type) and edges[i + 1] - edges[i] > MK_PANEL_COLUMNS:
+            raise ValueError(f"a panel of block type {type} has at most {MK_PANEL_COLUMNS} columns, "
+                             f"not {edges[i + 1] - edges[i]}")
+    return 0
 
 
 cdef long packed_bytes(int type, long n, const int32_t[::1] edges) noexcept:
     if mk_is_float(type):
         return n * count_blocks(edges, mk_block(type)) * mk_block_bytes(type)
-    if mk_is_coded(type):
-        return mk_blocks(n, MK_TILE) * coded_bytes(edges)
-    return mk_blocks(n, MK_TILE) * MK_TILE * count_blocks(edges, mk_block(type)) * mk_packed_bytes(type)
+    return mk_blocks(n, MK_TILE) * tile_bytes(type, edges)
 
 
 cdef struct Pools:

@@ -30,7 +30,7 @@ def set_path(str name):
 
 def block_types():
     """Return the kind, the values, the bytes and the packed bytes of a block of each type."""
-    kinds = ("float", "plain", "super", "coded", "scaled")
+    kinds = ("float", "plain", "super", "coded", "scaled", "panel")
     return [(kinds[mk_kind(type)], mk_block(type), mk_block_bytes(type), mk_packed_bytes(type))
             for type in range(MK_TYPES)]
 

@@ -16,7 +16,8 @@ cdef class Product:
         self.type, self.n, self.k, self.row_bytes, self.data = type, n, k, row_bytes, []
         self.panels = <int>self.edges.shape[0] - 1
         if self.quantised():
-            self.x_bytes = count_blocks(self.edges, MK_BLOCK) * MK_ACTIVATION
+            self.x_bytes = activation_bytes(type, self.edges)
+            require_exact(type, self.edges)
         else:
             self.x_bytes = mk_float_bytes(type, &self.edges[0], self.panels)
         cdef bint fits = packed_bytes(type, MK_TILE, self.edges) <= MK_STORED_TILE if self.quantised() \
@@ -42,7 +43,9 @@ cdef class Product:
 
     cdef int form(self) noexcept:
         """Which of the forms of activations it takes (`Forms`)."""
-        return 0 if self.quantised() else 2 if mk_is_bf16(self.type) else 1
+        if self.quantised():
+            return 3 if mk_is_panel(self.type) else 0
+        return 2 if mk_is_bf16(self.type) else 1
 
     cdef void add(self, mk_work *work, const void *x, long m, float *out, long out_stride, long panel_stride) noexcept:
         """x: activations of its form, in groups. What follows is joined."""
@@ -62,14 +65,14 @@ cdef class Product:
         """Rows `at` of x (NULL: the first m) in its form, in a piece of the space. What follows is joined."""
         cdef uint8_t *rows = <uint8_t *>space.take(self.taken(m))
         if self.quantised():
-            mk_quantize_rows(work, x, stride, at, m, &self.edges[0], self.panels, rows, self.x_bytes)
+            mk_quantize_rows(work, self.type, x, stride, at, m, &self.edges[0], self.panels, rows, self.x_bytes)
         else:
             mk_float_rows(work, self.type, x, stride, at, m, &self.edges[0], self.panels, rows, self.x_bytes)
         mk_join(work, 1)
         return rows
 
 
-cdef enum: FORMS = 3  # of activations: quantised, floats, rounded to BF16
+cdef enum: FORMS = 4  # of activations: in blocks, floats, rounded to BF16, in whole panels
 
 
 def matmul(int type, const uint8_t[::1] w, long n, long k, bounds, x, out, int threads=1, bint fold=True,
@@ -156,7 +159,7 @@ cdef class Products:
     cdef long steps   # at most
 
     def __init__(self, *matrices):
-        cdef Product piece
+        cdef Product piece, taker
         self.matrices = [pieces_of(matrix) for matrix in matrices]
         self.widths = tuple([matrix.n for matrix in matrices])
         self.first, self.takers = self.matrices[0][0], [None] * FORMS
@@ -164,9 +167,9 @@ cdef class Products:
             raise ValueError(f"no more than {MK_MAX_PRODUCTS} pieces of matrices run side by side")
         for pieces in self.matrices:
             for piece in pieces:
-                if list(piece.edges) != list(self.first.edges):
+                taker = self.takers[piece.form()] = self.takers[piece.form()] or piece
+                if piece.k != self.first.k or list(piece.edges) != list(taker.edges):
                     raise ValueError("matrices of the same activations must cut their columns alike")
-                self.takers[piece.form()] = self.takers[piece.form()] or piece
         self.steps = FORMS + sum([len(pieces) for pieces in self.matrices])
 
     cdef size_t space(self, long m) noexcept:

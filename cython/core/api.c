@@ -22,9 +22,9 @@ void mk_dequantize(mk_work *work, int type, const uint8_t *canonical, long n, lo
     ADD(dequantize, n, rows, .type = type, .k = k, .in = canonical, .values = out, .stride = stride);
 }
 
-void mk_quantize_rows(mk_work *work, const float *x, long stride, const int32_t *at, long m, const int32_t *bounds,
-                      int panels, uint8_t *out, long out_bytes) {
-    ADD(quantize_rows, m, rows, .panels = panels, .n = m, .x = x, .out = out, .bounds = bounds, .at = at,
+void mk_quantize_rows(mk_work *work, int type, const float *x, long stride, const int32_t *at, long m,
+                      const int32_t *bounds, int panels, uint8_t *out, long out_bytes) {
+    ADD(quantize_rows, m, rows, .type = type, .panels = panels, .n = m, .x = x, .out = out, .bounds = bounds, .at = at,
         .stride = stride, .out_bytes = out_bytes);
 }
 
@@ -94,8 +94,7 @@ long mk_float_bytes(int type, const int32_t *bounds, int panels) { /* the widest
 /* Bytes of columns of W [n, .] as they are packed. */
 static long panel_bytes(int type, long n, long columns) {
     if (mk_is_float(type)) return n * mk_row_bytes(type, columns);
-    if (mk_is_coded(type)) return mk_blocks(n, MK_TILE) * mk_coded_bytes(columns);
-    return mk_blocks(n, MK_TILE) * MK_TILE * mk_blocks(columns, mk_block(type)) * mk_packed_bytes(type);
+    return mk_blocks(n, MK_TILE) * mk_tile_bytes(type, columns);
 }
 
 long mk_panels(int type, const uint8_t *w, long n, long row_bytes, const int32_t *bounds, int panels, const uint8_t **at) {

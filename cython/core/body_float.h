@@ -265,6 +265,7 @@ static const float_functions PAIRS_FUNCTIONS = FLOAT_FUNCTIONS(MK_BF16);
 #define FLOAT_TILES_PLAIN(type)
 #define FLOAT_TILES_SUPER(type)
 #define FLOAT_TILES_CODED(type)
+#define FLOAT_TILES_PANEL(type)
 #define FLOAT_TILES_OF(name, kind, ...) FLOAT_TILES_##kind(MK_##name)
 MK_BLOCK_TYPES(FLOAT_TILES_OF)
 
@@ -273,6 +274,7 @@ MK_BLOCK_TYPES(FLOAT_TILES_OF)
 #define FLOAT_ROW_PLAIN(type)
 #define FLOAT_ROW_SUPER(type)
 #define FLOAT_ROW_CODED(type)
+#define FLOAT_ROW_PANEL(type)
 #define FLOAT_ROW_OF(name, kind, ...) FLOAT_ROW_##kind(MK_##name)
 extern const float_functions OF(NAME, floats)[MK_TYPES];
 const float_functions OF(NAME, floats)[MK_TYPES] = {MK_BLOCK_TYPES(FLOAT_ROW_OF)};

@@ -12,6 +12,7 @@
 #include "body_super.h"
 #include "body_tiles.h"
 #include "body_unpacked.h"
+#include "body_panel.h"
 
 enum { RUN_SUMS = 128 /* of tiles that lie one after the other: so many tiles with one row, fewer with more */ };
 enum { TILES_CACHE = 3 << 17 /* bytes of float tiles that stay in the second cache */ };
@@ -55,8 +56,8 @@ static void panel(const mk_matmul_job *job, int rows, int p, long tile, int tile
                   vf *sums) {
     (void)again;
     const int type = job->type;
-    const long count = mk_blocks(job->bounds[p + 1] - job->bounds[p], mk_block(type));
-    const long stride = count * mk_packed_bytes(type) * MK_TILE;
+    const long columns = job->bounds[p + 1] - job->bounds[p], stride = mk_tile_bytes(type, columns);
+    const long count = mk_blocks(columns, mk_block(type));
     const uint8_t *w = job->at[p] + tile * stride;
     for (; tiles--; w += stride, sums += rows) TILE_FUNCTIONS[type][rows - 1](w, x, count, sums);
 }
@@ -67,7 +68,7 @@ static long x_bytes(const mk_matmul_job *job, long columns, int rows) {
     if (job->in_tiles) return mk_blocks(columns, MK_BF16_BLOCK) * MK_BF16_BLOCK * 2 * MK_TILE;
     if (!mk_is_quantised(type))
         return mk_blocks(columns, mk_float_step(type)) * (mk_is_bf16(type) ? BF16_STEP : 64) * GROUP(rows);
-    return mk_blocks(columns, mk_block(type)) * (mk_block(type) / MK_BLOCK) * MK_ACTIVATION * GROUP(rows);
+    return mk_activation_bytes(type, columns) * GROUP(rows);
 }
 
 /* Outputs of `tiles` tiles for `rows` rows of x: panel by panel, folded in the binary tree ((p0 + p1) + (p2 + p3)).
@@ -119,7 +120,7 @@ static int some_tiles(const mk_matmul_job *job, long tile, long tiles, long row,
     if (side_by_side(job)) tiles = 1;
     for (; row < limit; row += rows) {
         rows = rows_at_once(job->type, limit - row);
-        const panel_function quantised = rows > MK_GROUP ? unpacked_panel : panel;
+        const panel_function quantised = mk_is_panel(job->type) ? whole_panel : rows > MK_GROUP ? unpacked_panel : panel;
         product(job, coded ? coded_panel : floats ? float_panel : quantised, *pending, RUN_SUMS, rows, tile, (int)tiles, row);
     }
     return (int)tiles;

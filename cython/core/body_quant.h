@@ -19,13 +19,11 @@ MK_INLINE int all_finite(vf a, vf b) {
     return vf_hadd(vf_add(vf_mul(a, zero), vf_mul(b, zero))) == 0.0f;
 }
 
-/* Quantise 32 values; the scale is amax / 127.  A block with inf or NaN gets scale NaN and integers 0.
+/* Quantise 32 values with the scale d; where it is NaN the integers are 0.
  * sums: the sums of the first 16 integers and of the others. */
-MK_INLINE void quantise_q8(vf a, vf b, int8_t *q, float *scale, int32_t *sums) {
-    float d = vf_hmax(vf_max(vf_abs(a), vf_abs(b))) / 127.0f;
-    if (!all_finite(a, b)) {
+MK_INLINE void quantise_with(float d, vf a, vf b, int8_t *q, int32_t *sums) {
+    if (d != d) {
         memset(q, 0, MK_BLOCK);
-        *scale = mk_bits_float(0x7fc00000u);
         sums[0] = sums[1] = 0;
         return;
     }
@@ -33,9 +31,14 @@ MK_INLINE void quantise_q8(vf a, vf b, int8_t *q, float *scale, int32_t *sums) {
     vi lo = round_away(vf_mul(a, id)), hi = round_away(vf_mul(b, id));
     vi_store_i8(q, lo);
     vi_store_i8(q + MK_TILE, hi);
-    *scale = d;
     sums[0] = vi_sum(lo);
     sums[1] = vi_sum(hi);
+}
+
+/* Quantise 32 values; the scale is amax / 127, or NaN for a block with inf or NaN. */
+MK_INLINE void quantise_q8(vf a, vf b, int8_t *q, float *scale, int32_t *sums) {
+    *scale = all_finite(a, b) ? vf_hmax(vf_max(vf_abs(a), vf_abs(b))) / 127.0f : mk_bits_float(0x7fc00000u);
+    quantise_with(*scale, a, b, q, sums);
 }
 
 /* The first of 32 values with this magnitude; 0 if the magnitude is 0. */
@@ -64,6 +67,12 @@ MK_INLINE float quantise_q4(const float *x, uint8_t *q) {
     return d;
 }
 
+/* Values i .. i + 31 of a row that ends at `limit`, and zeros. */
+MK_INLINE void block_of(const float *x, long i, long limit, vf *lo, vf *hi) {
+    *lo = vf_row(x, i, limit, 0.0f);
+    *hi = i + MK_TILE < limit ? vf_row(x, i + MK_TILE, limit, 0.0f) : vf_set1(0.0f);
+}
+
 static void quantize(const void *argument, long begin, long end) {
     const mk_rows_job *job = argument;
     long blocks = mk_blocks(job->k, MK_BLOCK), bytes = mk_block_bytes(job->type);
@@ -71,10 +80,16 @@ static void quantize(const void *argument, long begin, long end) {
         for (long b = 0; b < blocks; b++) {
             const float *x = job->x + row * job->stride;
             uint8_t *out = job->out + (row * blocks + b) * bytes;
-            vf lo = vf_row(x, b * MK_BLOCK, job->k, 0.0f), hi = vf_set1(0.0f);
-            if (b * MK_BLOCK + MK_TILE < job->k) hi = vf_row(x, b * MK_BLOCK + MK_TILE, job->k, 0.0f);
+            vf lo, hi;
             float d, values[MK_BLOCK];
             int32_t sums[2];
+            block_of(x, b * MK_BLOCK, job->k, &lo, &hi);
+            if (mk_is_panel(job->type)) {
+                d = job->values[row];
+                memcpy(out, &d, sizeof d);
+                quantise_with(d, lo, hi, (int8_t *)out + sizeof d, sums);
+                continue;
+            }
             if (job->type == MK_Q8_0) {
                 quantise_q8(lo, hi, (int8_t *)out + 2, &d, sums);
             } else {
@@ -87,6 +102,65 @@ static void quantize(const void *argument, long begin, long end) {
         }
 }
 
+/* The scale of columns begin .. limit - 1 of a row of x for a PANEL type: the largest value's integer is at most MK_OUTLIER,
+ * and the others' are at most 127.  *largest: that value's column, or -1 if all are 0; the scale is NaN if one is not finite. */
+MK_INLINE float scale_of_panel(const float *x, long begin, long limit, long *largest) {
+    vf first = vf_set1(0.0f), second = first, spoilt = first, lo, hi; /* in each lane the largest sizes */
+    float sizes[2][MK_TILE], most = 0.0f, next = 0.0f;
+    for (long i = begin; i < limit; i += MK_BLOCK) {
+        block_of(x, i, limit, &lo, &hi);
+        spoilt = vf_add(spoilt, vf_add(vf_mul(lo, vf_set1(0.0f)), vf_mul(hi, vf_set1(0.0f)))); /* 0, or NaN */
+        lo = vf_abs(lo), hi = vf_abs(hi);
+        second = vf_max(second, vf_min(first, lo)), first = vf_max(first, lo);
+        second = vf_max(second, vf_min(first, hi)), first = vf_max(first, hi);
+    }
+    *largest = -1;
+    if (vf_hadd(spoilt) != 0.0f) return mk_bits_float(0x7fc00000u);
+    vf_store(sizes[0], first), vf_store(sizes[1], second);
+    for (int i = 0; i < 2 * MK_TILE; i++) {
+        const float size = sizes[i / MK_TILE][i % MK_TILE];
+        if (size > most) next = most, most = size;
+        else if (size > next) next = size;
+    }
+    for (long i = begin; most > 0.0f && *largest < 0; i++)
+        if (fabsf(x[i]) == most) *largest = i;
+    return next / 127.0f > most / MK_OUTLIER ? next / 127.0f : most / MK_OUTLIER;
+}
+
+/* A panel of a row of x for a PANEL type.  `rows`: of its group. */
+static void quantise_whole(const float *x, long begin, long limit, mk_panel_row *of, int8_t *q, long rows) {
+    long largest;
+    int32_t total = 0, sums[2];
+    vf lo, hi;
+    memset(of, 0, sizeof *of);
+    of->scale = scale_of_panel(x, begin, limit, &largest);
+    for (long i = begin; i < limit; i += MK_BLOCK) {
+        block_of(x, i, limit, &lo, &hi);
+        quantise_with(of->scale, lo, hi, q + (i - begin) * rows, sums);
+        total += sums[0] + sums[1];
+    }
+    if (largest >= 0) {
+        const int32_t whole = (int32_t)roundf(x[largest] * inverse(of->scale)), high = (whole + 64) >> 7;
+        largest -= begin;
+        q[largest / MK_BLOCK * MK_BLOCK * rows + largest % MK_BLOCK] = (int8_t)(whole - 128 * high);
+        of->high[largest % 4] = (int8_t)high;
+        of->group = (int32_t)(largest / 4);
+        of->high128 = -128 * high;
+        total -= 128 * high;
+    }
+    of->offset128 = -128 * total;
+}
+
+/* The panels of row number `row` of a group of so many rows. */
+static void quantise_panels(const mk_rows_job *job, const float *x, long row, long rows, uint8_t *out) {
+    for (int p = 0; p < job->panels; p++) {
+        const long begin = job->bounds[p], limit = job->bounds[p + 1];
+        int8_t *q = (int8_t *)out + rows * MK_PANEL_ROW + row * MK_BLOCK;
+        quantise_whole(x, begin, limit, (mk_panel_row *)out + row, q, rows);
+        out += rows * mk_activation_bytes(job->type, limit - begin);
+    }
+}
+
 /* Quantise panels of activations, each padded with zeros to whole blocks; rows are grouped. */
 static void quantize_rows(const void *argument, long begin, long end) {
     const mk_rows_job *job = argument;
@@ -94,12 +168,15 @@ static void quantize_rows(const void *argument, long begin, long end) {
         const float *x = job->x + (job->at ? job->at[row] : row) * job->stride;
         long first = row / MK_GROUP * MK_GROUP, rows = job->n - first < MK_GROUP ? job->n - first : MK_GROUP;
         mk_activation *out = (mk_activation *)(job->out + first * job->out_bytes) + (row - first);
+        if (mk_is_panel(job->type)) {
+            quantise_panels(job, x, row - first, rows, job->out + first * job->out_bytes);
+            continue;
+        }
         for (int p = 0; p < job->panels; p++)
             for (long i = job->bounds[p]; i < job->bounds[p + 1]; i += MK_BLOCK, out += rows) {
-                long limit = job->bounds[p + 1];
-                vf lo = vf_row(x, i, limit, 0.0f), hi = vf_set1(0.0f);
-                if (i + MK_TILE < limit) hi = vf_row(x, i + MK_TILE, limit, 0.0f);
+                vf lo, hi;
                 int32_t sums[2];
+                block_of(x, i, job->bounds[p + 1], &lo, &hi);
                 quantise_q8(lo, hi, out->q, &out->scale, sums);
                 out->total = out->scale * (float)(sums[0] + sums[1]);
                 out->offset8 = -8 * (sums[0] + sums[1]);
@@ -118,10 +195,11 @@ MK_INLINE void dequantise_block(int type, const uint8_t *in, float *values) {
     const uint8_t *q = in + mk_scale_bytes(type) + bits;
     const uint32_t fifth = bits ? mk_word(q - bits) : 0;
     memcpy(h, in, (size_t)mk_scale_bytes(type));
-    const float d = type == MK_MXFP4 ? mk_from_e8m0(*in) : mk_from_f16(h[0]);
+    float d = type == MK_MXFP4 ? mk_from_e8m0(*in) : mk_from_f16(h[0]);
+    if (mk_is_panel(type)) memcpy(&d, in, sizeof d);
     const float m = mk_f16s(type) == 2 ? mk_from_f16(h[1]) : 0.0f;
     for (int j = 0; j < MK_BLOCK; j++) {
-        int value = type == MK_Q8_0 ? (int8_t)q[j] : q[j % MK_TILE] >> j / MK_TILE * 4 & 15;
+        int value = mk_bits(type) == 8 ? (int8_t)q[j] : q[j % MK_TILE] >> j / MK_TILE * 4 & 15;
         if (bits) value |= (fifth >> j & 1) << 4;
         if (type == MK_Q4_0) value -= 8;
         if (type == MK_Q5_0) value -= 16;

@@ -11,6 +11,7 @@
 #define TILES_PLAIN(type) TILES(quantised, type)
 #define TILES_SUPER(type) TILES(super, type)
 #define TILES_CODED(type)
+#define TILES_PANEL(type)
 #define TILES_OF(name, kind, ...) TILES_##kind(MK_##name)
 MK_BLOCK_TYPES(TILES_OF)
 
@@ -20,5 +21,6 @@ MK_BLOCK_TYPES(TILES_OF)
 #define TILE_ROW_PLAIN(type) TILE_ROW(type)
 #define TILE_ROW_SUPER(type) TILE_ROW(type)
 #define TILE_ROW_CODED(type)
+#define TILE_ROW_PANEL(type)
 #define TILE_ROW_OF(name, kind, ...) TILE_ROW_##kind(MK_##name)
 static const tile_function TILE_FUNCTIONS[MK_TYPES][MK_GROUP] = {MK_BLOCK_TYPES(TILE_ROW_OF)};

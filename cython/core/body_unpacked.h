@@ -127,6 +127,7 @@ typedef void (*unpacked_function)(const unpacked *w, long count, const uint8_t *
 #define UNPACK_FLOAT(type)
 #define UNPACK_SCALED(type)
 #define UNPACK_CODED(type)
+#define UNPACK_PANEL(type)
 #define UNPACK_PLAIN(type) UNPACK(type)
 #define UNPACK_SUPER(type) UNPACK(type)
 #define UNPACK_OF(name, kind, ...) UNPACK_##kind(MK_##name)
@@ -134,6 +135,7 @@ MK_BLOCK_TYPES(UNPACK_OF)
 #define UNPACKED_FLOAT(type)
 #define UNPACKED_SCALED(type)
 #define UNPACKED_CODED(type)
+#define UNPACKED_PANEL(type)
 #define UNPACKED_PLAIN(type) [type] = unpack_##type,
 #define UNPACKED_SUPER(type) [type] = unpack_##type,
 #define UNPACKED_OF(name, kind, ...) UNPACKED_##kind(MK_##name)

@@ -15,7 +15,8 @@
  * The kind determines how a type is packed and multiplied. Rows of FLOAT types are stored unchanged (body_float.h), and
  * so are rows of SCALED blocks, which have an F32 scale and codes that stand for floats (body_scaled.h). A PLAIN block
  * has F16 numbers, or the byte of an exponent if it has none, and then its values (body_plain.h). SUPER blocks are
- * K-quants (super.h, body_super.h). CODED rows are BF16 in files; a tile decodes to the same bits (coded.h).
+ * K-quants (super.h, body_super.h). CODED rows are BF16 in files; a tile decodes to the same bits (coded.h). Blocks of a
+ * PANEL type have an F32 scale, the same in all blocks of a row within a column panel: a tile has it once (body_panel.h).
  *
  * A new type needs a row here and in mpillm/kernels/types.py. If the bodies of its kind do not fit, it also needs its own
  * in pack.c, in dequantise of body_quant.h, in load_groups of body_plain.h, in raised_by of body_unpacked.h, and in the
@@ -45,16 +46,20 @@
     X(BF12, CODED, 1, 2, 2, 0, 12)        \
     X(FP8, SCALED, 128, 132, 132, 0, 8)   \
     X(NVFP4, SCALED, 128, 76, 76, 0, 4)   \
-    X(NF4, SCALED, 64, 36, 36, 0, 4)
+    X(NF4, SCALED, 64, 36, 36, 0, 4)      \
+    X(W8A8, PANEL, 32, 36, 32, 0, 8)
 #define MK_TYPE(name, ...) MK_##name,
 enum { MK_BLOCK_TYPES(MK_TYPE) MK_TYPES };
-enum { MK_KIND_FLOAT, MK_KIND_PLAIN, MK_KIND_SUPER, MK_KIND_CODED, MK_KIND_SCALED };
+enum { MK_KIND_FLOAT, MK_KIND_PLAIN, MK_KIND_SUPER, MK_KIND_CODED, MK_KIND_SCALED, MK_KIND_PANEL };
 enum {
     MK_TILE = 16,            /* rows of W that are interleaved */
     MK_BLOCK = 32,           /* values that share a scale */
     MK_SUPER = 256,          /* values of a K-quant's block */
     MK_BF16_BLOCK = 256,     /* columns of BF16 weights whose sum begins at zero */
     MK_ACTIVATION = 56,      /* bytes of mk_activation */
+    MK_PANEL_ROW = 32,       /* bytes of mk_panel_row */
+    MK_OUTLIER = 16256,      /* what the largest of a panel's integers may be: 127 * 128 */
+    MK_PANEL_COLUMNS = 1 << 17, /* of a panel of a PANEL type, at most: 128 * 127 times as many are below 2^31 */
     MK_GROUP = 4,            /* rows of x that are interleaved */
     MK_KV_BLOCK = 32,        /* tokens */
     MK_MAX_LEVELS = 7,       /* levels of the tree over panels */
@@ -94,11 +99,14 @@ static inline int mk_is_scaled(int type) { return mk_kind(type) == MK_KIND_SCALE
 static inline int mk_is_float(int type) { return mk_kind(type) == MK_KIND_FLOAT || mk_is_scaled(type); }
 static inline int mk_is_super(int type) { return mk_kind(type) == MK_KIND_SUPER; }
 static inline int mk_is_coded(int type) { return mk_kind(type) == MK_KIND_CODED; }
-/* Whether products take activations in blocks (mk_quantize_rows), else as floats (mk_float_rows). */
-static inline int mk_is_quantised(int type) { return mk_kind(type) == MK_KIND_PLAIN || mk_is_super(type); }
+static inline int mk_is_panel(int type) { return mk_kind(type) == MK_KIND_PANEL; }
+/* Whether products take activations as integers (mk_quantize_rows), else as floats (mk_float_rows). */
+static inline int mk_is_quantised(int type) {
+    return mk_kind(type) == MK_KIND_PLAIN || mk_is_super(type) || mk_is_panel(type);
+}
 
-/* Bytes before the values of a PLAIN block. */
-static inline int mk_scale_bytes(int type) { return mk_f16s(type) ? 2 * mk_f16s(type) : 1; }
+/* Bytes before the values of a PLAIN block, or of one of a PANEL type. */
+static inline int mk_scale_bytes(int type) { return mk_is_panel(type) ? 4 : mk_f16s(type) ? 2 * mk_f16s(type) : 1; }
 
 /* The 16 values of a nibble, X(value): for MXFP4 the e2m1 numbers times 2; for IQ4_NL and IQ4_XS ggml's kvalues_iq4nl. */
 #define MK_E2M1_VALUES(X) X(0) X(1) X(2) X(3) X(4) X(6) X(8) X(12) X(0) X(-1) X(-2) X(-3) X(-4) X(-6) X(-8) X(-12)
@@ -130,6 +138,15 @@ static inline long mk_coded_bytes(long columns) {
     return mk_blocks(columns, MK_BF16_BLOCK) * MK_CODED_HEAD + mk_blocks(columns, 32) * MK_CODED_STEP;
 }
 
+/* Bytes before the values of a tile's panel: the scales of its rows, if each has one. */
+static inline long mk_head_bytes(int type) { return mk_is_panel(type) ? 4 * MK_TILE : 0; }
+
+/* Bytes of `columns` columns of a tile, of types whose rows are interleaved. */
+static inline long mk_tile_bytes(int type, long columns) {
+    if (mk_is_coded(type)) return mk_coded_bytes(columns);
+    return mk_head_bytes(type) + mk_blocks(columns, mk_block(type)) * mk_packed_bytes(type) * MK_TILE;
+}
+
 /* A block of 32 activations, with the sums at which a product begins. Rows of x are stored in groups of MK_GROUP rows: the
  * first block of each row, then the second block of each row, and so on. The last group may have fewer rows. */
 typedef struct {
@@ -139,6 +156,22 @@ typedef struct {
     int32_t offset8, offset128; /* -8 * sum(q), -128 * sum(q) */
     int32_t offset32[2];        /* -32 times the sums of the first and of the second half of q */
 } mk_activation;
+
+/* What a row of x has for a panel of a PANEL type.  Those of a group's rows are followed by their int8, of which 32 columns
+ * of each row lie one after the other.  The scale is that of all values but the largest one, whose integer is that of its
+ * column, and 128 times the only one of `high`, which belongs to its place in its group of four columns. */
+typedef struct {
+    float scale;
+    int32_t offset128, high128; /* -128 times the sum of the int8, and -128 times that of high */
+    int32_t group;
+    int8_t high[16];
+} mk_panel_row;
+
+/* Bytes of a panel of `columns` columns of a row of x, as integers. */
+static inline long mk_activation_bytes(int type, long columns) {
+    const long blocks = mk_blocks(columns, MK_BLOCK);
+    return mk_is_panel(type) ? MK_PANEL_ROW + MK_BLOCK * blocks : MK_ACTIVATION * blocks;
+}
 
 /* Paths: the instruction sets that this build has and this machine can run, slowest first. */
 int mk_path_count(void);
@@ -176,8 +209,8 @@ void mk_pack(mk_work *work, int type, int stored, const uint8_t *canonical, long
              int32_t *bounds, int panels, uint8_t *out, long first, long whole, int *misfit);
 void mk_quantize(mk_work *work, int type, const float *x, long stride, long n, long k, uint8_t *out);
 void mk_dequantize(mk_work *work, int type, const uint8_t *canonical, long n, long k, float *out, long stride);
-/* at: the indices of m rows of x; NULL: the first m rows */
-void mk_quantize_rows(mk_work *work, const float *x, long stride, const int32_t *at, long m, const int32_t *bounds,
+/* Activations for weights of a quantised type.  at: the indices of m rows of x; NULL: the first m rows */
+void mk_quantize_rows(mk_work *work, int type, const float *x, long stride, const int32_t *at, long m, const int32_t *bounds,
                       int panels, uint8_t *out, long out_bytes);
 /* The same for weights of a float type: out_bytes is mk_float_bytes. */
 void mk_float_rows(mk_work *work, int type, const float *x, long stride, const int32_t *at, long m,

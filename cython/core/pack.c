@@ -4,6 +4,7 @@
 
 #include "active.h"
 #include "coded.h"
+#include "half.h"
 #include "super.h"
 
 enum { PIECE = 512 /* columns of a tile that are converted together: they stay in the first cache */ };
@@ -67,14 +68,15 @@ MK_INLINE uint32_t pack_bits(uint32_t bits) {
     return bytes;
 }
 
-/* A PLAIN block: scales, then words of values; of Q5_0 and Q5_1, whose fifth bits come first, those bits are last. */
+/* A PLAIN block: scales, then words of values; of Q5_0 and Q5_1, whose fifth bits come first, those bits are last.  Of a
+ * PANEL type, the values alone. */
 MK_INLINE void pack_block(const int type, const uint8_t *const *in, long at, int rows, uint8_t *out) {
     const int scales = mk_scale_bytes(type), each = mk_f16s(type) ? 2 : 1, bits = mk_bits(type) == 5 ? 4 : 0;
-    const int words = (mk_block_bytes(type) - scales - bits) / 4;
+    const int words = (mk_block_bytes(type) - scales - bits) / 4, kept = mk_is_panel(type) ? 0 : scales;
     if (rows < MK_TILE) memset(out, 0, (size_t)mk_packed_bytes(type) * MK_TILE);
     for (int r = 0; r < rows; r++)
-        for (int i = 0; i < scales; i += each) memcpy(out + i * MK_TILE + r * each, in[r] + at + i, (size_t)each);
-    at += scales, out += scales * MK_TILE;
+        for (int i = 0; i < kept; i += each) memcpy(out + i * MK_TILE + r * each, in[r] + at + i, (size_t)each);
+    at += scales, out += kept * MK_TILE;
     for (int r = 0; r < rows && bits; r++) {
         const uint32_t fifth = pack_bits(mk_word(in[r] + at));
         memcpy(out + 64 * words + 4 * r, &fifth, 4);
@@ -217,7 +219,7 @@ MK_INLINE void pack_rows(const int type, const uint8_t *const *in, long at, int 
             else pack_block(type, in, at + b * bytes, rows, out + b * packed);
 }
 
-void mk_pack_panel(int type, const uint8_t *const *in, long at, int rows, long count, uint8_t *out) {
+static void pack_blocks(int type, const uint8_t *const *in, long at, int rows, long count, uint8_t *out) {
     switch (type) {
 #define CASE(name, ...) case MK_##name: pack_rows(MK_##name, in, at, rows, count, out); break;
         MK_BLOCK_TYPES(CASE)
@@ -225,23 +227,55 @@ void mk_pack_panel(int type, const uint8_t *const *in, long at, int rows, long c
     }
 }
 
+void mk_pack_panel(int type, const uint8_t *const *in, long at, int rows, long count, uint8_t *out) {
+    memset(out, 0, (size_t)mk_head_bytes(type));
+    if (mk_head_bytes(type) && count)
+        for (int r = 0; r < rows; r++) memcpy(out + 4 * r, in[r] + at, 4);
+    pack_blocks(type, in, at, rows, count, out + mk_head_bytes(type));
+}
+
+/* `width` columns from `first` on of a row of floats. */
+static void read_piece(const mk_pack_job *job, const uint8_t *row, long first, long width, float *values) {
+    mk_rows_job read = {.type = job->stored, .k = width, .in = row + first * mk_block_bytes(job->stored),
+                        .values = values};
+    mk_active->of_rows->dequantize(&read, 0, 1);
+}
+
+/* The scale of a row's panel for a PANEL type, as quantise_whole of body_quant.h finds it. */
+static float scale_of(const mk_pack_job *job, const uint8_t *row, long begin, long end) {
+    uint32_t peak = 0; /* the bits of sizes are in their order, and NaNs come last */
+    for (long first = begin; first < end; first += PIECE) {
+        float values[PIECE];
+        const long width = end - first < PIECE ? end - first : PIECE;
+        read_piece(job, row, first, width, values);
+        for (long i = 0; i < width; i++) {
+            const uint32_t size = mk_float_bits(values[i]) & 0x7fffffffu;
+            peak = size > peak ? size : peak;
+        }
+    }
+    return peak < 0x7f800000u ? mk_bits_float(peak) / 127.0f : mk_bits_float(0x7fc00000u);
+}
+
 /* Columns begin..end-1 of a tile's rows of floats, quantised on the way. */
 static void quantise_panel(const mk_pack_job *job, const uint8_t *const *in, int rows, long begin, long end,
                            uint8_t *out) {
-    float values[PIECE];
-    uint8_t made[MK_TILE][PIECE / MK_BLOCK * 34];
+    float values[PIECE], scales[MK_TILE] = {0};
+    uint8_t made[MK_TILE][PIECE / MK_BLOCK * 36];
     const uint8_t *blocks[MK_TILE];
     for (int r = 0; r < MK_TILE; r++) blocks[r] = made[r];
+    if (mk_is_panel(job->type)) {
+        for (int r = 0; r < rows; r++) scales[r] = scale_of(job, in[r], begin, end);
+        memcpy(out, scales, sizeof scales);
+        out += sizeof scales;
+    }
     for (long first = begin; first < end; first += PIECE) {
         long width = end - first < PIECE ? end - first : PIECE, count = mk_blocks(width, MK_BLOCK);
         for (int r = 0; r < rows; r++) {
-            mk_rows_job read = {.type = job->stored, .k = width, .in = in[r] + first * mk_block_bytes(job->stored),
-                                .values = values};
-            mk_rows_job write = {.type = job->type, .k = width, .x = values, .out = made[r]};
-            mk_active->of_rows->dequantize(&read, 0, 1);
+            mk_rows_job write = {.type = job->type, .k = width, .x = values, .out = made[r], .values = scales + r};
+            read_piece(job, in[r], first, width, values);
             mk_active->of_rows->quantize(&write, 0, 1);
         }
-        mk_pack_panel(job->type, blocks, 0, rows, count, out);
+        pack_blocks(job->type, blocks, 0, rows, count, out);
         out += count * mk_packed_bytes(job->type) * MK_TILE;
     }
 }
@@ -256,7 +290,7 @@ static long stored_row(long row, long head) {
 static void pack_tiles(const void *argument, long begin, long end) {
     const mk_pack_job *job = argument;
     int block = mk_block(job->type);
-    long bytes = mk_block_bytes(job->type), packed = mk_packed_bytes(job->type) * MK_TILE;
+    long bytes = mk_block_bytes(job->type);
     long tiles = mk_blocks(job->whole, MK_TILE), before = job->first / MK_TILE;
     for (long tile = begin; tile < end; tile++) {
         const uint8_t *in[MK_TILE];
@@ -267,16 +301,16 @@ static void pack_tiles(const void *argument, long begin, long end) {
         if (!job->head && job->stride <= 2 * mk_row_bytes(job->stored, columns)) mk_look_at(in[0], rows, job->stride);
         for (int p = 0; p < job->panels; p++) {
             long first = job->bounds[p], last = job->bounds[p + 1], count = mk_blocks(last - first, block);
-            uint8_t *to = out + (before + tile) * count * packed;
+            const long size = mk_tile_bytes(job->type, last - first);
+            uint8_t *to = out + (before + tile) * size;
             if (mk_is_coded(job->type)) {
-                to = out + (before + tile) * mk_coded_bytes(count);
                 if (!mk_code_tile(in, first, rows, count, to)) __atomic_store_n(job->misfit, 1, __ATOMIC_RELAXED);
-                out += tiles * mk_coded_bytes(count);
+                out += tiles * size;
                 continue;
             }
             if (job->stored != job->type) quantise_panel(job, in, rows, first, last, to);
             else mk_pack_panel(job->type, in, first / block * bytes, rows, count, to);
-            out += mk_is_float(job->type) ? job->whole * count * bytes : tiles * count * packed;
+            out += mk_is_float(job->type) ? job->whole * count * bytes : tiles * size;
         }
     }
 }

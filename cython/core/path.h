@@ -27,7 +27,7 @@ typedef struct {
     float *values;
     const int32_t *bounds, *at; /* at: which rows of x, or NULL */
     long stride, out_bytes;
-} mk_rows_job; /* quantize, dequantize, quantize_rows: items are rows */
+} mk_rows_job; /* quantize (of a PANEL type with the scales `values`), dequantize, quantize_rows: items are rows */
 
 struct mk_product {
     int type, skip, panels; /* of the panels the first `skip` are passed over */
@@ -46,7 +46,7 @@ struct mk_product {
 };
 typedef mk_product mk_matmul_job;
 
-/* Pack `count` blocks, from byte `at` on, of a tile's rows (pack.c). */
+/* Pack a panel of `count` blocks, from byte `at` on, of a tile's rows (pack.c). */
 void mk_pack_panel(int type, const uint8_t *const *in, long at, int rows, long count, uint8_t *out);
 void mk_stored(const void *job, long begin, long end); /* products with rows as in a file, whatever the path (stored.c) */
 

@@ -7,12 +7,12 @@ static void pack_tile(const mk_matmul_job *job, long tile, int rows, uint8_t *ou
     const long begin = tile * MK_TILE * job->row_bytes;
     mk_look_at(job->at[0] + begin, rows, job->row_bytes);
     for (int p = 0; p < job->panels; p++) {
-        const long count = mk_blocks(job->bounds[p + 1] - job->bounds[p], mk_block(job->type));
+        const long columns = job->bounds[p + 1] - job->bounds[p];
         const uint8_t *in[MK_TILE];
         for (int r = 0; r < rows; r++) in[r] = job->at[p] + begin + r * job->row_bytes;
         at[p] = out;
-        mk_pack_panel(job->type, in, 0, rows, count, out);
-        out += count * mk_packed_bytes(job->type) * MK_TILE;
+        mk_pack_panel(job->type, in, 0, rows, mk_blocks(columns, mk_block(job->type)), out);
+        out += mk_tile_bytes(job->type, columns);
     }
 }
 

@@ -14,6 +14,7 @@ from mpillm.bench.machine import seconds
 from mpillm.bench.random_blocks import random_blocks, random_scaled
 from mpillm.bench.result import Kernel, Machine
 from mpillm.kernels import KV_BLOCK, BlockType
+from mpillm.weights.plan import panels_of_rows
 
 ROWS = (1, 32, 512)
 ENOUGH = 0.002  # seconds that a timing is to last, unless one call takes longer
@@ -76,7 +77,7 @@ def measure(
             )
             if count in machine.read:
                 made.read_share = made.rate / machine.read[count]
-            if case.product and case.detail.startswith("Q") and count in machine.int8:
+            if case.product and case.detail.startswith(("Q", "W")) and count in machine.int8:
                 made.int8_share = made.operations / machine.int8[count]
             if not case.product:
                 try:
@@ -116,13 +117,13 @@ def _random(kind: BlockType, k: int) -> NDArray[np.uint8]:
     """Blocks of a matrix with rows of k values."""
     return (
         random_scaled(kind)
-        if kind.scaled
+        if kind.scaled or kind.whole
         else random_blocks(GGMLQuantizationType[kind.multiplied_as.name], k)
     )
 
 
 def _product(random: np.random.Generator, kind: BlockType, n: int, k: int, m: int) -> Case:
-    bounds = np.array([0, k], np.int32)
+    bounds = np.array(panels_of_rows(kind, k), np.int32)
     one = kernels.packed_nbytes(kind, n, k, bounds)
     copies = min(MOST_COPIES, -(-MATRIX_BYTES // one)) if m == 1 else 1
     canonical = np.resize(_random(kind, k), (n, kind.row_bytes(k)))
@@ -132,8 +133,8 @@ def _product(random: np.random.Generator, kind: BlockType, n: int, k: int, m: in
     rows = _floats(random, m, k)
     x: NDArray[np.generic] = rows
     if kind.quantised:
-        blocks = np.empty((m, kernels.activation_nbytes(k, bounds)), np.uint8)
-        kernels.quantize_rows(rows, bounds, blocks)
+        blocks = np.empty((m, kernels.activation_nbytes(k, bounds, kind)), np.uint8)
+        kernels.quantize_rows(rows, bounds, blocks, type=kind)
         x = blocks
     out = np.empty((m, n), np.float32)
     turn = 0

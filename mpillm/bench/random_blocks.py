@@ -7,7 +7,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from mpillm.kernels.scaled_blocks import BLOCKS
+from mpillm.kernels.blocks import CANONICAL
 from mpillm.kernels.types import BlockType
 
 POOL_BLOCKS = 99_991  # a prime, so that rows never begin where an earlier one did: no two are the same
@@ -41,7 +41,7 @@ def random_blocks(kind: Type, k: int) -> NDArray[np.uint8]:
 def random_scaled(kind: BlockType) -> NDArray[np.uint8]:
     """Blocks of a type that no GGUF file has, uint8 [POOL_BLOCKS, block bytes]."""
     random = np.random.default_rng(int(kind))
-    blocks = np.empty(POOL_BLOCKS, BLOCKS[kind])
+    blocks = np.empty(POOL_BLOCKS, CANONICAL[kind])
     for name in blocks.dtype.names or ():
         blocks[name] = random.integers(0, 256, blocks[name].shape)
     blocks["d"] = random.uniform(0.7, 1.3, POOL_BLOCKS)

@@ -118,7 +118,7 @@ def _add_models(add: Add) -> None:
     )
     pack.add_argument(
         "--weights",
-        choices=("source", "q4_0", "q8_0", "bf16", "bf12", "f32"),
+        choices=("source", "q4_0", "q8_0", "w8a8", "bf16", "bf12", "f32"),
         default="source",
         help="block type of the stored matrices (that of the source)",
     )

@@ -22,7 +22,7 @@ WORTH_THREADS = 2**20  # multiplications; below this, starting threads takes lon
 class LowRank(NamedTuple):
     """An adapter of rank r of a matrix [n, k] for the rows `rows` of a step.
 
-    a [r, k] has the same column panels as the matrix, b [n, r] the same rows.
+    a [r, k] has the column panels of the matrix, or one if shards share its rows, b [n, r] the same rows.
     """
 
     rows: I32
@@ -35,7 +35,7 @@ class _Adapted(Fused):
 
     def _multiply(self, x: F32, matrix: Packed, out: F32, threads: int, fold: bool = True) -> None:
         low: Sequence[LowRank] = getattr(matrix, "low", ())
-        panels = len(matrix.bounds) - 1
+        panels = len(low[0].a.bounds) - 1 if low else 0
         if not low:
             super()._multiply(x, matrix, out, threads, fold)
         elif panels == 1:

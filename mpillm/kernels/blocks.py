@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from mpillm.kernels.lanes import fma
 from mpillm.kernels.types import (
     ACTIVATION_BLOCK_BYTES,
     F32,
+    OUTLIER,
+    PANEL_ROW,
     QUANT_BLOCK,
     ROW_GROUP,
     TILE_ROWS,
@@ -34,6 +37,10 @@ ACTIVATION = np.dtype(
     ]
 )
 assert ACTIVATION.itemsize == ACTIVATION_BLOCK_BYTES
+PANEL_ACTIVATION = np.dtype(
+    [("scale", "<f4"), ("offset128", "<i4"), ("high128", "<i4"), ("group", "<i4"), ("high", "i1", 16)]
+)
+assert PANEL_ACTIVATION.itemsize == PANEL_ROW
 PACKED = {
     BlockType.Q8_0: np.dtype([("d", "<f2", TILE_ROWS), ("q", "u1", (8, TILE_ROWS, 4))]),
     BlockType.Q4_0: np.dtype([("d", "<f2", TILE_ROWS), ("q", "u1", (4, TILE_ROWS, 4))]),
@@ -57,6 +64,7 @@ CANONICAL = {
     BlockType.IQ4_NL: np.dtype([("d", "<f2"), ("q", "u1", 16)]),
     BlockType.Q5_0: np.dtype([("d", "<f2"), ("high", "u1", 4), ("q", "u1", 16)]),
     BlockType.Q5_1: np.dtype([("d", "<f2"), ("m", "<f2"), ("high", "u1", 4), ("q", "u1", 16)]),
+    BlockType.W8A8: np.dtype([("d", "<f4"), ("q", "u1", 32)]),
     **super_blocks.CANONICAL,
     **scaled_blocks.BLOCKS,
 }
@@ -105,15 +113,35 @@ def to_f16(d: F32) -> npt.NDArray[np.float16]:
         return d.astype(np.float16)
 
 
-def quantise_rows(x: F32, bounds: Bounds) -> U8:
-    """Quantise x [m, k] to uint8 [m, activation_nbytes(k, bounds)], with rows in groups (`ungrouped` undoes that)."""
-    edges = check_bounds(bounds, x.shape[1], 1)
-    rows = []
+def panels_of(x: F32, edges: npt.NDArray[np.int64]) -> Iterator[F32]:
+    """Each panel's columns of x, filled up to whole blocks of 32 with zeros."""
     for begin, end in itertools.pairwise(edges):
         padded = np.zeros((len(x), -(-(end - begin) // QUANT_BLOCK) * QUANT_BLOCK), np.float32)
         padded[:, : end - begin] = x[:, begin:end]
-        rows.append(padded.reshape(len(x), -1, QUANT_BLOCK))
-    blocks = np.concatenate(rows, axis=1)
+        yield padded
+
+
+def quantise_weights(x: F32, edges: npt.NDArray[np.int64]) -> U8:
+    """Canonical rows of W8A8 of x [n, k]: each row has one scale for each panel."""
+    panels = []
+    for panel in panels_of(x, edges):
+        made = np.empty((len(x), panel.shape[1] // QUANT_BLOCK), CANONICAL[BlockType.W8A8])
+        if panel.size:
+            d, q = quantise_q8(panel)
+            made["d"], made["q"] = d[:, None], q.view(np.uint8).reshape(*made.shape, QUANT_BLOCK)
+        panels.append(made)
+    return np.concatenate(panels, axis=1).view(np.uint8).reshape(len(x), -1)
+
+
+def quantise_rows(x: F32, bounds: Bounds, type: BlockType = BlockType.Q8_0) -> U8:
+    """Quantise x [m, k] to uint8 [m, activation_nbytes(k, bounds, type)], with rows in groups.
+
+    `ungrouped` undoes that, for W8A8 `whole_activations`.
+    """
+    edges = check_bounds(bounds, x.shape[1], 1)
+    if type.whole:
+        return _quantise_whole(x, edges)
+    blocks = np.concatenate(list(panels_of(x, edges)), axis=1).reshape(len(x), -1, QUANT_BLOCK)
     out = np.empty(blocks.shape[:2], ACTIVATION)
     out["scale"], out["q"] = quantise_q8(blocks)
     total = out["q"].sum(axis=-1, dtype=np.int32)
@@ -123,6 +151,64 @@ def quantise_rows(x: F32, bounds: Bounds) -> U8:
     out["offset32"] = -32 * out["q"].reshape(*blocks.shape[:2], 2, 16).sum(axis=-1, dtype=np.int32)
     groups = [out[row : row + ROW_GROUP].T.reshape(-1) for row in range(0, len(out), ROW_GROUP)]
     return np.concatenate(groups).view(np.uint8).reshape(len(x), -1)
+
+
+def _quantise_whole(x: F32, edges: npt.NDArray[np.int64]) -> U8:
+    """Of each group of rows, panel by panel: what each row has for it, then 32 integers of each in turn."""
+    out = []
+    for row in range(0, len(x), ROW_GROUP):
+        for panel in panels_of(x[row : row + ROW_GROUP], edges):
+            head, q = quantise_panel(panel)
+            blocks = q.view(np.uint8).reshape(len(q), -1, QUANT_BLOCK)
+            out += [head.view(np.uint8), blocks.swapaxes(0, 1).reshape(-1)]
+    return np.concatenate(out).reshape(len(x), -1)
+
+
+def quantise_panel(x: F32) -> tuple[npt.NDArray[np.void], npt.NDArray[np.int8]]:
+    """What rows [m] have for one panel x [m, k] of activations for W8A8, and their int8 [m, k].
+
+    The scale is that of all values but the largest, whose integer is that int8 and 128 times the one of `high`.
+    """
+    head, rows = np.zeros(len(x), PANEL_ACTIVATION), np.arange(len(x))
+    if not x.shape[1]:
+        return head, np.zeros(x.shape, np.int8)
+    sizes = np.abs(x)
+    largest = sizes.argmax(axis=-1)
+    most, rest = sizes[rows, largest], sizes.copy()
+    rest[rows, largest] = 0
+    with np.errstate(all="ignore"):
+        d = np.maximum(rest.max(axis=-1) / np.float32(127), most / np.float32(OUTLIER))
+        finite: npt.NDArray[np.bool_] = np.asarray(np.isfinite(x).all(axis=-1))
+        head["scale"] = np.where(finite, d, np.float32(np.nan))
+        whole = round_away(np.where(finite[:, None], x * _inverse(head["scale"])[:, None], np.float32(0)))
+    q = whole.astype(np.int32)
+    high = (q[rows, largest] + 64) >> 7
+    q[rows, largest] -= 128 * high
+    head["group"], head["high128"] = np.where(finite & (most > 0), largest // 4, 0), -128 * high
+    head["high"][rows, largest % 4] = high
+    head["offset128"] = -128 * q.sum(axis=-1, dtype=np.int32)
+    return head, q.astype(np.int8)
+
+
+def whole_activations(
+    x: npt.NDArray[Any], edges: npt.NDArray[np.int64]
+) -> Iterator[tuple[npt.NDArray[np.void], npt.NDArray[np.int8]]]:
+    """What rows [m] have for each panel, and their int8 [m, .], of what `quantise_rows` made for W8A8."""
+    begin = 0
+    for width in (-(-np.diff(edges) // QUANT_BLOCK) * QUANT_BLOCK).tolist():
+        heads, integers = [], []
+        for row in range(0, len(x), ROW_GROUP):
+            rows = min(ROW_GROUP, len(x) - row)
+            group = x[row : row + rows].reshape(-1)[rows * begin :]
+            heads.append(group[: rows * PANEL_ROW].view(PANEL_ACTIVATION))
+            q = (
+                group[rows * PANEL_ROW : rows * (PANEL_ROW + width)]
+                .view(np.int8)
+                .reshape(-1, rows, QUANT_BLOCK)
+            )
+            integers.append(q.swapaxes(0, 1).reshape(rows, -1))
+        begin += PANEL_ROW + width
+        yield np.concatenate(heads), np.concatenate(integers)
 
 
 def rounded(x: F32) -> F32:
@@ -162,7 +248,7 @@ def plain_integers(type: BlockType, q: U8, high: U8 | None = None) -> npt.NDArra
 
     `q` has the blocks' bytes, and `high` the fifth bits of Q5_0 and Q5_1 [..., 32].
     """
-    if type == BlockType.Q8_0:
+    if type in (BlockType.Q8_0, BlockType.W8A8):
         return q.view(np.int8)
     values = nibbles(q).view(np.int8)
     if high is not None:
@@ -210,6 +296,15 @@ def decode(type: BlockType, canonical: U8, k: int) -> F32:
     return values.reshape(len(canonical), -1)[:, :k]
 
 
+def interleaved_whole(source: npt.NDArray[np.void]) -> U8:
+    """Tiles [tiles, bytes] of a panel of W8A8 of its blocks [tile, block, row]: scales, then words of values."""
+    scales = np.zeros((len(source), TILE_ROWS), np.float32)
+    if source.shape[1]:
+        scales[:] = source["d"][:, 0]
+    words = source["q"].reshape(*source.shape, 8, 4).transpose(0, 1, 3, 2, 4).reshape(len(source), -1)
+    return np.concatenate([scales.view(np.uint8), words], axis=1)
+
+
 def interleave(type: BlockType, canonical: U8, bounds: npt.NDArray[np.int64]) -> list[U8]:
     """Pack canonical rows uint8 [n, row bytes]; return the packed bytes of each column panel.
 
@@ -231,6 +326,9 @@ def interleave(type: BlockType, canonical: U8, bounds: npt.NDArray[np.int64]) ->
         # [tile, block, row, byte]
         part = blocks[:, :, begin // type.block : -(-end // type.block)].transpose(0, 2, 1, 3)
         source = np.ascontiguousarray(part).view(CANONICAL[type])[..., 0]
+        if type.whole:
+            panels.append(interleaved_whole(source).reshape(-1))
+            continue
         if type.k_quant:
             panels.append(super_blocks.interleaved_super(type, source).view(np.uint8).reshape(-1))
             continue

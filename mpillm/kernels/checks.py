@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mpillm.kernels.types import (
-    ACTIVATION_BLOCK_BYTES,
-    QUANT_BLOCK,
+    PANEL_COLUMNS,
     Activation,
     BlockType,
     Bounds,
+    activation_nbytes,
     check_bounds,
     kv_pools,
     packed_nbytes,
@@ -57,14 +57,16 @@ def require_weights(
         raise ValueError(f"rows of {k} values of block type {type} cannot lie {row_bytes} bytes apart")
     nbytes = strided_nbytes(type, n, k, row_bytes) if row_bytes else packed_nbytes(type, n, k, edges)
     require("w", w, (nbytes,), np.uint8)
+    widest = int(np.diff(edges).max())
+    if type.whole and widest > PANEL_COLUMNS:
+        raise ValueError(f"a panel of block type {type} has at most {PANEL_COLUMNS} columns, not {widest}")
     return edges
 
 
 def require_activations(type: BlockType, x: Array, k: int, edges: npt.NDArray[np.int64]) -> None:
     """Check the shape and type of x [m, k] for a product with weights of this type."""
     if type.quantised:
-        blocks = int((-(-np.diff(edges) // QUANT_BLOCK)).sum())
-        require("x", x, (len(x), blocks * ACTIVATION_BLOCK_BYTES), np.uint8)
+        require("x", x, (len(x), activation_nbytes(k, edges, type)), np.uint8)
     else:
         require_rows("x", x, width=k, dtype=np.float32)
 

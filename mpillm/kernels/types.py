@@ -22,6 +22,9 @@ TILE_ROWS = 16  # rows of W that are interleaved: the lanes of a kernel
 STORED_TILE = 2**18  # bytes: what a tile of quantised rows that lie as in a file takes, packed, at most
 # int8 q[32], f32 scale, f32 scale * sum(q), i32 -8, -128 times sum(q), i32 -32 times sum(q[:16]), sum(q[16:])
 ACTIVATION_BLOCK_BYTES = 56
+PANEL_ROW = 32  # bytes of a row of activations for a panel of W8A8, beside its int8 (mk_panel_row)
+OUTLIER = 16256  # what the largest integer of a panel of activations may be
+PANEL_COLUMNS = 2**17  # of a panel of W8A8, at most: its sums of products fit into 32 bits
 # Columns of a BF16 product's step: each of 16 lanes adds the odd and then the even column of its pair.
 PAIRED = 32
 # Columns of a BF16 product whose sum begins at zero before it is added to the sum of earlier columns.
@@ -66,11 +69,17 @@ class BlockType(IntEnum):
     FP8 = 22
     NVFP4 = 23
     NF4 = 24
+    W8A8 = 25  # int8; `canonical` blocks have a float32 scale, the same in a row's blocks of a column panel
 
     @property
     def quantised(self) -> bool:
-        """True for types whose rows are interleaved, and whose products round activations to Q8_0."""
-        return TRAITS[self].kind in ("plain", "super")
+        """True for types whose rows are interleaved, and whose products round activations to integers."""
+        return TRAITS[self].kind in ("plain", "super", "panel")
+
+    @property
+    def whole(self) -> bool:
+        """True for types whose rows have one scale for a whole column panel, in weights as in activations."""
+        return TRAITS[self].kind == "panel"
 
     @property
     def scaled(self) -> bool:
@@ -115,10 +124,10 @@ class BlockType(IntEnum):
 class Traits(NamedTuple):
     """Properties of a block type; the compiled kernels have the same table, MK_BLOCK_TYPES in core/kernels.h."""
 
-    kind: Literal["float", "plain", "super", "coded", "scaled"]  # how it is packed and multiplied
+    kind: Literal["float", "plain", "super", "coded", "scaled", "panel"]  # how it is packed and multiplied
     values: int  # values in a block
     bytes: int  # bytes of a block in ggml's form
-    packed: int  # bytes of a block in a tile; see `coded_nbytes` for coded types
+    packed: int  # bytes of a block in a tile; see `tile_nbytes`
 
 
 TRAITS = {
@@ -147,6 +156,7 @@ TRAITS = {
     BlockType.FP8: Traits("scaled", 128, 132, 132),
     BlockType.NVFP4: Traits("scaled", 128, 76, 76),
     BlockType.NF4: Traits("scaled", 64, 36, 36),
+    BlockType.W8A8: Traits("panel", QUANT_BLOCK, 36, 32),
 }
 
 
@@ -188,12 +198,17 @@ def packed_nbytes(type: BlockType, n: int, k: int, bounds: Bounds) -> int:
     """Bytes of W [n, k] in packed form, with column panels `bounds` (bounds[0] = 0, bounds[-1] = k)."""
     type = BlockType(type)
     edges = check_bounds(bounds, k, type.block)
+    if not type.quantised and not type.coded:
+        return n * int((-(-np.diff(edges) // type.block)).sum()) * type.packed_bytes
+    return -(-n // TILE_ROWS) * sum(tile_nbytes(type, width) for width in np.diff(edges).tolist())
+
+
+def tile_nbytes(type: BlockType, k: int) -> int:
+    """Bytes of a panel of k columns of a tile, of types whose rows are interleaved."""
     if type.coded:
-        return -(-n // TILE_ROWS) * sum(coded_nbytes(width) for width in np.diff(edges).tolist())
-    blocks = int((-(-np.diff(edges) // type.block)).sum())
-    if not type.quantised:
-        return n * blocks * type.packed_bytes
-    return -(-n // TILE_ROWS) * TILE_ROWS * blocks * type.packed_bytes
+        return coded_nbytes(k)
+    head = 4 if type.whole else 0  # the scale of each row
+    return (head + -(-k // type.block) * type.packed_bytes) * TILE_ROWS
 
 
 def coded_nbytes(k: int) -> int:
@@ -218,16 +233,17 @@ def delta_floats(heads: int, dk: int, dv: int) -> int:
     return heads * -(-dv // TILE_ROWS) * TILE_ROWS * dk
 
 
-def activation_nbytes(k: int, bounds: Bounds) -> int:
-    """Bytes of one row of k activations quantised for `matmul`, each panel padded to 32 values."""
+def activation_nbytes(k: int, bounds: Bounds, type: BlockType = BlockType.Q8_0) -> int:
+    """Bytes of one row of k activations quantised for weights of a type, each panel padded to 32 values."""
     edges = np.asarray(bounds, np.int64)
-    return _activation_nbytes(k, edges.shape, edges.tobytes())
+    return _activation_nbytes(k, edges.shape, edges.tobytes(), type.whole)
 
 
 @functools.lru_cache(maxsize=256)  # it is called before every product, for the same few shapes
-def _activation_nbytes(k: int, shape: tuple[int, ...], data: bytes) -> int:
+def _activation_nbytes(k: int, shape: tuple[int, ...], data: bytes, whole: bool) -> int:
     edges = check_bounds(np.frombuffer(data, np.int64).reshape(shape), k, 1)
-    return int((-(-np.diff(edges) // QUANT_BLOCK)).sum()) * ACTIVATION_BLOCK_BYTES
+    blocks = int((-(-np.diff(edges) // QUANT_BLOCK)).sum())
+    return PANEL_ROW * (len(edges) - 1) + QUANT_BLOCK * blocks if whole else ACTIVATION_BLOCK_BYTES * blocks
 
 
 def check_bounds(bounds: Bounds, k: int, block: int) -> npt.NDArray[np.int64]:

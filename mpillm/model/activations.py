@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from mpillm.kernels.types import ACTIVATION_BLOCK_BYTES, MIXED_ROWS, QUANT_BLOCK, BlockType
+from mpillm.kernels.types import ACTIVATION_BLOCK_BYTES, MIXED_ROWS, PANEL_ROW, QUANT_BLOCK, BlockType
 from mpillm.model.config import ModelConfig
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.partition.grid import Place
@@ -14,6 +14,7 @@ from mpillm.weights.source import Source
 
 # Bytes of a value as products with quantised weights take it.
 QUANTISED = ACTIVATION_BLOCK_BYTES / QUANT_BLOCK
+WHOLE = (PANEL_ROW + QUANT_BLOCK) / QUANT_BLOCK  # with W8A8: a panel has at least one block
 NUMBERS = (
     160  # bytes of a row's token, position, and places in caches: as they come, and as kernels take them
 )
@@ -74,6 +75,7 @@ class Activations:
 def activations_of(source: Source, config: ModelConfig) -> Activations:
     """The rows of a source's model."""
     types = {info.type.multiplied_as for key, info in source.tensors.items() if ROLES[key.role].quantisable}
-    forms = {BlockType.Q8_0 if type.quantised else BlockType.BF16 if type is BlockType.BF16 else BlockType.F32
-             for type in types}  # fmt: skip
-    return Activations(config, sum(QUANTISED if form.quantised else 4 for form in forms))
+    forms = {BlockType.W8A8 if type.whole else BlockType.Q8_0 if type.quantised else
+             BlockType.BF16 if type is BlockType.BF16 else BlockType.F32 for type in types}  # fmt: skip
+    sizes = {BlockType.W8A8: WHOLE, BlockType.Q8_0: QUANTISED}
+    return Activations(config, sum(sizes.get(form, 4.0) for form in forms))

@@ -17,7 +17,7 @@ from mpillm.comm.core_speed import LOOK_TURNS, WHOLE, core_speed, plain_code, ty
 from mpillm.kernels import KV_BLOCK, Activation, BlockType
 from mpillm.planning.speed import ROWS, WIDTH, Products
 from mpillm.weights.io.reading import new_buffer
-from mpillm.weights.plan import ALIGNMENT, aligned
+from mpillm.weights.plan import ALIGNMENT, aligned, panels_of_rows
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -119,7 +119,7 @@ def _fill(memory: Bytes, least: int) -> float:
 def _products(kind: BlockType, memory: Bytes, threads: int, seconds: float) -> list[float]:
     """Operations/s with each of ROWS, of matrices that lie one after the other in `memory`."""
     width = NUMPY_WIDTH if kernels.path() == "numpy" else WIDTH
-    bounds = np.array([0, width], np.int32)
+    bounds = np.array(panels_of_rows(kind, width), np.int32)
     nbytes = kernels.packed_nbytes(kind, width, width, bounds)
     matrices = [memory[at : at + nbytes] for at in range(0, memory.nbytes - nbytes + 1, aligned(nbytes))]
     kernels.pack(kind, np.zeros((width, kind.row_bytes(width)), np.uint8), width, bounds, matrices[0])
@@ -130,8 +130,8 @@ def _products(kind: BlockType, memory: Bytes, threads: int, seconds: float) -> l
         values = np.zeros((rows, width), np.float32)
         x: NDArray[np.generic] = values
         if kind.quantised:
-            x = blocks = np.empty((rows, kernels.activation_nbytes(width, bounds)), np.uint8)
-            kernels.quantize_rows(values, bounds, blocks)
+            x = blocks = np.empty((rows, kernels.activation_nbytes(width, bounds, kind)), np.uint8)
+            kernels.quantize_rows(values, bounds, blocks, threads, kind)
         out = np.empty((rows, width), np.float32)
 
         def call(matrix: Bytes, x: NDArray[np.generic] = x, out: Floats = out) -> None:

@@ -12,7 +12,7 @@ from mpillm.kernels import BlockType
 ROWS = (1, 4, 16, 64)  # of activations, with which products are measured; the last may be missing
 WIDTH = 2048  # columns of the matrices that are multiplied then: of a layer of a model of about 10^9 weights
 SMALL, LARGE = 512 * 1024, 4 * 2**20  # bytes of requests with which disks are measured
-KINDS = ("q4_0", "q4_k", "q8_0", "bf16", "f32")  # that stand for all block types
+KINDS = ("q4_0", "q4_k", "q8_0", "w8a8", "bf16", "f32")  # that stand for all block types
 
 Products = Mapping[str, Sequence[float]]  # by kind: operations/s with each of ROWS
 
@@ -89,6 +89,7 @@ ASSUMED = Speed(
         "q4_0": (70e9, 150e9, 200e9),
         "q4_k": (60e9, 130e9, 170e9),
         "q8_0": (36e9, 100e9, 150e9),
+        "w8a8": (38e9, 120e9, 190e9),
         "bf16": (20e9, 45e9, 60e9),
         "f32": (10e9, 30e9, 45e9),
     },

@@ -27,7 +27,7 @@ Tags = tuple[Word, Word]
 StopStrings = Word | Annotated[list[Word], Meta(max_length=64)]
 
 TableFormat = Literal["csv", "parquet", "jsonl"]
-Quantize = Literal["none", "q8_0", "q4_0"]
+Quantize = Literal["none", "q8_0", "q4_0", "w8a8"]
 # One value for all ranks, one for each of them, or one for each host ("default": for those that are not named).
 Size = str | Positive
 Threads = Auto | Annotated[int, Meta(ge=1, le=1024)]

@@ -32,7 +32,7 @@ from mpillm.weights.packed.misfits import kept_before, misfits, too_narrow
 from mpillm.weights.roles import ROLES, Key
 from mpillm.weights.text_files import text_fields, text_files, text_folder
 
-PackedType = Literal["source", "q4_0", "q8_0", "bf16", "bf12", "f32"]
+PackedType = Literal["source", "q4_0", "q8_0", "w8a8", "bf16", "bf12", "f32"]
 SPARE = 16 * 2**20  # bytes that stay free on the disk
 
 

@@ -22,8 +22,8 @@ BESIDE = ("mmproj", "imatrix")  # in the names of files that lie beside models
 def open_source(path: str | Path, families: Families, quantize: str = "none") -> Source:
     """Open a Hugging Face directory, a GGUF or `.m` file, a directory that holds one, or a packed directory.
 
-    `quantize` ("q8_0", "q4_0") quantises the matrices of layers and the output head while they are read; JobError
-    if they are packed. Norms, biases, routers and embedding rows stay as they are.
+    `quantize` ("q8_0", "q4_0", "w8a8") quantises the matrices of layers and the output head while they are read;
+    JobError if they are packed. Norms, biases, routers and embedding rows stay as they are.
     ModelError says what is wrong with the files.
     """
     path = Path(path)

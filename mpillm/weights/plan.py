@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from mpillm.kernels.types import BlockType, packed_nbytes
-from mpillm.partition.grid import Place
+from mpillm.partition.grid import Place, panel_bounds
 from mpillm.weights.inventory import HEAD, TensorSpec
-from mpillm.weights.roles import Key
+from mpillm.weights.roles import ROLES, Key
 
+ROW_PANELS = 4  # with fewer W8A8 is less exact, with more it is slower
 ALIGNMENT = 64  # of every entry in the buffer: a cache line, and the widest vector
 
 
@@ -94,8 +95,19 @@ def plan_entry(
     """An entry of some rows and columns; vectors are float32 whatever they are stored as."""
     if not bounds:
         return PageTensor(key, rows, cols, BlockType.F32, bounds, offset, 4 * len(rows))
+    if not ROLES[key.role].by_columns:
+        bounds = panels_of_rows(type, len(cols))
     nbytes = _matrix_nbytes(type, len(rows), len(cols), bounds)
     return PageTensor(key, rows, cols, type, bounds, offset, nbytes)
+
+
+@lru_cache(maxsize=1024)
+def panels_of_rows(type: BlockType, k: int) -> tuple[int, ...]:
+    """The column panels of a matrix whose rows shards share: one, or several if a panel's columns share scales."""
+    if not type.whole:
+        return 0, k
+    blocks = -(-k // type.block)
+    return panel_bounds(k, type.block, min(ROW_PANELS, 1 << (blocks.bit_length() - 1)))
 
 
 @lru_cache(maxsize=1024)

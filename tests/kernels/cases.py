@@ -11,6 +11,7 @@ import numpy as np
 
 from mpillm import kernels
 from mpillm.kernels import Activation, BlockType
+from mpillm.kernels.blocks import CANONICAL
 from mpillm.kernels.scaled_blocks import BLOCKS
 
 Array = np.ndarray[Any, Any]
@@ -70,8 +71,8 @@ def _product(
     if not kind.quantised:
         kernels.matmul(kind, packed, n, k, bounds, x, out, threads, bool(fold))
         return [packed, out]
-    rows = np.full((m, kernels.activation_nbytes(k, bounds)), 0xAA, np.uint8)
-    kernels.quantize_rows(x, bounds, rows, threads)
+    rows = np.full((m, kernels.activation_nbytes(k, bounds, kind)), 0xAA, np.uint8)
+    kernels.quantize_rows(x, bounds, rows, threads, kind)
     kernels.matmul(kind, packed, n, k, bounds, rows, out, threads, bool(fold))
     return [packed, rows, out]
 
@@ -250,6 +251,13 @@ def canonical(rng: np.random.Generator, type: BlockType, n: int, k: int) -> Arra
         with np.errstate(over="ignore"):
             return x.astype(np.float16).view(np.uint8)
     blocks = -(-k // type.block)
+    if type.whole:  # a row's blocks have the same scale
+        made = np.empty((n, blocks), CANONICAL[type])
+        made["q"] = rng.integers(0, 256, made["q"].shape)
+        made["d"] = rng.standard_normal((n, 1))
+        if n >= 5:
+            made["d"][1:5] = np.array([[0], [1e-40], [1e30], [rng.choice([np.nan, np.inf])]])
+        return made.view(np.uint8)
     raw = rng.integers(0, 256, (n, blocks, type.block_bytes), dtype=np.uint8)
     if type.k_quant:
         for at in SCALES_AT.get(type, (0, 2)):

@@ -41,32 +41,27 @@ static void give(void *p, size_t bytes) {
 
 static void product(void) {
     int type = ints[0], fold = ints[4], panels = (int)(sizes[1] / 4) - 1, block = mk_block(type);
-    long n = ints[1], k = ints[2], m = ints[3], blocks = 0, units = 0, coded = 0, parts = fold ? 1 : panels;
+    long n = ints[1], k = ints[2], m = ints[3], x_bytes = 0, parts = fold ? 1 : panels;
     const int32_t *bounds = arrays[1];
-    for (int p = 0; p < panels; p++) {
-        blocks += mk_blocks(bounds[p + 1] - bounds[p], block);
-        units += mk_blocks(bounds[p + 1] - bounds[p], MK_BLOCK);
-        coded += mk_blocks(n, MK_TILE) * mk_coded_bytes(bounds[p + 1] - bounds[p]);
-    }
-    long lines = mk_is_float(type) ? n : mk_blocks(n, MK_TILE) * MK_TILE;
-    size_t packed_bytes = (size_t)(mk_is_coded(type) ? coded : lines * blocks * mk_packed_bytes(type));
+    const uint8_t *at[MK_MAX_PANELS];
+    const size_t packed_bytes = (size_t)mk_panels(type, NULL, n, 0, bounds, panels, at);
     int misfit = 0;
     size_t out_bytes = (size_t)(parts * m * n) * 4;
     uint8_t *packed = make(packed_bytes, 0xAA);
     float *out = make(out_bytes, 0);
     const void *x = arrays[2];
-    const uint8_t *at[MK_MAX_PANELS];
     mk_panels(type, packed, n, 0, bounds, panels, at);
     mk_pack(&work, type, type, arrays[0], mk_blocks(k, block) * mk_block_bytes(type), n, 0, bounds, panels, packed, 0, n,
             &misfit);
     if (mk_is_quantised(type)) {
-        uint8_t *rows = make((size_t)(m * units * MK_ACTIVATION), 0xAA);
-        mk_quantize_rows(&work, x, k, NULL, m, bounds, panels, rows, units * MK_ACTIVATION);
-        mk_matmul(&work, type, at, n, 0, bounds, panels, rows, units * MK_ACTIVATION, m, out, n, fold ? 0 : m * n);
+        for (int p = 0; p < panels; p++) x_bytes += mk_activation_bytes(type, bounds[p + 1] - bounds[p]);
+        uint8_t *rows = make((size_t)(m * x_bytes), 0xAA);
+        mk_quantize_rows(&work, type, x, k, NULL, m, bounds, panels, rows, x_bytes);
+        mk_matmul(&work, type, at, n, 0, bounds, panels, rows, x_bytes, m, out, n, fold ? 0 : m * n);
         give(packed, packed_bytes);
-        give(rows, (size_t)(m * units * MK_ACTIVATION));
+        give(rows, (size_t)(m * x_bytes));
     } else {
-        long x_bytes = mk_float_bytes(type, bounds, panels);
+        x_bytes = mk_float_bytes(type, bounds, panels);
         uint8_t *rows = make((size_t)(mk_blocks(m, MK_TILE) * MK_TILE * x_bytes), 0xAA); /* AMX has whole tiles */
         mk_float_rows(&work, type, x, k, NULL, m, bounds, panels, rows, x_bytes);
         mk_matmul(&work, type, at, n, 0, bounds, panels, rows, x_bytes, m, out, n, fold ? 0 : m * n);

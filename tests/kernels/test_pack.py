@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from mpillm import kernels
 from mpillm.kernels import BlockType
+from mpillm.kernels.blocks import CANONICAL, quantise_q8
 from mpillm.kernels.types import TRAITS
 from tests.kernels import cases
 
@@ -62,14 +64,22 @@ def test_heads_in_the_order_of_llama_cpp(type: BlockType, head: int) -> None:
     assert (out == expected).all()
 
 
-@pytest.mark.parametrize("type", [BlockType.Q8_0, BlockType.Q4_0])
+@pytest.mark.parametrize("type", [BlockType.Q8_0, BlockType.Q4_0, BlockType.W8A8])
 @pytest.mark.parametrize("stored", [BlockType.F32, BlockType.F16, BlockType.BF16])
 def test_floats_are_quantised_on_the_way(stored: BlockType, type: BlockType) -> None:
     k, n, bounds = 1031, 35, [0, 608, 1031]
     rows = cases.canonical(np.random.default_rng(3), stored, n, k)
     values, quantised = np.empty((n, k), np.float32), np.empty((n, type.row_bytes(k)), np.uint8)
     kernels.dequantize(stored, rows, k, values)
-    kernels.quantize(type, values, quantised)
+    if type is BlockType.W8A8:
+        blocks = quantised.view(CANONICAL[type])
+        for first, last in itertools.pairwise(bounds):
+            of_panel = blocks[:, first // 32 : -(-last // 32)]
+            d, q = quantise_q8(values[:, first:last])
+            of_panel["d"] = d[:, None]
+            of_panel["q"] = np.pad(q, ((0, 0), (0, -last % 32))).view(np.uint8).reshape(n, -1, 32)
+    else:
+        kernels.quantize(type, values, quantised)
     out = np.empty_like(expected := packed(type, quantised, bounds))
     kernels.pack(type, rows, k, bounds, out, 2, stored)
     assert (out == expected).all()

@@ -56,7 +56,7 @@ def test_rows_do_not_depend_on_their_batch_or_on_threads(path: str, type: BlockT
 
 
 @pytest.mark.parametrize("path", COMPILED)
-@pytest.mark.parametrize("type", [BlockType.BF16, BlockType.Q4_1, BlockType.Q4_K])
+@pytest.mark.parametrize("type", [BlockType.BF16, BlockType.Q4_1, BlockType.Q4_K, BlockType.W8A8])
 def test_shards_fold_to_the_same_sum(path: str, type: BlockType) -> None:
     """Panels computed apart and folded later give what one product gives."""
     rng = np.random.default_rng(5)
@@ -115,8 +115,8 @@ def test_quantised_weights_are_used_where_they_lie(path: str, type: BlockType) -
     packed = np.empty(kernels.packed_nbytes(type, n, k, bounds), np.uint8)
     kernels.pack(type, left, k, bounds, packed)
     for m in (1, 5, 19):
-        x = np.empty((m, kernels.activation_nbytes(k, bounds)), np.uint8)
-        kernels.quantize_rows(cases.values(rng, m, k), bounds, x)
+        x = np.empty((m, kernels.activation_nbytes(k, bounds, type)), np.uint8)
+        kernels.quantize_rows(cases.values(rng, m, k), bounds, x, type=type)
         want, got = np.zeros((2, 4, m, n), np.float32)
         kernels.matmul(type, packed, n, k, bounds, x, want, fold=False)
         for threads in (1, 2):

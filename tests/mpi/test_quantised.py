@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,6 +13,8 @@ import pytest
 
 from mpillm.comm.world import World
 from mpillm.kernels import BlockType
+from mpillm.kernels.blocks import quantise_panel
+from mpillm.partition.grid import panel_bounds
 from tests.digests import recorded
 from tests.digests.recorded import digest_of
 from tests.model.engine_harness import layouts, run_laid_out
@@ -30,6 +33,7 @@ ENDS = [
     "mxfp4",
     "nf4 nested",
     "llm.int8",
+    "w8a8",
 ]
 
 
@@ -37,14 +41,31 @@ FEW = {BlockType.F16: "400KiB", BlockType.FP8: "1500KiB", BlockType.NVFP4: "1MiB
 
 
 class Dequantised(Oracle):
-    """A twin on dequantised values; what meets a matrix of a layer is rounded as for quantised ones, if it `rounds`."""
+    """A twin on dequantised values; what meets a matrix of a layer is rounded as for matrices of the type."""
 
-    def __init__(self, folder: Path, rounds: bool) -> None:
+    def __init__(self, folder: Path, type: BlockType) -> None:
         super().__init__(folder)
-        self.rounds = rounds
+        self.type = type
 
     def _linear(self, x: Array, name: str) -> Array:
-        return super()._linear(through_activation_blocks(x) if self.rounds and "layers" in name else x, name)
+        if "layers" in name and self.type.whole:
+            x = through_panels(x, 8 if "o_proj" in name or "down_proj" in name else 4)
+        elif "layers" in name and self.type.quantised:
+            x = through_activation_blocks(x)
+        return super()._linear(x, name)
+
+
+def through_panels(x: Array, most: int) -> Array:
+    """Values of x [m, k] after quantisation for W8A8, in up to so many panels."""
+    k = x.shape[1]
+    count = min(most, 1 << ((k // 32).bit_length() - 1))
+    rounded = np.empty_like(x)
+    for begin, end in itertools.pairwise(panel_bounds(k, 32, count)):
+        of, q = quantise_panel(x[:, begin:end].astype(np.float32))
+        whole = q.astype(np.float64)
+        whole.reshape(len(x), -1, 4)[np.arange(len(x)), of["group"]] += 128.0 * of["high"][:, :4]
+        rounded[:, begin:end] = whole * of["scale"][:, None]
+    return rounded
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +107,7 @@ def test_answers_are_those_of_the_dequantised_model(case: str, folder: Path, wor
     assert len(digests) == 1
     if world.rank > 0:
         return
-    oracle = Dequantised(plain, type.quantised)
+    oracle = Dequantised(plain, type)
     errors = []
     for one in completions:
         ids = list(one.request.prompt)

@@ -128,7 +128,7 @@ def test_overrides(tmp_path: Path, override: str, path: str, value: object) -> N
         ("[sampling]\nstop = ['a', 1]", ": sampling.stop[1]: expected a string, not 1."),
         ("[sampling]\nstop = ''", ": sampling.stop: expected a string of length >= 1, not ''."),
         ("sampling = 3", ": sampling: expected a table, with keys such as sampling.max_tokens, not 3."),
-        ("quantize = 'q5'", ": quantize: expected one of 'none', 'q8_0', 'q4_0', not 'q5'."),
+        ("quantize = 'q5'", ": quantize: expected one of 'none', 'q8_0', 'q4_0', 'w8a8', not 'q5'."),
         ("[layout]\nstages = 'some'", ": layout.stages: expected one of 'auto', a whole number, not 'some'."),
         ("[layout]\nshards = 0", ": layout.shards: expected a whole number >= 1, not 0."),
         ("[memory]\nweights = '2 gigs'", "weights: '2 gigs' is not a size; write bytes as 2GiB, 512MiB or 500MB."),

@@ -78,7 +78,7 @@ def test_a_mixture_in_bf16_packed_as_f32_is_that_mixture_in_f32(tmp_path: Path, 
         save_file(rounded, tmp_path / folder / "model.safetensors")
     packed(tmp_path / "bf16", tmp_path / "p", "f32")
     assert outcome(tmp_path / "p", name) == outcome(tmp_path / "f32", name)
-    for quantize in ("none", "q8_0", "bf16"):
+    for quantize in ("none", "q8_0", "w8a8", "bf16"):
         with closing(open_unpacked(tmp_path / "bf16", quantize)) as source:
             routers = {info.type for key, info in source.tensors.items() if "router" in key.role}
             assert routers == {BlockType.F32}

@@ -26,6 +26,14 @@ from tests.weights.build import DTYPES, Tiny, write_hf
 # How far a value may be off, by the largest of its row; scale x zero, which Q4_1 rounds, may be twice as large.
 EXACT, FLOAT, HALF, INTEGER = 0.0, 2.0**-22, 2.0**-11, 2.0**-10
 CT, GPTQ = {"quant_method": "compressed-tensors"}, {"quant_method": "gptq", "bits": 4, "group_size": 32}
+W8A8 = {
+    "config_groups": {
+        "group_0": {
+            "weights": {"num_bits": 8, "type": "int"},
+            "input_activations": {"num_bits": 8, "type": "int"},
+        }
+    }
+}
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
 AWQ, ROUND = {"quant_method": "awq", "bits": 4, "version": "gemm"}, {"quant_method": "auto-round"}
 MODELOPT, BNB = {"quant_method": "modelopt", "quant_algo": "NVFP4"}, {"quant_method": "bitsandbytes"}
@@ -125,6 +133,9 @@ CASES: dict[str, tuple[dict[str, Any], Write, BlockType, float]] = {
     },
     "int4 tensor": (CT, quantised.packed_whole, BlockType.Q4_1, INTEGER),
     "int8": (CT, quantised.int8, BlockType.Q8_0, HALF),
+    "w8a8": (CT | W8A8, quantised.int8, BlockType.W8A8, EXACT),
+    "w8a8 groups": (CT | W8A8, partial(quantised.int8, group=32), BlockType.Q8_0, HALF),
+    "w8a8 asymmetric": (CT | W8A8, partial(quantised.int8, zero=True), BlockType.F16, HALF),
     "int8 groups": (CT, partial(quantised.int8, group=32), BlockType.Q8_0, HALF),
     "int8 small groups": (CT, partial(quantised.int8, group=8), BlockType.F16, HALF),
     "int8 asymmetric": (CT, partial(quantised.int8, zero=True), BlockType.F16, HALF),

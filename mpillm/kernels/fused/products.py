@@ -73,8 +73,8 @@ class Fused:
     def _product(self, x: F32, matrix: Packed, out: F32, threads: int, fold: bool) -> None:
         rows: npt.NDArray[Any] = x
         if matrix.type.quantised:
-            rows = np.empty((len(x), activation_nbytes(matrix.k, matrix.bounds)), np.uint8)
-            self.ops.quantize_rows(x, matrix.bounds, rows, threads)
+            rows = np.empty((len(x), activation_nbytes(matrix.k, matrix.bounds, matrix.type)), np.uint8)
+            self.ops.quantize_rows(x, matrix.bounds, rows, threads, matrix.type)
         self.ops.matmul(matrix.type, matrix.data, matrix.n, matrix.k, matrix.bounds, rows, out, threads, fold,
                         matrix.row_bytes)  # fmt: skip
 

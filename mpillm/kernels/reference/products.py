@@ -29,6 +29,7 @@ from mpillm.kernels.types import (
     check_whole,
     packed_nbytes,
     strided_nbytes,
+    tile_nbytes,
 )
 
 LANES = 2**18  # floats of a temporary array, at most about
@@ -57,8 +58,10 @@ def pack(
     n, rows = len(canonical), first + len(canonical) if whole is None else whole
     if type.coded and stored == type.multiplied_as:
         stored = type
-    if stored != type and (stored.block > 1 or type not in (BlockType.Q8_0, BlockType.Q4_0)):
-        raise ValueError(f"pack makes Q8_0 or Q4_0 of F32, F16 or BF16, not block type {type} of {stored}")
+    if stored != type and (stored.block > 1 or type not in (BlockType.Q8_0, BlockType.Q4_0, BlockType.W8A8)):
+        raise ValueError(
+            f"pack makes Q8_0, Q4_0 or W8A8 of F32, F16 or BF16, not block type {type} of {stored}"
+        )
     require_rows("canonical", canonical, width=stored.row_bytes(k))
     if first < 0 or first % TILE_ROWS or first + n > rows or (n % TILE_ROWS and first + n < rows):
         raise ValueError(f"rows {first} to {first + n} are no whole tiles of {rows} rows")
@@ -71,8 +74,11 @@ def pack(
     if stored != type:
         values = np.empty((n, k), np.float32)
         dequantize(stored, np.ascontiguousarray(canonical), k, values)
-        canonical = np.empty((n, type.row_bytes(k)), np.uint8)
-        quantize(type, values, canonical)
+        if type.whole:
+            canonical = blocks.quantise_weights(values, edges)
+        else:
+            canonical = np.empty((n, type.row_bytes(k)), np.uint8)
+            quantize(type, values, canonical)
     unit, begin = TILE_ROWS if type.quantised or type.coded else 1, 0
     there, all_rows = (-(-count // unit) * unit for count in (n, rows))
     for panel in blocks.interleave(type, canonical, edges):
@@ -113,11 +119,16 @@ def dequantize(type: BlockType, canonical: U8, k: int, out: F32, threads: int = 
     out[:] = blocks.decode(type, canonical, k)
 
 
-def quantize_rows(x: F32, bounds: Bounds, out: U8, threads: int = 1) -> None:
-    """Quantise activations x f32 [m, k] to the blocks that `matmul` takes with quantised weights."""
+def quantize_rows(
+    x: F32, bounds: Bounds, out: U8, threads: int = 1, type: BlockType = BlockType.Q8_0
+) -> None:
+    """Quantise activations x f32 [m, k] to the integers that `matmul` takes with weights of a quantised type."""
+    type = BlockType(type)
+    if not type.quantised:
+        raise ValueError(f"activations for block type {type} are floats")
     require_rows("x", x, dtype=np.float32)
-    require("out", out, (len(x), activation_nbytes(x.shape[1], bounds)), np.uint8)
-    out[:] = blocks.quantise_rows(x, bounds)
+    require("out", out, (len(x), activation_nbytes(x.shape[1], bounds, type)), np.uint8)
+    out[:] = blocks.quantise_rows(x, bounds, type)
 
 
 def matmul(type: BlockType, w: U8, n: int, k: int, bounds: Bounds, x: npt.NDArray[np.generic], out: F32,
@@ -137,7 +148,8 @@ def matmul(type: BlockType, w: U8, n: int, k: int, bounds: Bounds, x: npt.NDArra
     sums = np.empty((parts, len(x), n), np.float32)
     if type.quantised:
         w = _packed(type, w, n, k, bounds, row_bytes) if row_bytes else w
-        _quantised_panels(type, w, n, edges, x, sums)
+        panels = _whole_panels if type.whole else _quantised_panels
+        panels(type, w, n, edges, x, sums)
     else:
         _unquantised_panels(type, w, n, edges, x, row_bytes, sums)
     out[...] = lanes.tree(sums) if fold else sums
@@ -155,14 +167,37 @@ def _quantised_panels(
 ) -> None:
     tiles, rows = -(-n // TILE_ROWS), blocks.ungrouped(x)
     start = column = 0
-    for p, (begin, end) in enumerate(itertools.pairwise(edges)):
-        count = int(-(-(end - begin) // type.block))
-        nbytes = tiles * TILE_ROWS * count * type.packed_bytes
+    for p, width in enumerate(np.diff(edges).tolist()):
+        count, nbytes = -(-width // type.block), tiles * tile_nbytes(type, width)
         panel = w[start : start + nbytes]
         product = _k_quants if type.k_quant else _quantised
-        width = count * (type.block // QUANT_BLOCK)
-        sums[p] = product(type, panel, tiles, count, rows[:, column : column + width])[:, :n]
-        start, column = start + nbytes, column + width
+        parts = count * (type.block // QUANT_BLOCK)
+        sums[p] = product(type, panel, tiles, count, rows[:, column : column + parts])[:, :n]
+        start, column = start + nbytes, column + parts
+
+
+def _whole_panels(
+    type: BlockType, w: U8, n: int, edges: npt.NDArray[np.int64], x: npt.NDArray[Any], sums: F32
+) -> None:
+    """Integer products use float64 BLAS, which is exact; each is multiplied by both scales at once."""
+    tiles, start = -(-n // TILE_ROWS), 0
+    for p, (of, q) in enumerate(blocks.whole_activations(x, edges)):
+        size = tile_nbytes(type, q.shape[1])
+        panel = w[start : start + tiles * size].reshape(tiles, size)
+        start += tiles * size
+        scales = np.ascontiguousarray(panel[:, : 4 * TILE_ROWS]).view(np.float32).reshape(-1)
+        words = panel[:, 4 * TILE_ROWS :].view(np.int8).reshape(tiles, -1, TILE_ROWS, 4)
+        values = words.swapaxes(1, 2).reshape(tiles * TILE_ROWS, -1)
+        if not q.shape[1]:
+            sums[p] = 0
+            continue
+        dots = (q.astype(np.float64) @ values.T.astype(np.float64)).astype(np.float32)
+        columns = values.reshape(len(values), -1, 4)[:, of["group"]].astype(
+            np.int32
+        )  # row of W, row of x, of four
+        high = (columns * of["high"][:, :4]).sum(axis=-1).T.astype(np.float32)
+        with np.errstate(all="ignore"):
+            sums[p] = (lanes.fma(high, np.float32(128), dots) * (scales * of["scale"][:, None]))[:, :n]
 
 
 def _unquantised_panels(

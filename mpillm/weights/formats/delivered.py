@@ -11,7 +11,7 @@ from mpillm.partition.grid import PANELS
 from mpillm.weights.formats.extent import Extent
 from mpillm.weights.roles import ROLES, Key
 
-QUANTIZE = {"none": None, "q8_0": BlockType.Q8_0, "q4_0": BlockType.Q4_0}
+QUANTIZE = {"none": None, "q8_0": BlockType.Q8_0, "q4_0": BlockType.Q4_0, "w8a8": BlockType.W8A8}
 # What packing can make besides; BF12 of matrices that are stored as BF16.
 WIDEN = {"bf16": BlockType.BF16, "f32": BlockType.F32, "bf12": BlockType.BF12}
 

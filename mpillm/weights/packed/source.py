@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mpillm.errors import JobError, ModelError
 from mpillm.kernels.blocks import PACKED
 from mpillm.kernels.coded import decode_panel
-from mpillm.kernels.types import TILE_ROWS, BlockType, coded_nbytes
+from mpillm.kernels.types import TILE_ROWS, BlockType, tile_nbytes
 from mpillm.partition.grid import Place
 from mpillm.weights.formats.hf import read_config, read_json
 from mpillm.weights.formats.quantised import QUANTIZATION
@@ -249,21 +249,23 @@ class PackedSource:
 
 def _runs(type: BlockType, row: dict[str, Any]) -> Iterator[tuple[int, int, int]]:
     """The parts of a piece that lie one behind the other: columns, bytes, bytes that belong together."""
-    if not type.coded:
+    if not type.coded and not type.whole:
         unit = PACKED[type].itemsize if type.block > 1 else type.block_bytes
         yield 0, row["nbytes"], unit
         return
     tiles = -(-(row["rows"][1] - row["rows"][0]) // TILE_ROWS)
     for first, last in itertools.pairwise(row["bounds"]):
         if last > first:
-            yield last - first, tiles * coded_nbytes(last - first), coded_nbytes(last - first)
+            yield last - first, tiles * tile_nbytes(type, last - first), tile_nbytes(type, last - first)
 
 
 def _floats(type: BlockType, packed: NDArray[np.uint8], columns: int) -> Iterator[NDArray[Any]]:
-    """The values of kernel-ready bytes (of a coded type tiles of so many columns), or the scales of their blocks."""
+    """The values of kernel-ready bytes (of some types tiles of so many columns), or the scales of their blocks."""
     if type.coded:
-        rows = decode_panel(packed, packed.nbytes // coded_nbytes(columns) * TILE_ROWS, columns)
+        rows = decode_panel(packed, packed.nbytes // tile_nbytes(type, columns) * TILE_ROWS, columns)
         yield rows.view(FLOATS[type.multiplied_as])
+    elif type.whole:
+        yield packed.reshape(-1, tile_nbytes(type, columns))[:, : 4 * TILE_ROWS].copy().view(np.float32)
     elif type.block > 1:
         blocks = packed.view(PACKED[type])
         yield from (blocks[name] for name in ("d", "m") if name in (blocks.dtype.names or ()))

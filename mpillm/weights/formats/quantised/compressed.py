@@ -114,7 +114,8 @@ class CompressedMethod(Method):
             zeros = tensors.pop(f"{name}_zero_point", None)
             if zeros is not None:
                 self.check(zeros, ("I8",), scales.shape)
-            yield name, Int8(values, scales, zeros if zeros and array_of(zeros).any() else None)
+            asymmetric = zeros if zeros and array_of(zeros).any() else None
+            yield name, Int8(values, scales, asymmetric, w8a8=self._int8_activations())
         given = [weights.get("block_structure") for weights in self._weights()]
         blocks = [block_of(self, block) for block in given if block is not None]
         yield from take_float8(self, tensors, *(blocks or [block_of(self, None)]))
@@ -129,11 +130,21 @@ class CompressedMethod(Method):
 
     def _weights(self) -> Iterator[dict[str, Any]]:
         """What the configuration says of the weights of each group of layers."""
+        return self._of_groups("weights")
+
+    def _int8_activations(self) -> bool:
+        """Whether activations of some layers are rounded to int8; scales that are kept for these are dropped."""
+        return any(
+            part.get("num_bits") == 8 and part.get("type", "int") == "int"
+            for part in self._of_groups("input_activations")
+        )
+
+    def _of_groups(self, key: str) -> Iterator[dict[str, Any]]:
         groups = self.config.get("config_groups")
         for group in groups.values() if isinstance(groups, dict) else ():
-            weights = group.get("weights") if isinstance(group, dict) else None
-            if isinstance(weights, dict):
-                yield weights
+            part = group.get(key) if isinstance(group, dict) else None
+            if isinstance(part, dict):
+                yield part
 
     def _bits(self, q: Raw, words: int, k: int) -> int:
         """How many bits k numbers have that are in so many words; of few numbers the configuration tells."""

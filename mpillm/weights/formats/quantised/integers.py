@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from mpillm.kernels.blocks import CANONICAL
 from mpillm.kernels.types import QUANT_BLOCK, BlockType
 from mpillm.weights.formats.extent import Lies, Rows
 from mpillm.weights.formats.quantised.scales import (
@@ -25,7 +26,7 @@ from mpillm.weights.formats.quantised.scales import (
     to_q8_0,
 )
 from mpillm.weights.formats.recipes import Raw
-from mpillm.weights.formats.stored import Bytes, Floats, Stored
+from mpillm.weights.formats.stored import OWN, Bytes, Floats, Stored
 
 
 def integer_type(bits: int, zeros: bool, columns: int) -> BlockType:
@@ -41,6 +42,13 @@ def integer_type(bits: int, zeros: bool, columns: int) -> BlockType:
     if zeros:
         return BlockType.Q4_1 if bits < 5 else BlockType.Q5_1
     return BlockType.Q4_0 if bits < 5 else BlockType.Q5_0
+
+
+def to_w8a8(q: NDArray[np.int8], scales: Floats) -> Bytes:
+    """W8A8 of integers [n, k] and scales [n, 1], both as they are."""
+    out = np.empty((len(q), q.shape[1] // QUANT_BLOCK), CANONICAL[BlockType.W8A8])
+    out["d"], out["q"] = scales, q.view(np.uint8).reshape(*out.shape, QUANT_BLOCK)
+    return out.view(np.uint8).reshape(len(q), -1)
 
 
 def integer_blocks(
@@ -79,17 +87,23 @@ def _by_block(values: Floats, columns: int) -> Floats:
 
 @dataclass(frozen=True)
 class Int8:
-    """Integers [rows, columns] less their zeros, times `factor` times scales [rows or 1, groups]."""
+    """Integers [rows, columns] less their zeros, times `factor` times scales [rows or 1, groups].
+
+    `w8a8`: the checkpoint is made for products with activations that are rounded to int8, too.
+    """
 
     values: Raw
     scales: Raw
     zeros: Raw | None = None
     factor: float = 1.0
+    w8a8: bool = False
 
     @cached_property
     def stored(self) -> Stored:
-        """Q8_0 of these integers, or F16; see `integer_type`."""
+        """W8A8 of rows without zeros that have one scale, else Q8_0 of these integers, or F16; see `integer_type`."""
         groups = self.scales.shape[1] if len(self.scales.shape) > 1 else 1
+        if self.w8a8 and self.zeros is None and groups == 1 and self.shape[1] % QUANT_BLOCK == 0:
+            return OWN[BlockType.W8A8.name]
         return stored_as("INT8", integer_type(8, self.zeros is not None, self.shape[1] // groups))
 
     @property
@@ -100,9 +114,11 @@ class Int8:
         raise AssertionError("each expert has tensors of its own")
 
     def blocks(self, rows: Rows) -> Bytes:
-        q = self.values.rows(rows) ^ 128
-        index = indices(rows)
+        index, raw = indices(rows), self.values.rows(rows)
         scales = rows_of(by_row(floats_of(self.scales)), index) * np.float32(self.factor)
+        if self.stored.type is BlockType.W8A8:
+            return to_w8a8(raw.view(np.int8), scales)
+        q = raw ^ 128
         zeros = None
         if self.zeros is not None:
             zeros = rows_of(by_row(array_of(self.zeros)), index).astype(np.int16) + 128
