@@ -98,7 +98,7 @@ def test_a_block_with_too_many_exceptions_is_refused() -> None:
 
 def test_only_bf16_becomes_bf12() -> None:
     with pytest.raises(
-        ValueError, match="pack makes Q8_0 or Q4_0 of F32, F16 or BF16, not block type 21 of 0"
+        ValueError, match="pack makes Q8_0, Q4_0 or W8A8 of F32, F16 or BF16, not block type 21 of 0"
     ):
         kernels.pack(
             BF12, np.zeros((1, 128), np.uint8), 32, [0, 32], np.zeros(816, np.uint8), stored=BlockType.F32
