@@ -30,13 +30,18 @@ class Settings:
 
 
 def command(
-    library: Library, settings: Settings, ranks: int, hostfile: Path | None, folder: Path | None
+    library: Library,
+    settings: Settings,
+    ranks: int,
+    hostfile: Path | None,
+    folder: Path | None,
+    survivors: bool = True,
 ) -> list[str]:
     """mpiexec with what this MPI needs: more ranks than cores allowed, nothing bound to one core, the agent.
 
-    Open MPI 5 lets the others go on when a rank dies, and keeps its session in `folder`: in the system's folder for
-    temporary files, what a killed mpiexec left stops a later one that has its process id. Without a folder it uses
-    the system's, and ends all ranks with the first that dies: of commands that nothing starts again, none can go on.
+    Where it can (Open MPI 5), it lets the `survivors` go on when a rank dies, and keeps its session in `folder`: in the
+    system's folder for temporary files, what a killed mpiexec left stops a later one that has its process id. Without
+    a folder it uses the system's.
     """
     mpiexec = str(library.mpiexec() or "mpiexec")
     if library.name == "MPICH":
@@ -44,8 +49,9 @@ def command(
         words += ["-launcher", "ssh", "-launcher-exec", settings.agent] if settings.agent != "ssh" else []
     else:
         words = [mpiexec, "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none"]
-        if library.version >= (5,) and folder:
-            words += ["--with-ft", "ulfm", "--prtemca", "prte_local_tmpdir_base", str(folder)]
+        if library.version >= (5,):
+            words += ["--with-ft", "ulfm"] if survivors else []
+            words += ["--prtemca", "prte_local_tmpdir_base", str(folder)] if folder else []
         words += ["--hostfile", str(hostfile)] if hostfile else []
         words += ["--prtemca", "plm_ssh_agent", settings.agent] if settings.agent != "ssh" else []
     return [*words, *settings.mpi_options, "-n", str(ranks)]
@@ -54,9 +60,13 @@ def command(
 def become(
     library: Library, settings: Settings, hosts: Sequence[HostSlots], program: Sequence[str]
 ) -> NoReturn:
-    """Become mpiexec, which has this process's terminal and signals: nothing starts its ranks again."""
+    """Become mpiexec, which has this process's terminal and signals: nothing starts its ranks again.
+
+    A server ends with the first rank that dies: without requests it would not notice. (With other commands Open MPI
+    would print a banner below the sentence of a rank that fails.)
+    """
     ranks = sum(host.slots for host in hosts) or settings.ranks or 1
-    words = command(library, settings, ranks, None, None)
+    words = command(library, settings, ranks, None, None, survivors="serve" not in program)
     if hosts:
         named = ",".join(f"{host.name}:{host.slots}" for host in hosts)
         words[1:1] = ["-hosts" if library.name == "MPICH" else "--host", named]

@@ -85,7 +85,9 @@ def test_other_commands_become_mpiexec(
     assert there[1:3] == [named, "pi1:1,pi2:2"]
     assert there[-4:] == ["-n", "3", "python", "chat"]
     assert "prte_local_tmpdir_base" not in there  # nobody would remove it
-    assert "ulfm" not in there, "an idle server with a lost rank would seem well until the next request"
+    assert ("ulfm" in there) == (library is OPENMPI)
+    mpiexec.become(library, settings, hosts, ["python", "serve"])
+    assert "ulfm" not in became[-1], "an idle server with a lost rank would seem well until the next request"
 
 
 @pytest.mark.parametrize(
