@@ -46,9 +46,8 @@ class CommandParser(argparse.ArgumentParser):
             job = [f"run {given[1]}"] if given[1].endswith(".toml") else []
             option = [f"mpillm --{given[1]}"] if given[1] in ("help", "version") else []
             option += ["mpillm run --help"] if given[1] == "help" else []
-            ranks = (
-                [f"launch -n {given[1]} run"] if given[1].isdecimal() else []
-            )  # the value of a wrong option
+            # A number is the value of an option that stands in the wrong place.
+            ranks = [f"launch -n {given[1]} run"] if given[1].isdecimal() else []
             close = job or option or ranks or difflib.get_close_matches(given[1], commands, n=1)
             other = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(commands)}"
             message = f"there is no command {given[1]!r}; {other}"

@@ -95,7 +95,8 @@ def run(
             check(options.words)
             hosts = reach.answering(settings, _say)
             sys.stderr.flush()
-            mpiexec.become(library(), settings, hosts, program)
+            # Without requests a server would not notice that it has lost a rank.
+            mpiexec.become(library(), settings, hosts, program, survivors=command != ["serve"])
         return Supervisor(read(options.words), library(), settings, program, _say, _show, _show_error).run()
     except MpillmError as error:
         _say(str(error))

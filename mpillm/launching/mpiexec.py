@@ -58,15 +58,18 @@ def command(
 
 
 def become(
-    library: Library, settings: Settings, hosts: Sequence[HostSlots], program: Sequence[str]
+    library: Library,
+    settings: Settings,
+    hosts: Sequence[HostSlots],
+    program: Sequence[str],
+    survivors: bool = True,
 ) -> NoReturn:
     """Become mpiexec, which has this process's terminal and signals: nothing starts its ranks again.
 
-    A server ends with the first rank that dies: without requests it would not notice. (With other commands Open MPI
-    would print a banner below the sentence of a rank that fails.)
+    Without `survivors` all ranks end with the first that dies, and Open MPI prints a banner below what it has said.
     """
     ranks = sum(host.slots for host in hosts) or settings.ranks or 1
-    words = command(library, settings, ranks, None, None, survivors="serve" not in program)
+    words = command(library, settings, ranks, None, None, survivors)
     if hosts:
         named = ",".join(f"{host.name}:{host.slots}" for host in hosts)
         words[1:1] = ["-hosts" if library.name == "MPICH" else "--host", named]

@@ -94,7 +94,7 @@ class Supervisor:
     def _tell(self, number: int, _frame: FrameType | None) -> None:
         self._told = signal.Signals(number)
         if self._plans:
-            raise Interrupted(f"Stopped by {self._told.name}; run the same command again to continue.")
+            raise Interrupted(_stopped_by(self._told))
 
     def _open_output(self, stack: contextlib.ExitStack) -> None:
         """Make and open the output directory; where that fails, rank 0 says why. What stays empty is removed."""
@@ -130,7 +130,7 @@ class Supervisor:
                     self._say(f"The run is complete; the results are in {self._spec.output_path / JSONL}.")
                 return complete
             if self._told:
-                self._say(f"Stopped by {self._told.name}; run the same command again to continue.")
+                self._say(_stopped_by(self._told))
                 return Interrupted.exit_code
             if first and code == JobError.exit_code:
                 return code  # rank 0 has said why
@@ -252,6 +252,10 @@ def _ranks_below(pid: int) -> bool:
         below = psutil.Process(pid).children(recursive=True)
         return any("mpillm" in process.cmdline() for process in below)
     return False
+
+
+def _stopped_by(told: signal.Signals) -> str:
+    return f"Stopped by {told.name}; run the same command again to continue."
 
 
 def _how(code: int) -> str:

@@ -38,10 +38,8 @@ from mpillm.store import inputs, table
 from mpillm.text import Tokenizer
 from mpillm.text.bounds import encoded_at_once
 
-PAIR_KEYS = (
-    "query",
-    *dict.fromkeys(name for names in PAIRS for name in names),
-)  # the texts of rerank and score
+# The texts of rerank and score.
+PAIR_KEYS = ("query", *dict.fromkeys(name for names in PAIRS for name in names))
 NAMES = 2  # copies of a line's name in memory
 # Bytes for a token of the prompt, a generated token and an alternative to a token, until the answer is written.
 PROMPT, TOKEN, LOGPROB = 56, 72, 136
@@ -231,9 +229,8 @@ def checking_bytes(raw: bytes, context: int) -> int:
     length = len(raw)
     if length <= SHORT:
         return 0
-    width = (
-        1 if not _NOT_ASCII.search(raw) else 4 if _WIDE.search(raw) else 2
-    )  # bytes of a character in memory
+    # Bytes of a character in memory.
+    width = 1 if not _NOT_ASCII.search(raw) else 4 if _WIDE.search(raw) else 2
     values = BRACKET * (raw.count(b"[") + raw.count(b"{")) + COMMA * raw.count(b",") + COLON * raw.count(b":")
     text = length if b"\\" in raw else sum(found.end() - found.start() for found in _STRING.finditer(raw))
     tokens = TOKEN_ID * min(text + raw.count(b",") + 1, MAX_PROMPT_TOKENS)

@@ -269,7 +269,9 @@ def begin(
         spec, shards = rank.kept(origin)
         say = rank.progress.say
         find = found_here(world, rank.spec, rank.progress)
-        session = Session(world, spec, path, origin, shards, True, True, say, find)
+        session = Session(
+            world, spec, path, origin, shards, replicated=True, leave_out=True, say=say, find=find
+        )
         unless_begun.callback(session.close)
         if world.spare:
             return StandingBy(origin, session.speed, losses)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from mpillm import version
+from mpillm.cli import main, supervise
 from mpillm.comm.launch import Library
 from mpillm.comm.program import library
 from mpillm.errors import Interrupted, JobError, LayoutError
@@ -86,8 +87,27 @@ def test_other_commands_become_mpiexec(
     assert there[-4:] == ["-n", "3", "python", "chat"]
     assert "prte_local_tmpdir_base" not in there  # nobody would remove it
     assert ("ulfm" in there) == (library is OPENMPI)
-    mpiexec.become(library, settings, hosts, ["python", "serve"])
-    assert "ulfm" not in became[-1], "an idle server with a lost rank would seem well until the next request"
+    mpiexec.become(library, Settings(ranks=2), [], ["python", "serve"], survivors=False)
+    assert "ulfm" not in became[-1]
+
+
+@pytest.mark.parametrize(("name", "goes_on"), [("serve", False), ("chat", True)])
+def test_a_server_ends_with_the_first_rank_that_dies(
+    name: str, goes_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An idle one with a lost rank would seem well until the next request."""
+    became: list[list[str]] = []
+
+    def execvp(file: str, words: list[str]) -> None:
+        became.append(words)
+        raise SystemExit
+
+    monkeypatch.setattr(mpiexec.os, "execvp", execvp)
+    monkeypatch.setattr(mpiexec.os, "geteuid", lambda: 1)
+    monkeypatch.setattr(supervise, "library", lambda: OPENMPI)
+    with pytest.raises(SystemExit):
+        main(["launch", "-n", "2", name])
+    assert ("ulfm" in became[0]) == goes_on
 
 
 @pytest.mark.parametrize(

@@ -192,9 +192,8 @@ def _whole_panels(
             sums[p] = 0
             continue
         dots = (q.astype(np.float64) @ values.T.astype(np.float64)).astype(np.float32)
-        columns = values.reshape(len(values), -1, 4)[:, of["group"]].astype(
-            np.int32
-        )  # row of W, row of x, of four
+        # [row of W, row of x, column of the group]
+        columns = values.reshape(len(values), -1, 4)[:, of["group"]].astype(np.int32)
         high = (columns * of["high"][:, :4]).sum(axis=-1).T.astype(np.float32)
         with np.errstate(all="ignore"):
             sums[p] = (lanes.fma(high, np.float32(128), dots) * (scales * of["scale"][:, None]))[:, :n]
