@@ -6,7 +6,7 @@
 static void amx_matmul(const void *argument, long begin, long end) {
     const mk_matmul_job *job = argument;
     if (job->in_tiles) bf16_matmul(job, begin, end);
-    else if (AMX_FUNCTIONS[job->type].widen && rows_for_tiles(job->m)) int8_matmul(job, begin, end);
+    else if (rows_for_tiles(job, job->m)) int8_matmul(job, begin, end);
     else matmul(job, begin, end);
 }
 

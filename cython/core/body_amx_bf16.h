@@ -7,7 +7,7 @@
 
 #include "body_amx_tiles.h"
 
-enum { LANE_PAIRS = 8, RUNS = 8 /* of 32 columns, in a block */, TILE_BYTES = 1024 };
+enum { LANE_PAIRS = 8, RUNS = 8 /* of 32 columns, in a block */ };
 enum { APART = 1088 /* bytes from a transposed tile to the next, which so lies in other sets of a cache */ };
 enum { WIDE = 2 /* tiles of W, and groups of x, at once */, TRANSPOSED = 16 /* blocks of W */, MAX_ROWS = 256 /* of x */ };
 
@@ -128,10 +128,6 @@ static void transpose_coded(const uint8_t *w, long columns, transposed_blocks *o
     }
 }
 
-/* Tiles 0 to 3 are sums, 4 and 5 rows of W, 6 and 7 of x. */
-static const tile_shapes BF16_TILES = {
-    1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-
 #define FOUR_TILES(instruction)                                                                     \
     __asm__ volatile(instruction("0", "0") instruction("1", "1024") instruction("2", "2048")        \
                      instruction("3", "3072")::"r"(sums), "r"(64l) : "memory")
@@ -139,7 +135,7 @@ static const tile_shapes BF16_TILES = {
 #define LOAD_TILE(c, at) "tileloadd " at "(%0,%1,1), %%tmm" c "\n\t"
 #define STORE_TILE(c, at) "tilestored %%tmm" c ", " at "(%0,%1,1)\n\t"
 
-/* The sums of one pair of lanes go on over `count` blocks, or begin with them. */
+/* The sums of one pair of lanes (rows of W in tiles 4 and 5, of x in 6 and 7) go on over `count` blocks, or begin with them. */
 static void add_pairs(const uint8_t *w0, const uint8_t *w1, const uint8_t *x0, const uint8_t *x1, long count, int begin,
                       pair_sums sums) {
     if (begin) FOUR_TILES(ZERO_TILE);
@@ -206,7 +202,7 @@ static void bf16_panel(const mk_matmul_job *job, int rows, int p, long tile, int
 
 static void bf16_matmul(const mk_matmul_job *job, long begin, long end) {
     vf pending[MK_MAX_LEVELS][WIDE * MAX_ROWS];
-    begin_tiles(&BF16_TILES);
+    begin_tiles(&FULL_TILES);
     for (long item = begin, tiles; item < end; item += tiles) {
         long tile = item % job->tiles, row = item / job->tiles * job->chunk;
         long limit = row + job->chunk < job->m ? row + job->chunk : job->m;

@@ -4,9 +4,10 @@
  * rows of x that are copied together.  Scaling and sums are those of the other paths: for each output one fma after the
  * other.  They take more than half of the time, because tile instructions occupy the vectors' second port. */
 
+#include "body_amx_panel.h"
 #include "body_amx_tiles.h"
 
-enum { AMX_ROWS = 16, AMX_GROUPS = 4, AMX_SLAB = 8 /* blocks that pass together */ };
+enum { AMX_SLAB = 8 /* blocks that pass together */ };
 /* The capacity for sums, which as many tiles share as it allows, because rows of x are copied again for other tiles; and
  * the maximum of tiles where more rows follow, for which W should still be in the cache. */
 enum { AMX_SUMS = 7168, AMX_TILES = 16 };
@@ -24,8 +25,6 @@ typedef struct __attribute__((aligned(64))) {
         float scale, total;
     } of[AMX_ROWS];
 } row_block;
-
-typedef int32_t dot_products[AMX_ROWS][MK_TILE] __attribute__((aligned(64)));
 
 /* Tiles 0 to 3 are sums, 4 and 5 rows of x, 6 and 7 columns of W. */
 static const tile_shapes INT8_TILES = {
@@ -168,7 +167,9 @@ static void amx_panel(const mk_matmul_job *job, int rows, int p, long tile, int 
 }
 
 /* How many of `left` rows go through tiles: whole groups, two at least, because one does not pay for the set-up. */
-static int rows_for_tiles(long left) {
+static int rows_for_tiles(const mk_matmul_job *job, long left) {
+    if (mk_is_panel(job->type)) return panel_rows(job, left);
+    if (!AMX_FUNCTIONS[job->type].widen) return 0;
     long groups = left / AMX_ROWS < AMX_GROUPS ? left / AMX_ROWS : AMX_GROUPS;
     return groups > 1 ? (int)groups * AMX_ROWS : 0;
 }
@@ -183,15 +184,16 @@ static int levels_of(const mk_matmul_job *job) {
 static void int8_matmul(const mk_matmul_job *job, long begin, long end) {
     vf pending[AMX_SUMS];
     const long capacity = AMX_SUMS / levels_of(job); /* of a level */
-    begin_tiles(&INT8_TILES);
+    const panel_function of_type = mk_is_panel(job->type) ? amx_whole_panel : amx_panel;
+    begin_tiles(mk_is_panel(job->type) ? &FULL_TILES : &INT8_TILES);
     for (long item = begin, tiles; item < end; item += tiles) {
         long tile = item % job->tiles, row = item / job->tiles * job->chunk;
         long limit = row + job->chunk < job->m ? row + job->chunk : job->m;
         tiles = end - item < job->tiles - tile ? end - item : job->tiles - tile;
-        const int all = rows_for_tiles(limit - row) == limit - row;
+        const int all = rows_for_tiles(job, limit - row) == limit - row;
         if (tiles > (all ? capacity / (limit - row) : AMX_TILES)) tiles = all ? capacity / (limit - row) : AMX_TILES;
-        for (int rows; (rows = rows_for_tiles(limit - row)); row += rows)
-            product(job, amx_panel, pending, capacity, rows, tile, (int)tiles, row);
+        for (int rows; (rows = rows_for_tiles(job, limit - row)); row += rows)
+            product(job, of_type, pending, capacity, rows, tile, (int)tiles, row);
         for (long done = 0; row < limit && done < tiles;)
             done += some_tiles(job, tile + done, tiles - done, row, limit);
     }

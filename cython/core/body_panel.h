@@ -66,22 +66,14 @@ static const mk_panel_row *panel_row(const mk_matmul_job *job, const uint8_t *x,
     return (const mk_panel_row *)ROW(MK_GROUP, t, x, MK_GROUP * job->x_stride, MK_PANEL_ROW);
 }
 
-/* sums [tiles][rows] of the products [tiles][rows]: the largest value's 7 more bits, and the scales. */
-static void scale_dots(const mk_matmul_job *job, const uint8_t *w, long stride, const uint8_t *x, int tiles, int rows,
-                       const vi *dots, vf *sums) {
-    for (int t = 0; t < rows; t++) {
-        const mk_panel_row *of = panel_row(job, x, t);
-        const vf scale = vf_set1(of->scale);
-        const uint8_t *tile = w;
-        for (int r = 0; r < tiles; r++, tile += stride) {
-            const vb group = vb_signed(vb_load(tile + mk_head_bytes(job->type) + 64 * of->group));
-            vi high = vi_set1(VEC_Q8_BIAS ? of->high128 : 0);
-            vp pairs;
-            vb_multiply(8, 0, 0, group, vb_size(group), of->high, &high, &pairs);
-            const vf dot = vf_fma(vf_from(high), vf_set1(128.0f), vf_from(dots[r * rows + t]));
-            sums[r * rows + t] = vf_mul(dot, vf_mul(vf_load((const float *)tile), scale));
-        }
-    }
+/* Sums of a tile's products with row `of` of x: the largest value's 7 more bits, and the scales. */
+MK_INLINE vf scale_dots(const int type, const uint8_t *tile, const mk_panel_row *of, vi dots) {
+    const vb group = vb_signed(vb_load(tile + mk_head_bytes(type) + 64 * of->group));
+    vi high = vi_set1(VEC_Q8_BIAS ? of->high128 : 0);
+    vp pairs;
+    vb_multiply(8, 0, 0, group, vb_size(group), of->high, &high, &pairs);
+    const vf dot = vf_fma(vf_from(high), vf_set1(128.0f), vf_from(dots));
+    return vf_mul(dot, vf_mul(vf_load((const float *)tile), vf_set1(of->scale)));
 }
 
 /* A panel for 1 to 4 rows of x, or whole groups. */
@@ -111,8 +103,9 @@ static void whole_panel(const mk_matmul_job *job, int rows, int p, long tile, in
                     ahead, fetched, dots + t, rows);
             }
         }
-        if (blocks) scale_dots(job, w, stride, x, R, rows, dots, sums);
-        else
-            for (int i = 0; i < R * rows; i++) sums[i] = vf_set1(0.0f);
+        for (int t = 0; t < rows && blocks; t++)
+            for (int r = 0; r < R; r++)
+                sums[r * rows + t] = scale_dots(job->type, w + r * stride, panel_row(job, x, t), dots[r * rows + t]);
+        for (int i = 0; i < R * rows && !blocks; i++) sums[i] = vf_set1(0.0f);
     }
 }
