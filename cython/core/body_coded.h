@@ -48,7 +48,7 @@ static void four_times_one(const uint8_t *block, int first, long steps, const ui
         }
     }
     UNROLL
-    for (int r = 0; r < 4; r++) sums[r] = vf_add(sums[r], vf_halves(acc[r]));
+    for (int r = 0; r < 4; r++) sums[r] = vf_add_halves(sums[r], acc[r]);
 }
 
 static void decode_block(const uint8_t *block, long steps, uint8_t *rows) {

@@ -96,15 +96,15 @@ MK_INLINE void half_steps(const int type, const int R, const uint8_t **rows, lon
         vh acc[MAX_STREAMS * MK_GROUP];
         UNROLL
         for (int i = 0; i < R * MK_GROUP; i++) acc[i] = *vh_of(sums + i, half);
-        for (unsigned long i = 0; i < (unsigned long)steps * parts; i++) {
-            const unsigned long step = i / parts, part = i % parts;
-            const uint8_t *values = x + step * MK_GROUP * x_bytes + part * 64 + half * 32;
+        const uint8_t *values = x + half * 32;
+        long at = half * bytes / 2;
+        for (unsigned long turn = 0, part = 0; turn < (unsigned long)steps * parts; turn++) {
             vh w[MAX_STREAMS];
             UNROLL
             for (int r = 0; r < R; r++) {
-                const void *at = rows[r] + step * bytes + half * bytes / 2;
-                w[r] = type == MK_F16 ? vh_load_f16(at) : type == MK_F32 ? vh_load(at) : vh_bf16(at, part);
-                if (!half) __builtin_prefetch(rows[r] + step * bytes + ahead);
+                const void *from = rows[r] + at;
+                w[r] = type == MK_F16 ? vh_load_f16(from) : type == MK_F32 ? vh_load(from) : vh_bf16(from, part);
+                if (!half) __builtin_prefetch(rows[r] + at + ahead);
             }
             UNROLL
             for (int t = 0; t < MK_GROUP; t++) {
@@ -112,6 +112,10 @@ MK_INLINE void half_steps(const int type, const int R, const uint8_t **rows, lon
                 UNROLL
                 for (int r = 0; r < R; r++) acc[r * MK_GROUP + t] = vh_fma(w[r], value, acc[r * MK_GROUP + t]);
             }
+            values += parts == 1 ? MK_GROUP * x_bytes : 64 + part * (MK_GROUP * x_bytes - 128);
+            at += parts == 1 ? bytes : part * bytes;
+            part ^= parts - 1;
+            if (parts > 1) __asm__("" : "+r"(part));
         }
         UNROLL
         for (int i = 0; i < R * MK_GROUP; i++) *vh_of(sums + i, half) = acc[i];
@@ -145,7 +149,7 @@ HOT void float_run(const int type, const int R, const int T, const uint8_t **row
         float_step(type, R, T, rows, x + steps * x_bytes, x_stride, acc);
     }
     UNROLL
-    for (int i = 0; i < R * T; i++) sums[i] = type == MK_BF16 ? vf_add(sums[i], vf_halves(acc[i])) : acc[i];
+    for (int i = 0; i < R * T; i++) sums[i] = type == MK_BF16 ? vf_add_halves(sums[i], acc[i]) : acc[i];
 }
 
 /* Columns of R rows of W in blocks with scales; sums [R][T] go on. */

@@ -91,12 +91,13 @@ MK_INLINE int32_t vi_sum(vi a) { return _mm512_reduce_add_epi32(a); }
 MK_INLINE float vf_hadd(vf a) { ZMM_FOLD(add) }
 MK_INLINE float vf_hmax(vf a) { ZMM_FOLD(max) }
 
-MK_INLINE vf vf_halves(vf a) {
-    return _mm512_zextps256_ps512(_mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)));
+MK_INLINE vf vf_add_halves(vf sum, vf a) {
+    const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    return _mm512_zextps256_ps512(_mm256_add_ps(_mm512_castps512_ps256(sum), halves));
 }
 
 #define ZMM_ADD(shuffle, a, b, low, high) _mm512_add_ps(shuffle(a, b, low), shuffle(a, b, high))
-MK_INLINE vf vf_both_halves(vf a, vf b) { /* vf_halves of a and, above, of b */
+MK_INLINE vf vf_both_halves(vf a, vf b) { /* lanes j + (j + 8) of a and, above, of b */
     return ZMM_ADD(_mm512_shuffle_f32x4, a, b, 0x44, 0xee);
 }
 

@@ -109,7 +109,8 @@ MK_INLINE int32_t vi_sum(vi a) {
 MK_INLINE float vf_hadd(vf a) { NEON_FOLD(vaddq_f32) }
 MK_INLINE float vf_hmax(vf a) { NEON_FOLD(neon_max) }
 
-VF(vf_halves, (vf a), j < 2 ? vaddq_f32(a.q[j], a.q[(j + 2) & 3]) : vdupq_n_f32(0.0f))
+/* sum, whose upper half is zero, plus lanes j + (j + 8) of a: the first step of vf_hadd. */
+VF(vf_add_halves, (vf sum, vf a), j < 2 ? vaddq_f32(sum.q[j], vaddq_f32(a.q[j], a.q[(j + 2) & 3])) : sum.q[j])
 
 /* Lane r is vf_hadd(a[r * step]): four of them share their shuffles. */
 MK_INLINE float32x4_t neon_halves(vf a, vf b) { /* lanes j + (j + 2) of both, when four are left of each */

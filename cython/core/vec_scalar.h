@@ -65,7 +65,8 @@ MK_INLINE int32_t vi_sum(vi a) { int32_t s = 0; LANES s += a.i[j]; return s; }
 MK_INLINE float vf_hadd(vf a) { FOLD(a.f[j] + a.f[j + w]) }
 MK_INLINE float vf_hmax(vf a) { FOLD(a.f[j] > a.f[j + w] ? a.f[j] : a.f[j + w]) }
 
-VF(vf_halves, (vf a), j < 8 ? a.f[j] + a.f[(j + 8) & 15] : 0.0f) /* the first step of it: the upper half is zero */
+/* sum, whose upper half is zero, plus the first step of it. */
+VF(vf_add_halves, (vf sum, vf a), j < 8 ? sum.f[j] + (a.f[j] + a.f[(j + 8) & 15]) : 0.0f)
 VF(vf_sums, (const vf *a, int step), vf_hadd(a[j * step])) /* of 16 vectors that lie so far apart */
 
 MK_INLINE vb vb_load(const uint8_t *p) { vb r; memcpy(&r, p, 64); return r; }

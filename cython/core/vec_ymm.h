@@ -47,7 +47,8 @@ MK_INLINE int vf_any_gt(vf a, vf b) {
 MK_INLINE float vf_hadd(vf a) { YMM_FOLD(add) }
 MK_INLINE float vf_hmax(vf a) { YMM_FOLD(max) }
 
-MK_INLINE vf vf_halves(vf a) { return (vf){_mm256_add_ps(a.lo, a.hi), _mm256_setzero_ps()}; }
+/* sum, whose upper half is zero, plus lanes j + (j + 8) of a: the first step of vf_hadd. */
+MK_INLINE vf vf_add_halves(vf sum, vf a) { return (vf){_mm256_add_ps(sum.lo, _mm256_add_ps(a.lo, a.hi)), sum.hi}; }
 
 /* Lane r is vf_hadd(a[r * step]): 16 of them share their shuffles. */
 #define YMM_ADD(shuffle, a, b, low, high) _mm256_add_ps(shuffle(a, b, low), shuffle(a, b, high))
