@@ -5,11 +5,12 @@
 enum { UNPACKED_ROWS = 64, UNPACKED_PARTS = MK_PARTS /* of 32 columns, at a time */ };
 enum { UNPACKED_TILES = VEC_ROWS > 4 ? 2 : 1, UNPACKED_SUMS = UNPACKED_TILES * MK_GROUP };
 enum { UNPACKED_FROM = 2 * MK_GROUP /* rows of x */ };
-enum { UNPACKED_SIZES = VEC_ALIKE ? 0 : 8 /* where in `groups` the sizes of 8 bits are, as vb_multiply takes them */ };
+/* Where in `groups` values of 8 bits have a second vector: their sizes, as vb_multiply takes them, or body_words.h's. */
+enum { UNPACKED_SECOND = VEC_ALIKE ? 0 : 8 };
 
 /* 32 columns of 16 rows of W. */
 typedef struct {
-    uint8_t groups[8 + UNPACKED_SIZES][64];
+    uint8_t groups[8 + UNPACKED_SECOND][64];
     vf d, m;
     part_scales of;
 } unpacked;
@@ -40,6 +41,20 @@ MK_INLINE int raised_by(const int type) {
 #define VEC_PUT(to, g, groups) vb_store((to)[g], (groups)[g])
 #endif
 
+/* The start of a sum over columns of half h, or of both. */
+MK_INLINE int32_t unpacked_start(const int form, const int bits, const mk_activation *a, const int h) {
+    if (form == MINIMUM || form == MINIMA || (bits == 8 && !VEC_Q8_BIAS)) return 0;
+    if (form == HALVED) return bits == 8 ? 4 * a->offset32[h] : a->offset32[h];
+    return bits == 8 ? a->offset128 : bits == 6 ? a->offset32[0] + a->offset32[1] : a->offset8;
+}
+
+#ifdef VEC_WORDS
+#include "body_words.h"
+#else
+#define UNPACKED_FIRST(group) (group)
+#define UNPACKED_OTHER(group) vb_size(group)
+#endif
+
 MK_INLINE void unpack_groups(const int type, const uint8_t *w, unpacked *to) {
     const int bits = unpacked_bits(type), wanted = bits == 8 ? VEC_Q8_BIAS : bits == 6 ? 32 : 8;
     vb groups[8];
@@ -47,8 +62,11 @@ MK_INLINE void unpack_groups(const int type, const uint8_t *w, unpacked *to) {
     UNROLL
     for (int g = 0; g < 8; g++) {
         if (is_raised(type)) groups[g] = vb_raise(groups[g], wanted - raised_by(type));
+        if (UNPACKED_SECOND && bits == 8) {
+            vb_store(to->groups[UNPACKED_SECOND + g], UNPACKED_OTHER(groups[g]));
+            groups[g] = UNPACKED_FIRST(groups[g]);
+        }
         VEC_PUT(to->groups, g, groups);
-        if (UNPACKED_SIZES && bits == 8) vb_store(to->groups[UNPACKED_SIZES + g], vb_size(groups[g]));
     }
 }
 
@@ -68,13 +86,6 @@ HOT void unpack(const int type, const uint8_t *w, long count, unpacked *to) {
         to->d = all.d, to->m = all.m;
         to->of = load_scales(type, w + mk_scales_at(type) + s * mk_part_scales(type), part, all.d, all.m);
     }
-}
-
-/* The start of a sum over columns of half h, or of both. */
-MK_INLINE int32_t unpacked_start(const int form, const int bits, const mk_activation *a, const int h) {
-    if (form == MINIMUM || form == MINIMA || (bits == 8 && !VEC_Q8_BIAS)) return 0;
-    if (form == HALVED) return bits == 8 ? 4 * a->offset32[h] : a->offset32[h];
-    return bits == 8 ? a->offset128 : bits == 6 ? a->offset32[0] + a->offset32[1] : a->offset8;
 }
 
 #ifdef VEC_TILE
@@ -102,7 +113,7 @@ HOT void unpacked_tile(const int form, const int bits, const int R, const int T,
                 UNROLL
                 for (int i = 0; i < R * T; i++) {
                     const uint8_t(*values)[64] = w[i / T * UNPACKED_PARTS].groups + h * 4 + g;
-                    vb_multiply(bits, g, last, vb_load(*values), vb_load(values[bits == 8 ? UNPACKED_SIZES : 0]),
+                    vb_multiply(bits, g, last, vb_load(*values), vb_load(values[bits == 8 ? UNPACKED_SECOND : 0]),
                                 a[i % T].q + h * 16, &dots[h][i], &parts[i]);
                 }
         }
@@ -148,10 +159,17 @@ static const unpack_function UNPACK_FUNCTIONS[MK_TYPES] = {MK_BLOCK_TYPES(UNPACK
 #define UNPACKED_SHAPES(X) \
     X(SCALED, 8) X(SCALED, 6) X(SCALED, 4) X(HALVED, 8) X(HALVED, 6) X(MINIMUM, 4) X(MINIMUM, 6) X(MINIMA, 6)
 #endif
+#ifdef VEC_WORDS
+#define UNPACKED(form, bits, R, T, w, count, x, ahead, fetched, sums, rows)                              \
+    if (bits == 8) words_tile(form, T, w, count, x, ahead, fetched, sums);                               \
+    else unpacked_tile(form, bits, R, T, w, count, x, ahead, fetched, sums, rows)
+#else
+#define UNPACKED unpacked_tile
+#endif
 #define UNPACKED_TILE(form, bits, R)                                                                             \
     static void form##_##bits##_##R(const unpacked *w, long count, const uint8_t *x, const uint8_t *ahead,       \
                                     long fetched, vf *sums, int rows) {                                          \
-        unpacked_tile(form, bits, R, MK_GROUP, w, count, x, ahead, fetched, sums, rows);                         \
+        UNPACKED(form, bits, R, MK_GROUP, w, count, x, ahead, fetched, sums, rows);                              \
     }
 #if VEC_ROWS > 4
 #define UNPACKED_BOTH(form, bits) UNPACKED_TILE(form, bits, 1) UNPACKED_TILE(form, bits, 2)
