@@ -124,12 +124,12 @@ static void amx_whole_panel(const mk_matmul_job *job, int rows, int p, long tile
             for (int i = first, R, G = rows - t > AMX_ROWS ? 2 : 1; i < end; i += R) {
                 R = end - i > 1 ? 2 : 1;
                 const uint8_t *from = w + i * stride;
-                AMX_PANEL_FUNCTIONS[R - 1][G - 1](from + mk_head_bytes(job->type), stride, copies + t / AMX_ROWS * steps,
+                AMX_PANEL_FUNCTIONS[R - 1][G - 1](from + MK_PANEL_HEAD, stride, copies + t / AMX_ROWS * steps,
                                                   blocks, from + R * stride, t || again ? 0 : R * TILE_BYTES, dots);
                 for (int j = 0; j < G * AMX_ROWS && t + j < rows; j++)
                     for (int r = 0; r < R; r++)
-                        sums[(i + r) * rows + t + j] = scale_dots(job->type, from + r * stride, of[t + j],
-                                                                  vb_load((const void *)dots[j / AMX_ROWS * 2 + r][j % AMX_ROWS]));
+                        sums[(i + r) * rows + t + j] = scale_dots(
+                            from + r * stride, of[t + j], vb_load((const void *)dots[j / AMX_ROWS * 2 + r][j % AMX_ROWS]));
             }
     }
 }

@@ -6,17 +6,17 @@ MK_INLINE float inverse(float d) {
     return inverse - inverse == 0.0f ? inverse : 0.0f;
 }
 
-/* Nearest integers, halves away from zero (C's roundf), of |x| < 2^31. */
+/* Nearest integers, halves away from zero (C's roundf), of |x| < 2^31.  What is added is the largest float below a half: a
+ * half would round the float below it up. */
 MK_INLINE vi round_away(vf x) {
-    vf whole = vf_from(vi_trunc(x)), rest = vf_sub(x, whole), zero = vf_set1(0.0f);
-    vf away = vf_gt(zero, x, vf_set1(-1.0f), vf_set1(1.0f));
-    return vi_trunc(vf_add(whole, vf_gt(vf_set1(0.5f), vf_abs(rest), zero, away)));
+    const float half = 0x1.fffffep-2f;
+    return vi_trunc(vf_add(x, vf_gt(vf_set1(0.0f), x, vf_set1(-half), vf_set1(half))));
 }
 
 /* Whether all of a, b are finite. */
 MK_INLINE int all_finite(vf a, vf b) {
-    vf zero = vf_set1(0.0f);
-    return vf_hadd(vf_add(vf_mul(a, zero), vf_mul(b, zero))) == 0.0f;
+    const vf zero = vf_set1(0.0f), one = vf_set1(1.0f), spoilt = vf_add(vf_mul(a, zero), vf_mul(b, zero)); /* 0, or NaN */
+    return !vf_any_gt(vf_gt(one, spoilt, zero, one), zero);
 }
 
 /* Quantise 32 values with the scale d; where it is NaN the integers are 0.
@@ -106,8 +106,9 @@ static void quantize(const void *argument, long begin, long end) {
  * and the others' are at most 127.  *largest: that value's column, or -1 if all are 0; the scale is NaN if one is not finite. */
 MK_INLINE float scale_of_panel(const float *x, long begin, long limit, long *largest) {
     vf first = vf_set1(0.0f), second = first, spoilt = first, lo, hi; /* in each lane the largest sizes */
-    float sizes[2][MK_TILE], most = 0.0f, next = 0.0f;
-    for (long i = begin; i < limit; i += MK_BLOCK) {
+    float sizes[MK_TILE], others[MK_TILE];
+    long i;
+    for (i = begin; i < limit; i += MK_BLOCK) {
         block_of(x, i, limit, &lo, &hi);
         spoilt = vf_add(spoilt, vf_add(vf_mul(lo, vf_set1(0.0f)), vf_mul(hi, vf_set1(0.0f)))); /* 0, or NaN */
         lo = vf_abs(lo), hi = vf_abs(hi);
@@ -115,40 +116,49 @@ MK_INLINE float scale_of_panel(const float *x, long begin, long limit, long *lar
         second = vf_max(second, vf_min(first, hi)), first = vf_max(first, hi);
     }
     *largest = -1;
-    if (vf_hadd(spoilt) != 0.0f) return mk_bits_float(0x7fc00000u);
-    vf_store(sizes[0], first), vf_store(sizes[1], second);
-    for (int i = 0; i < 2 * MK_TILE; i++) {
-        const float size = sizes[i / MK_TILE][i % MK_TILE];
-        if (size > most) next = most, most = size;
-        else if (size > next) next = size;
+    if (!all_finite(spoilt, spoilt)) return mk_bits_float(0x7fc00000u);
+    const float most = vf_hmax(first);
+    if (most == 0.0f) return 0.0f;
+    const vf below = vf_set1(mk_bits_float(mk_float_bits(most) - 1));
+    for (i = begin;; i += MK_BLOCK) {
+        block_of(x, i, limit, &lo, &hi);
+        if (vf_any_gt(vf_abs(lo), below) || vf_any_gt(vf_abs(hi), below)) break;
     }
-    for (long i = begin; most > 0.0f && *largest < 0; i++)
-        if (fabsf(x[i]) == most) *largest = i;
+    while (fabsf(x[i]) != most) i++;
+    *largest = i;
+    vf_store(sizes, first), vf_store(others, second);
+    sizes[(i - begin) % MK_TILE] = others[(i - begin) % MK_TILE];
+    const float next = vf_hmax(vf_load(sizes));
     return next / 127.0f > most / MK_OUTLIER ? next / 127.0f : most / MK_OUTLIER;
 }
 
 /* A panel of a row of x for a PANEL type.  `rows`: of its group. */
 static void quantise_whole(const float *x, long begin, long limit, mk_panel_row *of, int8_t *q, long rows) {
+    int8_t *const first = q;
     long largest;
-    int32_t total = 0, sums[2];
-    vf lo, hi;
     memset(of, 0, sizeof *of);
     of->scale = scale_of_panel(x, begin, limit, &largest);
-    for (long i = begin; i < limit; i += MK_BLOCK) {
+    if (largest < 0) {
+        for (long i = begin; i < limit; i += MK_BLOCK, q += MK_BLOCK * rows) memset(q, 0, MK_BLOCK);
+        return;
+    }
+    const vf id = vf_set1(inverse(of->scale));
+    vi total = vi_set1(0);
+    for (long i = begin; i < limit; i += MK_BLOCK, q += MK_BLOCK * rows) {
+        vf lo, hi;
         block_of(x, i, limit, &lo, &hi);
-        quantise_with(of->scale, lo, hi, q + (i - begin) * rows, sums);
-        total += sums[0] + sums[1];
+        const vi low = round_away(vf_mul(lo, id)), high = round_away(vf_mul(hi, id));
+        vi_store_i8(q, low);
+        vi_store_i8(q + MK_TILE, high);
+        total = vi_add(total, vi_add(low, high));
     }
-    if (largest >= 0) {
-        const int32_t whole = (int32_t)roundf(x[largest] * inverse(of->scale)), high = (whole + 64) >> 7;
-        largest -= begin;
-        q[largest / MK_BLOCK * MK_BLOCK * rows + largest % MK_BLOCK] = (int8_t)(whole - 128 * high);
-        of->high[largest % 4] = (int8_t)high;
-        of->group = (int32_t)(largest / 4);
-        of->high128 = -128 * high;
-        total -= 128 * high;
-    }
-    of->offset128 = -128 * total;
+    const int32_t whole = (int32_t)roundf(x[largest] * inverse(of->scale)), high = (whole + 64) >> 7;
+    largest -= begin;
+    first[largest / MK_BLOCK * MK_BLOCK * rows + largest % MK_BLOCK] = (int8_t)(whole - 128 * high);
+    of->high[largest % 4] = (int8_t)high;
+    of->group = (int32_t)(largest / 4);
+    of->high128 = -128 * high;
+    of->offset128 = -128 * (vi_sum(total) - 128 * high);
 }
 
 /* The panels of row number `row` of a group of so many rows. */

@@ -58,6 +58,7 @@ enum {
     MK_BF16_BLOCK = 256,     /* columns of BF16 weights whose sum begins at zero */
     MK_ACTIVATION = 56,      /* bytes of mk_activation */
     MK_PANEL_ROW = 32,       /* bytes of mk_panel_row */
+    MK_PANEL_HEAD = 64,      /* bytes of a PANEL type's tile before its values: the scales of the rows */
     MK_OUTLIER = 16256,      /* what the largest of a panel's integers may be: 127 * 128 */
     MK_PANEL_COLUMNS = 1 << 17, /* of a panel of a PANEL type, at most: 128 * 127 times as many are below 2^31 */
     MK_GROUP = 4,            /* rows of x that are interleaved */
@@ -138,8 +139,8 @@ static inline long mk_coded_bytes(long columns) {
     return mk_blocks(columns, MK_BF16_BLOCK) * MK_CODED_HEAD + mk_blocks(columns, 32) * MK_CODED_STEP;
 }
 
-/* Bytes before the values of a tile's panel: the scales of its rows, if each has one. */
-static inline long mk_head_bytes(int type) { return mk_is_panel(type) ? 4 * MK_TILE : 0; }
+/* Bytes before the values of a tile's panel. */
+static inline long mk_head_bytes(int type) { return mk_is_panel(type) ? MK_PANEL_HEAD : 0; }
 
 /* Bytes of `columns` columns of a tile, of types whose rows are interleaved. */
 static inline long mk_tile_bytes(int type, long columns) {
