@@ -104,14 +104,19 @@ def _quota_of(group: Path) -> float:
 
 
 def node_cores(ranks: list[Cores]) -> int:
-    """How many cores the ranks of one node have together.
+    """How many whole cores the ranks of one node have together, at least one."""
+    return max(1, int(cores_of_time(ranks)))
+
+
+def cores_of_time(ranks: list[Cores]) -> float:
+    """The time that the ranks of one node may compute, all together, in cores: a quota may be less than one.
 
     Ranks bound to cores of their own count each of them; a quota that several share counts once.
     """
-    cores = len(frozenset().union(*(rank.affinity for rank in ranks)))
+    cores: float = len(frozenset().union(*(rank.affinity for rank in ranks)))
     if all(rank.quota for rank in ranks):
-        cores = min(cores, int(sum({rank.quota_at: rank.quota for rank in ranks}.values())))
-    return max(1, cores)
+        cores = min(cores, sum({rank.quota_at: rank.quota for rank in ranks}.values()))
+    return cores
 
 
 def with_cores(ranks: int, cores: int, one_thread: bool) -> int:

@@ -17,6 +17,7 @@ from mpillm.comm.cores import (
     THREADS,
     Cores,
     binding,
+    cores_of_time,
     node_cores,
     reserve_in_words,
     threads_per_rank,
@@ -86,7 +87,19 @@ class Nodes:
         self.cores_here = node_cores([ranks[number].cores for number in here])
         #: the other ranks of this machine, starting with the next one
         self.neighbours = [ranks[number].process for number in (*here[at + 1 :], *here[:at])]
-        self._ranks = ranks
+        self._rank, self._ranks = rank, ranks
+
+    def oversubscribed(self, threads: int) -> bool:
+        """Whether a thread may find no core when it could compute, with so many threads on each rank.
+
+        This host, or the machine that it shares with other hosts, has fewer cores, or a quota allows less time of them.
+        """
+        own = self._ranks[self._rank]
+        together = (
+            [rank.cores for rank in self._ranks if rank.node == own.node],
+            [rank.cores for rank in self._ranks if rank.machine == own.machine],
+        )
+        return any(len(ranks) * threads > cores_of_time(ranks) for ranks in together)
 
     @property
     def free(self) -> list[int]:

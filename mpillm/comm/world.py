@@ -69,7 +69,7 @@ class World(Exchange):
         self.hosts: tuple[str, ...] = tuple(rank.host for rank in ranks)
         self.host = self.hosts[self.rank]
         self.versions = tuple(rank.version for rank in ranks)  # of mpillm
-        self.oversubscribed = self.nodes.ranks_here > self.nodes.cores_here
+        self.oversubscribed = self.nodes.oversubscribed(1)
 
     def __str__(self) -> str:
         """This rank, as log lines name it."""
@@ -84,7 +84,7 @@ class World(Exchange):
 
         Call it before the compiled kernels are imported: it also sets OpenMP's variables, which are read only then.
         """
-        self.oversubscribed = self.nodes.ranks_here * threads > self.nodes.cores_here
+        self.oversubscribed = self.nodes.oversubscribed(threads)
         cores.limit_threads(threads, self.oversubscribed)
 
     def wait(self, done: Callable[[], object]) -> float:

@@ -43,7 +43,6 @@ class _RankFindings:
     cores_of_machine: int
     ranks: int
     threads: int
-    oversubscribed: bool
     load: float  # processes that ran in the last minute, on average
     kernels: str
     why_no_kernels: str
@@ -122,7 +121,6 @@ def _look(world: World, path: Path | None, threads: int) -> tuple[_RankFindings,
         cores_of_machine=os.cpu_count() or 1,
         ranks=world.nodes.ranks_here,
         threads=threads,
-        oversubscribed=world.oversubscribed,
         load=os.getloadavg()[0],
         kernels=kernels.path(),
         why_no_kernels=kernels.why_missing(),
@@ -170,7 +168,7 @@ def _about_nodes(world: World, everyone: Sequence[_RankFindings]) -> Iterator[st
     for _, ranks in groupby(sorted(range(world.size), key=numbers.__getitem__), key=numbers.__getitem__):
         rank = next(ranks)
         one, host = everyone[rank], world.hosts[rank]
-        if one.oversubscribed:
+        if one.ranks * one.threads > one.cores:
             yield f"{host}: more threads than cores; start fewer ranks if you can."
         if one.kernels == "numpy":
             why = (

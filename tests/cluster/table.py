@@ -26,6 +26,9 @@ PROMPT, TOKENS = 64, 24
 LIMIT = 240  # seconds of a run
 QUOTA = 0.33  # of a core, for the slow host
 PERIOD = 100_000  # microseconds of such quotas
+SHARES = 262_144  # the weight of such a host against all else that runs here; 1024 is usual
+# What a program does in a namespace, which has another /sys, to see its control group.
+SEEN = "mount -t tmpfs none /sys/fs/cgroup && mkdir /sys/fs/cgroup/cpu && mount -t cgroup -o cpu none /sys/fs/cgroup/cpu"
 # Answers of the jobs with a slow host. Until it has loaded its weights after s seconds, a job of T seconds has the fast
 # one alone: of the sum of speeds (T + QUOTA * (T - s)) / (T * (1 + QUOTA)) are left, or 1 - 0.25 * s / T. A model of
 # 10^9 weights takes such a host 6 s: a job of 10 s loses 0.15 by it, and one of 45 s 0.03. So the short job must only
@@ -88,11 +91,15 @@ class Cluster:
 
 @contextlib.contextmanager
 def limited(hosts: Hosts, quotas: Mapping[int, float]) -> Iterator[None]:
-    """Hosts whose processes get parts of a core (control groups of version 1), by their numbers."""
+    """Hosts whose processes get parts of a core (control groups of version 1), by their numbers.
+
+    They see their quota, as in a container, and what else runs on this machine takes none of it.
+    """
     own = next(
         line.split(":")[2] for line in Path("/proc/self/cgroup").read_text().splitlines() if ":cpu:" in line
     )
     agent, begin = hosts.agent.read_text(), hosts.begin
+    hosts.agent.write_text(agent.replace("hostname $space; ", f"hostname $space; {SEEN}; "))
     with contextlib.ExitStack() as stack:
         for number, quota in quotas.items():
             group = Path(f"/sys/fs/cgroup/cpu{own}") / f"{hosts.prefix}{number}"
@@ -100,11 +107,12 @@ def limited(hosts: Hosts, quotas: Mapping[int, float]) -> Iterator[None]:
             stack.callback(_remove, group)
             (group / "cpu.cfs_period_us").write_text(str(PERIOD))
             (group / "cpu.cfs_quota_us").write_text(str(int(quota * PERIOD)))
+            (group / "cpu.shares").write_text(str(SHARES))
             # A program in a namespace has another /sys, and would quietly stay as fast as it was.
             enter = f"echo $$ > /proc/{os.getpid()}/root{group}/cgroup.procs || exit 1"
             only = f"if [ $space = {hosts.prefix}{number} ]; then {enter}; fi\nexec ip"
             hosts.agent.write_text(hosts.agent.read_text().replace("exec ip", only))
-            hosts.begin += f"{enter}; " if number == 1 else ""
+            hosts.begin += f"{enter}; {SEEN}; " if number == 1 else ""
         try:
             yield
         finally:
