@@ -101,6 +101,14 @@ class Nodes:
         )
         return any(len(ranks) * threads > cores_of_time(ranks) for ranks in together)
 
+    def part_by_quota(self, threads: int) -> float:
+        """The part of a core that a quota leaves to each of this rank's threads; 1 if it leaves whole ones."""
+        own = self._ranks[self._rank]
+        sharing = sum(
+            rank.node == own.node and rank.cores.quota_at == own.cores.quota_at for rank in self._ranks
+        )
+        return min(own.cores.quota / (sharing * threads), 1.0) if own.cores.quota else 1.0
+
     @property
     def free(self) -> list[int]:
         """Bytes of memory that are free for each rank: those of a machine share what it has."""

@@ -15,6 +15,7 @@ fill_gbs = 4.0       # and that are written to memory for the first time, as whi
 disk_gbs = 0.4       # and from the model's file
 disk_pages_gbs = 0.2 # the same in small requests, as for pages of weights
 core = 0.3           # how fast one core runs plain code; one of Zen 5 has 1
+part = 0.5           # of the time, for which a quota lets each rank run (cpu.max), if there is one
 latency_us = 120.0   # microseconds of a message to another host, one way
 mbit = 940.0         # 10^6 bits/s to and from other hosts
 """
@@ -66,6 +67,7 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     disk_gbs: Rate | None = None
     disk_pages_gbs: Rate | None = None
     core: Rate | None = None
+    part: Annotated[float, Meta(gt=0, le=1)] | None = None
     latency_us: Rate | None = None
     mbit: Rate | None = None
 
@@ -88,6 +90,7 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
             values=self.values_gs * 1e9 if self.values_gs else ASSUMED.values,
             fill=self.fill_gbs * 1e9 if self.fill_gbs else ASSUMED.fill,
             core=self.core or ASSUMED.core,
+            part=self.part or ASSUMED.part,
             pages=self.disk_pages_gbs * 1e9 if self.disk_pages_gbs else 0.0,
             memory=self.memory_gbs * 1e9 if self.memory_gbs else ASSUMED.memory,
             disk=self.disk_gbs * 1e9 if self.disk_gbs else ASSUMED.disk,

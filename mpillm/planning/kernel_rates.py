@@ -43,6 +43,7 @@ class KernelRates:
     values: float
     fill: float
     core: float
+    part: float
 
 
 def kernel_rates(
@@ -52,10 +53,12 @@ def kernel_rates(
     effort: float = 1.0,
     most: int = 0,
     meet: Callable[[], None] = lambda: None,
+    quota: float = 1.0,
 ) -> KernelRates:
     """Measure, in about a second times `effort`, with so many bytes of memory; `kinds` of products, by name.
 
-    Up to `most` bytes of memory are written. Ranks `meet` before they look how much of their cores each has.
+    Up to `most` bytes of memory are written. Ranks `meet` before they look how much of their cores each has: no more
+    than `quota` of a core for each thread, if that is known.
     """
     seconds = SECONDS * effort
     began, used = time.perf_counter(), time.thread_time()
@@ -71,7 +74,7 @@ def kernel_rates(
     read = _memory(memory, threads, seconds)
     used, passed = time.thread_time() - used, time.perf_counter() - began
     meet()
-    part = part_of_core(used, passed, _measured_part)
+    part = min(part_of_core(used, passed, _measured_part), quota)
     return KernelRates(
         {name: [part * rate for rate in rates] for name, rates in products.items()},
         part * read,
@@ -79,6 +82,7 @@ def kernel_rates(
         part * values,
         part * fill,
         part * core,
+        part,
     )
 
 

@@ -99,8 +99,8 @@ class Machines:
             return replace(self, cores=()), []
         found, alike = self.of_ranks(ranks), dict[tuple[int, int, int], Speed]()
         speeds = [
-            alike.setdefault((id(speed), *part), speed.shared_by(part[0] / part[1]))
-            for speed, part in zip(found.speeds, parts, strict=bool(found.speeds))
+            alike.setdefault((id(speed), used, count), speed.shared_by(used / count).left_alone(count / used))
+            for speed, (used, count) in zip(found.speeds, parts, strict=bool(found.speeds))
         ]
         free = [
             min(own * count // used, sys.maxsize)
@@ -134,7 +134,8 @@ class Machines:
             speed = self.speeds[rank]
             times = now[machine] / before[machine] if loads and (machine := self.loads[rank][0]) else 1.0
             key = id(speed), times
-            found.append(eased.setdefault(key, speed if times == 1 else speed.slowed(times)))
+            eased_speed = speed if times == 1 else speed.slowed(times).left_alone(1 / times)
+            found.append(eased.setdefault(key, eased_speed))
         return found
 
     def with_another(self) -> Machines:

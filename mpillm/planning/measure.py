@@ -63,7 +63,8 @@ def everyone(
     here = [rank for rank, number in enumerate(numbers) if number == numbers[world.rank]]
     world.barrier()
     most = min(most, world.nodes.free[world.rank] // 8)
-    rates = kernel_rates(kinds, threads, memory, effort, most, world.barrier)
+    quota = world.nodes.part_by_quota(threads)
+    rates = kernel_rates(kinds, threads, memory, effort, most, world.barrier, quota)
     world.barrier()
     disk = DiskRate() if file is None else _disk_rate(file, here.index(world.rank), len(here), effort)
     return world.gather(Measured(rates, disk))
@@ -91,6 +92,7 @@ def speeds(
             values=rank.rates.values,
             fill=rank.rates.fill,
             core=rank.rates.core,
+            part=rank.rates.part,
             disk=rank.disk.rate or ASSUMED.disk,
             pages=rank.disk.pages,
         )
@@ -121,6 +123,7 @@ def hosts(world: World, ranks: Sequence[Measured], links: Sequence[LinkTiming]) 
                 attention=summed([ranks[rank].rates.attention for rank in own]),
                 values_gs=_or_none(sum(ranks[rank].rates.values for rank in own) / 1e9),
                 core=round(sum(ranks[rank].rates.core for rank in own) / len(own), 3),
+                part=round(part, 3) if (part := min(ranks[rank].rates.part for rank in own)) < 1 else None,
                 disk_gbs=_or_none(sum(ranks[rank].disk.rate for rank in own) / 1e9),
                 disk_pages_gbs=_or_none(sum(ranks[rank].disk.pages for rank in own) / 1e9),
                 latency_us=_or_none(min((link.latency for link in outward), default=0.0) * 1e6),

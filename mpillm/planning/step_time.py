@@ -3,7 +3,8 @@
 A stage computes its products at the rate of their block type and number of rows. It applies norms, activation functions
 and quantisation to what products read and write, computes attention over the keys and values of its sequences, and
 reads streamed weights from its disk meanwhile. Its shards sum their rows twice a layer. Stages work on micro-batches in
-turn. All stages are busy if there are as many micro-batches as stages; with fewer, each stage waits for the others.
+turn. All stages are busy if there are as many micro-batches as stages; with fewer, each stage waits for the others, and
+where ranks have a part of a core (`Speed.part`), that part lasts longer meanwhile.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ STREAMED = 0.25e-9
 # The part of the shorter one of computing and reading that does not overlap with the other if every page is streamed:
 # two buffers cannot hold a page in use and two that are being read.
 ONE_BY_ONE = 0.25
+# Seconds in which a quota lets a rank run for its part of them (cpu.max), usually. One that has waited for others runs
+# as fast as a whole core until it has used that part.
+PERIOD = 0.1
 # The part of the time of messages that rows in two lanes hide, at most so much of the computing: 0.5 to 0.7 measured on
 # two hosts at 1 Gbit/s.
 HIDDEN = 0.5
@@ -133,19 +137,29 @@ class StepTime:
     reading: float = 0.0
     # The part of the shorter one of computing and reading from disk that does not overlap with the other.
     apart: float = 0.0
+    part: float = 1.0  # `Speed.part` of its ranks
+    polling: float = 0.0  # what polling for messages adds to them, because it is computing, too
 
     @property
     def total(self) -> float:
-        """All of it."""
-        computing = self.products + self.kv + self.other
-        waiting = self.apart * min(computing, self.disk)
-        return max(computing, self.disk) + waiting + self.messages
+        """All of it, if the ranks always have something to do."""
+        return self._with(self.products + self.kv + self.other) + self.messages + self.polling
+
+    @property
+    def rested(self) -> float:
+        """All of it, if the ranks have waited for others, and have not used their part of the core meanwhile."""
+        running = self.part * (self.products + self.kv + self.other)
+        stops = int(running / (self.part * PERIOD))
+        return self._with(running + stops * (1 - self.part) * PERIOD) + self.messages
+
+    def _with(self, computing: float) -> float:
+        return max(computing, self.disk) + self.apart * min(computing, self.disk)
 
     @property
     def limit(self) -> str:
         """What takes most of it, in words."""
         computing = self.products + self.kv + self.other
-        if self.messages > max(computing, self.disk):
+        if self.messages + self.polling > max(computing, self.disk):
             return "messages between ranks"
         if self.disk > computing:
             return "reading weights from disk"
@@ -201,6 +215,7 @@ def rank_time(work: RankWork, speed: Speed, batch: StepRows) -> StepTime:
         messages=0.0,
         reading=min(reading, products),
         apart=ONE_BY_ONE * work.streamed_part**2,
+        part=speed.part,
     )
 
 
@@ -216,18 +231,22 @@ def stage_time(stage: Stage, batch: StepRows) -> StepTime:
     """Seconds of a stage: those of its slowest shard, and of the messages of all its shards."""
     times = [rank_time(work, speed, batch) for work, speed in stage.kinds]
     slowest = max(times, key=lambda time: time.total)
-    shards, messages = len(stage.works), 0.0
+    shards, messages, latency = len(stage.works), 0.0, 0.0
     if shards > 1:
         rounds = 1 if shards == 2 else 2
         nbytes = stage.sum_bytes * batch.rows / rounds
         rows_bytes = stage.sum_bytes / (shards - 1) / 2 * batch.rows  # on average of parts and of sums
         nbytes /= shards if shards == 2 else adders(shards, rows_bytes, stage.link.wire)
-        messages += 2 * stage.works[0].layers * rounds * _message(stage.link, nbytes)
+        count = 2 * stage.works[0].layers * rounds
+        messages += count * _message(stage.link, nbytes)
+        latency += count * stage.link.latency
         if lanes(shards, int(batch.rows), rows_bytes, stage.link.wire) > 1 and stage.works[0].stacked:
             messages -= HIDDEN * min(messages, slowest.total)
     if stage.pipe is not None:
         messages += _message(stage.pipe, len(stage.works) * batch.rows * stage.pipe_bytes)
-    return replace(slowest, messages=messages)
+        latency += stage.pipe.latency
+    part = min(speed.part for _, speed in stage.kinds)
+    return replace(slowest, messages=messages, polling=latency * (1 / part - 1))
 
 
 def sum_bytes(kind: BlockType, hidden: int, shards: int) -> float:
@@ -271,7 +290,7 @@ def _round(stages: Sequence[Stage], batch: StepRows, count: int) -> Round:
     known = {id(stage): stage_time(stage, part) for stage in {id(stage): stage for stage in stages}.values()}
     times = [known[id(stage)] for stage in stages]
     slowest = max(range(len(times)), key=lambda number: times[number].total)
-    once = sum(time.total for time in times)
+    once = sum(time.rested for time in times)
     seconds = max(count * times[slowest].total, once)
     return Round(seconds, count, slowest, times[slowest], 1 - count * once / (len(times) * seconds))
 

@@ -28,7 +28,8 @@ QUOTA = 0.33  # of a core, for the slow host
 PERIOD = 100_000  # microseconds of such quotas
 SHARES = 262_144  # the weight of such a host against all else that runs here; 1024 is usual
 # What a program does in a namespace, which has another /sys, to see its control group.
-SEEN = "mount -t tmpfs none /sys/fs/cgroup && mkdir /sys/fs/cgroup/cpu && mount -t cgroup -o cpu none /sys/fs/cgroup/cpu"
+GROUPS = "/sys/fs/cgroup"
+SEEN = f"mount -t tmpfs none {GROUPS} && mkdir {GROUPS}/cpu && mount -t cgroup -o cpu none {GROUPS}/cpu"
 # Answers of the jobs with a slow host. Until it has loaded its weights after s seconds, a job of T seconds has the fast
 # one alone: of the sum of speeds (T + QUOTA * (T - s)) / (T * (1 + QUOTA)) are left, or 1 - 0.25 * s / T. A model of
 # 10^9 weights takes such a host 6 s: a job of 10 s loses 0.15 by it, and one of 45 s 0.03. So the short job must only
@@ -102,7 +103,7 @@ def limited(hosts: Hosts, quotas: Mapping[int, float]) -> Iterator[None]:
     hosts.agent.write_text(agent.replace("hostname $space; ", f"hostname $space; {SEEN}; "))
     with contextlib.ExitStack() as stack:
         for number, quota in quotas.items():
-            group = Path(f"/sys/fs/cgroup/cpu{own}") / f"{hosts.prefix}{number}"
+            group = Path(f"{GROUPS}/cpu{own}") / f"{hosts.prefix}{number}"
             group.mkdir()
             stack.callback(_remove, group)
             (group / "cpu.cfs_period_us").write_text(str(PERIOD))

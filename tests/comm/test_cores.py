@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mpillm.comm.cores import Cores, binding, cpu_quota, node_cores, physical, threads_per_rank
+from mpillm.comm.cores import Cores, binding, cores_of_time, cpu_quota, node_cores, physical, threads_per_rank
 from mpillm.errors import JobError
 
 
@@ -89,6 +89,7 @@ def test_cores_of_a_node() -> None:
     assert node_cores([Cores(free, 2.0, f"/task{rank}") for rank in range(3)]) == 6  # one each
     assert node_cores([Cores(free, 2.0, "/task"), Cores(free)]) == 8  # one is not limited
     assert node_cores([Cores(free, 0.5, "/small")]) == 1
+    assert cores_of_time([Cores(free, 0.5, "/small")]) == 0.5
 
 
 @pytest.mark.parametrize(("asked", "environ", "expected"), [

@@ -98,3 +98,33 @@ def test_the_part_of_a_machine_that_ranks_keep_busy() -> None:
     nodes = Nodes(0, ranks)
     assert nodes.loads(["auto"] * 4) == [("one", 1.0), ("one", 0.5), ("one", 0.125), ("other", 1.0)]
     assert nodes.loads([1, 3, 1, 1]) == [("one", 0.25), ("one", 0.75), ("one", 0.125), ("other", 0.5)]
+
+
+TWO = frozenset({0, 1})
+
+
+@pytest.mark.parametrize(
+    ("boots", "cores", "threads", "expected"),
+    [
+        ("a", Cores(TWO), 2, False),
+        ("a", Cores(TWO), 3, True),
+        ("a", Cores(TWO, 1.5, "group"), 1, False),
+        ("a", Cores(TWO, 1.5, "group"), 2, True),
+        ("a", Cores(TWO, 0.9, "group"), 1, True),  # there is no smaller number of threads
+        ("ab", Cores(TWO, 1.0, "group"), 1, False),
+        ("aab", Cores(TWO), 1, False),
+        ("aaa", Cores(TWO), 1, True),  # containers of one machine
+    ],
+)
+def test_threads_that_may_find_no_core(boots: str, cores: Cores, threads: int, expected: bool) -> None:
+    """Then ranks poll for a shorter time. Each rank is on a host of its own."""
+    ranks = [RankInfo(f"box{n}", boot, cores, Process(n, 0.0, 0), 1, "", 0.0) for n, boot in enumerate(boots)]
+    assert Nodes(0, ranks).oversubscribed(threads) == expected
+
+
+def test_the_part_of_a_core_that_a_quota_leaves() -> None:
+    """Of each thread; ranks of one control group share it."""
+    groups = [Cores(TWO, 0.5, "pod"), Cores(TWO, 1.5, "job"), Cores(TWO, 1.5, "job"), Cores(TWO)]
+    ranks = [RankInfo("a", "a", cores, Process(n, 0.0, 0), 1, "", 0.0) for n, cores in enumerate(groups)]
+    assert [Nodes(n, ranks).part_by_quota(1) for n in range(4)] == [0.5, 0.75, 0.75, 1.0]
+    assert [Nodes(n, ranks).part_by_quota(2) for n in range(4)] == [0.25, 0.375, 0.375, 1.0]

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 
+import msgspec
 import pytest
 
 from mpillm import spec
@@ -18,6 +19,7 @@ from mpillm.planning import pace
 from mpillm.planning.hosts import Host, machines_of
 from mpillm.planning.input_memory import InputNeeds
 from mpillm.planning.layout import Layouts
+from mpillm.planning.layout_plans import Found
 from mpillm.planning.machines import Machines
 from mpillm.planning.planner import Planner
 from mpillm.planning.search import for_run
@@ -139,3 +141,28 @@ def test_those_who_share_a_machine_have_its_cores_alone_without_the_others() -> 
     assert [speed.core for speed in machines.of_ranks([1, 2]).speeds] == [0.5 / 0.75, 1.0]
     assert machines.of_ranks([0, 1, 2]).speeds == speeds
     assert [speed.core for speed in machines.of_ranks([1]).of_ranks([0]).speeds] == [0.5 / 0.75]
+
+
+def test_hosts_with_a_quota_compute_one_answer_as_stages(planner: Planner) -> None:
+    """Each has a quarter of a core, which is a whole one while the others compute; a slow core is none.
+
+    A stage of a larger model computes for longer than a quota's period, and is stopped as shards are.
+    """
+    slow = host(0.25, mbit=94.0, latency_us=100.0, core=0.1)
+    quotas, cores = (machines_of([msgspec.structs.replace(slow, part=part)] * 4) for part in (0.25, 1.0))
+    one, small = layouts(planner, 1), planner.config.n_layers == MODELS["0.1B"][0]
+    found, _, _ = for_run(one, quotas)
+    assert shape(found) == ((4, 1) if small else (1, 4))
+    if small:
+        whole, _, _ = for_run(one, machines_of([slow]))
+        assert found.time.decode > 3 * whole.time.decode
+    found, _, _ = for_run(one, cores)
+    assert shape(found) == (1, 4)
+    many, _, _ = for_run(layouts(planner, 1000), quotas)
+    assert len(many.chosen.replicas) == 4
+
+
+def shape(found: Found) -> tuple[int, int]:
+    """The stages and shards of its only replica."""
+    (replica,) = found.chosen.replicas
+    return replica.stages, replica.shards

@@ -24,6 +24,7 @@ from mpillm.planning.step_time import (
     LOAD,
     NARROW,
     ONE_BY_ONE,
+    PERIOD,
     STEP,
     STREAMED,
     WAIT,
@@ -189,6 +190,31 @@ def test_as_many_micro_batches_as_stages_keep_all_busy() -> None:
     assert (one.micro_batches, one.bubble) == (1, pytest.approx(0.75))
     uneven = round_of(times(1, 3), StepRows(64, 64, 0))
     assert (uneven.slowest, uneven.bubble) == (1, pytest.approx(1 / 3, abs=0.01))
+
+
+def test_ranks_with_a_part_of_a_core_run_at_full_speed_after_a_wait() -> None:
+    """Stages in turn use their part while the others wait; then each of them is stopped, as one that never waits is."""
+    quarter = replace(SPEED.slowed(4), part=0.25)
+
+    def seconds(count: int, each: float, speed: Speed) -> float:
+        own = work(0, each / 2 * 1e9)
+        return round_of([stage(own, speed=speed) for _ in range(count)], ONE).seconds
+
+    outside = STEP + DRAWN
+    assert seconds(1, 0.02, quarter) == pytest.approx(4 * (0.02 + outside))
+    assert seconds(4, 0.02, quarter) == pytest.approx(4 * (0.02 + outside)) == seconds(4, 0.02, SPEED)
+    assert seconds(8, 0.02, quarter) == pytest.approx(8 * (0.02 + outside))
+    assert seconds(2, 0.02, quarter) == pytest.approx(4 * (0.02 + outside))  # the part is used up
+    # Ten times the part of a period: stopped ten times, wherever it began.
+    assert seconds(8, 0.25, quarter) == pytest.approx(8 * (0.25 + outside + 10 * 0.75 * PERIOD))
+
+
+def test_polling_for_messages_takes_time_from_a_part_of_a_core() -> None:
+    net = LinkRate(1e-3, 1e6)
+    half = stage(work(), work(), link=net, speed=replace(SPEED, part=0.5))
+    always, stopped = stage_time(stage(work(), work(), link=net), ONE), stage_time(half, ONE)
+    assert stopped.total == pytest.approx(always.total + 2 * 2 * 1e-3)
+    assert stopped.messages == always.messages
 
 
 def test_a_job_is_its_prompts_and_then_its_answers_in_turns() -> None:

@@ -86,14 +86,20 @@ def test_speeds_between_the_measured_rows_and_of_other_types() -> None:
 
 def test_a_file_of_hosts_comes_back_as_it_was_written(tmp_path: Path) -> None:
     pi = Host(memory="7GiB", name='p"i', count=2, ranks=2, products={"q8_0": [2.0, 4.0, 6.0]},
-              attention=[8.0, 10.0], disk_pages_gbs=0.2, core=0.3, mbit=100.0)  # fmt: skip
+              attention=[8.0, 10.0], disk_pages_gbs=0.2, core=0.3, part=0.5, mbit=100.0)  # fmt: skip
     file = tmp_path / "hosts.toml"
     hosts.write(file, [pi, Host(memory=2**30)])
     machines = hosts.read(file, 5)
     assert list(machines.names) == ['p"i (1)', 'p"i (1)', 'p"i (2)', 'p"i (2)', "host 3"]
     half = ASSUMED.shared_by(2)
     assert machines.speeds[0] == replace(
-        half, products={"q8_0": (1e9, 2e9, 3e9)}, attention=(4e9, 5e9), pages=1e8, core=0.3, wire=12.5e6
+        half,
+        products={"q8_0": (1e9, 2e9, 3e9)},
+        attention=(4e9, 5e9),
+        pages=1e8,
+        core=0.3,
+        part=0.5,
+        wire=12.5e6,
     )
     assert machines.speeds[4] == ASSUMED
     assert not machines.measured
@@ -164,6 +170,9 @@ def test_a_host_with_a_quota_measures_as_slow_as_it_is(monkeypatch: pytest.Monke
     assert slow.core / whole.core == pytest.approx(0.25, rel=0.2)
     assert slow.fill / whole.fill == pytest.approx(0.25, rel=0.2)
     assert slow.products["q4_0"][0] / whole.products["q4_0"][0] == pytest.approx(0.25, rel=0.2)
+    assert (whole.part, slow.part) == (1.0, pytest.approx(0.25, rel=0.2))
+    known = kernel_rates.kernel_rates(["q4_0"], 1, 2**23, quota=0.5)  # a short measurement may miss it
+    assert (known.part, known.core / whole.core) == (0.5, pytest.approx(0.5, rel=0.2))
 
 
 def test_a_call_that_is_stopped_takes_no_longer_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
