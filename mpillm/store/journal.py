@@ -79,8 +79,9 @@ class Journal(Descriptor):
     ) -> None:
         """Open the journal of the claimed directory, or create it; `layout` is that of the results to append.
 
-        `model_state` changes when somebody touches the model's files (`Watch.state`). If it differs from the journal's,
-        what was appended after the last `mark_verified` is dropped.
+        `model_state` has the states of the model's files on all hosts (`Watch.state`), with a "+" between them. If it
+        differs from the journal's by more than hosts that left or hosts that joined, what was appended after the last
+        `mark_verified` is dropped.
 
         OutputError if it belongs to another job, or if the input lacks a line that it had before.
         """
@@ -159,15 +160,18 @@ class Journal(Descriptor):
 
     def _without_unverified(self, found: Scan) -> Scan:
         """The content of the journal, without what may have been computed with other files of the model."""
-        if found.verified is None or found.verified.state == self._state:
+        if found.verified is None:
+            return found
+        stored, now = set(found.verified.state.split("+")), set(self._state.split("+"))
+        if stored <= now or now <= stored:
             return found
         before = len(found.done)
         os.ftruncate(self._file, found.verified.upto)
         found = scan(self._file)
         if dropped := before - len(found.done):
             self.damage.append(
-                f"The model's files were modified or replaced since the journal {self.path} was written: "
-                f"the last {count_of(dropped, 'request')} will run again."
+                f"The model's files were modified, replaced or moved to other hosts since the journal {self.path} "
+                f"was written: the last {count_of(dropped, 'request')} will run again."
             )
         return found
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 import msgspec
 
 from mpillm.batch.work import Line
@@ -57,6 +59,19 @@ def test_records_of_other_kinds_are_passed_over(tmp_path: Path) -> None:
     assert done(tmp_path) == ["a"]
 
 
+@pytest.mark.parametrize(
+    ("state", "kept"),
+    [("a+b+c", True), ("a+b", True), ("b", True), ("a+b+c+d", True), ("a+b+d", False), ("d", False)],
+)
+def test_nothing_is_dropped_when_hosts_leave_or_join(tmp_path: Path, state: str, kept: bool) -> None:
+    """Each host may have its own copy of the model; one that is replaced together with its host counts as changed."""
+    with Claim(tmp_path) as claim, Journal(claim, IDENTITY, lines(*NAMES), model_state="a+b+c") as journal:
+        journal.append(result("a"))
+        journal.flush()
+    with Claim(tmp_path) as claim, Journal(claim, IDENTITY, lines(*NAMES), model_state=state) as journal:
+        assert (list(journal.finished()) == ["a"]) is kept
+
+
 def test_what_may_be_of_a_changed_model_is_dropped(tmp_path: Path) -> None:
     """Counted is what was there at the look before the last good one, for ranks do not look at the same moment."""
 
@@ -75,8 +90,8 @@ def test_what_may_be_of_a_changed_model_is_dropped(tmp_path: Path) -> None:
     with Claim(tmp_path) as claim, opened(claim, "second") as journal:
         assert list(journal.finished()) == ["a", "b"]
         assert journal.damage == [
-            f"The model's files were modified or replaced since the journal {tmp_path / 'journal'} was "
-            "written: the last 2 requests will run again."
+            f"The model's files were modified, replaced or moved to other hosts since the journal "
+            f"{tmp_path / 'journal'} was written: the last 2 requests will run again."
         ]
         journal.append(result("c"))
         journal.flush()
