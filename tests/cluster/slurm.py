@@ -157,7 +157,8 @@ class Slurm:
         key.write_bytes(secrets.token_bytes(128))
         ports = _free_ports(1 + len(self.nodes))
         nodes = "\n".join(
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={self.cpus} RealMemory=4096 State=UNKNOWN"
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={self.cpus} "
+            "RealMemory=4096 State=UNKNOWN"
             for node, port in zip(self.nodes, ports[1:], strict=True)
         )
         (root / "slurm.conf").write_text(CONF.format(host=host, root=root, ports=ports, nodes=nodes))

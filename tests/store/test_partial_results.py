@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 import msgspec
+import pytest
 
 from mpillm.batch.work import Line
 from mpillm.store.journal import Journal
