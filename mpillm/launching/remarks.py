@@ -21,7 +21,7 @@ KEPT = 200  # lines of remarks
 _RULE = re.compile(r"([-=])\1{40,}$")  # the first and the last line of a banner of Open MPI or MPICH
 _REMARK = re.compile(
     r"\[(mpiexec|proxy:\d+)@|YOUR APPLICATION TERMINATED WITH |This typically refers to a problem with your |"
-    r"Please see the FAQ page for |"  # these are MPICH's
+    r"Please see the FAQ page for |Abort\(\d+\) on node .*: application called MPI_Abort|"  # these are MPICH's
     r"\[[^\s\]]+:\d+\] (\[.+?\] )?(\w+ ERROR: |plm:|UNSUPPORTED DAEMON)|NBC_Progress: |"  # Open MPI's
     r"ssh: |client_loop: |Connection (to|closed|reset) |Timeout, server |Host key verification failed"
 )
@@ -35,13 +35,19 @@ _CAUSES = (
         r"lost communication with a remote daemon.*?Remote daemon:[^\n]* on node (\S+)",
         "mpiexec lost its daemon on {}",
     ),
-    (r"A daemon failed to report back.*?Remote host:\s+(\S+)", "mpiexec could not start its daemon on {}"),
+    (
+        r"A daemon failed to report back.*?Remote host:\s+(\S+)",
+        "mpiexec could not start its daemon on {}, or lost it",
+    ),
     (r"RUNNING AT (\S+)\n=\s+EXIT CODE: ([4-9]|[1-5]\d)\n", "a rank on {} was ended by {}"),
     (
         r"process rank \d+ with PID \d+ on node\s+(\S+) exited on\s+signal (\d+)",
         "a rank on {} was ended by {}",
     ),
     (r"(ssh: connect to host [^\n]+)", "{}"),
+    (r"Connection to (\S+) closed by remote host", "the connection to {} was closed"),
+    # MPICH does not say which.
+    (r"\[mpiexec@\S+\] control_cb .*assert \(!closed\) failed", "mpiexec lost its daemon on a host"),
 )
 
 
@@ -115,7 +121,7 @@ class Remarks:
         text = "".join(f"{line}\n" for line in self._kept)
         for pattern, sentence in _CAUSES:
             if found := re.search(pattern, text, re.DOTALL):
-                place, *number = found.groups()
+                place, *number = found.groups() or ("",)
                 return sentence.format(place.strip(), *(signal.Signals(int(code)).name for code in number))
         return "mpiexec waited for a host that was lost" if self.waits else None
 

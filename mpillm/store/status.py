@@ -17,7 +17,7 @@ import msgspec
 from mpillm.errors import Interrupted, JobError
 from mpillm.foreign import alike
 from mpillm.store.directory import Directory, explained
-from mpillm.store.output import JOURNAL, LOCK, NO_LOCKS, owner_of
+from mpillm.store.output import INPUT, JOURNAL, LOCK, NO_LOCKS, owner_of
 from mpillm.store.records import KEY_BYTES, JournalHeader, Scan, scan
 from mpillm.store.same_job import MODEL_FILE
 from mpillm.words import count_of, tokens_of
@@ -99,7 +99,7 @@ class NotBegun(JobError):
 
 
 class Starting(Interrupted):
-    """A run has the directory and has not written its journal yet."""
+    """A run has the directory, or had it, and has not written its journal yet."""
 
 
 class Reader:
@@ -117,11 +117,16 @@ class Reader:
             except FileNotFoundError:
                 meant = alike(path) or "a run creates it when it starts."
                 raise NotBegun(f"The directory {path} does not exist; {meant}") from None
-        if JOURNAL not in self._directory.names():
+        names = self._directory.names()
+        if JOURNAL not in names:
             owner = self._owner()
             self._directory.close()
             if owner is not None:
                 raise Starting(f"The run in {path} is starting ({owner}); look again in a few seconds.")
+            if LOCK in names <= {LOCK, INPUT}:
+                raise Starting(
+                    f"The run in {path} was stopped before it computed anything; type its command again."
+                )
             raise NotBegun(f"The directory {path} is not the output directory of a run: it has no {JOURNAL}.")
 
     def look(self) -> Status:

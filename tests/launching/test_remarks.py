@@ -50,7 +50,13 @@ PROXY = """\
 [proxy:0@door1] HYD_pmcd_pmip_control_cmd_cb (/mpich/src/pm/hydra/proxy/pmip_cb.c:490): assert (!closed) failed
 [mpiexec@door1] main (/mpich/src/pm/hydra/mpiexec/mpiexec.c:270): process manager error waiting for completion
 """
+CLOSED = "Connection to door2 closed by remote host.\n"
+DAEMON = """\
+[mpiexec@door1] control_cb (/mpich/src/pm/hydra/mpiexec/pmiserv_cb.c:280): assert (!closed) failed
+[mpiexec@door1] main (/mpich/src/pm/hydra/mpiexec/mpiexec.c:270): process manager error waiting for completion
+"""
 OTHER = """\
+Abort(75) on node 1 (rank 1 in comm 496): application called MPI_Abort(comm=0x84000000, 75) - process 1
 [door1:12433] PRTE ERROR: Not found in file odls_base_default_fns.c at line 1751
 [door1:23547] plm:ssh: Warning: setpgid(23551,23551) failed in parent with errno=Permission denied(13)
 [door1:22856] UNSUPPORTED DAEMON ERROR STATE: NO PATH TO TARGET
@@ -100,12 +106,14 @@ def heard() -> Hear:
 @pytest.mark.parametrize(
     ("text", "cause"),
     [
-        (UNABLE, "mpiexec could not start its daemon on door2"),
+        (UNABLE, "mpiexec could not start its daemon on door2, or lost it"),
         (LOST + UNABLE, "mpiexec lost its daemon on door2"),
         (KILLED, "a rank on door2 was ended by SIGKILL"),
         (ENDED.format(9) + PROXY, "a rank on door2 was ended by SIGKILL"),
         (ENDED.format(75), None),
         (SSH + PROXY, SSH.strip()),
+        (CLOSED + DAEMON, "the connection to door2 was closed"),
+        (DAEMON, "mpiexec lost its daemon on a host"),
         (OTHER, None),
     ],
 )

@@ -127,6 +127,11 @@ def test_new_records_alone_are_read_again(openmpi: Mpi, tmp_path: Path) -> None:
         Reader(tmp_path)
     with pytest.raises(JobError, match=r"The directory .* does not exist"):
         Reader(tmp_path / "nothing")
+    (tmp_path / "soon").mkdir()
+    with Claim(tmp_path / "soon"):
+        pass
+    with pytest.raises(Interrupted, match="was stopped before it computed anything; type its command again"):
+        Reader(tmp_path / "soon")
     with (
         contextlib.closing(Claim(tmp_path / "new")),
         pytest.raises(Interrupted, match="look again in a few seconds"),
