@@ -46,9 +46,9 @@ class RequestError(MpillmError):
 
 
 class UnsuitedError(RequestError):
-    """The model or the batch cannot have such a request, whatever its values.
+    """The model can answer no such request, whatever its values.
 
-    The model lacks a tokenizer, a chat template, a classifier; the batch is for another endpoint.
+    The model lacks a tokenizer, a chat template, a classifier.
     """
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpillm.errors import JobError
+from mpillm.store.output import refuse_no_directory
 from mpillm.store.results import HDF5, JSONL
 from mpillm.store.table import as_cell, row_of
 from mpillm.words import count_of
@@ -47,6 +48,7 @@ class Results:
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         """Open an output directory; raises JobError if it has no results (yet)."""
         self.directory = Path(directory)
+        refuse_no_directory(self.directory)
         if not (self.directory / JSONL).is_file() or not (self.directory / HDF5).is_file():
             raise JobError(
                 f"There are no results in {self.directory}: its run is not finished, or it is not the output "

@@ -33,17 +33,20 @@ def result_line(work: Work, completions: Sequence[FinishedCompletion], model: Mo
     return _line(work.custom_id, 200, work.endpoint.response(work, completions, model), None)
 
 
-def error_line(custom_id: str, message: str, status: int = 400) -> bytes:
-    """The line of results.jsonl for a request that ended in an error; `message` is one sentence."""
+def error_line(custom_id: str, message: str, status: int = 400, param: str | None = None) -> bytes:
+    """The line of results.jsonl for a request that ended in an error; `message` is one sentence.
+
+    `param` is the key that is wrong.
+    """
     kind, code = ("invalid_request_error", BAD) if status < 500 else ("server_error", FAILED)
-    body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
     return _line(custom_id, status, body, {"code": code, "message": message})
 
 
 def bad_line(line: Line) -> bytes:
     """The line of results.jsonl for a line of the input that is wrong."""
     assert line.error is not None
-    return error_line(line.custom_id, line.error)
+    return error_line(line.custom_id, line.error, param=line.param)
 
 
 def _line(custom_id: str, status: int, body: dict[str, Any], error: dict[str, str] | None) -> bytes:

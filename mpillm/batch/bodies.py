@@ -67,7 +67,7 @@ def refuse_repeated_keys(raw: bytes) -> None:
 def _unique(pairs: list[tuple[str, Any]]) -> None:
     if len(dict(pairs)) < len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise RequestError(f"the key {twice[:100]!r} occurs twice")
+        raise RequestError(f"the key {twice[:100]!r} occurs twice", twice[:100])
 
 
 _UNIQUE = json.JSONDecoder(object_pairs_hook=_unique)
@@ -88,9 +88,9 @@ def custom_id_of(line: dict[str, Any]) -> str | None:
     if name is None:
         return None
     if not isinstance(name, str) or not name:
-        raise RequestError("custom_id must be a non-empty string")
+        raise RequestError("custom_id must be a non-empty string", "custom_id")
     if len(name) > MAX_NAME:
-        raise RequestError(f"custom_id has {len(name)} characters; the maximum is {MAX_NAME}")
+        raise RequestError(f"custom_id has {len(name)} characters; the maximum is {MAX_NAME}", "custom_id")
     return name
 
 
@@ -122,18 +122,21 @@ def _open(line: dict[str, Any]) -> tuple[type[Endpoint], dict[str, Any]]:
         return found[0], body | {key: line[key] for key in keys}
     for key in line:
         if key not in _BATCH_KEYS:
-            raise RequestError(f"the key {key!r} is unknown; the keys of a line are {', '.join(_BATCH_KEYS)}")
+            raise RequestError(
+                f"the key {key!r} is unknown; the keys of a line are {', '.join(_BATCH_KEYS)}", key
+            )
     if line.get("method", "POST") != "POST":
-        raise RequestError(f"the method must be 'POST', not {short(line['method'])}")
+        raise RequestError(f"the method must be 'POST', not {short(line['method'])}", "method")
     url = line.get("url")
     urls = {one: endpoint for endpoint in ENDPOINTS for one in (endpoint.url, *endpoint.aliases)}
     if not isinstance(url, str) or url not in urls:
         given = "there is no url" if url is None else f"the url {short(url)} is unknown"
-        if isinstance(url, str) and url in OTHERS:
-            raise RequestError(f"{given}; use {OTHERS[url]}")
-        raise RequestError(f"{given}; there are {', '.join(endpoint.url for endpoint in ENDPOINTS)}")
+        path = re.sub(r"^\w+://[^/]*", "", url) if isinstance(url, str) else ""
+        if path in urls or path in OTHERS:
+            raise RequestError(f"{given}; use {OTHERS.get(path, path)}", "url")
+        raise RequestError(f"{given}; there are {', '.join(endpoint.url for endpoint in ENDPOINTS)}", "url")
     if not isinstance(line.get("body"), dict):
-        raise RequestError("the body must be a JSON object")
+        raise RequestError("the body must be a JSON object", "body")
     return urls[url], line["body"]
 
 

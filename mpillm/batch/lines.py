@@ -59,7 +59,7 @@ class Lines:
     def _write(self, line: Line) -> int:
         place = self._written + len(self._held)
         raw = msgspec.msgpack.encode(
-            (line.number, line.offset, line.length, line.custom_id, line.digest, line.error)
+            (line.number, line.offset, line.length, line.custom_id, line.digest, line.error, line.param)
         )
         self._held += len(raw).to_bytes(_LENGTH, "little") + raw
         if len(self._held) >= HELD:
@@ -83,7 +83,7 @@ class Lines:
             ) from error
 
 
-_Stored = tuple[int, int, int, str, bytes, str | None]
+_Stored = tuple[int, int, int, str, bytes, str | None, str | None]
 
 
 def _decoded(raw: bytes | bytearray, at: int) -> Line:

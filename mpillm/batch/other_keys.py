@@ -115,7 +115,7 @@ _INSTEAD = {
     "logprob_token_ids": "; top_logprobs and logprobs give up to 1000 alternatives",
     "max_new_tokens": "; use max_tokens",
     "max_tokens_per_doc": "; use truncate_prompt_tokens",
-    "messages": " here; they are for /v1/chat/completions and /v1/multiple_choice",
+    "messages": " here; it is a key of /v1/chat/completions and /v1/multiple_choice",
     "input": "; it is for /v1/embeddings and /v1/classify",
     "prompt": "; it is for /v1/completions, and chats have messages",
     "prompt_embeds": "; a prompt is a text or token ids",

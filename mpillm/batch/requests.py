@@ -64,7 +64,7 @@ class CheckedInput:
         for index in range(len(self)) if self.bad else ():
             line = self.lines[index]
             if line.error is not None and line.custom_id in done:
-                self.lines.replace(index, replace(line, error=None))
+                self.lines.replace(index, replace(line, error=None, param=None))
                 self.bad -= 1
 
     def unanswered(self, done: Container[str] = ()) -> Iterator[Line]:
@@ -176,13 +176,14 @@ def _check_line(line: Line, raw: bytes | None, named: NumbersByName, batch: Chec
         if name is not None:
             if (first := named.add(name, line.number)) != line.number:
                 raise RequestError(
-                    f"the custom_id {name[:100]!r} is already that of {batch.unit.lower()} {first}"
+                    f"the custom_id {name[:100]!r} is already that of {batch.unit.lower()} {first}",
+                    "custom_id",
                 )
             line = replace(line, custom_id=name)
         work = make_work(line, content, batch.spec, batch.model)
         if batch.url not in (None, work.endpoint.url):
-            raise UnsuitedError(
-                f"the line is for {work.endpoint.url}, and the batch is for the endpoint {batch.url}"
+            raise RequestError(
+                f"the line is for {work.endpoint.url}, and the batch is for the endpoint {batch.url}", "url"
             )
     except RequestError as problem:
         said = str(problem).rstrip(".")
@@ -190,7 +191,7 @@ def _check_line(line: Line, raw: bytes | None, named: NumbersByName, batch: Chec
         batch.order.add(None)
         if isinstance(problem, UnsuitedError) and batch.unsuited is None:
             batch.unsuited = f"{batch.unit.lower()} {line.number}: {said}"
-        return replace(line, error=f"{batch.unit} {line.number}: {said}.")
+        return replace(line, error=f"{batch.unit} {line.number}: {said}.", param=problem.param)
     batch.order.add(work)
     if (model := work.endpoint.model) is not None:
         name = model[:100]

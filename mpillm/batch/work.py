@@ -56,7 +56,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Where a line is, what it is called, and what is wrong with it (None if nothing)."""
+    """Where a line is, what it is called, and what is wrong with it (None if nothing), with the key that is wrong."""
 
     number: int  # from 1
     offset: int  # bytes
@@ -64,6 +64,7 @@ class Line:
     custom_id: str
     digest: bytes  # of the content, 16 bytes
     error: str | None = None
+    param: str | None = None
 
 
 class ResultColumn(NamedTuple):

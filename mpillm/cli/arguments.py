@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from mpillm import version
 from mpillm.cli import bench, serve, supervise
-from mpillm.cli.parser import CommandParser
+from mpillm.cli.parser import CommandParser, positive
 
 if TYPE_CHECKING:
     from mpillm.spec import TableFormat
@@ -67,7 +67,7 @@ def command_parser() -> argparse.ArgumentParser:
     bench.add(add("bench", help="measure speed, and compare it with the machine's limits"))
     ranks = add("ranks")  # of `mpillm.LLM`, which alone uses it: no help
     ranks.add_argument("address", metavar="SOCKET")
-    ranks.add_argument("-n", type=_positive, default=1)
+    ranks.add_argument("-n", type=positive, default=1)
     return parser
 
 
@@ -82,7 +82,7 @@ def _add_jobs(add: Add) -> None:
     )
     plan = add("plan", help="predict the memory, time and layout of a job")
     _job_arguments(plan)
-    plan.add_argument("--ranks", type=_positive, metavar="N", help="number of ranks (1, or all of --hosts)")
+    plan.add_argument("--ranks", type=positive, metavar="N", help="number of ranks (1, or all of --hosts)")
     plan.add_argument(
         "--hosts",
         type=Path,
@@ -91,7 +91,7 @@ def _add_jobs(add: Add) -> None:
     )
     plan.add_argument(
         "--ranks-per-host",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="without --hosts: ranks on each host (1)",
     )
@@ -124,8 +124,8 @@ def _add_models(add: Add) -> None:
     )
     worker = add("worker", help="serve a root of Distributed-Llama as a worker")
     worker.add_argument("--host", default="0.0.0.0", help="the address that the root connects to (all)")
-    worker.add_argument("--port", type=_positive, default=9990, help="(9990)")
-    worker.add_argument("--nthreads", type=_positive, default=1, metavar="N", help="threads (1)")
+    worker.add_argument("--port", type=positive, default=9990, help="port to listen on (9990)")
+    worker.add_argument("--nthreads", type=positive, default=1, metavar="N", help="threads (1)")
     add("models", help="list the catalogue with sizes, and all supported architectures")
     pull = add("pull", help="fetch a model of the catalogue, or hf:owner/name")
     pull.add_argument("name", help="such as smollm2-135m")
@@ -160,7 +160,7 @@ def _add_results(add: Add) -> None:
     watch = add("watch", help="show the progress of a run every few seconds until it ends")
     watch.add_argument("directory", type=Path, help="the run's output directory")
     watch.add_argument(
-        "--every", type=_positive, default=5, metavar="SECONDS", help="time between two lines (5)"
+        "--every", type=positive, default=5, metavar="SECONDS", help="time between two lines (5)"
     )
     compare = add("compare", help="show what differs between the results of two runs")
     compare.add_argument("first", type=Path, help="a finished run's output directory")
@@ -210,10 +210,3 @@ def _rate(text: str) -> float:
     if not 0 < rate < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a rate; write tokens/s as a number above 0")
     return rate
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number

@@ -188,7 +188,8 @@ def _models(options: argparse.Namespace) -> int:
         ("Supported architectures of GGUF files:", gguf_architectures()),
     ):
         print(f"\n{heading}")
-        print(textwrap.fill(", ".join(names), 80, initial_indent="  ", subsequent_indent="  "))
+        shown = textwrap.wrap(", ".join(names), 78, break_on_hyphens=False)
+        print(textwrap.indent("\n".join(shown), "  "))
     return 0
 
 
@@ -223,6 +224,13 @@ def _export(options: argparse.Namespace) -> int:
     from mpillm.store import table
 
     suffix = options.output.suffix.removeprefix(".") if options.output else ""
+    if suffix in FORMATS and options.format not in (None, suffix):
+        raise JobError(
+            f"{options.output} is not called like --format {options.format}; leave one of them out."
+        )
+    if suffix and options.format is None and suffix not in FORMATS:
+        endings = ", ".join(f".{format}" for format in FORMATS)
+        raise JobError(f"{options.output} ends in none of {endings}; choose one of them, or add --format.")
     wanted = options.format or suffix
     format = next((format for format in FORMATS if format == wanted), FORMATS[0])
     print(table.export(options.directory, format, options.output, options.input))

@@ -18,6 +18,27 @@ OF_SLURM = {
     "--job-name", "--mem", "--mem-per-cpu", "--nodelist", "--nodes",
     "--ntasks", "--ntasks-per-node", "--partition", "--qos", "--time",
 }  # fmt: skip
+# Words for which other programs have a command, by the command that does it here.
+COMMANDS = {
+    "pull": ("add", "download", "fetch", "get"),
+    "models": ("info", "list", "ls", "show"),
+    "pack": ("compile", "convert", "quantize"),
+    "run": (
+        "batch", "complete", "continue", "embed", "generate", "infer", "restart", "resume", "run-batch", "score",
+        "start",
+    ),
+    "lm-eval": ("eval", "evaluate"),
+    "watch": ("follow", "log", "logs", "progress", "tail"),
+    "status": ("ps", "top"),
+    "report": ("html", "plot", "plots"),
+    "compare": ("diff",),
+}  # fmt: skip
+WITHOUT_COMMAND = {
+    **dict.fromkeys(
+        ("abort", "cancel", "kill", "stop"), "Ctrl-C or SIGTERM stops a run, and scancel one that Slurm has started"
+    ),
+    **dict.fromkeys(("clean", "delete", "remove", "rm"), "to remove a run, type rm -r DIRECTORY"),
+}  # fmt: skip
 # Options of other programs that ask for what there is in another way, or not at all.
 ELSEWHERE = {
     **dict.fromkeys(
@@ -28,6 +49,17 @@ ELSEWHERE = {
     ),
     **dict.fromkeys(("--system", "--system-prompt"), "type /system TEXT in the conversation of mpillm chat"),
     "--stream": "chat and serve stream; a run writes finished answers to results.jsonl",
+    **dict.fromkeys(
+        ("--ssl-certfile", "--ssl-keyfile", "--tls"), "for TLS put a proxy in front of the server"
+    ),
+    **dict.fromkeys(
+        ("--alias", "--served-model-name"), "clients see the name of the model's file; rename it, or make a link"
+    ),
+    "--cors": "type --allowed-origins ORIGIN",
+    **dict.fromkeys(
+        ("--cache-dir", "--dir", "--local-dir"), "to store models elsewhere, type export MPILLM_CACHE=DIRECTORY first"
+    ),
+    "--nodes": "--ranks N plans one rank on each of N hosts; --ranks-per-host M puts M ranks on each",
     "--workers": "one process serves all clients; for more speed type mpillm launch -n N serve",
 }  # fmt: skip
 
@@ -66,30 +98,52 @@ def sentence(
             option := next((option for option in known if option.startswith(f"--{letter[1]}")), None)
         ):
             return f"there is no option {name}; type {option} {value or 'VALUE'}"
+        if name in HOSTS and command == "launch":
+            return f"there is no option {name}; write the hosts into a file, one in a line, and type --hostfile FILE"
         if name in ELSEWHERE:
             return f"there is no option {name}: {ELSEWHERE[name]}"
         if not word.startswith("-"):
             if " " in word and command == "chat":
                 return f"{word!r} is not an option; run mpillm chat, and type it there"
-            belongs = (
-                words[max(words.index(word) - 1, 0)] in unknown
-            )  # to an option, which is the one to explain
+            if word.endswith(".toml"):
+                if command in ("plan", "run"):
+                    return f"{word!r} is a second job file; {command} takes one"
+                return f"{word!r} is a job file, which only run and plan read; type --model MODEL"
+            before_it = words[max(words.index(word) - 2, 0) : words.index(word)]
+            # The word may belong to an option that is explained instead, or continue the value of one.
+            belongs = before_it[-1] in unknown or (before_it[0].startswith("--") and "=" not in before_it[0])
             if "--model" in known and command != "run" and not belongs:
                 return f"{word!r} is not an option; to choose a model, type --model {word}"
             if "--set" in known and (meant := _value_of_set(word, words)):
                 return f"{word!r} is an unexpected argument; did you mean {meant}?"
             continue
-        if name in HOSTS and command == "launch":
-            return f"there is no option {name}; write the hosts into a file, one in a line, and type --hostfile FILE"
         if name == "--hosts" and command in WITH_RANKS:
             return f"there is no option {name}; type mpillm launch --hostfile FILE {command} ..."
-        if name.startswith("--") and (key := _key_called(name[2:])):
+        settable = name.startswith("--") and "--set" in known
+        if settable and (key := _key_called(name[2:])):
             return f"there is no option {name}; type --set {key}={value or 'VALUE'}"
-        if close := difflib.get_close_matches(name, known, n=1):
-            return f"there is no option {name}; did you mean {close[0]}?"
-        if name.startswith("--") and (key := _key_like(name[2:])):
+        names = {option.lstrip("-"): option for option in known}
+        if close := difflib.get_close_matches(name.lstrip("-"), names, n=1, cutoff=0.65):
+            return f"there is no option {name}; did you mean {names[close[0]]}?"
+        if settable and (key := _key_like(name[2:])):
             return f"there is no option {name}; did you mean --set {key}={value or 'VALUE'}?"
     return None
+
+
+def of_command(word: str, commands: Collection[str]) -> str:
+    """What to type instead of a command that there is not."""
+    if word in WITHOUT_COMMAND:
+        return WITHOUT_COMMAND[word]
+    if word.endswith(".toml"):
+        meant = [f"run {word}"]
+    elif word.isdecimal():  # a number is the value of an option that stands in the wrong place
+        meant = [f"launch -n {word} run"]
+    elif word in ("help", "version"):
+        meant = [f"mpillm --{word}", *(["mpillm run --help"] if word == "help" else [])]
+    else:
+        meant = [command for command, words in COMMANDS.items() if word in words]
+        meant = meant or difflib.get_close_matches(word, commands, n=1)
+    return f"did you mean {' or '.join(meant)}?" if meant else f"there are {', '.join(commands)}"
 
 
 def _value_of_set(word: str, words: Sequence[str]) -> str | None:

@@ -43,14 +43,7 @@ class CommandParser(argparse.ArgumentParser):
         """Say what is wrong, and what to type instead where that can be guessed."""
         if given := re.match(r"argument COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)", message):
             commands = [name for name in re.findall(r"[\w-]+", given[2]) if name not in HIDDEN]
-            job = [f"run {given[1]}"] if given[1].endswith(".toml") else []
-            option = [f"mpillm --{given[1]}"] if given[1] in ("help", "version") else []
-            option += ["mpillm run --help"] if given[1] == "help" else []
-            # A number is the value of an option that stands in the wrong place.
-            ranks = [f"launch -n {given[1]} run"] if given[1].isdecimal() else []
-            close = job or option or ranks or difflib.get_close_matches(given[1], commands, n=1)
-            other = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(commands)}"
-            message = f"there is no command {given[1]!r}; {other}"
+            message = f"there is no command {given[1]!r}; {instead.of_command(given[1], commands)}"
         elif given := re.match(r"(argument .*): invalid (\w+) value: (.*)", message):
             kind = "number" if given[2] == "float" else "whole number"
             message = f"{given[1]}: {given[3]} is not a {kind}"
@@ -58,10 +51,7 @@ class CommandParser(argparse.ArgumentParser):
                 message = "there is no option -np; type -n N, or mpiexec -np N python -m mpillm"
         elif message.startswith("the following arguments are required"):
             wanted = [action for action in self._actions if action.required]
-            shown = [
-                " ".join([*action.option_strings[:1], str(action.metavar or action.dest.upper())])
-                for action in wanted
-            ]
+            shown = [" ".join([*action.option_strings[:1], _shown(action)]) for action in wanted]
             message = f"{message}; type {self.prog} {' '.join(shown)}"
         elif given := re.match(r"(argument .*): invalid choice: '?(.*?)'? \(choose from (.*)\)", message):
             words = re.findall(r"[\w-]+", given[3])
@@ -71,3 +61,16 @@ class CommandParser(argparse.ArgumentParser):
         elif not re.search(r"type |did you mean|none of|--help", message):
             message = f"{message}; {self.prog} --help lists all"
         self.exit(JobError.exit_code, f"{self.prog}: {message}\n")
+
+
+def _shown(action: argparse.Action) -> str:
+    """How the value of an argument is written in a sentence."""
+    return "|".join(action.choices) if action.choices else str(action.metavar or action.dest.upper())
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number

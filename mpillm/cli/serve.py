@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mpillm import spec
 from mpillm.cli.console import Console
+from mpillm.cli.parser import positive
 from mpillm.cli.terminal import launcher_input_ended, launcher_reads_terminal
 from mpillm.comm.world import World
 from mpillm.errors import JobError
@@ -44,7 +45,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="directory of uploaded files and batches (out/serve)",
     )
     parser.add_argument(
-        "--max-waiting", type=int, default=1024, help="maximum number of waiting requests (1024)"
+        "--max-waiting", type=positive, default=1024, help="maximum number of waiting requests (1024)"
     )
 
 

@@ -122,13 +122,17 @@ class Service:
                 content = bodies.decode_line(raw)
                 name = bodies.custom_id_of(content) or name
                 if name in names:
-                    raise RequestError(f"the custom_id {name[:100]!r} is already that of another request")
+                    raise RequestError(
+                        f"the custom_id {name[:100]!r} is already that of another request", "custom_id"
+                    )
                 names.add(name)
                 line = Line(index + 1, 0, len(raw), name, hashlib.blake2b(raw, digest_size=16).digest())
                 work = make_work(line, content, self._spec, self.model)
             except RequestError as problem:
                 message = f"Request {index + 1}: {str(problem).rstrip('.')}."
-                refused.append((index, Result(name, b"", 400, error_line(name, message))))
+                refused.append(
+                    (index, Result(name, b"", 400, error_line(name, message, param=problem.param)))
+                )
                 continue
             pending[name] = index, Pending(work)
             yield work

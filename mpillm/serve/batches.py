@@ -225,7 +225,10 @@ class Batches:
             with self._changed:
                 if checked.bad == len(checked):
                     wrong = itertools.islice(checked.errors, MAX_ERRORS)
-                    errors = [BatchError(line.error or "", code=BAD, line=line.number) for line in wrong]
+                    errors = [
+                        BatchError(line.error or "", code=BAD, line=line.number, param=line.param)
+                        for line in wrong
+                    ]
                     self._set(batch, "failed", errors=_errors(*errors), request_counts=run.counts())
                     return
                 if self.read(name).status == "cancelling":

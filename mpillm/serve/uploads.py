@@ -51,7 +51,9 @@ def routes(files: FileStore, batches: Batches) -> list[Route]:
                 if unknown := sorted(form.keys() - {"file", "purpose"}):
                     expires = unknown[0].startswith("expires_after")
                     said = f"{unknown[0][:100]} is not supported in the form; there are file and purpose."
-                    raise Refused(400, STAYS if expires else said, unknown[0][:100])
+                    raise Refused(
+                        400, STAYS if expires else said, "expires_after" if expires else unknown[0][:100]
+                    )
                 if not isinstance(source, UploadFile):
                     raise Refused(400, "The form needs a file.", "file")
                 if purpose not in (None, PURPOSE):
@@ -101,7 +103,12 @@ def routes(files: FileStore, batches: Batches) -> list[Route]:
             raise RequestError(
                 f"the endpoint {wanted.endpoint[:100]!r} is unknown; there are {', '.join(urls)}", "endpoint"
             )
-        made = await run_in_threadpool(batches.add, wanted.input_file_id, wanted.endpoint, wanted.metadata)
+        try:
+            made = await run_in_threadpool(
+                batches.add, wanted.input_file_id, wanted.endpoint, wanted.metadata
+            )
+        except KeyError:
+            raise Refused(404, f"There is no file {wanted.input_file_id!r}.", "input_file_id") from None
         return _json(made)
 
     async def list_batches(request: Request) -> Response:

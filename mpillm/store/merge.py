@@ -21,7 +21,7 @@ from mpillm.store import report
 from mpillm.store.directory import Directory, make
 from mpillm.store.hdf5 import GrowingDataset, new_file
 from mpillm.store.merge_results import _chunks, merge_results
-from mpillm.store.output import JOURNAL
+from mpillm.store.output import JOURNAL, refuse_no_directory
 from mpillm.store.readable import printable
 from mpillm.store.results import HDF5, JSONL, TIMINGS
 
@@ -100,6 +100,7 @@ def _parts(given: Sequence[Path]) -> list[Path]:
         if not found:
             raise JobError(f"{given[0]} contains no output directory of a run.")
     for part in found:
+        refuse_no_directory(part)
         missing = [name for name in FILES if not (part / name).is_file()]
         if missing:
             raise JobError(

@@ -13,7 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 
-from mpillm.errors import Interrupted, OutputError
+from mpillm.errors import Interrupted, JobError, OutputError
+from mpillm.foreign import alike
 from mpillm.store.directory import Directory, explained, make
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,17 @@ PATIENCE = 0.5  # seconds: `mpillm status` holds the lock for an instant
 LOOK = 0.05  # seconds between two looks at a lock
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of file systems that have none
+
+
+def refuse_no_directory(path: Path) -> None:
+    """JobError if there is no directory at `path`, which should be that of a run."""
+    if path.is_dir():
+        return
+    if path.exists():
+        raise JobError(f"{path} is a file; give the output directory of a run.")
+    raise JobError(
+        f"The directory {path} does not exist; {alike(path) or 'give the output directory of a run.'}"
+    )
 
 
 def try_lock(descriptor: int, path: Path) -> bool:

@@ -9,7 +9,7 @@ import msgspec
 
 from mpillm.errors import JobError
 from mpillm.store.directory import Directory
-from mpillm.store.output import JOURNAL
+from mpillm.store.output import JOURNAL, refuse_no_directory
 from mpillm.store.readable import as_json
 
 JSON = "report.json"
@@ -212,6 +212,7 @@ def write(directory: Directory, report: Report) -> None:
 
 def read(directory: Path) -> Report:
     """The report of a finished run; JobError if there is none."""
+    refuse_no_directory(directory)
     path = directory / JSON
     try:
         return msgspec.json.decode(path.read_bytes(), type=Report)
@@ -223,8 +224,6 @@ def read(directory: Path) -> Report:
             ) from None
         begun = f"; mpillm status {directory} shows how far it is" if (directory / JOURNAL).exists() else ""
         raise JobError(f"There is no finished run in {directory}: it has no {JSON}{begun}.") from None
-    except NotADirectoryError:
-        raise JobError(f"{directory} is a file; give the output directory of a run.") from None
     except OSError as error:
         raise JobError(f"The report {path} cannot be read: {error.strerror}.") from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:

@@ -251,7 +251,13 @@ def test_embeddings(tmp_path: Path) -> None:
 
 
 def test_errors(tmp_path: Path) -> None:
-    batch = checked(tmp_path, [b"?", {"prompt": "a"}])
+    batch = checked(tmp_path, [b"?", {"prompt": "a"}, {"prompt": "a", "n": 0}, {"url": "/v1/none"}])
+    params = [
+        json.loads(answers.bad_line(line))["response"]["body"]["error"]["param"]
+        for line in batch.lines
+        if line.error
+    ]
+    assert params == [None, "n", "url"]
     found = json.loads(answers.bad_line(batch.lines[0]))
     assert found["custom_id"] == "request-1"
     assert found["response"]["status_code"] == 400

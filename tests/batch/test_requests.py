@@ -120,6 +120,8 @@ BAD = [
     ({"custom_id": "", "prompt": "a"}, "custom_id must be a non-empty string"),
     (line({"prompt": "a"}, "/v1/images"), "the url '/v1/images' is unknown; there are /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/multiple_choice, /v1/score, /v1/rerank, /v1/classify"),
     (line({"prompt": "a"}, "/v1/messages"), "the url '/v1/messages' is unknown; use /v1/chat/completions"),
+    (line({"prompt": "a"}, "https://api.openai.com/v1/completions"), "the url 'https://api.openai.com/v1/completions' is unknown; use /v1/completions"),
+    (line({"prompt": "a"}, [1]), "the url [1] is unknown; there are /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/multiple_choice, /v1/score, /v1/rerank, /v1/classify"),
     ({"custom_id": "a", "params": {"messages": CHAT}}, "the line needs one of messages, prompt, input, choices, text_1 or query, or a url and a body; Anthropic's params are the body here, with the url /v1/chat/completions"),
     ({"custom_id": "none", "body": {}}, "there is no url; there are /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/multiple_choice, /v1/score, /v1/rerank, /v1/classify"),
     (line({"prompt": "a"}) | {"method": "GET"}, "the method must be 'POST', not 'GET'"),

@@ -140,10 +140,14 @@ def test_a_batch_beside_clients_and_across_a_restart(tmp_path: Path) -> None:
         # A line for another endpoint than the batch is wrong, and a batch of such lines fails; a batch without an
         # endpoint has lines for any.
         others = of_endpoint(client, file.id, "/v1/embeddings")
+        assert (others.status, others.errors.data[0].line, others.errors.data[0].param) == (
+            "failed",
+            1,
+            "url",
+        )
         assert (others.status, others.errors.data[0].message) == (
             "failed",
-            "chat can answer no request of in.jsonl; line 1: the line is for /v1/completions, and the batch is for "
-            "the endpoint /v1/embeddings.",
+            "Line 1: the line is for /v1/completions, and the batch is for the endpoint /v1/embeddings.",
         )
         both = b'{"prompt": "a", "max_tokens": 1}\n{"input": "a"}\n'
         mixed = client.files.create(file=("mixed.jsonl", both), purpose="batch").id
@@ -171,8 +175,9 @@ def test_a_batch_beside_clients_and_across_a_restart(tmp_path: Path) -> None:
             ({"expires_after": {"anchor": "created_at", "seconds": 3600}}, "until they are deleted"),
             ({"extra_body": {"name": "b"}}, "name is not supported in the form; there are file and purpose"),
         ):
-            with pytest.raises(openai.BadRequestError, match=said):
+            with pytest.raises(openai.BadRequestError, match=said) as refused:
                 client.files.create(**upload | more)
+            assert refused.value.param in {*more, *more.get("extra_body", ())}
         assert client.files.delete(long.id).deleted
         assert client.files.delete(file.id).deleted
         assert file.id not in {found.id for found in client.files.list()}
@@ -183,5 +188,6 @@ def test_a_batch_beside_clients_and_across_a_restart(tmp_path: Path) -> None:
                 input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
             ),
         ):
-            with pytest.raises(openai.NotFoundError):
+            with pytest.raises(openai.NotFoundError) as absent:
                 call()
+        assert absent.value.param == "input_file_id"
