@@ -58,7 +58,7 @@ def command_parser() -> argparse.ArgumentParser:
     doctor = add("doctor", help="check MPI, threads, kernels, the model file, network and disk")
     doctor.add_argument("--model", default=None, help="a model that every rank must be able to read")
     doctor.add_argument(
-        "--output", type=Path, metavar="FILE", help="write the measurements to this file, for plan --hosts"
+        "--output", type=_file, metavar="FILE", help="write the measurements to this file, for plan --hosts"
     )
     supervise.add(add("launch", help="start ranks, and start them again after a failure"))
     # What follows is the harness's, whose options are no options here.
@@ -187,6 +187,12 @@ def _job_arguments(parser: argparse.ArgumentParser) -> None:
         help="requests: JSON lines, an array, CSV, TSV, Parquet; - for stdin",
     )
     parser.add_argument("--output", help="directory for the results")
+
+
+def _file(text: str) -> Path:
+    if (path := Path(text)).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a directory; give a file")
+    return path
 
 
 def _size(text: str) -> int:

@@ -55,10 +55,17 @@ ELSEWHERE = {
     **dict.fromkeys(
         ("--alias", "--served-model-name"), "clients see the name of the model's file; rename it, or make a link"
     ),
+    **dict.fromkeys(("--key", "--token"), "type --api-key KEY"),
     "--cors": "type --allowed-origins ORIGIN",
     **dict.fromkeys(
         ("--cache-dir", "--dir", "--local-dir"), "to store models elsewhere, type export MPILLM_CACHE=DIRECTORY first"
     ),
+    **dict.fromkeys(("--config", "--job"), "the job file needs none: mpillm run JOB.toml"),
+    **dict.fromkeys(("--batch-file", "--file", "--prompts"), "type --input FILE"),
+    **dict.fromkeys(("--quiet", "-q"), "to see answers alone, add 2> FILE"),
+    **dict.fromkeys(("--debug", "--log-level"), "type mpillm -v -v, and then the command"),
+    "--dry-run": "mpillm plan says what a run would take",
+    "--interval": "type --every SECONDS",
     "--nodes": "--ranks N plans one rank on each of N hosts; --ranks-per-host M puts M ranks on each",
     "--workers": "one process serves all clients; for more speed type mpillm launch -n N serve",
 }  # fmt: skip
@@ -117,7 +124,7 @@ def sentence(
             if "--set" in known and (meant := _value_of_set(word, words)):
                 return f"{word!r} is an unexpected argument; did you mean {meant}?"
             continue
-        if name == "--hosts" and command in WITH_RANKS:
+        if name in ("--hosts", "--hostfile", "--machinefile") and command in WITH_RANKS:
             return f"there is no option {name}; type mpillm launch --hostfile FILE {command} ..."
         settable = name.startswith("--") and "--set" in known
         if settable and (key := _key_called(name[2:])):

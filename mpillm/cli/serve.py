@@ -21,7 +21,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """The arguments of `serve`."""
     _add_model(parser)
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (127.0.0.1: only this machine)"
+        "--host", type=_host, default="127.0.0.1", help="address to listen on (127.0.0.1: only this machine)"
     )
     parser.add_argument("--port", type=_port, default=8000, help="port to listen on (8000)")
     parser.add_argument(
@@ -53,6 +53,14 @@ def _origin(text: str) -> str:
     if text in ("*", "null") or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s\"]+", text):
         return text
     raise argparse.ArgumentTypeError(f"{text} is not an origin; write http://HOST:PORT, or * for all pages")
+
+
+def _host(text: str) -> str:
+    given = re.fullmatch(r"(?:\w+://)?([^:/]+)(?::(\d+))?/?", text)
+    if given and given[1] != text:
+        port = f" --port {given[2]}" if given[2] else ""
+        raise argparse.ArgumentTypeError(f"{text!r} is not a host; type --host {given[1]}{port}")
+    return text
 
 
 def _port(text: str) -> int:

@@ -88,7 +88,7 @@ def run(
         if options.ranks is None and options.hostfile is None:
             raise JobError(_no_ranks(options.words))
         if options.ranks is not None and options.ranks < 1:
-            raise JobError(f"-n {options.ranks} is not a number of ranks.")
+            raise JobError(f"-n {options.ranks} is not a number of ranks; write 1 or more.")
         settings = mpiexec.Settings(options.ranks, options.hostfile, options.agent, tuple(options.mpi_option))
         program = mpiexec.program(options.words)
         if command != ["run"]:
@@ -123,6 +123,8 @@ def _no_command(words: list[str], ranks: int) -> str:
         return f"launch needs the command before the job: mpillm launch -n {ranks} run {words[0]}."
     if words[1:] and words[1] in ("run", *ONCE):
         return f"{words[0]} is no command; if it is a hostfile, type mpillm launch --hostfile {shlex.join(words)}."
+    if words and words[0] == "python":
+        return f"launch starts commands of mpillm alone; type mpiexec -n {ranks} {shlex.join(words)}."
     if words and not words[0].startswith("-"):
         return f"launch starts {listed(('run', *ONCE), 'and')}; type mpillm {shlex.join(words)} without it."
     return "launch needs a command: mpillm launch -n 2 run JOB.toml."

@@ -168,12 +168,12 @@ def known_keys() -> Iterator[str]:
 _CALLED_ELSEWHERE = {
     **dict.fromkeys(("batch_size", "max_batch_size", "parallel"), "batch.max_num_seqs"),
     **dict.fromkeys(("num_threads", "n_threads", "nthreads"), "layout.threads"),
-    **dict.fromkeys(("ctx", "ctx_size", "n_ctx", "max_model_len", "context_length"), "memory.max_context"),
+    **dict.fromkeys(("ctx", "ctx_size", "n_ctx", "max_model_len", "context", "context_length"), "memory.max_context"),
     **dict.fromkeys(("max_new_tokens", "n_predict"), "sampling.max_tokens"),
     **dict.fromkeys(("tensor_parallel_size", "tensor_parallel", "tp"), "layout.shards"),
     **dict.fromkeys(("pipeline_parallel_size", "pipeline_parallel", "pp"), "layout.stages"),
     "temp": "sampling.temperature", "repeat_penalty": "sampling.repetition_penalty",
-    "cache_type": "memory.kv_type", "prompts": "input", "out": "output.path",
+    **dict.fromkeys(("cache_type", "kv_cache_dtype"), "memory.kv_type"), "prompts": "input", "out": "output.path",
 }  # fmt: skip
 
 

@@ -124,6 +124,10 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise JobError(f"The job file {path} does not exist; {other_job(path)}") from None
     except OSError as error:
+        if path.is_dir():
+            raise JobError(
+                f"{path} is a directory, not a job file (TOML); if it holds a model, type --model {path}."
+            ) from None
         raise JobError(f"The job file {path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
         raise JobError(f"The job file {path} is not UTF-8 text (byte {error.start}).") from None

@@ -24,6 +24,7 @@ from mpillm.batch.bodies import decode_line
 from mpillm.batch.requests import line_digest, opened, raw_lines
 from mpillm.batch.rows.line import ROW_ERROR
 from mpillm.errors import JobError, RequestError
+from mpillm.foreign import alike
 from mpillm.spec import TableFormat
 from mpillm.store import report
 from mpillm.store.directory import Directory, replacing
@@ -67,6 +68,10 @@ def export(run: Path, format: TableFormat, target: Path | None, lines: Path | No
     """
     made = report.read(run)
     check_library(format)
+    if lines is not None and not lines.exists():
+        raise JobError(
+            f"The input {lines} does not exist; {alike(lines) or 'give the file that the run has read.'}"
+        )
     if lines is None:
         lines = run / INPUT if (run / INPUT).exists() else path_of(made.input.path) if made.input else None
     if lines is None or not lines.exists():

@@ -194,7 +194,7 @@ def test_files_that_are_no_jobs(tmp_path: Path) -> None:
         spec.load(tmp_path / "latin.toml")
     with pytest.raises(JobError, match=r"^The job file .*absent\.toml does not exist; "):
         spec.load(tmp_path / "absent.toml")
-    with pytest.raises(JobError, match="cannot be read: Is a directory"):
+    with pytest.raises(JobError, match="is a directory, not a job file"):
         spec.load(tmp_path)
 
 
