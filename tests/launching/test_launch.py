@@ -134,7 +134,8 @@ def test_a_server_ends_with_the_first_rank_that_dies(
         (
             'shift; export MPI4PY_LIBMPI=/gone/libmpi.so.40; sh -c "$*"',
             "cannot start mpillm (No MPI library can be loaded (cannot load MPI library): correct MPI4PY_LIBMPI, "
-            "which is '/gone/libmpi.so.40', or make mpi4py for that library, with its mpicc in PATH: pip install --force-reinstall --no-deps "
+            "which is '/gone/libmpi.so.40', or make mpi4py for that library, with its mpicc in PATH: "
+            "pip install --force-reinstall --no-deps "
             "--no-binary=mpi4py mpi4py)",
         ),
         (
