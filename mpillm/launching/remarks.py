@@ -23,6 +23,7 @@ _REMARK = re.compile(
     r"\[(mpiexec|proxy:\d+)@|YOUR APPLICATION TERMINATED WITH |This typically refers to a problem with your |"
     r"Please see the FAQ page for |Abort\(\d+\) on node .*: application called MPI_Abort|"  # these are MPICH's
     r"\[[^\s\]]+:\d+\] (\[.+?\] )?(\w+ ERROR: |plm:|UNSUPPORTED DAEMON)|NBC_Progress: |"  # Open MPI's
+    r"\[\d+\.\d+\] \[\S+ *:\d+\] +\S+ +UCX +WARN |"
     r"ssh: |client_loop: |Connection (to|closed|reset) |Timeout, server |Host key verification failed"
 )
 _ENDED = re.compile(

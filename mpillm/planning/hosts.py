@@ -2,7 +2,7 @@
 
 [[hosts]]
 name = "pi"          # for people
-count = 4            # so many that are alike
+count = 4            # number of equal hosts
 ranks = 1            # on each
 memory = "7GiB"      # that is free on each
 cores = 4            # that the ranks may use; if there are fewer than ranks, some ranks are kept in reserve

@@ -82,7 +82,7 @@ def job_file(spec: Spec, machines: Machines, rate: float) -> str:
 
 
 def _caches(made: Callable[[int | str, int], _Found], best: _Found, rate: float) -> Iterator[int]:
-    """Values of memory.kv that may do: what the job says (0), and ever the half of it, in bytes."""
+    """Values of memory.kv to try, in bytes: that of the job (0), then half of it, a quarter, and so on."""
     yield 0
     kv = best.spec.memory.kv
     size = best.spec.memory.kv_bytes // 2 if isinstance(kv, (str, int)) else 0
@@ -127,7 +127,7 @@ def _text(found: _Found, ranks: int) -> str:
 
 
 def _toml_lines(values: dict[str, Any], usual: dict[str, Any]) -> Iterator[str]:
-    """A job file with what is not as usual; tables come after all else."""
+    """A job file with the values that differ from the defaults; tables come last."""
     changed = {key: value for key, value in values.items() if value != usual[key]}
     tables = [
         key for key, value in changed.items() if isinstance(usual[key], dict) and isinstance(value, dict)
@@ -144,7 +144,7 @@ def _toml_lines(values: dict[str, Any], usual: dict[str, Any]) -> Iterator[str]:
 
 
 def _toml(value: Any) -> str:
-    """A value; null is said nowhere in TOML, and means the same as no entry."""
+    """A value in TOML. TOML has no null, which means the same as no entry."""
     if isinstance(value, dict):
         entries = (f"{json.dumps(key)} = {_toml(own)}" for key, own in value.items() if own is not None)
         return f"{{{', '.join(entries)}}}"

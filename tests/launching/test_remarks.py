@@ -56,6 +56,7 @@ DAEMON = """\
 [mpiexec@door1] main (/mpich/src/pm/hydra/mpiexec/mpiexec.c:270): process manager error waiting for completion
 """
 OTHER = """\
+[1795976320.811209] [node3:844  :0]       tag_match.c:62   UCX  WARN  unexpected tag-receive descriptor was not matched
 Abort(75) on node 1 (rank 1 in comm 496): application called MPI_Abort(comm=0x84000000, 75) - process 1
 [door1:12433] PRTE ERROR: Not found in file odls_base_default_fns.c at line 1751
 [door1:23547] plm:ssh: Warning: setpgid(23551,23551) failed in parent with errno=Permission denied(13)
