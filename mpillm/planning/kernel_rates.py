@@ -43,7 +43,6 @@ class KernelRates:
     values: float
     fill: float
     core: float
-    part: float
 
 
 def kernel_rates(
@@ -64,7 +63,7 @@ def kernel_rates(
     began, used = time.perf_counter(), time.thread_time()
     compiled = kernels.path() != "numpy"
     # One after the other, so that a run that measures holds no more than `nbytes` for it.
-    attention = _attention(CONTEXT if compiled else KV_BLOCK, threads, seconds)
+    attention = _attention(_context(nbytes) if compiled else KV_BLOCK, threads, seconds)
     values = _values(threads, seconds)
     core = core_speed(seconds)
     everything = new_buffer(max(nbytes, most) if compiled else PIECE, ALIGNMENT)
@@ -82,7 +81,6 @@ def kernel_rates(
         part * values,
         part * fill,
         part * core,
-        part,
     )
 
 
@@ -122,11 +120,13 @@ def _fill(memory: Bytes, least: int) -> float:
 
 def _products(kind: BlockType, memory: Bytes, threads: int, seconds: float) -> list[float]:
     """Operations/s with each of ROWS, of matrices that lie one after the other in `memory`."""
-    width = NUMPY_WIDTH if kernels.path() == "numpy" else WIDTH
+    height = width = NUMPY_WIDTH if kernels.path() == "numpy" else WIDTH
     bounds = np.array(panels_of_rows(kind, width), np.int32)
-    nbytes = kernels.packed_nbytes(kind, width, width, bounds)
+    # As many matrices as fill it, or a lower one in little memory.
+    while (nbytes := kernels.packed_nbytes(kind, height, width, bounds)) > memory.nbytes:
+        height //= 2
     matrices = [memory[at : at + nbytes] for at in range(0, memory.nbytes - nbytes + 1, aligned(nbytes))]
-    kernels.pack(kind, np.zeros((width, kind.row_bytes(width)), np.uint8), width, bounds, matrices[0])
+    kernels.pack(kind, np.zeros((height, kind.row_bytes(width)), np.uint8), width, bounds, matrices[0])
     for matrix in matrices[1:]:
         matrix[:] = matrices[0]
     rates = []
@@ -136,12 +136,12 @@ def _products(kind: BlockType, memory: Bytes, threads: int, seconds: float) -> l
         if kind.quantised:
             x = blocks = np.empty((rows, kernels.activation_nbytes(width, bounds, kind)), np.uint8)
             kernels.quantize_rows(values, bounds, blocks, threads, kind)
-        out = np.empty((rows, width), np.float32)
+        out = np.empty((rows, height), np.float32)
 
         def call(matrix: Bytes, x: NDArray[np.generic] = x, out: Floats = out) -> None:
-            kernels.matmul(kind, matrix, width, width, bounds, x, out, threads)
+            kernels.matmul(kind, matrix, height, width, bounds, x, out, threads)
 
-        rates.append(2 * width * width * rows / typical(call, matrices, seconds))
+        rates.append(2 * height * width * rows / typical(call, matrices, seconds))
     return rates
 
 
@@ -152,6 +152,12 @@ def _memory(memory: Bytes, threads: int, seconds: float) -> float:
         pieces = [memory[at : at + PIECE] for at in range(0, memory.nbytes, PIECE)]
         return PIECE / typical(lambda piece: limits.read(piece, threads), pieces, seconds)
     return 0.0
+
+
+def _context(nbytes: int) -> int:
+    """Tokens that attention is measured with, whose keys and values take at most so many bytes; whole blocks."""
+    token = 2 * SEQUENCES * KV_HEADS * HEAD_DIM * np.dtype(np.uint16).itemsize
+    return max(min(CONTEXT, nbytes // token // KV_BLOCK * KV_BLOCK), KV_BLOCK)
 
 
 def _attention(context: int, threads: int, seconds: float) -> tuple[float, float]:

@@ -91,7 +91,10 @@ class LayoutPlanner:
 
     def plans(self, replicas: Replicas) -> Iterator[ReplicaPlan]:
         """What the ranks of each replica will hold."""
-        return self._planner.replicas(self.spec, replicas, self._asked, self.machines.names, self._known)
+        machines = self.machines
+        return self._planner.replicas(
+            self.spec, replicas, self._asked, machines.names, machines.several_hosts, self._known
+        )
 
     def _placement(self, chosen: Chosen) -> Placement:
         """A layout with the plans of its replicas."""

@@ -34,6 +34,11 @@ class Machines:
     cores: Sequence[int] = field(default=(), compare=False)  # of each host, 0 if not known, or nothing
 
     @property
+    def several_hosts(self) -> bool:
+        """Whether messages between ranks go over a network."""
+        return len(self.ranks_per_host) > 1
+
+    @property
     def links_known(self) -> bool:
         """Whether speeds are known, those of the network too."""
         return bool(self.speeds) and not self.glimpsed
@@ -98,10 +103,11 @@ class Machines:
         if not said:
             return replace(self, cores=()), []
         found, alike = self.of_ranks(ranks), dict[tuple[int, int, int], Speed]()
-        speeds = [
-            alike.setdefault((id(speed), used, count), speed.shared_by(used / count).left_alone(count / used))
-            for speed, (used, count) in zip(found.speeds, parts, strict=bool(found.speeds))
-        ]
+        speeds = []
+        for speed, (used, count) in zip(found.speeds, parts, strict=bool(found.speeds)):
+            # A quota is that of the host.
+            own = replace(speed.shared_by(used / count), part=min(speed.part * count / used, 1.0))
+            speeds.append(alike.setdefault((id(speed), used, count), own))
         free = [
             min(own * count // used, sys.maxsize)
             for own, (used, count) in zip(found.free, parts, strict=True)
@@ -134,8 +140,7 @@ class Machines:
             speed = self.speeds[rank]
             times = now[machine] / before[machine] if loads and (machine := self.loads[rank][0]) else 1.0
             key = id(speed), times
-            eased_speed = speed if times == 1 else speed.slowed(times).left_alone(1 / times)
-            found.append(eased.setdefault(key, eased_speed))
+            found.append(eased.setdefault(key, speed if times == 1 else speed.slowed(times)))
         return found
 
     def with_another(self) -> Machines:

@@ -17,11 +17,14 @@ from mpillm.comm.probe import LinkTiming
 from mpillm.comm.world import World
 from mpillm.planning.hosts import Host
 from mpillm.planning.kernel_rates import MEMORY, KernelRates, kernel_rates
+from mpillm.planning.memory import loading
 from mpillm.planning.speed import ASSUMED, KINDS, LARGE, SMALL, Speed, stand_in
 from mpillm.weights.io.reading import SECTOR, new_buffer, open_direct, read_direct
 from mpillm.weights.source import Source
 
-WITHIN_RUN = 48 * 2**20  # bytes of memory that are read where a run decides its layout
+# Bytes of memory that are read where a run decides its layout, and what a rank is planned to take later of them for
+# libraries and its heap.
+WITHIN_RUN, LATER = 48 * 2**20, 6 * 2**20
 MOST = 2**30  # bytes of memory that are written at most
 QUICKLY = 0.08  # the effort of a run that may be over in seconds
 # A measurement of the disk: bytes of a request, how many are under way, and seconds.
@@ -43,6 +46,7 @@ class Measured:
 
     rates: KernelRates
     disk: DiskRate
+    part: float = 1.0  # of a core for each thread, if a quota allows less than a whole one
 
 
 def everyone(
@@ -67,7 +71,7 @@ def everyone(
     rates = kernel_rates(kinds, threads, memory, effort, most, world.barrier, quota)
     world.barrier()
     disk = DiskRate() if file is None else _disk_rate(file, here.index(world.rank), len(here), effort)
-    return world.gather(Measured(rates, disk))
+    return world.gather(Measured(rates, disk, quota))
 
 
 def speeds(
@@ -81,7 +85,9 @@ def speeds(
     file = max(source.files, key=lambda file: file.stat().st_size)
     share = sum(file.stat().st_size for file in source.files) // world.size
     most = min(share, MOST if budget is None else budget)
-    ranks = everyone(world, sorted(kinds), threads, file, WITHIN_RUN, effort, most)
+    # No more than the whole run takes: loading takes as much besides the weights, and tiny models have few of those.
+    memory = min(WITHIN_RUN, most + loading(source, most) + LATER)
+    ranks = everyone(world, sorted(kinds), threads, file, memory, effort, most)
     numbers, found = world.nodes.numbers, hosts(world, ranks, probe.links(world))
     return [
         replace(
@@ -92,7 +98,7 @@ def speeds(
             values=rank.rates.values,
             fill=rank.rates.fill,
             core=rank.rates.core,
-            part=rank.rates.part,
+            part=rank.part,
             disk=rank.disk.rate or ASSUMED.disk,
             pages=rank.disk.pages,
         )
@@ -123,7 +129,7 @@ def hosts(world: World, ranks: Sequence[Measured], links: Sequence[LinkTiming]) 
                 attention=summed([ranks[rank].rates.attention for rank in own]),
                 values_gs=_or_none(sum(ranks[rank].rates.values for rank in own) / 1e9),
                 core=round(sum(ranks[rank].rates.core for rank in own) / len(own), 3),
-                part=round(part, 3) if (part := min(ranks[rank].rates.part for rank in own)) < 1 else None,
+                part=round(part, 3) if (part := min(ranks[rank].part for rank in own)) < 1 else None,
                 disk_gbs=_or_none(sum(ranks[rank].disk.rate for rank in own) / 1e9),
                 disk_pages_gbs=_or_none(sum(ranks[rank].disk.pages for rank in own) / 1e9),
                 latency_us=_or_none(min((link.latency for link in outward), default=0.0) * 1e6),

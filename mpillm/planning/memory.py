@@ -30,6 +30,8 @@ from mpillm.weights.text_files import text_fields, text_folder
 
 # Measured on x86-64 with Open MPI and MPICH: 45 MiB for Python and MPI, 40 for the libraries, 14 for a heap in use.
 PROCESS = 104 * 2**20
+# And MPI's buffers for messages between hosts, with those for measuring (4 to 9 MiB measured with three hosts).
+NETWORK = 10 * 2**20
 OF_RANK_0 = 16 * 2**20  # of it: libraries for the input and the results, which other ranks do not load
 RESULTS = 12 * 2**20  # of that: what comes only when results.h5 is written, at the end
 # Bytes of a vocabulary's entry in the tokenizer, which rank 0 has (560 measured, 670 with a GGUF file's fields),
@@ -144,13 +146,14 @@ def process(
     kept: int,
     later: int,
     streams: bool,
+    network: bool = False,
 ) -> int:
     """Bytes of Python, MPI, the libraries, the tokenizer, what is known of the model and its `pages` of so many bytes.
 
     Rank 0 has `kept` bytes of the input and of answers besides (see `input_memory`), and an index of finished ones.
-    `later` and `streams`: see `taken_later`.
+    `later` and `streams`: see `taken_later`; `network`: the ranks of the run are on several hosts.
     """
-    found = PROCESS + loaded_model(source, pages, later)
+    found = PROCESS + NETWORK * network + loaded_model(source, pages, later)
     if streams and source.loading_nbytes:
         found += STREAMING
     fields = "tokenizer.ggml.tokens" in (text_fields(source.tokenizer) or {})
@@ -167,7 +170,12 @@ def loaded_model(source: Source, pages: Sequence[int], later: int = 0) -> int:
     `later`: see `taken_later`.
     """
     known = TENSOR * len(source.tensors) + PAGE * len(pages)
-    return known + max(min(source.loading_nbytes, LOADING * sum(pages)) - later, 0)
+    return known + max(loading(source, sum(pages)) - later, 0)
+
+
+def loading(source: Source, nbytes: int) -> int:
+    """Bytes that loading takes besides a rank's pages of so many bytes."""
+    return min(source.loading_nbytes, LOADING * nbytes)
 
 
 def peak() -> int:

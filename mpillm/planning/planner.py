@@ -52,20 +52,22 @@ class Planner:
         replicas: Sequence[Replica],
         asked: InputNeeds,
         hosts: Sequence[str] = (),
+        network: bool = False,
         known: dict[tuple[Any, ...], ReplicaPlan] | None = None,
     ) -> Iterator[ReplicaPlan]:
         """The plans of all replicas; those that are alike are worked out once, and kept in `known`.
 
-        `asked` is what the input asks for, `hosts` has each rank's host. `known` is of one job, on any hosts.
+        `asked` is what the input asks for, `hosts` has the name of each rank's host, and there is a `network` between
+        several of them. `known` is of one job, on any hosts.
         """
         known = {} if known is None else known
         alike = spec.on_rank(0, hosts[0] if hosts else "") is spec  # one value of each budget for all ranks
         for number, replica in enumerate(replicas):
             # The first one has the input as well.
             where = () if alike else (replica.first, *(hosts[rank] for rank in replica.ranks if hosts))
-            key = number == 0, replica.stages, replica.shards, replica.layers, where
+            key = number == 0, replica.stages, replica.shards, replica.layers, where, network
             if key not in known:
-                known[key] = self._replica(spec, number, replica, asked, hosts)
+                known[key] = self._replica(spec, number, replica, asked, hosts, network)
             found = known[key]
             ranks = [
                 msgspec.structs.replace(plan, rank=rank, replica=number)
@@ -74,7 +76,13 @@ class Planner:
             yield replace(found, ranks=ranks)
 
     def _replica(
-        self, spec: Spec, number: int, replica: Replica, asked: InputNeeds, hosts: Sequence[str]
+        self,
+        spec: Spec,
+        number: int,
+        replica: Replica,
+        asked: InputNeeds,
+        hosts: Sequence[str],
+        network: bool,
     ) -> ReplicaPlan:
         config, places = self.config, replica.places
         specs = [spec.on_rank(rank, hosts[rank] if hosts else "") for rank in replica.ranks]
@@ -106,7 +114,7 @@ class Planner:
                 n_blocks,
                 share,
                 self._activations(place, rows),
-                self._process(one, place, share, kept) + share.beyond,
+                self._process(one, place, share, kept, network) + share.beyond,
                 0 if place.rank else drafting,
             )
             for one, place, cache, share in zip(specs, places, caches, shares, strict=True)
@@ -161,10 +169,10 @@ class Planner:
             self._known[key] = memory.activations(self._rows, place, rows)
         return int(self._known[key])
 
-    def _process(self, spec: Spec, place: Place, share: WeightsShare, kept: int) -> int:
+    def _process(self, spec: Spec, place: Place, share: WeightsShare, kept: int, network: bool) -> int:
         streams = share.streamed > 0
         later = memory.taken_later(spec, self.source, place, streams)
-        return memory.process(self.source, self.config, place, share.pages, kept, later, streams)
+        return memory.process(self.source, self.config, place, share.pages, kept, later, streams, network)
 
     def _like(self, place: Place) -> tuple[Any, ...]:
         """What places have in common that hold alike layers."""

@@ -30,9 +30,7 @@ class Speed:
     values: float = 1e9  # values/s that norms, activation functions and quantisation go through
     fill: float = 4e9  # bytes/s of memory that is written for the first time
     core: float = 0.5  # how fast one core runs what is no kernel; 1 is that on which `step_time` was measured
-    # The part of the time for which it runs if it always computes, by a quota or because others share its cores: all
-    # rates are averages over that time.
-    part: float = 1.0
+    part: float = 1.0  # of the time, for which a quota lets it run; all rates are averages
     latency: float = 0.0  # seconds of a message one way
     wire: float = 0.0  # bytes/s
 
@@ -59,10 +57,6 @@ class Speed:
     def slowed(self, times: float) -> Speed:
         """The speed of a rank that computes so many times as slowly, and has the same link to other hosts."""
         return replace(self.shared_by(times), core=self.core / times)
-
-    def left_alone(self, times: float) -> Speed:
-        """The same rates of a rank that runs for so many times as much of the time, as others have left its cores."""
-        return replace(self, part=min(times * self.part, 1.0))
 
     def operations(self, kind: BlockType, rows: float) -> float:
         """Operations/s of products of a matrix of this type with so many rows, between those measured."""

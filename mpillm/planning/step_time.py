@@ -4,7 +4,7 @@ A stage computes its products at the rate of their block type and number of rows
 and quantisation to what products read and write, computes attention over the keys and values of its sequences, and
 reads streamed weights from its disk meanwhile. Its shards sum their rows twice a layer. Stages work on micro-batches in
 turn. All stages are busy if there are as many micro-batches as stages; with fewer, each stage waits for the others, and
-where ranks have a part of a core (`Speed.part`), that part lasts longer meanwhile.
+does not use up its quota of a core (`Speed.part`) meanwhile.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class StepTime:
 
     @property
     def rested(self) -> float:
-        """All of it, if the ranks have waited for others, and have not used their part of the core meanwhile."""
+        """All of it, if the ranks have waited for others, and have not used up their quota meanwhile."""
         running = self.part * (self.products + self.kv + self.other)
         stops = int(running / (self.part * PERIOD))
         return self._with(running + stops * (1 - self.part) * PERIOD) + self.messages

@@ -213,8 +213,9 @@ class LayoutChoice:
         return 1.0
 
     def _placement(self, machines: Machines, replicas: Replicas) -> Placement:
-        plans = list(self._open_model().replicas(self._spec, replicas, self.asked, machines.names))
-        return Placement(self._spec, self._open_model().config, machines, replicas, plans)
+        planner = self._open_model()
+        plans = planner.replicas(self._spec, replicas, self.asked, machines.names, machines.several_hosts)
+        return Placement(self._spec, planner.config, machines, replicas, list(plans))
 
     def _layouts(self, spec: Spec) -> Layouts:
         count = spec.layout.replicas if self._replicated else 1

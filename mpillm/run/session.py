@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
@@ -36,6 +36,7 @@ from mpillm.planning.limits import limits
 from mpillm.planning.needs import needs_of
 from mpillm.planning.placement import Placement
 from mpillm.planning.planner import Planner
+from mpillm.planning.rank_plan import ReplicaPlan
 from mpillm.planning.search import by_itself
 from mpillm.planning.shortage import shortage
 from mpillm.planning.speed import Speed
@@ -160,10 +161,12 @@ class Session:
         self.fingerprint = summed(self.model)
         states = sorted(set(world.gather(self.watch.state)))
         self.model_state = origin.model_state if origin is not None else "+".join(states)
-        if self._say is not None and world.rank == 0:
-            plans = self._open_model().replicas(self.job, self.replicas, self.needs, self.machines.names)
-            if lacking := shortage(plans, self.machines, "SLURM_JOB_ID" in os.environ):
-                self._say(lacking)
+        if (
+            self._say is not None
+            and world.rank == 0
+            and (lacking := shortage(self._plans(), self.machines, "SLURM_JOB_ID" in os.environ))
+        ):
+            self._say(lacking)
 
     def _take_place(self) -> None:
         """Set this rank's place in the layout, and the warnings about it."""
@@ -223,11 +226,14 @@ class Session:
             len(self.replicas), self.reason, self.threads, kernels.path(), self.weights.total / 2**20,
         )  # fmt: skip
 
+    def _plans(self) -> Iterator[ReplicaPlan]:
+        """What the ranks of each replica will hold."""
+        names, network = self.machines.names, self.machines.several_hosts
+        return self._open_model().replicas(self.job, self.replicas, self.needs, names, network)
+
     def estimate(self, demand: Demand | None) -> Estimate:
         """Estimate the time of `demand`, or of the input if it is None, from the machines' speeds."""
-        names = self.machines.names
-        plans = list(self._open_model().replicas(self.job, self.replicas, self.needs, names))
-        placement = Placement(self.job, self.config, self.machines, self.replicas, plans)
+        placement = Placement(self.job, self.config, self.machines, self.replicas, list(self._plans()))
         return estimate(placement.with_wire(self.wire), demand or demand_of(self.needs))
 
     @property

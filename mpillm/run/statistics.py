@@ -70,14 +70,14 @@ def _planned_memory(session: Session) -> memory.RankMemory:
     rows = memory.step_rows(session.needs, session.spec, config, step, cached, stages, limits.streams)
     streams = weights.streamed > 0
     later = memory.taken_later(session.spec, session.source, place, streams)
-    pages = [page.nbytes for page in weights.pages]
+    pages, network = [page.nbytes for page in weights.pages], session.machines.several_hosts
     return memory.RankMemory(
         weights=min(weights.total, weights.budget),
         adapters=session.adapters.nbytes(place),
         draft=0 if place.rank else draft.nbytes(session.spec, config, session.needs, place.stages),
         kv=cache_in_memory(session.spec, session.caches[place.rank], *needed, capacity.blocks),
         activations=memory.activations(session.activations, place, rows),
-        process=memory.process(session.source, config, place, pages, kept, later, streams),
+        process=memory.process(session.source, config, place, pages, kept, later, streams, network),
     )
 
 

@@ -133,6 +133,21 @@ def test_shards_on_two_hosts_measure_the_network_and_say_what_they_choose(
     assert wire == "q8_0" or results(tmp_path) == reference(tmp_path, openmpi, job)
 
 
+def test_measuring_hosts_takes_no_memory_that_is_not_planned(
+    hosts: Hosts, mpi: Mpi, hostfile: Path, tmp_path: Path
+) -> None:
+    """Speeds were measured with 48 MiB, which ranks of a tiny model do not take later."""
+    job = write_job(tmp_path, 400, 60)
+    program = [sys.executable, "-m", "mpillm", "run", job, "--set=layout.stages=3", "--set=layout.replicas=1"]
+    command = [*hosts.launcher(mpi, hostfile), "-n", "3", *program]
+    cache = tmp_path / "cache"
+    done = run_bounded(hosts.on_first(command, environment(mpi) | {"MPILLM_CACHE": str(cache)}), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list((cache / "speeds").iterdir()), "nothing was measured"
+    for rank in json.loads((tmp_path / "out" / "report.json").read_text())["ranks"]:
+        assert rank["memory_peak"] <= sum(rank["memory"].values()), rank
+
+
 @pytest.mark.parametrize(
     ("ranks", "plan", "layout"),
     [
