@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import gguf
@@ -39,7 +40,7 @@ def best_levels(count: int) -> F32:
     x = np.linspace(-8, 8, 64001)
     weight = np.exp(-x * x / 2)
     mass, moment = (np.concatenate(([0], np.cumsum(y))) for y in (weight, weight * x))
-    levels = np.linspace(-1, 1, count) * math.log2(2 * count)
+    levels = np.array([NormalDist(0, math.sqrt(3)).inv_cdf((i + 0.5) / count) for i in range(count)])
     for _ in range(500):
         edges = np.concatenate(([0], np.searchsorted(x, (levels[1:] + levels[:-1]) / 2), [len(x)]))
         levels = np.diff(moment[edges]) / np.diff(mass[edges])
