@@ -63,7 +63,7 @@ def test_what_is_lost_costs_a_host(mpi: Mpi, tmp_path: Path, what: str) -> None:
         assert "Rank 1 on" in said
     else:  # MPICH does not say where
         how = (
-            "exit code 255 of mpiexec"
+            "mpiexec lost its daemon on a host"
             if mpi.name == "mpich"
             else f"mpiexec lost its daemon on {hosts.prefix}2"
         )
