@@ -114,13 +114,13 @@ cdef Pools pools_of(int kv_type, kpool, vpool, int kvh, int hd, int vd) except *
     cdef const uint16_t[:, :, :, ::1] khalves, vhalves
     cdef const uint8_t[:, :, ::1] kbytes, vbytes
     cdef Pools pools
-    if kv_type != MK_F32 and kv_type != MK_F16 and kv_type != MK_Q8_0:
-        raise ValueError(f"the KV cache holds F32, F16 or Q8_0, not block type {kv_type}")
+    if kv_type != MK_F32 and kv_type != MK_F16 and not mk_is_kv_int8(kv_type):
+        raise ValueError(f"the KV cache holds F32, F16, Q8_0 or W8A8, not block type {kv_type}")
     for dim in (hd, vd):
         if not 0 < dim <= MK_MAX_HEAD_DIM:
             raise ValueError(f"a head has 1 to {MK_MAX_HEAD_DIM} dimensions, not {dim}")
-        if kv_type == MK_Q8_0 and dim % MK_BLOCK:
-            raise ValueError(f"a Q8_0 KV cache needs heads of a multiple of {MK_BLOCK} dimensions, not {dim}")
+        if mk_is_kv_int8(kv_type) and dim % MK_BLOCK:
+            raise ValueError(f"a KV cache of int8 needs heads of a multiple of {MK_BLOCK} dimensions, not {dim}")
     pools.values = NULL
     if kv_type == MK_F32:
         kfloats = kpool
@@ -132,7 +132,7 @@ cdef Pools pools_of(int kv_type, kpool, vpool, int kvh, int hd, int vd) except *
         kbytes = kpool
         pools.keys = <void *>&kbytes[0, 0, 0]
     pools.blocks = kpool.shape[0]
-    if kv_type == MK_Q8_0:
+    if mk_is_kv_int8(kv_type):
         require("kpool", (pools.blocks, kvh, mk_kv_bytes(kv_type, hd)), kpool.shape)
     else:
         require("kpool", (pools.blocks, kvh, hd, MK_KV_BLOCK), kpool.shape)
@@ -149,7 +149,7 @@ cdef Pools pools_of(int kv_type, kpool, vpool, int kvh, int hd, int vd) except *
     else:
         vbytes = vpool
         pools.values = <void *>&vbytes[0, 0, 0]
-    if kv_type == MK_Q8_0:
+    if mk_is_kv_int8(kv_type):
         require("vpool", (pools.blocks, kvh, mk_kv_bytes(kv_type, vd)), vpool.shape)
     else:
         require("vpool", (pools.blocks, kvh, MK_KV_BLOCK, vd), vpool.shape)

@@ -26,7 +26,7 @@ typedef struct {
     int count, shape; /* the number of queries; tiles have QUERIES[shape] queries, of which the last may use fewer */
     long lanes;
     long first, last; /* the positions to which all of the queries attend */
-    float q[MK_ATTENTION_SUMS];    /* tiles [hd][Q], scaled */
+    float q[MK_ATTENTION_SUMS];    /* tiles [hd][Q], scaled; for W8A8 mk_activation [hd / 32][Q] */
     float sums[MK_ATTENTION_SUMS]; /* tiles [Q][lanes] */
     float p[MK_QUERY_TILE][MK_KV_BLOCK]; /* of the tile that is computed */
     query queries[MK_MAX_QUERIES];
@@ -95,7 +95,9 @@ static void visit(query_group *group, int tile, int type, int value_type, long s
     long lanes = group->lanes, from = 0, to = MK_KV_BLOCK - 1;
     query *queries = group->queries + tile * Q;
     float *p = group->p[0], *sums = group->sums + tile * Q * lanes;
-    QUERY_TILE_FUNCTIONS[type][group->shape].scores(group->q + (long)tile * Q * hd, keys, next_keys, hd, p);
+    const float *q = group->q + (long)tile * Q * hd;
+    if (type == MK_W8A8) mk_active->int8_scores[group->shape]((const mk_activation *)(const void *)q, keys, next_keys, hd, p);
+    else QUERY_TILE_FUNCTIONS[type][group->shape].scores(q, keys, next_keys, hd, p);
     if (start >= group->first && start + MK_KV_BLOCK <= group->last + 1 && !(group->job->softcap > 0.0f)) {
         int j = 0;
         for (; j + TOGETHER <= count; j += TOGETHER)
@@ -136,6 +138,16 @@ static float tuned(const mk_tuning *tuning, long position) {
 /* The number of queries, rounded up to whole tiles. */
 static long padded(int count, int shape) { return mk_blocks(count, QUERIES[shape]) * QUERIES[shape]; }
 
+/* A query of a tile of Q, as int8. */
+static void round_query(const float *q, int hd, float scale, int Q, mk_activation *to) {
+    for (int i = 0; i < hd; i += MK_BLOCK, to += Q) {
+        int32_t sums[2];
+        const vf factor = vf_set1(scale), low = vf_mul(vf_load(q + i), factor), high = vf_mul(vf_load(q + i + MK_TILE), factor);
+        quantise_q8(low, high, to->q, &to->scale, sums);
+        to->offset128 = -128 * (sums[0] + sums[1]);
+    }
+}
+
 /* Arrange a group's queries in tiles; returns its first and last position.  A sink counts as an earlier score whose value
  * is zero. */
 static void gather(query_group *group, const mk_query_group *item, long *low, long *high) {
@@ -163,8 +175,10 @@ static void gather(query_group *group, const mk_query_group *item, long *low, lo
             float scale = job->scale;
             if (job->tuning.length) scale *= tuned(&job->tuning, at);
             const float *from = job->q + row * job->q_stride + head * hd;
-            float *to = group->q + (long)(count / Q) * Q * hd + count % Q;
-            for (int i = 0; i < hd; i++) to[(long)i * Q] = from[i] * scale;
+            float *to = group->q + (long)(count / Q) * Q * hd;
+            if (job->type == MK_W8A8) round_query(from, hd, scale, Q, (mk_activation *)(void *)to + count % Q);
+            else
+                for (int i = 0; i < hd; i++) to[(long)i * Q + count % Q] = from[i] * scale;
             group->queries[count] = (query){.first = first, .last = last,
                                             .top = job->sinks ? job->sinks[head] : -INFINITY,
                                             .total = job->sinks ? vf_load(first_lane) : vf_set1(0.0f),
@@ -195,7 +209,7 @@ static void attend(const mk_attention_job *job, const mk_query_group *item) {
         const uint8_t *keys = (const uint8_t *)job->kpool + at * key_bytes;
         const uint8_t *next_keys = (const uint8_t *)job->kpool + ahead * key_bytes;
         const uint8_t *values = NULL, *next_values = NULL;
-        int type = job->type, value_type = type;
+        int type = job->type, value_type = type == MK_W8A8 ? MK_Q8_0 : type;
         if (shared) {
             values_of_keys(type, keys, job->hd, job->vd, value_floats);
             values = next_values = (const uint8_t *)value_floats;
@@ -205,11 +219,14 @@ static void attend(const mk_attention_job *job, const mk_query_group *item) {
             next_values = (const uint8_t *)job->vpool + ahead * value_bytes;
         }
         if (floats) {
-            to_floats(type, 1, keys, next_keys, job->hd, key_floats);
-            to_floats(type, 0, values, next_values, job->vd, value_floats);
-            keys = next_keys = (const uint8_t *)key_floats;
+            if (type != MK_W8A8) {
+                to_floats(type, 1, keys, next_keys, job->hd, key_floats);
+                keys = next_keys = (const uint8_t *)key_floats;
+                type = MK_F32;
+            }
+            to_floats(value_type, 0, values, next_values, job->vd, value_floats);
             values = next_values = (const uint8_t *)value_floats;
-            type = value_type = MK_F32;
+            value_type = MK_F32;
         }
         for (int tile = 0; tile < tiles; tile++)
             visit(&group, tile, type, value_type, block * MK_KV_BLOCK, keys, values, next_keys, next_values);

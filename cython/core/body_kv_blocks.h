@@ -1,9 +1,6 @@
 /* Reads blocks of the KV cache of one head, and converts rows to F16 and Q8_0 to store them.  A block has 32 tokens, keys
  * by dimension, values by token, as F32, F16 or Q8_0 (mk_kv_bytes). */
 
-/* Prefetch into the second-level cache, because the first level allows fewer outstanding misses. */
-#define FETCH(p) __builtin_prefetch(p, 0, 2)
-
 /* Blocks of heads with more dimensions are not transposed; each tile reads them directly. */
 enum { MAX_FLOAT_DIM = 256 };
 
@@ -12,6 +9,11 @@ MK_INLINE vf load_keys(const int type, const uint8_t *keys, int hd, long i, int 
     long at = i * MK_KV_BLOCK + vector * MK_TILE;
     if (type == MK_F32) return vf_load((const float *)keys + at);
     if (type == MK_F16) return vf_load_f16((const uint16_t *)keys + at);
+    if (type == MK_W8A8) { /* every fourth byte */
+        uint8_t bytes[MK_TILE];
+        for (int t = 0; t < MK_TILE; t++) bytes[t] = keys[2 * hd + i / 4 * 4 * MK_KV_BLOCK + (vector * MK_TILE + t) * 4 + i % 4];
+        return vf_mul(scale, vf_load_i8(bytes));
+    }
     return vf_mul(scale, vf_load_i8(keys + 2 * hd + at));
 }
 
@@ -65,7 +67,7 @@ HOT void keys_as_values(const int type, const uint8_t *keys, int hd, int vd, flo
         for (int i = 0; i < count; i++)
             for (int vector = 0; vector < MK_KV_BLOCK / MK_TILE; vector++) {
                 vf scale = vf_set1(1.0f);
-                if (type == MK_Q8_0)
+                if (mk_is_kv_int8(type))
                     scale = vf_load_f16((const uint16_t *)keys + begin / MK_BLOCK * MK_BLOCK + vector * MK_TILE);
                 vf_store(part[i] + vector * MK_TILE, load_keys(type, keys, hd, begin + i, vector, scale));
             }
@@ -77,7 +79,8 @@ HOT void keys_as_values(const int type, const uint8_t *keys, int hd, int vd, flo
 static void values_of_keys(int type, const uint8_t *keys, int hd, int vd, float *out) {
     if (type == MK_F32) keys_as_values(MK_F32, keys, hd, vd, out);
     else if (type == MK_F16) keys_as_values(MK_F16, keys, hd, vd, out);
-    else keys_as_values(MK_Q8_0, keys, hd, vd, out);
+    else if (type == MK_Q8_0) keys_as_values(MK_Q8_0, keys, hd, vd, out);
+    else keys_as_values(MK_W8A8, keys, hd, vd, out);
 }
 
 static void to_f16(const float *x, uint16_t *out, long count) {

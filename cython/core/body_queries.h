@@ -1,24 +1,6 @@
 /* Computes scores of keys and sums of values for a tile of queries and one block of the KV cache.  The queries of a tile
  * stay in registers; their number depends on the path. */
 
-#if VEC_QUERIES == 12
-enum { KEY_VECTORS = 2, MAX_COLUMNS = 4, QUERY_SHAPES = 5 };
-#define COLUMNS(Q) ((Q) > 4 ? 2 : 4)
-#define EACH_SHAPE(X, type) X(type, 1) X(type, 2) X(type, 4) X(type, 8) X(type, 12)
-#else
-enum { KEY_VECTORS = 1, MAX_COLUMNS = 2 };
-#define COLUMNS(Q) ((Q) > 2 ? 1 : 2)
-#if VEC_QUERIES == 6
-enum { QUERY_SHAPES = 4 };
-#define EACH_SHAPE(X, type) X(type, 1) X(type, 2) X(type, 4) X(type, 6)
-#else
-enum { QUERY_SHAPES = 3 };
-#define EACH_SHAPE(X, type) X(type, 1) X(type, 2) X(type, 4)
-#endif
-#endif
-#define QUERY_COUNT(type, Q) Q,
-static const int QUERIES[QUERY_SHAPES] = {EACH_SHAPE(QUERY_COUNT, )};
-
 /* p [Q][32] = the scores of the block: q [hd][Q] times keys.  Prefetches `next`. */
 HOT void scores(const int type, const int Q, const float *q, const uint8_t *keys, const uint8_t *next, int hd,
                 float *p) {

@@ -4,12 +4,13 @@
 
 #include "active.h"
 
-/* Store one row (`step` 1) or column (`step` 32) of a head's Q8_0 block, and its scales. */
-static void put_q8(const float *x, uint8_t *block, int hd, long offset, long at, long step) {
+/* Store a token's numbers in a head's Q8_0 block: `together` dimensions lie together, the next ones `step` bytes further, and
+ * its scales. */
+static void put_q8(const float *x, uint8_t *block, int hd, long offset, long at, int together, long step) {
     int8_t q[MK_MAX_HEAD_DIM];
     uint16_t scales[MK_MAX_HEAD_DIM / MK_BLOCK];
     mk_active->of_rows->to_q8(x, q, scales, hd);
-    for (int i = 0; i < hd; i++) block[2 * hd + at + i * step] = (uint8_t)q[i];
+    for (int i = 0; i < hd; i++) block[2 * hd + at + i / together * step + i % together] = (uint8_t)q[i];
     for (int i = 0; i < hd / MK_BLOCK; i++) memcpy(block + 2 * (i * MK_KV_BLOCK + offset), &scales[i], 2);
 }
 
@@ -23,8 +24,9 @@ static void store(const void *argument, long begin, long end) {
             long offset = job->offset[row], at = (long)job->block[row] * job->kvh + head;
             const float *key = job->k + row * job->k_stride + (long)head * hd;
             uint8_t *keys = (uint8_t *)job->kpool + at * mk_kv_bytes(job->type, hd);
-            if (job->type == MK_Q8_0) {
-                put_q8(key, keys, hd, offset, offset, MK_KV_BLOCK);
+            if (mk_is_kv_int8(job->type)) {
+                const int together = job->type == MK_W8A8 ? 4 : 1;
+                put_q8(key, keys, hd, offset, offset * together, together, MK_KV_BLOCK * together);
             } else if (job->type == MK_F16) {
                 uint16_t *to = (uint16_t *)keys + offset;
                 mk_active->of_rows->to_f16(key, half, hd);
@@ -36,7 +38,7 @@ static void store(const void *argument, long begin, long end) {
             if (!vd) continue;
             const float *value = job->v + row * job->v_stride + (long)head * vd;
             uint8_t *values = (uint8_t *)job->vpool + at * mk_kv_bytes(job->type, vd);
-            if (job->type == MK_Q8_0) put_q8(value, values, vd, offset, offset * vd, 1);
+            if (mk_is_kv_int8(job->type)) put_q8(value, values, vd, offset, offset * vd, vd, 0);
             else if (job->type == MK_F16) mk_active->of_rows->to_f16(value, (uint16_t *)values + offset * vd, vd);
             else memcpy((float *)values + offset * vd, value, (size_t)vd * sizeof *value);
         }

@@ -178,10 +178,14 @@ typedef struct {
     void (*to_q8)(const float *x, int8_t *q, uint16_t *d, long count);
 } mk_operations;
 
+/* Scores of a block of int8 keys and of a tile of queries (body_scores.h). */
+typedef void (*mk_scores)(const mk_activation *x, const uint8_t *keys, const uint8_t *next, int hd, float *p);
+
 typedef struct {
     const char *name;
     const mk_operations *of_rows;
     mk_range matmul, mixture;
+    const mk_scores *int8_scores; /* by the shape of a tile of queries */
     int bf16_step;       /* bytes of 32 values of x for BF16 weights */
     mk_range tile_rows;  /* NULL, or what lays out MK_IN_TILES rows of x and more in tiles, for BF16 weights */
 } mk_path;

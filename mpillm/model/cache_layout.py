@@ -23,11 +23,14 @@ import numpy as np
 
 from mpillm.errors import JobError
 from mpillm.kernels import KV_BLOCK, QUANT_BLOCK, BlockType, kv_pools
+from mpillm.kernels.types import KV_INT8
 from mpillm.model.cache_spec import LayerCache, SequenceState, TokenCache
 from mpillm.partition import grid
 from mpillm.partition.grid import Place
 
 ArrayType = tuple[tuple[int, ...], type]  # shape and element type
+# The types of memory.kv_type. A cache of W8A8 is one of Q8_0 whose queries are rounded to int8 too.
+KV_TYPES = {"f32": BlockType.F32, "f16": BlockType.F16, "q8_0": BlockType.Q8_0, "q8_0_int8": BlockType.W8A8}
 SPLIT = 1.25  # sorts of layers whose numbers differ by less form one group each
 
 
@@ -185,15 +188,21 @@ def stored_type(asked: str, caches: Sequence[Sequence[LayerCache]], quantised: b
     """
     if asked == "auto":
         return BlockType.F16 if quantised else BlockType.F32
-    if asked == "q8_0":
+    type = KV_TYPES[asked]
+    if type in KV_INT8:
         tokens = [spec for specs in caches if (spec := token_cache(specs))]
         for dim in (dim for spec in tokens for dim in (spec.k_dim, spec.v_dim)):
             if dim % QUANT_BLOCK:
                 raise JobError(
-                    f'memory.kv_type = "q8_0" needs heads of a multiple of {QUANT_BLOCK} dimensions, and this '
+                    f'memory.kv_type = "{asked}" needs heads of a multiple of {QUANT_BLOCK} dimensions, and this '
                     f'model\'s have {dim}; use "f16".'
                 )
-    return BlockType[asked.upper()]
+    return type
+
+
+def name_of(type: BlockType) -> str:
+    """What `memory.kv_type` calls it."""
+    return next(name for name, each in KV_TYPES.items() if each is type)
 
 
 def blocks_needed(tokens: int, windows: Sequence[int]) -> int:

@@ -13,6 +13,7 @@ from mpillm.catalogue import models
 from mpillm.errors import MpillmError
 from mpillm.kernels import BlockType
 from mpillm.model.adapters import with_adapters
+from mpillm.model.cache_layout import name_of
 from mpillm.model.config import ModelConfig
 from mpillm.model.opening import open_described
 from mpillm.partition import grid
@@ -118,7 +119,7 @@ def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machine
         shards=shards,
         layouts=grid.layouts(config, len(found[0].ranks)),
         layouts_of_all=grid.layouts(config, len(plans)),
-        kv_type=first.caches[0].kv_type.name.lower(),
+        kv_type=name_of(first.caches[0].kv_type),
         kv_tokens=first.cached_tokens,
         kv_tokens_in_memory=cached_tokens(capacity.blocks_in_memory, windows, max_context),
         kv_slots=capacity.slots,

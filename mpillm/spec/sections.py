@@ -38,7 +38,7 @@ ToolCalls = Literal[
     "lfm2", "olmo3", "deepseek_v32", "deepseek_v4", "command_r", "functiongemma", "gemma4",
 ]  # fmt: skip
 Pooling = Literal["mean", "last", "cls"]
-KVType = Literal["f32", "f16", "q8_0"]
+KVType = Literal["f32", "f16", "q8_0", "q8_0_int8"]
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

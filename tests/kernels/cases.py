@@ -15,7 +15,7 @@ from mpillm.kernels.blocks import CANONICAL
 from mpillm.kernels.scaled_blocks import BLOCKS
 
 Array = np.ndarray[Any, Any]
-KV_TYPES = (BlockType.F32, BlockType.F16, BlockType.Q8_0)
+KV_TYPES = (BlockType.F32, BlockType.F16, BlockType.Q8_0, BlockType.W8A8)
 OPS = ("product", "quantize", "dequantize", "rms_norm", "rope", "activate", "softmax", "top_k", "lse_parts",
        "attention", "fold", "layer_norm", "square_sums", "softcap", "decays", "short_conv", "delta_rule",
        "selective_scan")  # fmt: skip
@@ -468,7 +468,7 @@ def everything(rng: np.random.Generator, threads: int = 1) -> Iterator[Case]:
         yield delta_rule(rng, m, keys, heads, dk, dv, threads)
         yield selective_scan(rng, m, keys, heads, dk, dv, threads)
     for hd in (8, 16, 24, 64, 80, 96, 128):
-        kv_type = KV_TYPES[int(rng.integers(2 if hd % 32 else 3))]
+        kv_type = KV_TYPES[int(rng.integers(2 if hd % 32 else 4))]
         yield attention(
             rng, kv_type, hd, heads=6, kvh=2, window=int(rng.choice([0, 0, 20, 64])), threads=threads
         )

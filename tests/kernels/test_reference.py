@@ -13,7 +13,9 @@ import pytest
 
 from mpillm import kernels
 from mpillm.kernels import Activation, BlockType, lanes, reference
+from mpillm.kernels.blocks import quantise_q8
 from mpillm.kernels.scaled_blocks import BLOCKS, NF4
+from mpillm.kernels.types import KV_INT8
 from tests.kernels import cases
 
 
@@ -197,12 +199,7 @@ SHAPES = [
 
 @pytest.mark.parametrize(
     ("kv_type", "hd", "heads", "kvh", "window", "bidirectional"),
-    [
-        (kind, *shape)
-        for kind in cases.KV_TYPES
-        for shape in SHAPES
-        if kind != BlockType.Q8_0 or shape[0] >= 32
-    ],
+    [(kind, *shape) for kind in cases.KV_TYPES for shape in SHAPES if kind not in KV_INT8 or shape[0] >= 32],
 )
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 def test_attention(
@@ -229,8 +226,11 @@ def test_attention(
     place = {(b, o): i for i, (b, o) in enumerate(zip(block.tolist(), offset.tolist(), strict=True))}
     if kv_type == BlockType.F16:
         k, v = k.astype(np.float16), v.astype(np.float16)
-    elif kv_type == BlockType.Q8_0:
+    elif kv_type in KV_INT8:
         k, v = (rounded(x) for x in (k, v))
+    if kv_type == BlockType.W8A8:  # the scales of the queries stay float32
+        scales, integers = quantise_q8(q.reshape(-1, 32))
+        q = (scales[:, None].astype(np.float64) * integers).reshape(q.shape)
     for row, at in enumerate(pos.tolist()):
         first, last = (max(0, at - window + 1) if window > 0 else 0), at
         if window < 0:

@@ -68,3 +68,20 @@ def test_prompts_of_any_length_in_one_batch(name: str) -> None:
     else:  # the twin rounds activations too, but a value right between two BF16 may be rounded either way
         assert max(errors) < ROUNDED.maximum
         assert np.mean(errors) < ROUNDED.mean / 5
+
+
+def test_queries_in_int8_depend_on_their_request_alone() -> None:
+    """Scores of one row and of a batch are the same sums, close to those of the same cache with queries in floats."""
+    requests = requests_of(golden("llama_mixed.gguf"))
+    model, made = gguf_path("llama_mixed"), {}
+    for type in ("q8_0", "q8_0_int8"):
+        made[type] = run_engine(model, requests, kv_type=type)
+    alone = [run_engine(model, [request], kv_type="q8_0_int8")[0] for request in requests]
+    for one, other in zip(alone, made["q8_0_int8"], strict=True):
+        assert one.tokens == other.tokens
+        assert one.prompt_logprobs == other.prompt_logprobs
+    errors = [
+        np.abs(np.subtract(one.prompt_logprobs, other.prompt_logprobs))
+        for one, other in zip(made["q8_0"], made["q8_0_int8"], strict=True)
+    ]
+    assert 0 < np.mean(np.concatenate(errors)) < 0.05

@@ -142,15 +142,15 @@ def test_the_table() -> None:
     assert planned("llama3", 1, "quantize=q8_0").kv_type == "f16"
 
 
-def test_a_q8_0_kv_cache() -> None:
+@pytest.mark.parametrize("type", ["q8_0", "q8_0_int8"])
+def test_a_kv_cache_of_int8(type: str) -> None:
     """34 bytes for 32 values; heads must be made of whole blocks."""
-    f16, q8 = (
-        planned(str(gguf_path("llama_mixed")), 1, f"memory.kv_type={kind}") for kind in ("f16", "q8_0")
-    )
+    f16, q8 = (planned(str(gguf_path("llama_mixed")), 1, f"memory.kv_type={kind}") for kind in ("f16", type))
+    assert q8.kv_type == type
     assert q8.kv_tokens // KV_BLOCK == f16.kv_tokens // KV_BLOCK * 64 // 34
-    words = 'memory.kv_type = "q8_0" needs heads of a multiple of 32 dimensions, and this model\'s have 8; use "f16".'
+    words = f'memory.kv_type = "{type}" needs heads of a multiple of 32 dimensions, and this model\'s have 8'
     with pytest.raises(JobError, match=re.escape(words)):
-        planned("llama3", 1, "memory.kv_type=q8_0")
+        planned("llama3", 1, f"memory.kv_type={type}")
 
 
 def test_as_json() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpillm.kernels import lanes
+from mpillm.kernels.blocks import quantise_q8
 from mpillm.kernels.checks import (
     require,
     require_cap,
@@ -23,6 +24,7 @@ from mpillm.kernels.types import (
     F32,
     I32,
     KV_BLOCK,
+    KV_INT8,
     QUANT_BLOCK,
     BlockType,
 )
@@ -52,18 +54,21 @@ def kv_store(kv_type: BlockType, k: F32, v: F32 | None, block: I32, offset: I32,
         stored.append((v.reshape(len(k), kvh, value_dim), vpool, False))
     for x, pool, is_keys in stored:
         dim = x.shape[2]
-        if kv_type == BlockType.Q8_0:
+        if kv_type in KV_INT8:
             q, scales = _q8_parts(pool, dim, is_keys)
-            done = np.empty((len(k) * kvh, kv_type.row_bytes(dim)), np.uint8)
-            quantize(kv_type, np.ascontiguousarray(x).reshape(-1, dim), done)
-            blocks = done.reshape(len(k), kvh, -1, kv_type.block_bytes)
+            done = np.empty((len(k) * kvh, BlockType.Q8_0.row_bytes(dim)), np.uint8)
+            quantize(BlockType.Q8_0, np.ascontiguousarray(x).reshape(-1, dim), done)
+            blocks = done.reshape(len(k), kvh, -1, BlockType.Q8_0.block_bytes)
             scales[block, :, :, offset] = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
             to, row = q, blocks[..., 2:].view(np.int8).reshape(len(k), kvh, dim)
         else:
             element = np.float32 if kv_type == BlockType.F32 else np.float16
             with np.errstate(over="ignore"):
                 to, row = pool.view(element), x.astype(element)
-        if is_keys:
+        if is_keys and kv_type == BlockType.W8A8:
+            fours = to.reshape(*to.shape[:2], -1, KV_BLOCK, 4)
+            fours[block, :, :, offset] = row.reshape(len(k), kvh, -1, 4)
+        elif is_keys:
             to[block, :, :, offset] = row
         else:
             to[block, :, offset, :] = row
@@ -83,12 +88,14 @@ def _q8_parts(pool: Pool, hd: int, is_keys: bool) -> tuple[npt.NDArray[np.int8],
 
 def _kv_floats(kv_type: BlockType, pool: Pool, used: I32, hd: int, is_keys: bool) -> F32:
     """Return the blocks `used` of a pool as f32: keys [block, head, dim, token], values [block, head, token, dim]."""
-    if kv_type != BlockType.Q8_0:
+    if kv_type not in KV_INT8:
         found: F32 = pool.view(np.float32 if kv_type == BlockType.F32 else np.float16)[used].astype(
             np.float32
         )
         return found
     q, scales = _q8_parts(pool[used], hd, is_keys)
+    if is_keys and kv_type == BlockType.W8A8:
+        q = q.reshape(*q.shape[:2], -1, KV_BLOCK, 4).swapaxes(3, 4).reshape(q.shape)
     by_dim = np.repeat(scales.astype(np.float32), QUANT_BLOCK, axis=2)
     product: F32 = q.astype(np.float32) * (by_dim if is_keys else by_dim.swapaxes(2, 3))
     return product
@@ -150,6 +157,9 @@ def attention(kv_type: BlockType, q: F32, out: F32, kpool: Pool, vpool: Pool | N
         span = slice(skip, skip + last - begin + 1)
         for head, g in enumerate(kv_of_head.tolist()):
             mine = q[i, head * hd : (head + 1) * hd] * (np.float32(scale) * np.float32(_tuned(tuning, at)))
+            if kv_type == BlockType.W8A8:
+                scales, integers = quantise_q8(mine.reshape(-1, QUANT_BLOCK))
+                mine = (scales[:, None] * integers).astype(np.float32).reshape(-1)
             sink = np.float32(-np.inf) if sinks is None else sinks[head]
             out[i, head * value_dim : (head + 1) * value_dim] = _attend(
                 mine, keys[g][:, span], values[g][span], sink, np.float32(softcap)
