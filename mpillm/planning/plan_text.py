@@ -112,12 +112,12 @@ def _rank_table(plan: Plan) -> Iterator[str]:
 
 def _verdict(plan: Plan) -> Iterator[str]:
     together = shown_bytes(sum(rank.held for rank in plan.ranks))
-    on_one = f" (on one machine: {together} in all)" if len(plan.ranks) > 1 else ""
-    fits = f"It fits if every rank has the free memory of its last column{on_one}."
+    on_one = f" On one machine all ranks need {together}." if len(plan.ranks) > 1 else ""
+    fits = f"It fits if every rank has the free memory of its last column.{on_one}"
     if plan.free:
         rank, free = max(zip(plan.ranks, plan.free, strict=True), key=lambda pair: pair[0].held / pair[1])
-        most = f"rank {rank.rank} takes most of it, " if len(plan.ranks) > 1 else ""
-        fits = f"It fits into the free memory: {most}{shown_bytes(rank.held)} of {shown_bytes(free)}{on_one}."
+        who = f"rank {rank.rank} needs the largest part, " if len(plan.ranks) > 1 else ""
+        fits = f"It fits into the free memory: {who}{shown_bytes(rank.held)} of {shown_bytes(free)}.{on_one}"
     yield from (_wrapped(sentence, indent=0) for sentence in plan.problems or [fits])
 
 

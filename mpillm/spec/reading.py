@@ -246,7 +246,10 @@ def _refuse_unknown(values: dict[str, Any], where: str, arguments: Set[str] = fr
             given.append(key)
     for key in given:
         if key not in known:
-            raise JobError(f"{where} has an unknown key {key!r}; {nearest(key, known | tables | arguments)}")
+            instead = nearest(key, known | tables | arguments)
+            if arguments:  # as Python writes a key of a table
+                instead = re.sub(r"'(\w+)\.(\w+)'", r"\1={'\2': ...}", instead)
+            raise JobError(f"{where} has an unknown key {key!r}; {instead}")
 
 
 def _refuse_overwriting(spec: Spec) -> None:

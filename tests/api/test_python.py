@@ -189,6 +189,8 @@ def test_what_cannot_be_made_is_said(tmp_path: Path) -> None:
         LLM(str(CHAT), memory={"kv": "3 bananas"})
     with pytest.raises(JobError, match=r"unknown key 'sampling\.heat'"):
         LLM(str(CHAT), sampling={"heat": 1})
+    with pytest.raises(JobError, match=r"'max_tokens'; did you mean sampling=\{'max_tokens': \.\.\.\}\?"):
+        LLM(str(CHAT), max_tokens=4)
     with pytest.raises(JobError, match="unknown key 'rank'; did you mean 'ranks'"):
         LLM(str(CHAT), rank=2)
     with pytest.raises(JobError, match="ranks must be a whole number >= 1, not '2'"):

@@ -134,7 +134,7 @@ def test_the_table() -> None:
     assert len(next(line for line in text.splitlines() if line.startswith("rank")).split("  ")) > 8
     together = shown_bytes(sum(rank.held for rank in made.ranks))
     assert said.endswith(
-        f"It fits if every rank has the free memory of its last column (on one machine: {together} in all)."
+        f"It fits if every rank has the free memory of its last column. On one machine all ranks need {together}."
     )
     alone = plan_text.as_text(planned("llama3", 1))
     assert alone.endswith("It fits if every rank has the free memory of its last column.")
@@ -340,7 +340,7 @@ def test_what_hosts_do_not_have_is_a_problem() -> None:
 def test_what_fits_is_judged_by_what_hosts_have() -> None:
     made = on([Host(memory="64GiB"), Host(memory="8GiB")])
     held = shown_bytes(made.ranks[1].held)
-    assert f"free memory: rank 1 takes most of it, {held} of 8.0 GiB (on" in " ".join(
+    assert f"free memory: rank 1 needs the largest part, {held} of 8.0 GiB. On one machine" in " ".join(
         plan_text.as_text(made).split()
     )
 
