@@ -94,13 +94,14 @@ class Conversation:
         self._messages: list[dict[str, Any]] = []
         self._ticket: Ticket | None = None
         self._answers = self._stopped = False  # a message is being answered; that is to end
+        self._ended = False  # there is no next message
         self._thinks = False  # what was written last is reasoning
         self._cut = False  # it was said how an answer may be longer
 
     def talk(self) -> None:
         """Read, answer, and end the engine's work at last."""
         try:
-            while self._turn(self._read("> ").strip()):
+            while not self._ended and self._turn(self._read("> ").strip()):
                 pass
         except (EOFError, Closed):
             self._write("\n")
@@ -115,6 +116,7 @@ class Conversation:
 
     def end(self) -> None:
         """End the conversation, and an answer with it."""
+        self._ended = True
         self._arrivals.close()
         self._stop()
 
