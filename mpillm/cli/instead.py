@@ -58,7 +58,7 @@ ELSEWHERE = {
     **dict.fromkeys(("--key", "--token"), "type --api-key KEY"),
     "--cors": "type --allowed-origins ORIGIN",
     **dict.fromkeys(
-        ("--cache-dir", "--dir", "--local-dir"), "to store models elsewhere, type export MPILLM_CACHE=DIRECTORY first"
+        ("--cache-dir", "--local-dir"), "to store models elsewhere, type export MPILLM_CACHE=DIRECTORY first"
     ),
     **dict.fromkeys(("--config", "--job"), "the job file needs none: mpillm run JOB.toml"),
     **dict.fromkeys(("--batch-file", "--file", "--prompts"), "type --input FILE"),

@@ -33,7 +33,11 @@ class CommandParser(argparse.ArgumentParser):
         if not unknown[0].startswith("-"):
             usage = " ".join(parser.format_usage().split()).replace("usage:", "type")
             return f"{unknown[0]!r} is an unexpected argument; {usage}"
-        return f"there is no option {unknown[0]}; {parser.prog} --help lists all"
+        wanted = [
+            _shown(action) for action in parser._actions if action.required and not action.option_strings
+        ]
+        usage = f"type {parser.prog} {' '.join(wanted)}; " if wanted else f"{parser.prog} "
+        return f"there is no option {unknown[0]}; {usage}--help lists all"
 
     def _commands(self) -> Mapping[str, argparse.ArgumentParser]:
         found = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
