@@ -91,10 +91,7 @@ class LayoutPlanner:
 
     def plans(self, replicas: Replicas) -> Iterator[ReplicaPlan]:
         """What the ranks of each replica will hold."""
-        machines = self.machines
-        return self._planner.replicas(
-            self.spec, replicas, self._asked, machines.names, machines.several_hosts, self._known
-        )
+        return self._planner.replicas(self.spec, replicas, self._asked, self.machines, self._known)
 
     def _placement(self, chosen: Chosen) -> Placement:
         """A layout with the plans of its replicas."""

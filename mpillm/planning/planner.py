@@ -25,6 +25,7 @@ from mpillm.planning.limits import (
     cache_in_memory,
     step_size,
 )
+from mpillm.planning.machines import Machines
 from mpillm.planning.rank_plan import RankPlan, ReplicaPlan
 from mpillm.planning.step_time import RankWork
 from mpillm.planning.weights_share import WeightsShare, weights_share
@@ -51,23 +52,22 @@ class Planner:
         spec: Spec,
         replicas: Sequence[Replica],
         asked: InputNeeds,
-        hosts: Sequence[str] = (),
-        network: bool = False,
+        machines: Machines,
         known: dict[tuple[Any, ...], ReplicaPlan] | None = None,
     ) -> Iterator[ReplicaPlan]:
         """The plans of all replicas; those that are alike are worked out once, and kept in `known`.
 
-        `asked` is what the input asks for, `hosts` has the name of each rank's host, and there is a `network` between
-        several of them. `known` is of one job, on any hosts.
+        `asked` is what the input asks for. `known` is of one job, on any machines.
         """
+        hosts = machines.names
         known = {} if known is None else known
         alike = spec.on_rank(0, hosts[0] if hosts else "") is spec  # one value of each budget for all ranks
         for number, replica in enumerate(replicas):
             # The first one has the input as well.
             where = () if alike else (replica.first, *(hosts[rank] for rank in replica.ranks if hosts))
-            key = number == 0, replica.stages, replica.shards, replica.layers, where, network
+            key = number == 0, replica.stages, replica.shards, replica.layers, where, machines.several_hosts
             if key not in known:
-                known[key] = self._replica(spec, number, replica, asked, hosts, network)
+                known[key] = self._replica(spec, number, replica, asked, machines)
             found = known[key]
             ranks = [
                 msgspec.structs.replace(plan, rank=rank, replica=number)
@@ -81,10 +81,9 @@ class Planner:
         number: int,
         replica: Replica,
         asked: InputNeeds,
-        hosts: Sequence[str],
-        network: bool,
+        machines: Machines,
     ) -> ReplicaPlan:
-        config, places = self.config, replica.places
+        config, places, hosts = self.config, replica.places, machines.names
         specs = [spec.on_rank(rank, hosts[rank] if hosts else "") for rank in replica.ranks]
         spec = tightest(specs)
         caches = self._caches(places, spec.memory.kv_type)
@@ -114,7 +113,7 @@ class Planner:
                 n_blocks,
                 share,
                 self._activations(place, rows),
-                self._process(one, place, share, kept, network) + share.beyond,
+                self._process(one, place, share, kept, machines.several_hosts) + share.beyond,
                 0 if place.rank else drafting,
             )
             for one, place, cache, share in zip(specs, places, caches, shares, strict=True)

@@ -214,7 +214,7 @@ class LayoutChoice:
 
     def _placement(self, machines: Machines, replicas: Replicas) -> Placement:
         planner = self._open_model()
-        plans = planner.replicas(self._spec, replicas, self.asked, machines.names, machines.several_hosts)
+        plans = planner.replicas(self._spec, replicas, self.asked, machines)
         return Placement(self._spec, planner.config, machines, replicas, list(plans))
 
     def _layouts(self, spec: Spec) -> Layouts:

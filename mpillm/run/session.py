@@ -228,8 +228,7 @@ class Session:
 
     def _plans(self) -> Iterator[ReplicaPlan]:
         """What the ranks of each replica will hold."""
-        names, network = self.machines.names, self.machines.several_hosts
-        return self._open_model().replicas(self.job, self.replicas, self.needs, names, network)
+        return self._open_model().replicas(self.job, self.replicas, self.needs, self.machines)
 
     def estimate(self, demand: Demand | None) -> Estimate:
         """Estimate the time of `demand`, or of the input if it is None, from the machines' speeds."""

@@ -146,5 +146,7 @@ def test_layers_that_are_one_operation(model: str, settings: tuple[str, ...], st
     asked = spec.load(None, settings, model=str(model_path(model)), input="in", output="out")
     with closing(open_source(model_path(model))) as source:
         replicas = (Replica(0, 1, 2),)
-        [made] = Planner(source, config_of(source)).replicas(asked, replicas, InputNeeds())
+        [made] = Planner(source, config_of(source)).replicas(
+            asked, replicas, InputNeeds(), Machines([2], [0, 0])
+        )
     assert [work.stacked for work in made.works] == [stacked] * 2
