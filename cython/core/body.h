@@ -40,5 +40,6 @@ const mk_operations OF(NAME, of_rows) = {MK_OPERATIONS(ENTRY).to_f16 = to_f16, .
 #define PATH_TABLE(name, product, mixture_of_products, to_tiles) PATH_TABLE_(name, product, mixture_of_products, to_tiles)
 #define PATH_TABLE_(path, product, mixture_of_products, to_tiles)                                             \
     const mk_path mk_##path = {.name = #path, .of_rows = &OF(LIKE, of_rows), .matmul = product,               \
-                               .mixture = mixture_of_products, .int8_scores = INT8_SCORES_OF_SHAPES, .bf16_step = BF16_STEP, .tile_rows = to_tiles};
+                               .mixture = mixture_of_products, .int8_scores = INT8_SCORES_OF_SHAPES,          \
+                               .bf16_step = BF16_STEP, .tile_rows = to_tiles};
 PATH_TABLE(NAME, matmul, mixture, NULL)

@@ -115,7 +115,7 @@ MK_INLINE void half_steps(const int type, const int R, const uint8_t **rows, lon
             values += parts == 1 ? MK_GROUP * x_bytes : 64 + part * (MK_GROUP * x_bytes - 128);
             at += parts == 1 ? bytes : part * bytes;
             part ^= parts - 1;
-            if (parts > 1) __asm__("" : "+r"(part));
+            if (parts > 1) __asm__("" : "+r"(part)); /* else gcc knows it, and makes two bodies after all */
         }
         UNROLL
         for (int i = 0; i < R * MK_GROUP; i++) *vh_of(sums + i, half) = acc[i];

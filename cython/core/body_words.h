@@ -26,16 +26,16 @@ HOT void words_tile(const int form, const int T, const unpacked *w, long count, 
     for (int t = 0; t < T; t++) vb_store_words(words[0][t], a[t].q);
     UNROLL
     for (int t = 0; t < T; t++) acc[t] = sums[t];
-    for (int odd = 0; count--; w++, a += MK_GROUP, odd ^= 1) {
+    for (int now = 0; count--; w++, a += MK_GROUP, now ^= 1) {
         vi dots[2][MK_GROUP];
         for (const uint8_t *end = ahead + fetched; ahead < end; ahead += 64) __builtin_prefetch(ahead, 0, 2);
         if (count)
-            for (int t = 0; t < T; t++) vb_store_words(words[!odd][t], a[MK_GROUP + t].q);
+            for (int t = 0; t < T; t++) vb_store_words(words[!now][t], a[MK_GROUP + t].q);
         UNROLL
         for (int h = 0; h < halves; h++) {
             UNROLL
             for (int t = 0; t < T; t++) dots[h][t] = vi_set1(unpacked_start(form, 8, a + t, h));
-            dots_of_words(halves, T, h, w, words[odd], dots[h]);
+            dots_of_words(halves, T, h, w, words[now], dots[h]);
         }
         UNROLL
         for (int t = 0; t < T; t++) acc[t] = add_part(form, acc[t], dots[0][t], dots[halves - 1][t], &w->of, w->d, w->m, a + t);

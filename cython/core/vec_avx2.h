@@ -119,9 +119,6 @@ MK_INLINE vb vb_raise(vb a, const int by) {
     return (vb){_mm256_add_epi8(a.lo, all), _mm256_add_epi8(a.hi, all)};
 }
 
-/* Added one after the other: if a compiler adds them as a tree, it spills all products first. */
-MK_INLINE __m256i ymm_keep(__m256i a) { __asm__("" : "+x"(a)); return a; }
-
 #ifdef VEC_VNNI
 MK_INLINE vb vb_signed(vb a) {
     __m256i flip = _mm256_set1_epi8(-128);
@@ -136,6 +133,8 @@ MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, vb
     dot->hi = _mm256_dpbusd_avx_epi32(dot->hi, w.hi, xg);
 }
 #else
+/* Added one after the other: if a compiler adds them as a tree, it spills all products first. */
+MK_INLINE __m256i ymm_keep(__m256i a) { __asm__("" : "+x"(a)); return a; }
 /* Sums of many products of 8 bits take less time as words: psignb, pmaddubsw and pmaddwd share ports. */
 #define VEC_WORDS
 MK_INLINE __m256i ymm_words(__m256i a, const int odd) { /* of the bytes of each word: the even or the odd one, signed */
