@@ -56,7 +56,7 @@ _recorder: Recorder | None = None
 
 
 def start(spans: int) -> Recorder:
-    """Record from now on, the last so many spans."""
+    """Record from now on; only the last `spans` spans are kept."""
     global _recorder  # noqa: PLW0603 -- what is recorded is done everywhere, and a process has one trace
     _recorder = Recorder(deque(maxlen=spans))
     return _recorder
@@ -81,7 +81,7 @@ def add(name: str, start: float, seconds: float, **detail: int | str) -> None:
 
 
 def spent(name: str, seconds: float) -> None:
-    """This thread has just spent so many seconds on something."""
+    """This thread has just spent `seconds` seconds on `name`."""
     if _recorder is not None and seconds:
         add(name, time.monotonic() - seconds, seconds)
 

@@ -31,8 +31,8 @@ from mpillm.kernels import KV_BLOCK
 
 PIECE = 1 << 18  # lines that are ordered together
 WINDOW = 1024  # works that `ordered` holds
-KEPT = 4  # the part of the KV cache that common beginnings may take all the time: one in so many blocks
-FINE = 8  # levels that lie a block apart; further back a level lies so many times its distance apart
+KEPT = 4  # common beginnings may keep one in KEPT blocks of the KV cache
+FINE = 8  # the distance between two levels is 1 / FINE of the level, but at least a block
 
 
 class Order:
@@ -128,7 +128,7 @@ def _hashes(prompt: tuple[int, ...]) -> Iterator[int]:
 
 
 def _levels(blocks: int) -> Iterator[int]:
-    """The levels of a prompt of so many full blocks, in blocks, from 0."""
+    """The levels of a prompt of `blocks` full blocks, in blocks, from 0."""
     level = 0
     while level <= blocks:
         yield level

@@ -48,7 +48,7 @@ class Case:
     rows: int
     nbytes: int
     operations: int
-    call: Callable[[int], object]  # with so many threads
+    call: Callable[[int], object]  # takes the number of threads
     product: bool = False
 
 

@@ -82,7 +82,7 @@ class _Names:
                 self._own.setdefault(roles, name)
 
     def placed(self, specs: list[TensorSpec], experts: int) -> Iterator[tuple[str, tuple[int, ...], bool]]:
-        """Tensors of a layer, or of each of so many experts, of which a file holds all in one."""
+        """The tensors of a layer, or of its `experts` experts, which a file holds in one tensor."""
         left = {spec.key.role: spec for spec in specs}
         layer = specs[0].key.layer if specs else -1
         for roles, name in self._own.items():  # several matrices in one tensor

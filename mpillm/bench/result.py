@@ -16,7 +16,7 @@ class Machine(msgspec.Struct, kw_only=True):
 
 
 class Kernel(msgspec.Struct, kw_only=True):
-    """One kernel on so many rows.
+    """One kernel, with `rows` rows.
 
     `rate` is of bytes read and written, `operations` of multiplications and additions (0: not counted).
     """

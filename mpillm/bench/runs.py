@@ -107,7 +107,7 @@ def prefill(session: Session, length: int, options: BenchOptions, peer: Peer | N
 
 
 def decode(session: Session, sequences: int, context: int, options: BenchOptions, peer: Peer | None) -> Run:
-    """Steps of so many sequences that hold `context` tokens at first; rate in tokens of all together."""
+    """Steps of `sequences` sequences, which have `context` tokens at first; the rate counts the tokens of all."""
     what = "decode" if sequences == 1 else "batch"
     made = Run(what=what, threads=session.threads, sequences=sequences, tokens=context)
     made.weight_bytes = weight_bytes(session, sequences)
@@ -224,14 +224,14 @@ def _sent(session: Session) -> int:
 
 
 def weight_bytes(session: Session, rows: int) -> int:
-    """Bytes of weights that a step of so many rows reads on this rank, if experts are chosen at random."""
+    """Bytes of weights that a step of `rows` rows reads on this rank, if experts are chosen at random."""
     picked = 1 - (1 - session.config.expert_share) ** rows
     entries = [entry for item in session.weights.pages for entry in item.entries]
     return round(sum(entry.nbytes * (picked if entry.key.expert >= 0 else 1) for entry in entries))
 
 
 def int8_operations(session: Session, rows: int, drawn: int) -> int:
-    """Multiplications and additions of 8-bit integers on this rank, of so many rows, of which `drawn` have logits."""
+    """Multiplications and additions of 8-bit integers on this rank for `rows` rows, of which `drawn` have logits."""
     share = session.config.expert_share
     return round(
         sum(

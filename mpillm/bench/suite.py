@@ -162,7 +162,7 @@ def _sizes(config: ModelConfig, options: BenchOptions) -> kernels.KernelSizes:
 def _engine(
     world: World, path: Path, threads: int, asked: BenchCommand, options: BenchOptions
 ) -> Iterator[tuple[Run, tuple[int, int]]]:
-    """Every run with so many threads, and the layout (stages, shards); the peer has as many as all ranks here."""
+    """Every run with `threads` threads, and its layout (stages, shards); the peer has those of all ranks here."""
     what = options.what
     if not what - {"kernels"}:
         return

@@ -12,7 +12,7 @@ BF16, Q4_0 = 2.0, 18 / 32
 
 @dataclass(frozen=True)
 class Hosted:
-    """A model in a repository of safetensors files in BF16, of so many weights (in millions)."""
+    """A model in a repository of safetensors files in BF16, with its number of weights in millions."""
 
     repository: str
     weights: int

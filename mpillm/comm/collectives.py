@@ -67,7 +67,7 @@ class Group:
     def begin(self, x: F32, lane: int = 0) -> Callable[[], None]:
         """Begin `all_reduce`, and return what ends it; until then x is not to be used.
 
-        So many may be under way as there are lanes, numbered from 0. They end in the order in which they began.
+        Each lane, numbered from 0, may have one under way. They end in the order in which they began.
         """
         shards = self._place.shards
         m, d = x.shape

@@ -12,7 +12,8 @@ T = TypeVar("T")
 
 TURNS, TURN = 20_000, 70e-9  # of a loop of Python, and its seconds where `Speed.core` is 1
 LOOK, LOOK_TURNS = 0.001, 2000  # seconds of a look at the pace, and turns of a call
-CALLS, PATIENCE = 8, 4  # of each timing: so many calls unless they take PATIENCE times as long as they should
+# A timing makes at least CALLS calls, unless it takes PATIENCE times as long as it should.
+CALLS, PATIENCE = 8, 4
 WHOLE = 0.85  # the part of a core that counts as a whole one
 WAITED = Path("/proc/self/schedstat")  # the nanoseconds that this thread has run, and has waited for a core
 
@@ -36,7 +37,7 @@ def part_so_far(waited: Path) -> float:
 
 
 def core_speed(seconds: float, turns: int = TURNS) -> float:
-    """How fast one core runs plain code, as `Speed.core`, measured for about so many seconds, `turns` a call."""
+    """How fast one core runs plain code, as `Speed.core`, measured for about `seconds` with calls of `turns` turns."""
     return TURN / typical(plain_code, [turns], seconds) * turns
 
 
@@ -57,7 +58,7 @@ def typical(call: Callable[[T], object], data: Sequence[T], for_seconds: float) 
 
 
 def plain_code(turns: int) -> None:
-    """A table whose entries are replaced."""
+    """Replace entries of a table `turns` times."""
     table: dict[int, tuple[int, object]] = {}
     for turn in range(turns):
         table[turn & 1023] = (turn, table.get(turn >> 1))

@@ -178,7 +178,7 @@ def _positive(name: str, value: int | str) -> int:
 
 
 def limit_threads(threads: int, oversubscribed: bool) -> None:
-    """Limit this process to so many threads, those of NumPy's math libraries included, and configure OpenMP."""
+    """Limit this process to `threads` threads, those of NumPy's math libraries included, and configure OpenMP."""
     if threads > 1 and not configure_openmp(oversubscribed):
         log.debug("the kernels were loaded before OpenMP's variables were set")
     threadpool_limits(threads)

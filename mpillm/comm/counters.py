@@ -27,7 +27,7 @@ class Count:
     seconds: float = 0.0  # waited
 
     def sent(self, messages: int, nbytes: int) -> None:
-        """Count so many messages of `nbytes` each."""
+        """Count `messages` messages of `nbytes` bytes each."""
         self.messages += messages
         self.bytes_sent += messages * nbytes
 

@@ -59,7 +59,7 @@ def die_with_launcher() -> None:
 
 
 def alarm(seconds: float) -> None:
-    """End this process by SIGALRM after so many seconds; 0 cancels the alarm.
+    """End this process by SIGALRM after `seconds` seconds; 0 cancels the alarm.
 
     MPI_Finalize waits for all ranks and holds Python's lock meanwhile, so no thread can watch it.
     """

@@ -48,7 +48,7 @@ class Mailbox:
         return None
 
     def wait(self, seconds: float) -> tuple[int, bytes] | None:
-        """The next message; None if none arrives within so many seconds."""
+        """The next message; None if none arrives within `seconds` seconds."""
         until = time.monotonic() + seconds
         found: list[tuple[int, bytes]] = []
 
@@ -61,6 +61,6 @@ class Mailbox:
         return found[0] if found else None
 
     def flush(self, seconds: float) -> None:
-        """Wait until everything that was sent has left, for so many seconds at most."""
+        """Wait until everything that was sent has left, for at most `seconds` seconds."""
         until = time.monotonic() + seconds
         self._world.wait(lambda: self._outbox.progress() or time.monotonic() > until)

@@ -90,7 +90,7 @@ class Nodes:
         self._rank, self._ranks = rank, ranks
 
     def oversubscribed(self, threads: int) -> bool:
-        """Whether a thread may find no core when it could compute, with so many threads on each rank.
+        """Whether threads may have to wait for a core if each rank has `threads` of them.
 
         This host, or the machine that it shares with other hosts, has fewer cores, or a quota allows less time of them.
         """

@@ -114,7 +114,7 @@ class Pieces:
         rate: float,
         crowded: bool,
     ) -> None:
-        """Rows of so many blocks, all together, and the bytes of a block of parts, and of their sums.
+        """All rows together have `blocks` blocks; a block takes `part_bytes` as a part, and `sum_bytes` as a sum.
 
         `first` is the rank of the stage's first shard; `rate` and `crowded` are those of `adders`.
         """
@@ -165,7 +165,7 @@ class Pieces:
 
 
 def adders(shards: int, nbytes: float, rate: float, crowded: bool = False) -> int:
-    """How many of more than two shards sum a piece each of rows of so many bytes, where a wire carries `rate` bytes/s.
+    """How many of more than two shards sum a piece of the rows each; rows have `nbytes`, a wire carries `rate` bytes/s.
 
     Each of them takes in and sends shards - 1 times its piece, so that more of them need their wires for less time, but
     exchange more messages: for few rows one shard sums alone. `crowded`: ranks share cores.
@@ -175,7 +175,7 @@ def adders(shards: int, nbytes: float, rate: float, crowded: bool = False) -> in
 
 
 def lanes(shards: int, m: int, nbytes: float, rate: float) -> int:
-    """In how many lanes m rows of so many bytes are summed: two where those of one travel while the other is computed.
+    """In how many lanes m rows, of `nbytes` together, are summed: two if one lane travels while the other is computed.
 
     Weights are read once more for each lane, and products of fewer rows are slower: on a wire that is done sooner than
     this (`LANES`) nothing is gained.

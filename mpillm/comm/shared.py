@@ -58,7 +58,7 @@ class SharedRows:
         self._flags.raised(nbytes)
 
     def wait(self, spin: float, sleep: float) -> bool:
-        """Poll and then sleep for so many seconds at most; return whether all shards have published."""
+        """Poll for up to `spin` seconds and then sleep for up to `sleep`; return whether all shards have published."""
         found: bool = self._flags.wait(spin, sleep)
         return found
 

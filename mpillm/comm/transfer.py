@@ -69,7 +69,7 @@ class Codec:
 class SumCodec:
     """Sums of parts as bytes: float32, or for the Q8_0 wire Q8_0 blocks and then Q4_0 blocks of what those leave out.
 
-    52 bytes for 32 values: so much finer than the parts that rounding a sum costs nothing beside rounding those.
+    32 values take 52 bytes. That is much finer than the parts, so rounding a sum adds almost nothing to their errors.
     """
 
     def __init__(self, wire: Wire, threads: int) -> None:

@@ -40,7 +40,7 @@ def wait(done: Callable[[], object], crowded: bool, look: Callable[[], None] | N
 def wait_for_flags(arrived: Callable[[float, float], bool], crowded: bool, look: Callable[[], None]) -> float:
     """Wait for what other processes write to shared memory; return the seconds that took.
 
-    `arrived` polls and then sleeps, each for so many seconds at most, and returns whether all is there. Between its
+    `arrived` takes the maximum seconds to poll and then to sleep, and returns whether all is there. Between its
     calls `look` is called; it raises an exception if waiting has become pointless.
     """
     if arrived(0.0, 0.0):

@@ -80,7 +80,7 @@ class World(Exchange):
         return cores.threads_per_rank(asked, self.nodes.cores_here, self.nodes.ranks_here, os.environ)
 
     def limit_threads(self, threads: int) -> None:
-        """Limit this process to so many threads for computing, those of NumPy's math libraries included.
+        """Limit this process to `threads` threads for computing, those of NumPy's math libraries included.
 
         Call it before the compiled kernels are imported: it also sets OpenMP's variables, which are read only then.
         """

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 LONGEST = 15  # tokens of a draft, at most
 COMPARED = 32  # tokens before a draft that are compared, at most
-LONG = 5  # matches of at least so many tokens are much likelier to be right
+LONG = 5  # tokens from which on a match is much likelier to be right
 RUN = 3  # the shortest match, in tokens
 TRIED = 8  # places of a run that are compared, the last ones first
 KEPT = 1 << 16  # indexed tokens, at most; when the index is full, the oldest half is dropped

@@ -38,11 +38,8 @@ DRAWN_ROWS = 64  # rows of a step with drafts from which tokens are drawn, at mo
 DEAR = 0.8  # nothing is looked up if rows take this share of a step's time or more
 CHEAP = 0.02  # the smallest share that is assumed, for steps that wait for the disk
 MARGIN = 1.25  # a draft's probability must exceed its cost by this factor
-# A draft model that did not pay is tried again after so many steps, with so many tokens.
-PATIENCE, PROBED = (
-    64,
-    2,
-)
+# A draft model that did not pay is tried again after PATIENCE steps, with PROBED tokens.
+PATIENCE, PROBED = 64, 2
 NEARLY_ALL = 0.9  # the share of the experts that counts as nearly all
 
 

@@ -14,7 +14,7 @@ from mpillm.launching.mpiexec import Settings, command, program
 
 
 def start(ranks: int, address: str) -> NoReturn:
-    """Become mpiexec with so many ranks; what it writes lies beside the socket at `address`."""
+    """Become mpiexec with `ranks` ranks; the files that it writes are beside the socket at `address`."""
     folder = Path(address).parent
     words = [*command(library(), Settings(ranks), ranks, None, folder), *program(["ranks", address])]
     os.execvp(words[0], words)

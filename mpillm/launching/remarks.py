@@ -87,7 +87,7 @@ class Remarks:
         self._kept.append(line)
 
     def listen(self, seconds: float) -> None:
-        """Take what is written within so many seconds."""
+        """Take what is written within `seconds` seconds."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             if not self._selector.get_map():

@@ -39,7 +39,7 @@ WATCH = 2.0  # seconds between two looks at the hostfile
 ASK = 15.0  # seconds between two questions to the hosts, while no rank runs yet
 STOPPING = 30.0  # seconds for the ranks to end when they are told to
 LINGER = 10.0  # seconds for mpiexec to end when no rank runs here and the journal does not grow
-BACK_OFF = (1.0, 5.0, 20.0, 60.0)  # seconds before the next start, after so many starts without progress
+BACK_OFF = (1.0, 5.0, 20.0, 60.0)  # seconds before the next start, by the number of starts without progress
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 

@@ -58,7 +58,7 @@ class Activations:
         return 4 * ((3 + beside) * d + summed) + widest + NUMBERS + self.angles_nbytes
 
     def nbytes(self, place: Place, rows: int) -> int:
-        """Bytes for a step of so many rows, at most; a mixture's rows are more, for each goes to several experts."""
+        """The maximum bytes for a step of `rows` rows; a mixture's take more, because each goes to several experts."""
         config = self.config
         mixed = max(
             (

@@ -13,7 +13,7 @@ from mpillm.model.rope import RopeConfig, cos_sin
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
 Rows = tuple[Floats | None, Floats | None, Ints, Ints, Ints, Ints, Ints]
-Turn = tuple[RopeConfig, int]  # RoPE of so many dimensions of each head
+Turn = tuple[RopeConfig, int]  # RoPE, and the number of dimensions of each head that it rotates
 NO_IDS = np.empty(0, np.int32)
 NO_MOVES = StateMoves()
 NO_ADAPTER = 0  # the number of the model without an adapter; adapters are numbered from 1 on

@@ -35,7 +35,7 @@ class DenseSpec:
     norm: NormSpec | None = None
 
     def tensors(self, inputs: int) -> Iterator[TensorSpec]:
-        """Its tensors; it takes vectors of so many `inputs`."""
+        """The tensors of the layer, which takes vectors of `inputs` values."""
         yield TensorSpec(Key(self.role), (self.width, inputs))
         if self.bias:
             yield TensorSpec(Key(f"{self.role}_bias"), (self.width,))

@@ -43,7 +43,7 @@ BUFFERS = 2
 REQUESTS = 4  # under way at a time
 REQUEST_BYTES = 4 * 2**20
 GAP_BYTES = 128 * 1024  # read along where it lies between what is needed: a request of its own takes as long
-HUGE = 4 * 2**20  # from so many bytes on, memory comes in huge pages, as NumPy has it
+HUGE = 4 * 2**20  # bytes from which on NumPy asks for memory in huge pages
 HUGE_PAGE = 2 * 2**20
 PAGE = 4096  # what direct transfers are aligned to
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, spread evenly however many one takes
@@ -253,7 +253,7 @@ class Spill:
 
 
 def new_pool(n_blocks: int, nbytes: tuple[int, int]) -> LayerPools:
-    """Memory for the keys and the values of blocks of so many bytes, all zero, which is used only as it is touched."""
+    """Memory for the keys and values of `n_blocks` blocks of `nbytes` each, all zero; used as it is touched."""
     keys, values = (_zeros(n_blocks * size).reshape(n_blocks, size) for size in nbytes)
     return keys, values
 

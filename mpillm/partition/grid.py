@@ -37,8 +37,9 @@ class Divisible(Protocol):
 class Axis:
     """A dimension of tensors that shards share: units (heads, columns, vocabulary rows) of `width` entries each.
 
-    `bounds` are those of its panels, in units: a power of two of panels, none empty. With `share` > 1 so many units in
-    a row use the same entries (query heads that share a KV head); a shard then holds what its units use.
+    `bounds` are those of its panels, in units: a power of two of panels, none empty. With `share` > 1
+    that many units in a row use the same entries (query heads that share a KV head). A shard then holds what its units
+    use.
     """
 
     bounds: tuple[int, ...]
@@ -86,7 +87,7 @@ class Axis:
 
 
 def axis(units: int, width: int = 1, block: int = 1) -> Axis:
-    """The axis of so many units, in up to PANELS panels, each a multiple of `block` entries (the last may be short).
+    """An axis of `units` units in up to PANELS panels, each a multiple of `block` entries (the last may be short).
 
     `block` is the block size of quantised weights, for a block is never cut.
     """

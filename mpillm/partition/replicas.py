@@ -122,7 +122,7 @@ def _sizes(ranks: int, count: int, ranks_per_host: Sequence[int] | None) -> list
 
 
 def _hosts_of_parts(sizes: Sequence[int], ranks_per_host: Sequence[int] | None) -> list[Sequence[int] | None]:
-    """The runs of ranks on one host within each of the parts of so many ranks."""
+    """For each part of the ranks, given by its size, how many ranks in a row are on one host."""
     if ranks_per_host is None:
         return [None] * len(sizes)
     host_of_rank = [host for host, count in enumerate(ranks_per_host) for _ in range(count)]

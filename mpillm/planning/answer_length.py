@@ -18,14 +18,14 @@ UNKNOWN = sys.maxsize
 
 
 class AnswerLength(NamedTuple):
-    """The maximum number of tokens of an answer, and how many are drawn; the others follow from the grammar."""
+    """The maximum number of tokens of an answer, and how many of them are drawn; the grammar forces the others."""
 
     tokens: int
     drawn: int
 
 
 UNBOUNDED = AnswerLength(UNKNOWN, UNKNOWN)
-KNOWN = 4096  # lengths that are kept for other lines
+KNOWN = 4096  # different grammars whose lengths are kept
 _PARTS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(?P<count>\d+)\}|\{\d+,(?P<most>\d+)\}|.", re.DOTALL)
 
 
@@ -59,7 +59,7 @@ class AnswerLengths:
         return UNBOUNDED if asked else self._of_job
 
     def _held(self, outputs: bytes) -> AnswerLength:
-        """The maximum length of an answer with this value of structured_outputs."""
+        """The maximum length of an answer with `outputs`, a value of structured_outputs in JSON."""
         try:
             asked = msgspec.json.decode(outputs, type=_Outputs)
             if (choices := bytes(asked.choice)) not in (b"", b"null"):
@@ -71,12 +71,12 @@ class AnswerLengths:
                 length = longest_match(msgspec.json.decode(bytes(asked.regex), type=str))
                 return AnswerLength(length, length)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            pass  # an error of that line
+            pass  # the line gets an error in the run
         return UNBOUNDED
 
 
 def decisions(texts: list[str]) -> int:
-    """The maximum number of places in one of these texts where another text begins alike and goes on differently."""
+    """The maximum number of places in one of `texts` at which another text with the same beginning differs from it."""
     ordered = sorted(set(texts))
     common = [_common(*two) for two in pairwise(ordered)]
     before, behind = _lower(common), _lower(common[::-1])[::-1]
@@ -89,7 +89,10 @@ def _common(one: str, other: str) -> int:
 
 
 def _lower(common: list[int]) -> list[frozenset[int]]:
-    """For each sorted text the places where earlier texts differ from it; `common` is `_common` of neighbours."""
+    """For each of some sorted texts, the places at which earlier ones differ from it.
+
+    `common` has the result of `_common` for each pair of neighbours.
+    """
     found, stack = [frozenset[int]()], list[int]()
     for length in common:
         while stack and stack[-1] >= length:
@@ -100,13 +103,11 @@ def _lower(common: list[int]) -> list[frozenset[int]]:
 
 
 def longest_match(pattern: str) -> int:
-    """Characters of the longest text that a regular expression matches, or more; UNKNOWN if there is no longest one."""
+    """An upper bound of the characters that a regular expression matches; UNKNOWN if there is no bound."""
     if "{," in pattern:  # its meaning differs between libraries
         return UNKNOWN
-    last, open_groups = (
-        0,
-        [[0, 0]],
-    )  # for each: characters of its longest finished branch, and of the current one
+    # For each open group: characters of its longest finished branch, and of the current branch.
+    last, open_groups = 0, [[0, 0]]
     for part in _PARTS.finditer(pattern):
         group = open_groups[-1]
         if times := part["count"] or part["most"]:

@@ -1,4 +1,4 @@
-"""A job's draft model (`[draft]`): whether it is of use, and what it takes on the leader of each replica."""
+"""A job's draft model (`[draft]`): whether the job uses it, and the memory that it takes on each replica's leader."""
 
 from __future__ import annotations
 
@@ -26,20 +26,19 @@ KV_TYPE = "f16"
 
 
 def drafts(spec: Spec, config: ModelConfig) -> bool:
-    """Whether a job has a draft model, and its model can use one."""
+    """Whether a job has a draft model that its model can use."""
     usable = spec.batch.speculation in ("auto", "always") and config.generates
     return spec.draft.model is not None and usable and not _has_states(config)
 
 
 def nbytes(spec: Spec, config: ModelConfig, asked: InputNeeds, stages: int) -> int:
-    """Bytes that the draft model of a job takes at most on each rank that leads a replica of so many stages, for what
-    its input asks."""
+    """The maximum bytes of a job's draft model on each rank that leads a replica of `stages` stages."""
     return _planned(spec.draft, spec.memory.max_context, asked, stages) if drafts(spec, config) else 0
 
 
 @lru_cache(maxsize=8)
 def _planned(section: DraftSection, max_context: int, asked: InputNeeds, stages: int) -> int:
-    """Compute `nbytes`, which a plan asks for again and again."""
+    """Compute `nbytes`. A plan asks for the same value many times, so it is cached."""
     assert section.model is not None
     with closing(open_described(models.path_to_plan(section.model), section.quantize, again=True)) as source:
         return _nbytes(section, max_context, source, config_of(source), asked, stages)
@@ -50,7 +49,7 @@ def _has_states(config: ModelConfig) -> bool:
 
 
 def layout_of(section: DraftSection, source: Source, config: ModelConfig) -> CacheLayout:
-    """The layout of a draft model's cache; JobError if it cannot draft."""
+    """The layout of a draft model's cache; JobError if the model cannot draft."""
     layout = rank_layouts(config, [WHOLE], KV_TYPE)[0]
     if not config.generates or _has_states(config) or not layout.windows:
         raise JobError(
@@ -68,10 +67,11 @@ def layout_of(section: DraftSection, source: Source, config: ModelConfig) -> Cac
 def blocks_of(
     section: DraftSection, max_context: int, layout: CacheLayout, asked: InputNeeds, stages: int
 ) -> int:
-    """Return the blocks of the KV cache: as many as draft.kv holds, as all sequences with drafts use at once, or as all
-    of the input's fill, with one each for the last tokens and one for drafts behind them.
+    """Return the number of blocks of the draft model's KV cache.
 
-    A sequence has a row of its own beside each draft, and there are steps under way for each of the stages.
+    It is the smallest of: the blocks that draft.kv holds, those that all sequences with drafts use at once, and those
+    that all sequences of the input fill, with a block for the last tokens of each and one for the drafts after them.
+    Half of DRAWN_ROWS can be sequences, because each has a row beside its draft, and each stage has a step under way.
     """
     groups, sequences = len(layout.windows), DRAWN_ROWS // 2 * stages
     useful = sequences * blocks_needed(min(max_context, asked.longest), [0] * groups)

@@ -1,4 +1,4 @@
-"""How long a laid-out job takes and what limits it, by the model of `step_time` and the speeds of its machines."""
+"""Estimate how long a job takes on a layout, and what limits it, from the speeds of its machines and `step_time`."""
 
 from __future__ import annotations
 
@@ -17,44 +17,47 @@ from mpillm.planning.placement import Placement
 from mpillm.planning.rank_plan import ReplicaPlan
 from mpillm.planning.step_time import Stage, StepRows, rank_time, round_of, stage_time
 
-# How many times as fast an uneven division of layers must be, or a replica that computes more lines.
+# Layers or requests are divided unevenly only if that makes the run faster by this factor.
 UNEVEN = 1.1
-DEAR = 1.05  # Q8_0 is chosen if f32 takes so many times as long
-IDLE = 1.25  # a replica is idle if one request takes it so many times as long as the whole job
-TYPICAL = Demand(requests=256, prompt=256 * 256.0, generated=256 * 128.0)  # if there is no input
+DEAR = 1.05  # the wire is Q8_0 if f32 takes DEAR times as long
+IDLE = 1.25  # a replica is idle if one request takes it IDLE times as long as the whole job takes
+TYPICAL = Demand(requests=256, prompt=256 * 256.0, generated=256 * 128.0)  # stands for an unknown input
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
-    """The time of a job. A step is a round of all running sequences through the stages of the first replica."""
+    """The estimated time of a job.
+
+    A step is one round of all running sequences through the stages of the first replica.
+    """
 
     measured: bool  # all speeds are measured; otherwise some are assumed
-    of_input: bool  # the tokens are those of the input; otherwise of a typical job
-    requests: int  # sequences: choices count
+    of_input: bool  # the tokens are those of the input; otherwise those of TYPICAL
+    requests: int  # sequences; each choice counts
     prompt_tokens: int  # an estimate
-    generated_tokens: int  # at most
-    seconds: float  # of computing all of it
-    rate: float  # tokens/s, prompts' and generated
-    prefill: float  # tokens/s of prompts, while nothing is generated
-    decode: float  # tokens/s that are generated, while no prompts are computed
-    decode_one: float  # the same if one sequence runs alone
-    sequences: int  # that run at once, in all replicas together
-    step: float  # seconds
-    limit: str  # what takes most of a step
+    generated_tokens: int  # the maximum
+    seconds: float  # of the whole job
+    rate: float  # tokens/s, of prompts and answers together
+    prefill: float  # tokens/s of prompts while nothing is generated
+    decode: float  # generated tokens/s while no prompts are computed
+    decode_one: float  # generated tokens/s if one sequence runs alone
+    sequences: int  # sequences that run at once in all replicas together
+    step: float  # seconds of a step
+    limit: str  # the part of a step that takes most of its time
     slowest: str  # the rank that the others wait for
     micro_batches: int
     bubble: float  # the part of a step in which stages wait for each other
-    idle: list[int]  # replicas for which no request is left, because they are too slow
+    idle: list[int]  # replicas that get no request because they are too slow
 
 
 def demand_of(asked: InputNeeds) -> Demand | None:
-    """The demand of an input; None if there is none."""
+    """The demand of an input; None if it has no requests."""
     if not asked.sequences or not asked.prompt_tokens + asked.generated_tokens:
         return None
     return Demand(asked.sequences, asked.prompt_tokens, asked.generated_tokens, asked.scored_tokens)
 
 
 def estimate(placement: Placement, given: Demand | None) -> Estimate:
-    """The time of a demand (None: TYPICAL) on these replicas, which share the requests by their speeds."""
+    """Estimate the time of a demand (None: TYPICAL) on replicas that share the requests by their speeds."""
     demand, machines = given or TYPICAL, placement.machines
     kinds = _kinds(placement, demand)
     seconds, requests = _shared(kinds, demand)
@@ -93,7 +96,7 @@ def estimate(placement: Placement, given: Demand | None) -> Estimate:
 
 
 def faster_wire(placement: Placement, demand: Demand | None) -> tuple[Wire, str]:
-    """The wire for replicas with shards on several hosts, and why: Q8_0 if f32 takes DEAR times as long, else f32."""
+    """The wire for shards on several hosts, and the reason: Q8_0 if f32 takes at least DEAR times as long, else f32."""
     exact, rounded = (estimate(placement.with_wire(wire), demand).seconds for wire in ("f32", "q8_0"))
     times = exact / rounded
     if times < DEAR:
@@ -102,7 +105,7 @@ def faster_wire(placement: Placement, demand: Demand | None) -> tuple[Wire, str]
 
 
 class _Kind:
-    """The numbers of replicas that are equally fast, and the time that one of them takes for a part of a demand."""
+    """Replicas that are equally fast: their numbers, and the time that each takes for a part of a demand."""
 
     def __init__(self, stages: Sequence[Stage], replica: Replica, plan: ReplicaPlan, demand: Demand) -> None:
         self.stages, self.numbers = stages, list[int]()
@@ -111,7 +114,7 @@ class _Kind:
         self._loading = loading_time(stages, plan.ranks)
 
     def time(self, requests: int) -> JobTime:
-        """The time that one of them takes for so many requests."""
+        """The time that one of them takes for `requests` requests."""
         if requests not in self._known:
             own = self._demand.of(requests)
             sequences = at_once(self._plan, self._replica, own)
@@ -121,7 +124,7 @@ class _Kind:
         return self._known[requests]
 
     def seconds(self, requests: int) -> float:
-        """Return the estimate in seconds."""
+        """The seconds that one of them takes for `requests` requests."""
         return self.time(requests).seconds
 
 
@@ -136,16 +139,16 @@ def _kinds(placement: Placement, demand: Demand) -> list[_Kind]:
 
 
 def _shared(kinds: Sequence[_Kind], demand: Demand) -> tuple[float, list[int]]:
-    """Seconds of a demand on all replicas, and the number of requests that a replica of each kind computes."""
+    """The seconds of a demand on all replicas, and how many requests a replica of each kind computes."""
     return shared_time(
         [kind.seconds for kind in kinds], [len(kind.numbers) for kind in kinds], demand.requests
     )
 
 
 def stage_layers_by_speed(placement: Placement, number: int, asked: InputNeeds) -> tuple[int, ...] | None:
-    """How many layers each stage of a replica should have; None if an even division is about as fast.
+    """The number of layers that each stage of a replica should have; None if an even division is about as fast.
 
-    The placement must have an even division.
+    The layers of `placement` must be divided evenly.
     """
     spec, config, machines = placement.spec, placement.config, placement.machines
     replica, plan, stages = placement.replicas[number], placement.plans[number], placement.stages(number)
@@ -172,9 +175,9 @@ def stage_layers_by_speed(placement: Placement, number: int, asked: InputNeeds) 
 
 
 def replica_shares(placement: Placement, given: Demand | None) -> list[float]:
-    """The part of the requests that each replica should compute so that all end together.
+    """The part of the requests that each replica should compute so that all end at the same time.
 
-    Equal parts if speeds are not known, or if they differ by less than a short measurement may be off.
+    The parts are equal if speeds are not known, or if they differ by less than the error of a short measurement.
     """
     replicas, demand = len(placement.replicas), given or TYPICAL
     even = [1 / replicas] * replicas
@@ -190,7 +193,7 @@ def replica_shares(placement: Placement, given: Demand | None) -> list[float]:
 
 
 def rank_seconds(placement: Placement, given: Demand | None) -> list[float]:
-    """Seconds of each rank's own work in a step of one token for each sequence, without messages, in rank order."""
+    """For each rank, the seconds of its own work, without messages, in a step with one token of each sequence."""
     demand, replicas, found = given or TYPICAL, placement.replicas, []
     for replica, plan in zip(replicas, placement.plans, strict=True):
         own = Demand(max(demand.requests // len(replicas), 1), demand.prompt, demand.generated)
@@ -204,7 +207,7 @@ def rank_seconds(placement: Placement, given: Demand | None) -> list[float]:
 
 
 def at_once(plan: ReplicaPlan, replica: Replica, demand: Demand) -> float:
-    """Sequences of an average length that run at once, as steps and the KV cache allow."""
+    """The number of sequences of average length that steps and the KV cache allow to run at once."""
     windows = plan.caches[0].windows
     maximum = plan.capacity.sequences(plan.step.sequences, windows) * replica.stages
     if not windows:

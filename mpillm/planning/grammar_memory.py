@@ -1,4 +1,4 @@
-"""The memory of grammars on rank 0, from the keys of the input's lines that constrain an answer, before a run."""
+"""Compute the memory of grammars on rank 0 before a run, from the keys of the input's lines that constrain answers."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from mpillm.spec import Spec
 from mpillm.text.constrain import CACHED, MAX_LENGTH
 from mpillm.text.schema_checks import MAX_MULTIPLE, remainders
 
-# Bytes of an entry of the vocabulary in the library's copy of the tokenizer (700 measured from 50,000 entries on; 1020
-# while the copy is made, but rows and the cache do not take their memory before that).
+# Bytes of each entry of the vocabulary in the library's copy of the tokenizer. Measured: 700 with 50,000 entries and
+# more, and 1020 while the copy is made, when rows and the cache do not use their memory yet.
 WORD = 720
-FIRST = 4 * 2**20  # more bytes for the first grammar, with the stack of its thread
-# Bytes of a compiled grammar with the states of its lexer (60,000 measured of a few choices, 200,000 of a schema of 6
-# properties, 6 MB of a pattern that counts to thousands), for each of its characters, and for each state.
+FIRST = 4 * 2**20  # additional bytes for the first grammar, with the stack of its thread
+# Bytes of a compiled grammar with the states of its lexer: HELD, HELD_CHARACTER for each character, and STATE for each
+# of up to STATES states. Measured: 60,000 bytes for a few choices, 200,000 for a schema of 6 properties, and 6 MB for a
+# pattern with counts of thousands.
 HELD, HELD_CHARACTER, STATE, STATES = 1 << 16, 320, 2048, 3072
-REMAINDER = 544  # for each remainder of "multipleOf" (525 measured)
+REMAINDER = 544  # bytes for each remainder of "multipleOf" (525 measured)
 
-MANY = 1 << 14  # different grammars that are recognised
+MANY = 1 << 14  # different grammars that are told apart
 
-# Values of tool_choice that force no call.
+# Values of tool_choice with which an answer need not be a call.
 _NO_CALL = frozenset({b"", b"null", b'"auto"', b'"none"'})
 _KEYS = ("response_format", "structured_outputs")
 _MULTIPLE = re.compile(rb'"multipleOf"\s*:\s*(-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)')
@@ -46,11 +47,11 @@ class Asked(msgspec.Struct):
 class GrammarNeeds(msgspec.Struct, frozen=True):
     """The memory of the grammars of an input."""
 
-    largest: int = 0  # maximum bytes of a compiled one
-    together: int = 0  # bytes of all of them
+    largest: int = 0  # maximum bytes of one compiled grammar
+    together: int = 0  # bytes of all compiled grammars
 
     def kept(self, at_once: int, vocab: int) -> int:
-        """Bytes while `at_once` requests use a grammar each; the model has `vocab` tokens."""
+        """Bytes that are kept while `at_once` requests use a grammar each, with a vocabulary of `vocab` tokens."""
         if not self.together:
             return 0
         return FIRST + WORD * vocab + min(self.together, (CACHED + at_once) * self.largest)
@@ -63,7 +64,7 @@ class GrammarCounter:
     """Counts the grammars of an input."""
 
     def __init__(self, spec: Spec) -> None:
-        self._seen: set[bytes] = set()  # digests of the different ones
+        self._seen: set[bytes] = set()  # digests of the different grammars
         self._largest = self._together = 0
         job = [getattr(spec.sampling, key) for key in _KEYS]
         self._add(b"".join(msgspec.json.encode(one) for one in job if one is not None))
@@ -79,7 +80,7 @@ class GrammarCounter:
         self._add(b"".join(one for one in given.values() if one != b"null"))
 
     def _add(self, grammar: bytes) -> None:
-        """Count a grammar in JSON, if it is not empty; behind the first MANY each counts as a new one."""
+        """Count a grammar in JSON, unless it is empty or known; after the first MANY, each counts as a new one."""
         digest = hashlib.blake2b(grammar, digest_size=8).digest()
         if not grammar or digest in self._seen:
             return
@@ -90,12 +91,12 @@ class GrammarCounter:
         self._together += held
 
     def needs(self) -> GrammarNeeds:
-        """The memory of all that were counted."""
+        """The memory of all grammars that were counted."""
         return GrammarNeeds(self._largest, self._together)
 
 
 def compiled_bytes(grammar: bytes) -> int:
-    """Bytes of a compiled grammar, given in JSON, and of the states of its lexer that answers reach."""
+    """Bytes of a compiled grammar, given in JSON, with the states of its lexer that answers reach."""
     multiple = 1
     for found in _MULTIPLE.findall(grammar):
         multiple = min(math.lcm(multiple, remainders(float(found))), MAX_MULTIPLE)

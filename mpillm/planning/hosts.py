@@ -1,21 +1,21 @@
-"""A file of hosts: what `mpillm doctor --output` measures and `mpillm plan --hosts` reads, or machines on paper.
+"""The file of hosts, which `mpillm doctor --output` writes and `mpillm plan --hosts` reads; people can write one too.
 
 [[hosts]]
-name = "pi"          # for people
-count = 4            # number of equal hosts
-ranks = 1            # on each
-memory = "7GiB"      # that is free on each
-cores = 4            # that the ranks may use; if there are fewer than ranks, some ranks are kept in reserve
-# How fast each is, all of its ranks together. What is not said is assumed.
-products = {q4_0 = [20.0, 30.0, 33.0]}  # 10^9 operations/s, with 1, 4, 16 and 64 rows of activations
-attention = [8.0, 12.0]  # of attention, with a row of each sequence, and with a prompt's rows
-values_gs = 0.8      # 10^9 values/s that norms, activation functions and quantisation go through
-memory_gbs = 8.0     # 10^9 bytes/s that are read from memory
-fill_gbs = 4.0       # and that are written to memory for the first time, as while weights are loaded
-disk_gbs = 0.4       # and from the model's file
-disk_pages_gbs = 0.2 # the same in small requests, as for pages of weights
-core = 0.3           # how fast one core runs plain code; one of Zen 5 has 1
-part = 0.5           # of the time, for which a quota lets each rank run (cpu.max), if there is one
+name = "pi"          # a name in messages
+count = 4            # the number of equal hosts
+ranks = 1            # ranks on each host
+memory = "7GiB"      # free memory of each host
+cores = 4            # cores of each host for its ranks; with more ranks than cores, some ranks are kept in reserve
+# The speed of each host, of all its ranks together. Speeds that are absent are assumed.
+products = {q4_0 = [20.0, 30.0, 33.0]}  # 10^9 operations/s of products with 1, 4, 16 and 64 rows of activations
+attention = [8.0, 12.0]  # 10^9 operations/s of attention: with one row of each sequence, with the rows of a prompt
+values_gs = 0.8      # 10^9 values/s of norms, activation functions and quantisation
+memory_gbs = 8.0     # 10^9 bytes/s of reading memory
+fill_gbs = 4.0       # 10^9 bytes/s of writing to new memory, as while weights are loaded
+disk_gbs = 0.4       # 10^9 bytes/s of reading the model's file
+disk_pages_gbs = 0.2 # 10^9 bytes/s of reading the model's file in small requests, as pages of weights are read
+core = 0.3           # the speed of plain code on one core, relative to a core of Zen 5
+part = 0.5           # the part of the time for which a quota (cpu.max) lets each rank run; absent without a quota
 latency_us = 120.0   # microseconds of a message to another host, one way
 mbit = 940.0         # 10^6 bits/s to and from other hosts
 """
@@ -46,7 +46,7 @@ HEAD = "# Written by `mpillm doctor`, for `mpillm plan --hosts`."
 
 
 class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A table of the file."""
+    """One [[hosts]] table of the file: a kind of host."""
 
     memory: str | int
     name: str = ""
@@ -72,14 +72,14 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     mbit: Rate | None = None
 
     def __post_init__(self) -> None:
-        byte_size(self.memory)  # ValueError says what is wrong with it
+        byte_size(self.memory)  # raises ValueError if it is no size
         for kind in self.products or {}:
             if kind not in KINDS:
                 raise ValueError(f"products of {kind!r} are unknown; the known ones are {', '.join(KINDS)}")
 
     @property
     def speed(self) -> Speed:
-        """That of one of its ranks."""
+        """The speed of one rank of the host."""
         products = ASSUMED.products
         if self.products is not None:
             products = {kind: tuple(rate * 1e9 for rate in rates) for kind, rates in self.products.items()}
@@ -100,18 +100,18 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
 
 
 class Hosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The file."""
+    """The whole file."""
 
     hosts: Annotated[list[Host], Meta(min_length=1)]
 
 
 def read(path: Path, ranks: int | None = None) -> Machines:
-    """The machines of the first `ranks` ranks of a file, or of all; JobError says what is wrong with it."""
+    """Read the machines of the first `ranks` ranks of a file (None: of all); JobError says what is wrong with it."""
     try:
         found = msgspec.convert(toml(path.read_text("utf-8")), Hosts)
     except OSError as error:
         raise JobError(f"The file of hosts {path} cannot be read: {error.strerror}.") from None
-    except ValueError as error:  # msgspec's and TOML's are such
+    except ValueError as error:  # the errors of msgspec and TOML are ValueErrors
         raise JobError(
             f"The file of hosts {path} is wrong: {error}. mpillm doctor --output writes such a file; a "
             "hostfile for mpiexec belongs to launch --hostfile."
@@ -126,7 +126,7 @@ def read(path: Path, ranks: int | None = None) -> Machines:
 
 
 def machines_of(hosts: Sequence[Host], ranks: int | None = None) -> Machines:
-    """The machines of the first `ranks` ranks of these hosts, or of all."""
+    """The machines of the first `ranks` ranks of these hosts (None: of all)."""
     per_host, free = list[int](), list[int]()
     names, speeds, cores = list[str](), list[Speed](), list[int]()
     for host in hosts:
@@ -144,7 +144,10 @@ def machines_of(hosts: Sequence[Host], ranks: int | None = None) -> Machines:
 
 
 def alike(ranks: int, ranks_per_host: int, memory: int | None) -> Machines:
-    """The machines of so many ranks on hosts with `memory` bytes each, or like this one; speeds are assumed."""
+    """The machines of `ranks` ranks on equal hosts with assumed speeds.
+
+    Each host has `memory` bytes (None: the memory and the cores of this host).
+    """
     cores = node_cores([Cores.of_this_process()]) if memory is None else None
     count = -(-ranks // ranks_per_host)
     host = Host(memory=memory or free_memory(), ranks=ranks_per_host, count=count, cores=cores)
@@ -152,7 +155,7 @@ def alike(ranks: int, ranks_per_host: int, memory: int | None) -> Machines:
 
 
 def write(path: Path, hosts: Sequence[Host]) -> None:
-    """Write the file; OutputError if that is impossible."""
+    """Write a file of hosts; OutputError if that is impossible."""
     text = "\n".join([HEAD, *(line for host in hosts for line in _table(host))]) + "\n"
     with replacing(path) as file:
         file.write(text.encode())

@@ -1,7 +1,7 @@
-"""What an input asks for, and the memory that rank 0 needs for it and for the answers, from its lines, before a run.
+"""Read the lines of an input before a run: what they ask for, and the memory that rank 0 needs for lines and answers.
 
-The lines are not checked. The memory is an upper bound, and never more than what `mpillm.batch` lets one line ask for.
-The blocks of the KV cache are an upper bound too: a text that is not tokenized has at most one token a byte
+The lines are not checked. The memory is an upper bound, and at most what `mpillm.batch` lets one line ask for. The
+blocks of the KV cache are an upper bound too: a text that is not tokenized has at most one token per byte
 (`token_count`).
 """
 
@@ -38,25 +38,25 @@ from mpillm.store import inputs, table
 from mpillm.text import Tokenizer
 from mpillm.text.bounds import encoded_at_once
 
-# The texts of rerank and score.
+# The keys of the texts of rerank and score.
 PAIR_KEYS = ("query", *dict.fromkeys(name for names in PAIRS for name in names))
 NAMES = 2  # copies of a line's name in memory
-# Bytes for a token of the prompt, a generated token and an alternative to a token, until the answer is written.
+# Bytes for a token of the prompt, for a generated token and for an alternative to a token, until the answer is written.
 PROMPT, TOKEN, LOGPROB = 56, 72, 136
-# Bytes of the library for Parquet, and further bytes if it writes (51 and 75 MiB measured).
+# Bytes of the library for Parquet (51 MiB measured), and additional bytes if it writes (75 MiB measured for both).
 ARROW, TABLE = 56 * 2**20, 28 * 2**20
-# Memory for each byte of the rows that it reads at once (4.6 measured), and of the results that it writes at once (11).
+# Bytes of memory for each byte that the library reads at once (4.6 measured) and that it writes at once (11 measured).
 READ, WRITE = 5, 12
-ENVELOPE = 512  # bytes of a line of results, besides the answer
+ENVELOPE = 512  # bytes of a line of results besides the answer
 
-# Memory while a line is checked. The characters between the values of JSON give a bound of what the values take.
-SHORT = 1 << 14  # the memory for lines of up to so many bytes is not counted
+# The memory for checking a line. The number of characters between the values of JSON bounds what the values take.
+SHORT = 1 << 14  # lines of up to SHORT bytes are not counted
 BRACKET, COMMA, COLON = 80, 72, 240  # bytes for a list or an object, for a value in it, for a name in it
 CHARACTER, TOKEN_ID = 220, 40  # bytes for a character that is tokenized, and for each token of the line
-# Bytes of the process that applies the chat template, and its bytes for each byte of a chat.
+# Bytes of the process that applies the chat template, and additional bytes for each byte of a chat.
 TEMPLATE, CHAT = 24 * 2**20, 16
 
-# Tokens that the template adds: one for TEMPLATE_TEXT bytes of it, at most FRAMING; and MESSAGE for each message.
+# Tokens that the template adds: one for TEMPLATE_TEXT bytes of the template, at most FRAMING; MESSAGE for each message.
 TEMPLATE_TEXT, FRAMING, MESSAGE = 4, 512, 16
 
 _STRING = re.compile(rb'"[^"]*"')  # without escapes
@@ -66,9 +66,9 @@ _NOT_ASCII, _WIDE = re.compile(rb"[\x80-\xff]|\\u"), re.compile(rb"[\xf0-\xff]|\
 def input_needs(
     spec: Spec, hidden: int, around: Around = NOTHING, load: Callable[[], Tokenizer | None] = lambda: None
 ) -> InputNeeds:
-    """What the input asks for.
+    """Read what the input asks for; NO_INPUT if it cannot be read.
 
-    `hidden` is the width of the model, and `load` gives its tokenizer.
+    `hidden` is the width of the model, and `load` returns its tokenizer.
     """
     context = spec.memory.max_context
     lines = names = checking = chat = answer = choice = largest = total = prompt_tokens = 0
@@ -76,7 +76,7 @@ def input_needs(
     scores, prompts, most, alike = False, 0, 0, 0
     blocks: int | None = 0
     lengths = Counter[int]()
-    begun = set[int]()  # of prompts of ids
+    begun = set[int]()  # hashes of the first blocks of prompts of ids
     adjusts = line_prompts.adjusts(spec.sampling)
     decoder = msgspec.json.Decoder(LineSize)
     asked = asker(spec)
@@ -134,7 +134,7 @@ def input_needs(
 
 
 def _arrow(spec: Spec, results: int) -> int:
-    """Bytes for an input or a table in Parquet, with so many bytes of results."""
+    """Bytes for an input or a table in Parquet, with `results` bytes of results."""
     read, written = needs_arrow(spec.input_path), spec.output.format == "parquet"
     if not (read or written):
         return 0
@@ -144,7 +144,7 @@ def _arrow(spec: Spec, results: int) -> int:
 
 
 def _texts_of_pairs(body: Body) -> msgspec.Raw:
-    """The texts of a line's queries and documents, each once, as a list of JSON; empty if there are none."""
+    """The texts of a line's queries and documents, each once, as a JSON list; empty if there are none."""
     texts: list[Any] = []
     for given in (getattr(body, name) for name in PAIR_KEYS):
         if given:
@@ -155,7 +155,7 @@ def _texts_of_pairs(body: Body) -> msgspec.Raw:
 
 
 def _prompt_tokens(body: Body, counter: TokenCounter, around: Around) -> Tokens:
-    """The tokens of all prompts of a line, each counted once, with those that the model adds to them."""
+    """The tokens of all prompts of a line, with those that the model adds to them; each prompt counts once."""
     if body.messages:
         texts, messages = (
             counter.count(bytes(body.messages), chat=True),
@@ -164,7 +164,7 @@ def _prompt_tokens(body: Body, counter: TokenCounter, around: Around) -> Tokens:
         # Most of a template is code, but it may contain a system prompt.
         likely = min(around.template // (3 * TEMPLATE_TEXT), FRAMING) + MESSAGE // 2 * messages
         maximum = min(around.template // TEMPLATE_TEXT, FRAMING) + MESSAGE * messages
-        maximum += 2 * len(body.tools)  # the template may add spaces to them
+        maximum += 2 * len(body.tools)  # the template may add spaces to the tools
         maximum += len(body.documents) + len(body.chat_template_kwargs)
         return texts._replace(likely=texts.likely + likely, maximum=texts.maximum + maximum)
     given = bytes(body.input or body.prompt)
@@ -178,8 +178,10 @@ def _prompt_tokens(body: Body, counter: TokenCounter, around: Around) -> Tokens:
 
 
 def _of_sequences(body: Body, count: int, prompts: Tokens) -> tuple[int, int | None]:
-    """Prompt tokens of all sequences of a line: an estimate, which counts those of several answers once, and a maximum
-    (None: unknown)."""
+    """The prompt tokens of all sequences of a line: an estimate, and the maximum (None: unknown).
+
+    The estimate counts the prompt of several answers once.
+    """
     if body.messages:
         return prompts.likely, count * prompts.maximum
     given = bytes(body.input or body.prompt)
@@ -192,9 +194,10 @@ def _of_sequences(body: Body, count: int, prompts: Tokens) -> tuple[int, int | N
 
 
 def _blocks(body: Body, count: int, prompts: Tokens, new: int, spec: Spec) -> int:
-    """An estimate of the full blocks of a line's sequences, with `new` tokens of each answer; a run works with fewer.
+    """Estimate the full blocks of a line's sequences, with `new` tokens of each answer. A run also works with fewer.
 
-    The last token of an answer is in no block. Prompts that begin alike share blocks, and so do the answers to one.
+    The last token of an answer is in no block. Prompts with the same beginning share blocks, and so do several answers
+    to one prompt.
     """
     given = bytes(body.input or body.prompt)
     texts = prompts.texts if prompts.texts and not body.messages else ()
@@ -213,7 +216,7 @@ def _blocks(body: Body, count: int, prompts: Tokens, new: int, spec: Spec) -> in
 
 
 def _new_tokens(body: Body, spec: Spec) -> int:
-    """The maximum number of tokens that are generated for a sequence."""
+    """The maximum number of generated tokens of a sequence."""
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     return min(max(spec.sampling.max_tokens if asked is None else asked, 0), spec.memory.max_context)
 
@@ -225,11 +228,11 @@ def _scores(body: Body) -> bool:
 
 
 def checking_bytes(raw: bytes, context: int) -> int:
-    """The maximum memory that a line needs while it is checked, in bytes."""
+    """The maximum bytes of memory for checking a line."""
     length = len(raw)
     if length <= SHORT:
         return 0
-    # Bytes of a character in memory.
+    # Bytes of a character in a Python string.
     width = 1 if not _NOT_ASCII.search(raw) else 4 if _WIDE.search(raw) else 2
     values = BRACKET * (raw.count(b"[") + raw.count(b"{")) + COMMA * raw.count(b",") + COLON * raw.count(b":")
     text = length if b"\\" in raw else sum(found.end() - found.start() for found in _STRING.finditer(raw))
@@ -238,7 +241,7 @@ def checking_bytes(raw: bytes, context: int) -> int:
 
 
 def _asked(body: Body, spec: Spec, hidden: int, length: int) -> tuple[int, int, int]:
-    """The number of choices, the bytes that are kept of each, and the bytes of the answer.
+    """The number of choices, the bytes that are kept of each choice, and the bytes of the answer.
 
     `length` is the maximum number of tokens of all prompts.
     """
@@ -265,5 +268,5 @@ def _asked(body: Body, spec: Spec, hidden: int, length: int) -> tuple[int, int, 
 
 
 def _each(alternatives: int) -> int:
-    """The number of log-probabilities for each token."""
+    """The number of log-probabilities of each token."""
     return 1 + min(max(alternatives, 0), MAX_LOGPROBS)

@@ -1,4 +1,4 @@
-"""What an input asks for, in numbers, and what rank 0 keeps for it (see `input_memory`, which reads the lines)."""
+"""The numbers of what an input asks for, and the memory that rank 0 keeps for it. `input_memory` reads the lines."""
 
 from __future__ import annotations
 
@@ -11,50 +11,56 @@ from mpillm.kernels import KV_BLOCK
 from mpillm.planning.grammar_memory import NO_GRAMMARS, GrammarNeeds
 
 LINE = 64  # maximum bytes for a line and the place of its answer; 28 are kept (see `batch.lines`)
-ORDERED = 96  # for each line while its piece of the input is ordered (see `batch.order`)
-NAMED = 32 * 2**20  # maximum bytes of all names: of running lines and of waiting records
-# Per line, and in all, for what is not sorted yet (two tables of names, 0.6 MiB each) or waits for the journal.
+ORDERED = 96  # bytes of each line while its piece of the input is ordered (see `batch.order`)
+NAMED = 32 * 2**20  # maximum bytes of all names: those of running lines and of waiting records
+# Bytes of each line, and the maximum of all lines, that are not sorted yet (two tables of names, 0.6 MiB each) or wait
+# for the journal.
 UNSORTED, UNSORTED_LINES = 1 << 15, 5 * 2**19
-WRITTEN = 3072  # for each answer while results.h5 is written,
-WRITING = 12 * 2**20  # and at most for all (9 MiB measured)
-COPIES = 5  # of an answer on its way to the journal (4.6 measured)
+# Bytes of each answer while results.h5 is written, and the maximum of all answers (9 MiB measured).
+WRITTEN, WRITING = 3072, 12 * 2**20
+COPIES = 5  # copies of an answer on its way to the journal (4.6 measured)
 
 
 @dataclass(frozen=True)
 class InputNeeds:
-    """What an input asks for; nothing without a readable input."""
+    """What an input asks for. All numbers are 0 without a readable input.
+
+    The maxima `prompts`, `tokens` and `longest` are right only if `blocks` is known.
+    """
 
     lines: int = 0
     sequences: int = 0
-    prompt_tokens: int = 0  # an estimate, of all sequences
-    generated_tokens: int = 0  # at most, of all sequences
-    scored_tokens: int = 0  # of the prompts' tokens those whose logits are requested
-    # An estimate of the KV cache blocks that all sequences fill in one group, without the last of each; None: unknown.
+    prompt_tokens: int = 0  # an estimate of all sequences' prompt tokens
+    generated_tokens: int = 0  # the maximum of all sequences' generated tokens
+    scored_tokens: int = 0  # the prompt tokens whose logits are requested
+    # An estimate of the KV cache blocks that all sequences fill in one group, without the last block of each; None:
+    # unknown.
     blocks: int | None = 0
-    # Tokens of a prompt, and how many prompts have no more of them: all of them, the shortest first; unknown if empty.
+    # The shortest length first: a number of tokens, and how many prompts have at least that many. Each prompt counts
+    # once. Empty: unknown.
     lengths: tuple[tuple[int, int], ...] = ()
-    longest_answer: int = sys.maxsize  # maximum number of steps that draw tokens of it
-    names: int = 0
-    checking: int = 0
-    chat: int = 0
-    answer: int = 0  # of the largest
-    choice: int = 0
-    largest: int = 0  # maximum number of sequences of a line
-    reading: int = 0
+    longest_answer: int = sys.maxsize  # the maximum number of steps that draw tokens of one answer
+    names: int = 0  # bytes of the lines' names
+    checking: int = 0  # maximum bytes for checking a line
+    chat: int = 0  # maximum bytes for applying the chat template
+    answer: int = 0  # maximum bytes of an answer
+    choice: int = 0  # maximum bytes that are kept of a choice
+    largest: int = 0  # the maximum number of sequences of a line
+    reading: int = 0  # bytes for reading and writing Parquet
     grammars: GrammarNeeds = NO_GRAMMARS
-    unread: int = 0  # lines that cannot be read, which get an error
-    prompts: int = 0  # tokens of all prompts at most, if `blocks` is known,
-    tokens: int = 0  # and of all sequences,
-    longest: int = sys.maxsize  # and of one of them
+    unread: int = 0  # lines that cannot be read; each gets an error
+    prompts: int = 0  # the maximum of all prompts' tokens
+    tokens: int = 0  # the maximum of all sequences' tokens
+    longest: int = sys.maxsize  # the maximum of one sequence's tokens
     scores: bool = False  # some line asks for logits of more than the last token of a prompt
     adjusts: bool = True  # some line may change the logits before a token is drawn
-    alike: int = sys.maxsize  # maximum number of sequences that share their first block with an earlier one
+    alike: int = sys.maxsize  # the maximum number of sequences whose first block is that of an earlier one
 
     def outputs(self, sequences: int, tokens: int, drafted: int, micro_batches: int) -> int:
-        """The maximum rows with logits of a step; a sequence has one token and up to `drafted` drafts in it.
+        """The maximum number of rows of a step that have logits.
 
-        A step has up to `sequences` sequences and `tokens` rows; running sequences are divided into `micro_batches`
-        steps.
+        A step has up to `sequences` sequences and `tokens` rows; each sequence has one token and up to `drafted` drafts
+        in it. Running sequences are divided into `micro_batches` steps.
         """
         if not self.lines or self.blocks is None or self.scores:
             return tokens
@@ -62,9 +68,9 @@ class InputNeeds:
         return min(tokens, min(sequences, -(-running // micro_batches)) * (1 + drafted))
 
     def rows(self, held: bool, drafted: int) -> int:
-        """The maximum number of rows of a step without a limit of its size; a sequence has up to `drafted` drafts.
+        """The maximum number of rows of a step of unlimited size; a sequence has up to `drafted` drafts.
 
-        `held`: the cache has space for all blocks, so no sequence is computed again together with its generated tokens.
+        `held`: the cache has space for all blocks, so no sequence loses its blocks and is computed again.
         """
         if not self.lines or self.blocks is None:
             return sys.maxsize
@@ -90,7 +96,7 @@ class InputNeeds:
         return min(running, most)
 
     def _begun(self, rows: int) -> int:
-        """The maximum number of prompts for which so many rows are enough."""
+        """The maximum number of prompts that `rows` rows are enough for."""
         found = 0
         for tokens, count in self.lengths:
             own = min(count, rows // tokens)
@@ -100,12 +106,12 @@ class InputNeeds:
         return self.sequences
 
     def fill(self, blocks: int, groups: int, sequences: int, tokens: int) -> bool:
-        """Whether so many blocks are enough even if no two sequences share any."""
+        """Whether `blocks` blocks are enough even if no two sequences share a block."""
         return groups * (self.tokens // KV_BLOCK + self.at_once(sequences, tokens)) <= blocks
 
     def kept(self, sequences: int, vocab: int) -> int:
-        """Bytes that rank 0 keeps if so many sequences run at once; the model has `vocab` tokens."""
-        # Running requests, and finished ones of a line that is not finished.
+        """Bytes that rank 0 keeps if `sequences` sequences run at once, with a vocabulary of `vocab` tokens."""
+        # The running sequences, and finished ones of a line whose other sequences run.
         at_once = min(self.sequences, sequences + self.largest)
         answers = COPIES * min(self.answer, MAX_ANSWER) + at_once * self.choice
         kept = line_bytes(self.lines) + min(self.names, NAMED) + min(WRITTEN * self.lines, WRITING)
@@ -117,5 +123,5 @@ NO_INPUT = InputNeeds()
 
 
 def line_bytes(lines: int) -> int:
-    """Bytes that rank 0 keeps of so many lines, besides their names."""
+    """Bytes that rank 0 keeps of `lines` lines, besides their names."""
     return LINE * lines + ORDERED * min(lines, PIECE) + min(UNSORTED * lines, UNSORTED_LINES)

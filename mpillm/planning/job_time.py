@@ -1,4 +1,4 @@
-"""What a job takes: the rounds of its prompts and of its answers, and how replicas share its requests."""
+"""The time of a job: the rounds of its prompts and of its answers, and how replicas share its requests."""
 
 from __future__ import annotations
 
@@ -12,73 +12,73 @@ from mpillm.planning.rank_plan import RankPlan
 from mpillm.planning.speed import Speed
 from mpillm.planning.step_time import LOAD, RankWork, Round, Stage, StepRows, round_of
 
-# Seconds of rank 0, as the constants of `step_time`: for a line and its answer, and for a token of a prompt.
+# Seconds of rank 0 on a core of speed 1 (see `step_time`): for a line and its answer, and for a token of a prompt.
 REQUEST, PROMPT_TOKEN = 150e-6, 2e-6
-# Seconds before a job's steps, and in the first one:
-PACK = 0.35e-9  # of a byte of weights that one core makes ready before the first step: 2.4 to 3.3 GB/s
-IMPORTS = 0.2  # of every rank until it can take part in the layout: those of other hosts may be late
-READY = 0.12  # of every rank from the layout to its first step, weights aside: libraries, tokenizer, engine
-FIRST = 3e-3  # of a layer in the first step, in which its kernels are made: 85 to 130 ms of 30 layers
-PRECISION = 0.005  # of the time in which replicas share a job
+# Seconds before the first step and in it, on a core of speed 1:
+PACK = 0.35e-9  # for each byte of weights that is packed before the first step (2.4 to 3.3 GB/s measured)
+IMPORTS = 0.2  # for each rank until it can take part in the layout
+READY = 0.12  # for each rank from the layout to its first step, without weights: libraries, tokenizer, engine
+FIRST = 3e-3  # for each layer in the first step, which sets up its kernels (30 layers: 85 to 130 ms measured)
+PRECISION = 0.005  # the relative precision of the time at which all replicas end
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What a job asks for: estimates of its tokens, from its lines."""
+    """The numbers of tokens that a job asks for, estimated from its lines."""
 
     requests: int
-    prompt: float  # tokens, all together
-    generated: float  # at most
-    scored: float = 0.0  # of the prompt's: those of which logits are asked for
-    drafted: float = 0.0  # rows of guessed tokens, while answers are generated
-    accepted: float = 0.0  # of the generated tokens: those that were guessed, and took no step of their own
+    prompt: float  # tokens of all prompts
+    generated: float  # the maximum of all generated tokens
+    scored: float = 0.0  # prompt tokens whose logits are requested
+    drafted: float = 0.0  # rows of drafted tokens while answers are generated
+    accepted: float = 0.0  # generated tokens that were drafted, and took no step of their own
 
     @property
     def context(self) -> float:
-        """Tokens that a row attends to on average while answers are generated."""
+        """The average number of tokens that a row attends to while answers are generated."""
         return (self.prompt + self.generated / 2) / self.requests if self.requests else 0.0
 
     def of(self, requests: int) -> Demand:
-        """The part of so many of the requests."""
+        """The part of the demand that `requests` of the requests make."""
         part = requests / self.requests
         return Demand(requests, *(part * tokens for tokens in astuple(self)[1:]))
 
 
 @dataclass(frozen=True)
 class JobTime:
-    """Seconds of a replica for its part of a job, and its rounds."""
+    """The seconds that a replica takes for its part of a job, by cause, and its rounds."""
 
     prefill: float
     decode: float
-    lines: float  # what rank 0 does for each of them
-    loading: float  # the weights, before the first step
+    lines: float  # the work of rank 0 for lines and answers
+    loading: float  # loading the weights before the first step
     prompt_tokens: float
-    sequences: float  # that run at once
+    sequences: float  # sequences that run at once
     prompt_round: Round
     decode_round: Round
 
     @property
     def seconds(self) -> float:
-        """All of it."""
+        """The sum of all seconds."""
         return self.prefill + self.decode + self.lines + self.loading
 
     @property
     def prefill_rate(self) -> float:
-        """Tokens/s of prompts, while nothing is generated."""
+        """Tokens/s of prompts while nothing is generated."""
         return self.prompt_tokens / self.prefill if self.prefill else 0.0
 
     @property
     def decode_rate(self) -> float:
-        """Tokens/s that are generated, while no prompts are computed."""
+        """Generated tokens/s while no prompts are computed."""
         return self.sequences / self.decode_round.seconds
 
 
 def job_time(
     stages: Sequence[Stage], demand: Demand, step_tokens: int, sequences: float, loading: float = 0.0
 ) -> JobTime:
-    """A replica's time for a demand; a step has up to `step_tokens` rows, and `sequences` sequences run at once.
+    """The time that a replica takes for a demand.
 
-    `loading`: seconds before the first step.
+    A step has up to `step_tokens` rows, `sequences` sequences run at once, and loading takes `loading` seconds.
     """
     count = max(min(sequences, demand.requests), 1.0)
     rows = max(min(step_tokens, demand.prompt), 1.0)
@@ -88,7 +88,7 @@ def job_time(
     turns = demand.generated - demand.accepted
     drafted = count * demand.drafted / max(turns, 1.0)
     decode_round = round_of(stages, StepRows(count + drafted, count, demand.context, drafted))
-    # Where one sequence ends the next begins.
+    # A sequence begins as soon as another one ends.
     rounds = max(demand.requests / count, 1.0) * turns / max(demand.requests, 1)
     return JobTime(
         prefill=demand.prompt / rows * prompt_round.seconds,
@@ -103,10 +103,10 @@ def job_time(
 
 
 def loading_time(stages: Sequence[Stage], ranks: Sequence[RankPlan]) -> float:
-    """Seconds until a replica's ranks have their weights, have written all memory once, and have made their kernels."""
+    """Seconds until a replica's ranks have loaded their weights, touched all memory, and set up their kernels."""
     works = [work for stage in stages for work in stage.works]
     speeds = [speed for stage in stages for speed in stage.speeds]
-    # The first step makes the kernels, one stage after the other, while weights are loaded.
+    # The first step sets up the kernels, one stage after the other, while weights are loaded.
     first = sum(FIRST * stage.works[0].layers / stage.speeds[0].core for stage in stages)
     return max(first, *map(_loading, ranks, works, speeds))
 
@@ -120,9 +120,10 @@ def _loading(rank: RankPlan, work: RankWork, speed: Speed) -> float:
 def shared_time(
     takes: Sequence[Callable[[int], float]], counts: Sequence[int], requests: int
 ) -> tuple[float, list[int]]:
-    """Seconds of replicas that share `requests` so that they end together, and how many each of a kind computes.
+    """The seconds of replicas that share `requests` so that all end together, and the requests of each replica by kind.
 
-    There are `counts` replicas of each kind, one of which takes `takes(n)` seconds for n requests.
+    For each kind there are a number of replicas in `counts` and a function in `takes`: a replica of the kind takes
+    takes(n) seconds for n requests.
     """
     if len(takes) == 1:
         each = -(-requests // counts[0])
@@ -131,7 +132,7 @@ def shared_time(
     known = [[take(number) for number in tried] for take in takes]
 
     def within(seconds: float) -> list[int]:
-        """How many requests one of each kind computes in so many seconds."""
+        """The number of requests that a replica of each kind computes in `seconds` seconds."""
         return [int(np.interp(seconds, own, tried) + 1e-6) if seconds >= own[0] else 0 for own in known]
 
     high = min(own[-1] for own in known)

@@ -1,4 +1,4 @@
-"""Measure how fast this rank computes: products, attention, what goes through rows, memory, plain code."""
+"""Measure how fast this rank computes: products, attention, operations on rows, memory, plain code."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ from mpillm.weights.plan import ALIGNMENT, aligned, panels_of_rows
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
-NUMPY_WIDTH = 256  # columns without the compiled kernels
-MEMORY = 128 * 2**20  # bytes that are read, of matrices too: few caches hold as many
-PIECE = 4 * 2**20  # of them at a time
-SECONDS = 0.06  # of each timing
+NUMPY_WIDTH = 256  # columns of a matrix without the compiled kernels
+MEMORY = 128 * 2**20  # bytes of memory and of matrices that are read; few caches are as large
+PIECE = 4 * 2**20  # bytes that one call reads or writes
+SECONDS = 0.06  # seconds of each timing
 HEADS, KV_HEADS, HEAD_DIM = 16, 8, 128
-SEQUENCES, CONTEXT = 8, 512  # that attend with a row each to so many tokens; or as many rows of a prompt
+# Attention: sequences with a row each, and the tokens that a row attends to; or the rows of a prompt.
+SEQUENCES, CONTEXT = 8, 512
 VALUE_ROWS = 64
-FILLING = 0.04  # seconds in which new memory is written
+FILLING = 0.04  # seconds for writing new memory
 PERIODS = 0.2  # seconds of two periods of a control group's quota
 
 
 @dataclass(frozen=True)
 class KernelRates:
-    """What one rank computes: fields as in `Speed`; `memory` is 0 without the compiled kernels."""
+    """The rates of one rank, with fields as in `Speed`; `memory` is 0 without the compiled kernels."""
 
     products: Products
     memory: float
@@ -54,15 +55,16 @@ def kernel_rates(
     meet: Callable[[], None] = lambda: None,
     quota: float = 1.0,
 ) -> KernelRates:
-    """Measure, in about a second times `effort`, with so many bytes of memory; `kinds` of products, by name.
+    """Measure the rates of this rank, in about a second times `effort`.
 
-    Up to `most` bytes of memory are written. Ranks `meet` before they look how much of their cores each has: no more
-    than `quota` of a core for each thread, if that is known.
+    `kinds` names the block types whose products are measured. Timings read `nbytes` bytes of memory, and up to `most`
+    bytes of new memory are written. All ranks call `meet` before they measure which part of a core each thread has;
+    it is at most `quota`.
     """
     seconds = SECONDS * effort
     began, used = time.perf_counter(), time.thread_time()
     compiled = kernels.path() != "numpy"
-    # One after the other, so that a run that measures holds no more than `nbytes` for it.
+    # Timings follow each other, so that they never hold more than `nbytes` bytes.
     attention = _attention(_context(nbytes) if compiled else KV_BLOCK, threads, seconds)
     values = _values(threads, seconds)
     core = core_speed(seconds)
@@ -85,11 +87,11 @@ def kernel_rates(
 
 
 def part_of_core(used: float, passed: float, again: Callable[[], float]) -> float:
-    """The part of a core that a thread has had, which has computed for `used` of so many seconds.
+    """The part of a core that a thread has: it ran for `used` of the last `passed` seconds.
 
-    A control group's quota stops it again and again, as do ranks that share a core: `typical` does not count that.
-    Other programs' noise is less, or not there when it is looked for `again`, in whole periods of a quota: in one and a
-    half of them a thread can have the quota of two.
+    A control group's quota stops a thread repeatedly, and so do ranks that share its core; `typical` does not count
+    that. The disturbance by other programs is usually shorter, so a part below WHOLE is measured `again`. That takes
+    whole periods of a quota, because in one and a half periods a thread can run for the quota of two.
     """
     part = used / passed
     if part < WHOLE:
@@ -98,7 +100,7 @@ def part_of_core(used: float, passed: float, again: Callable[[], float]) -> floa
 
 
 def _measured_part() -> float:
-    """The part of a core that this thread has for some periods of a quota (usually 0.1 s each)."""
+    """The part of a core that this thread has during PERIODS seconds (a period of a quota is usually 0.1 s)."""
     began, used = time.perf_counter(), time.thread_time()
     while time.perf_counter() - began < PERIODS:
         plain_code(LOOK_TURNS)
@@ -106,10 +108,10 @@ def _measured_part() -> float:
 
 
 def _fill(memory: Bytes, least: int) -> float:
-    """Bytes/s at which one core writes new memory: the system finds its pages and empties them meanwhile.
+    """Bytes/s at which one core writes new memory, with the time in which the system provides its pages.
 
-    What was free a moment ago may come faster than all of the rest, so as much is written as there is time for, and at
-    least so many bytes.
+    Pages that were freed a moment ago may come faster than others, so the rate is that of as much memory as there is
+    time for, and of at least `least` bytes.
     """
     used, done = time.thread_time(), 0
     while done < len(memory) and (done < least or time.thread_time() - used < FILLING):
@@ -119,10 +121,10 @@ def _fill(memory: Bytes, least: int) -> float:
 
 
 def _products(kind: BlockType, memory: Bytes, threads: int, seconds: float) -> list[float]:
-    """Operations/s with each of ROWS, of matrices that lie one after the other in `memory`."""
+    """Operations/s of products with each number of rows in ROWS; the matrices are side by side in `memory`."""
     height = width = NUMPY_WIDTH if kernels.path() == "numpy" else WIDTH
     bounds = np.array(panels_of_rows(kind, width), np.int32)
-    # As many matrices as fill it, or a lower one in little memory.
+    # The matrices fill the memory. If it is too small for one, the matrix has fewer rows.
     while (nbytes := kernels.packed_nbytes(kind, height, width, bounds)) > memory.nbytes:
         height //= 2
     matrices = [memory[at : at + nbytes] for at in range(0, memory.nbytes - nbytes + 1, aligned(nbytes))]
@@ -146,7 +148,7 @@ def _products(kind: BlockType, memory: Bytes, threads: int, seconds: float) -> l
 
 
 def _memory(memory: Bytes, threads: int, seconds: float) -> float:
-    """Bytes/s that so many threads read; 0.0 without the compiled kernels."""
+    """Bytes/s that `threads` threads read; 0.0 without the compiled kernels."""
     with suppress(ImportError):
         limits: Any = importlib.import_module("mpillm.kernels._limits")
         pieces = [memory[at : at + PIECE] for at in range(0, memory.nbytes, PIECE)]
@@ -155,13 +157,16 @@ def _memory(memory: Bytes, threads: int, seconds: float) -> float:
 
 
 def _context(nbytes: int) -> int:
-    """Tokens that attention is measured with, whose keys and values take at most so many bytes; whole blocks."""
+    """The tokens with which attention is measured: whole blocks, whose keys and values take at most `nbytes` bytes."""
     token = 2 * SEQUENCES * KV_HEADS * HEAD_DIM * np.dtype(np.uint16).itemsize
     return max(min(CONTEXT, nbytes // token // KV_BLOCK * KV_BLOCK), KV_BLOCK)
 
 
 def _attention(context: int, threads: int, seconds: float) -> tuple[float, float]:
-    """Operations/s of rows of as many sequences, which attend to `context` tokens each, and of a prompt's rows."""
+    """Operations/s of attention: with one row of each of SEQUENCES sequences, and with the rows of a prompt.
+
+    The sequences and the prompt have `context` tokens each.
+    """
     per_sequence = context // KV_BLOCK
     blocks = SEQUENCES * per_sequence
     keys = np.zeros((blocks, KV_HEADS, HEAD_DIM, KV_BLOCK), np.uint16)
@@ -189,7 +194,7 @@ def _attention(context: int, threads: int, seconds: float) -> tuple[float, float
 
 
 def _values(threads: int, seconds: float) -> float:
-    """Values/s that go through a norm, an activation function and quantisation, on average."""
+    """The average values/s of a norm, an activation function and quantisation."""
     width = NUMPY_WIDTH if kernels.path() == "numpy" else WIDTH
     x, weight = np.ones((VALUE_ROWS, width), np.float32), np.ones(width, np.float32)
     out, bounds = np.empty_like(x), np.array([0, width], np.int32)

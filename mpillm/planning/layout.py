@@ -1,7 +1,7 @@
-"""Which replicas, stages and shards a job gets where it leaves that open: those that take it the least time.
+"""Choose the replicas, stages and shards that a job leaves open: those with which it takes the least time.
 
-The rule of `layout_rule` comes first. Where the speeds of several hosts are known, other numbers of replicas and shards
-are tried as well by the model of a step's time, and one that is clearly faster is taken.
+The first candidate is that of `layout_rule`. If the speeds of several hosts are known, other numbers of replicas and
+shards are compared with it by their estimated times, and one that is clearly faster is chosen.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from mpillm.planning.rank_plan import ReplicaPlan
 from mpillm.spec import Spec
 from mpillm.words import count_of
 
-CLEARLY = 1.02  # how many times as fast a layout must be to be taken instead of the rule's
-NAMED = 4  # kinds of replicas in a sentence
-ALL_COUNTS = 8  # up to so many hosts every number of replicas is tried, and beyond that every halving
+CLEARLY = 1.02  # another layout is chosen if the rule's takes more than CLEARLY times as long
+NAMED = 4  # the maximum number of kinds of replicas in a sentence
+ALL_COUNTS = 8  # up to this number of hosts, every number of replicas is tried; beyond it, every halving
 
 
 @dataclass(frozen=True)
 class Layouts:
-    """The layouts of a job on any machines.
+    """Chooses the layouts of a job on given machines.
 
-    `count` is the number of replicas, and `requests` that of the input, None if it is not known; `asked` is what they
-    ask for. So many shards as `shards` are taken where the job leaves it open and they work.
+    `count` is the number of replicas, `requests` the number of requests of the input (None: unknown), and `asked` what
+    they ask for. If the job leaves the number of shards open, it is `shards`, provided that this number works.
     """
 
     spec: Spec
@@ -48,7 +48,7 @@ class Layouts:
     _known: dict[tuple[Any, ...], ReplicaPlan] = field(default_factory=dict, init=False, compare=False)
 
     def choose(self, machines: Machines) -> Found:
-        """The fastest layout on all ranks of these machines; LayoutError if there is none."""
+        """The fastest layout on all ranks of these machines; LayoutError if no layout is possible."""
         planner = self._planner_of(machines)
         rule = planner.found(self._by_rule(planner))
         if not self._open(machines):
@@ -57,7 +57,7 @@ class Layouts:
         for replicas_of in self._others(planner, rule):
             found = planner.found(Chosen(replicas_of, "by the model of a step's time"))
             several = len(found.plans) > 1
-            # No replica is left without a request but rank 0's, which cannot be left out, where it is a slow one.
+            # Each replica must get a request, except a slow one of rank 0, which cannot be left out.
             idle, enough = found.time.idle, self.requests or len(found.plans)
             busy = set(idle) <= {0} and len(found.plans) - len(idle) <= enough
             if busy and found.fits and not (several and planner.too_much(found.plans)):
@@ -70,7 +70,7 @@ class Layouts:
         return replace(best, chosen=replace(best.chosen, compared=_compared(best, [rule, *others])))
 
     def of_one(self, machines: Machines, stages: int, shards: int) -> Found:
-        """One replica of so many stages and shards on all ranks of these machines; LayoutError if there is none."""
+        """One replica of `stages` x `shards` ranks on all of these machines; LayoutError if that is impossible."""
         planner = self._planner_of(machines)
         found = replicas.choose(planner.config, machines.ranks, 1, stages, shards, machines.ranks_per_host)
         return planner.found(Chosen(found, ""))
@@ -79,12 +79,12 @@ class Layouts:
         return LayoutPlanner(self.spec, self.planner, self.asked, machines, self._known)
 
     def _open(self, machines: Machines) -> bool:
-        """Whether other layouts than the rule's are worth a look."""
+        """Whether other layouts than the rule's are compared."""
         several = len(machines.ranks_per_host) > 1
         return several and bool(machines.speeds) and self.spec.wire.between_stages == "f32"
 
     def _by_rule(self, planner: LayoutPlanner) -> Chosen:
-        """What the rule says, with `shards` where that is possible."""
+        """The layout of the rule, with `self.shards` if that is possible."""
         given = self.spec.layout.shards
         if self.shards is not None and given == "auto":
             with suppress(LayoutError):
@@ -92,10 +92,10 @@ class Layouts:
         return by_rule(planner, self.count, given, self.requests)
 
     def _others(self, planner: LayoutPlanner, rule: Found) -> Iterator[Replicas]:
-        """Other layouts: each number of replicas with each number of shards, and replicas of unlike size."""
+        """Other layouts: each number of replicas with each number of shards, and replicas of different sizes."""
         given, machines, tried = self.spec.layout, planner.machines, {rule.chosen.replicas}
         hosts = machines.ranks_per_host
-        # One more than requests: rank 0's host cannot be left out, but its replica may get none of them.
+        # One replica more than requests: rank 0's host cannot be left out, but its replica may get no request.
         most = None if self.requests is None else self.requests + 1
         counts = _counts(len(hosts), most) if self.count == "auto" else [self.count]
         cuts: list[int] = [given.shards] if given.shards != "auto" else []
@@ -118,7 +118,7 @@ class Layouts:
 
 
 def _smallest(planner: LayoutPlanner, shards: int) -> Replicas:
-    """Replicas of as few neighbouring hosts each as hold the model; what is left at the end joins the last one."""
+    """Replicas of as few neighbouring hosts each as can hold the model; the remaining hosts join the last replica."""
     found, first, end = list[Replica](), 0, 0
     maximum = planner.config.n_layers * shards
     for ranks in planner.machines.ranks_per_host:
@@ -140,7 +140,7 @@ def _smallest(planner: LayoutPlanner, shards: int) -> Replicas:
 
 
 def _counts(hosts: int, most: int | None) -> list[int]:
-    """The numbers of replicas that are tried on so many hosts."""
+    """The numbers of replicas that are tried on `hosts` hosts, up to `most`."""
     maximum = hosts if most is None else min(hosts, most)
     if maximum <= ALL_COUNTS:
         return list(range(1, maximum + 1))
@@ -148,7 +148,7 @@ def _counts(hosts: int, most: int | None) -> list[int]:
 
 
 def _compared(best: Found, found: list[Found]) -> str:
-    """How much longer the next best would take."""
+    """Say how much longer the second best layout would take."""
     others = [other for other in found if other.chosen.replicas != best.chosen.replicas]
     if not others:
         return ""
@@ -157,7 +157,7 @@ def _compared(best: Found, found: list[Found]) -> str:
     if not second.fits:
         return f"no other of {len(found)} layouts fits"
     times = second.time.seconds / best.time.seconds
-    if times < 1:  # not clearly less (CLEARLY): the rule's layout is kept
+    if times < 1:  # the rule's layout was kept, because the other one is not clearly faster (CLEARLY)
         return f"as good as any of {len(found)} layouts tried; {what} would take about as long"
     return f"the best of {len(found)} layouts tried; {what} would take {times:.2f} times as long"
 
@@ -168,7 +168,7 @@ def replicas_in_words(found: Replicas) -> str:
 
 
 def shapes_in_words(shapes: Sequence[tuple[int, int]]) -> str:
-    """Replicas in words; each has so many stages and shards."""
+    """Replicas in words, from the stages and shards of each."""
     kinds = {
         f"{count_of(stages, 'stage')} x {count_of(shards, 'shard')}": count
         for (stages, shards), count in Counter(shapes).items()

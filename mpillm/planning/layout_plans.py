@@ -1,4 +1,4 @@
-"""A layout on machines: what its ranks hold, how its shards send what they sum, and what the job takes on it."""
+"""Plan a layout on machines: what its ranks hold, the wire of its shards, and the time of the job."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from mpillm.spec import Spec, shown_bytes
 
 @dataclass(frozen=True)
 class Chosen:
-    """A layout, and in a few words why there are as many replicas, and why shards send what they sum like this.
+    """A layout, with the reasons for its number of replicas and for its wire, in a few words.
 
-    `compared` says how much longer the next best layout would take, if others were tried.
+    `compared` says how much longer the second best layout would take, if others were tried.
     """
 
     replicas: Replicas
     reason: str
     wire: Wire = "f32"  # between the shards of a stage
     wire_reason: str = ""
-    inexact: bool = False  # Q8_0 though the job does not say so
+    inexact: bool = False  # the wire is Q8_0 though the job does not ask for it
     compared: str = ""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A layout on machines, what its ranks hold, and what the job takes on it."""
+    """A layout on machines, what its ranks hold, and the estimated time of the job."""
 
     machines: Machines
     chosen: Chosen
@@ -54,9 +54,9 @@ class Found:
 
     @property
     def cost(self) -> float:
-        """What layouts are compared by: the seconds of the job and of the start, times DEAR if the layout is inexact.
+        """The seconds by which layouts are compared: of the job and of the start, times DEAR if the layout is inexact.
 
-        Rank 0 begins as soon as it can. Those that compute wait for the one with the slowest core.
+        Rank 0 starts as soon as it can. The ranks that compute wait for the one with the slowest core.
         """
         cores = [speed.core for speed in self.machines.speeds] or [ASSUMED.core]
         ready = (IMPORTS + READY) / min(cores) - IMPORTS / cores[0]
@@ -64,12 +64,12 @@ class Found:
 
     @property
     def fits(self) -> bool:
-        """Whether every rank finds the memory that it needs."""
+        """Whether the free memory of every rank is enough."""
         return all(rank.held <= self.machines.free[rank.rank] for plan in self.plans for rank in plan.ranks)
 
 
 class LayoutPlanner:
-    """Plans layouts of a job on `machines`; replicas that are alike are planned once, and kept in `known`."""
+    """Plans layouts of a job on `machines`. Equal replicas are planned once, and their plans are kept in `known`."""
 
     def __init__(
         self,
@@ -82,15 +82,17 @@ class LayoutPlanner:
         self.spec, self.machines = spec, machines
         self._planner, self._asked = planner, asked
         self._known = known
-        self._layers: dict[tuple[object, ...], tuple[int, ...] | None] = {}  # of stages, by speed
+        self._layers: dict[
+            tuple[object, ...], tuple[int, ...] | None
+        ] = {}  # the layers of stages, by their speeds
 
     @property
     def config(self) -> ModelConfig:
-        """The model's."""
+        """The configuration of the model."""
         return self._planner.config
 
     def plans(self, replicas: Replicas) -> Iterator[ReplicaPlan]:
-        """What the ranks of each replica will hold."""
+        """The plan of each replica: what its ranks will hold."""
         return self._planner.replicas(self.spec, replicas, self._asked, self.machines, self._known)
 
     def _placement(self, chosen: Chosen) -> Placement:
@@ -99,7 +101,7 @@ class LayoutPlanner:
         return Placement(self.spec, self.config, self.machines, replicas, plans).with_wire(chosen.wire)
 
     def too_much(self, plans: Iterable[ReplicaPlan]) -> str | None:
-        """Why replicas do not hold the whole model in memory, and a long request; None if they do."""
+        """Why replicas cannot hold the whole model and a request of the longest context in memory; None if they can."""
         for plan in plans:
             if 0 < plan.cached_tokens < plan.max_context:
                 return f"the KV cache of each would hold {plan.cached_tokens} tokens (memory.kv, memory.max_context)"
@@ -112,7 +114,7 @@ class LayoutPlanner:
         return None
 
     def found(self, chosen: Chosen) -> Found:
-        """A layout with its wire, its layers by speed, and its time."""
+        """Complete a layout with its wire and its layers by speed, and estimate its time."""
         if not chosen.wire_reason:
             chosen = self._with_wire(chosen)
         chosen = self.with_layers_by_speed(chosen)
@@ -120,7 +122,7 @@ class LayoutPlanner:
         return Found(self.machines, chosen, placement.plans, estimate(placement, demand_of(self._asked)))
 
     def with_layers_by_speed(self, chosen: Chosen) -> Chosen:
-        """Give faster stages more layers, as their memory allows, where the speeds of ranks are known."""
+        """Give faster stages more layers, within their memory, if the speeds of ranks are known."""
         if not self.machines.speeds or all(replica.stages == 1 for replica in chosen.replicas):
             return chosen
         placement, found, uneven = self._placement(chosen), list(chosen.replicas), list[str]()
@@ -139,7 +141,7 @@ class LayoutPlanner:
         return replace(chosen, replicas=tuple(found), reason=reason)
 
     def _with_wire(self, chosen: Chosen) -> Chosen:
-        """Choose the wire between shards too, where the job leaves it open."""
+        """Choose the wire between shards, if the job leaves it open."""
         given = self.spec.wire.activations
         if given != "auto":
             return replace(chosen, wire=given, wire_reason="wire.activations says so")

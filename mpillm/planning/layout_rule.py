@@ -1,8 +1,8 @@
-"""The rule by which a job gets its replicas, stages and shards: as many replicas as hosts can hold the model.
+"""The rule for the replicas, stages and shards of a job: as many replicas as there are hosts that can hold the model.
 
-Replicas work on different requests and hardly talk, so they are faster than the same hosts as one pipeline: each of N
-stages waits for N - 1 messages a token, and computes with only a share of the sequences at a time. Within a host a
-second replica gains nothing, because its weights are read from the same memory.
+Replicas work on different requests and exchange few messages, so they are faster than the same hosts as one pipeline,
+in which each of N stages waits for N - 1 messages for a token and computes only a part of the sequences at a time. A
+second replica on a host gains nothing, because both read their weights from the same memory.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from mpillm.spec import Spec
 
 
 def by_rule(planner: LayoutPlanner, count: int | Auto, shards: int | Auto, requests: int | None) -> Chosen:
-    """`count` replicas, or as many as the rule says, of so many shards; LayoutError if there is no such layout.
+    """The layout with `count` replicas ("auto": by the rule) of `shards` shards; LayoutError if that is impossible.
 
-    `requests` is the number of the input's, None if it is not known.
+    `requests` is the number of requests of the input (None: unknown).
     """
     spec, machines = planner.spec, planner.machines
     stages, hosts = spec.layout.stages, machines.ranks_per_host
@@ -30,7 +30,7 @@ def by_rule(planner: LayoutPlanner, count: int | Auto, shards: int | Auto, reque
         return Chosen(found, "layout.replicas says so")
     try:
         one = replicas.choose(planner.config, machines.ranks, 1, stages, shards, hosts)
-    except LayoutError as error:  # there may be more ranks than one copy of the model can be cut into
+    except LayoutError as error:  # one replica may be impossible because there are too many ranks for it
         several, reason = _as_many_as_possible(planner, shards, requests)
         if several is None:
             raise error
@@ -46,7 +46,7 @@ def by_rule(planner: LayoutPlanner, count: int | Auto, shards: int | Auto, reque
 def _as_many_as_possible(
     planner: LayoutPlanner, shards: int | Auto, requests: int | None
 ) -> tuple[Replicas | None, str]:
-    """Return the maximum of replicas, of at least a host each, that requests and memory suffice for; and why."""
+    """The layout with most replicas of at least one host each that requests and memory allow, and the reason."""
     machines, stages = planner.machines, planner.spec.layout.stages
     hosts = len(machines.ranks_per_host)
     maximum = hosts if requests is None else min(hosts, requests)
@@ -64,7 +64,7 @@ def _as_many_as_possible(
 
 
 def _refuse_unlike(spec: Spec, found: Replicas) -> None:
-    """LayoutError if answers would depend on which replica gives them."""
+    """Raise LayoutError if answers would depend on the replica that computes them."""
     if spec.wire.between_stages != "f32" and len({replica.stages for replica in found}) > 1:
         raise LayoutError(
             f"{found[-1].ranks.stop} ranks as {len(found)} replicas have different numbers of stages, on which answers "

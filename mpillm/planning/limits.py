@@ -1,12 +1,11 @@
 """The size of a step and of the KV cache: the same on every rank, and known before the run.
 
-While all weights are in memory a step costs what its rows cost. While weights are streamed it costs a whole pass over
-the disk as well, whatever runs in it, so a step takes all that can run: as many sequences as the KV cache has blocks
-for, and prompts in pieces of thousands of tokens. What bounds it is the memory for the rows' activations, of which an
-eighth of the budgets for weights and KV cache is allowed. More would hardly pay: a row's arithmetic is 2 operations
-for each weight, so where B of a weight's bytes are streamed at D bytes/s and computing goes at C operations/s, it takes
-B C / 2 D rows to compute for as long as the disk reads. Those are 50 rows for Q4_0 from an SSD on two cores, and 4000
-for BF16 from 100 MB/s.
+If all weights are in memory, the time of a step is that of its rows. If weights are streamed, each step reads all of
+them from disk, whatever the number of its rows. So a step then takes all that can run: as many sequences as the KV
+cache has blocks for, and prompts in pieces of thousands of tokens. The limit is the memory for the rows' activations:
+an eighth of the budgets for weights and KV cache. More rows would gain little. A row needs 2 operations for each
+weight, so if each weight has B bytes, the disk reads D bytes/s and the cores compute C operations/s, then computing
+takes as long as reading with B C / 2 D rows: 50 for Q4_0 from an SSD on two cores, 4000 for BF16 at 100 MB/s.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from mpillm.planning.input_needs import NO_INPUT, InputNeeds
 from mpillm.spec import Spec, shown_bytes, unit_meant
 from mpillm.words import count_of, enough
 
-SEQUENCES, TOKENS = 256, 512  # what "auto" means in [batch] while all weights are in memory
-MAX_TOKENS = 4096  # and at most while they are streamed
-SAVED, MAX_SAVED = 8, 64  # one in so many slots for states is for saved ones, and so many at most
-SHARE = 8  # the budgets' part that activations may take then: one in so many
+SEQUENCES, TOKENS = 256, 512  # the meaning of "auto" in [batch] if all weights are in memory
+MAX_TOKENS = 4096  # the maximum tokens of a step with "auto" if weights are streamed
+SAVED, MAX_SAVED = 8, 64  # one in SAVED slots for states holds a saved state, at most MAX_SAVED
+SHARE = 8  # if weights are streamed, activations may take 1 / SHARE of the budgets
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,9 @@ class StepSize:
 
 
 def step_size(spec: Spec, rows: Activations, places: Sequence[Place], streams: bool) -> StepSize:
-    """A step's size on ranks at `places`; `streams`: some of them stream weights.
+    """The size of a step on ranks at `places`; `streams`: some of them stream weights.
 
-    Where tokens attend to later ones, a step takes the longest prompt there may be.
+    If tokens attend to later ones, a step takes a prompt of the maximum length.
     """
     row = max(rows.row_nbytes(place) for place in places)
     allowed = ((spec.memory.weights_bytes or 0) + spec.memory.kv_bytes) // SHARE
@@ -69,10 +68,11 @@ def limits(
     kv: Sequence[int] | None = None,
     asked: InputNeeds = NO_INPUT,
 ) -> Limits:
-    """What steps and the cache of ranks at `places` take, whose caches have `layouts`; JobError if that is nothing.
+    """The limits of steps and caches on ranks at `places`; JobError if the caches are too small for any request.
 
-    `streamed` has the bytes of weights that each rank streams, `max_context` is the longest request's tokens, `kv`
-    has the budget of each rank's cache, where they are not all that of `spec`, and `asked` what the input asks for.
+    For each rank, `layouts` has the layout of its cache, `streamed` the bytes of weights that it streams, and `kv` the
+    budget of its cache (None: that of `spec` for all). `max_context` is the maximum number of tokens of a request, and
+    `asked` is what the input asks for.
     """
     streams = any(streamed)
     step, stages, windows = step_size(spec, rows, places, streams), places[0].stages, layouts[0].windows
@@ -99,12 +99,12 @@ def limits(
 
 @dataclass(frozen=True)
 class CacheCapacity:
-    """What the caches of all ranks hold."""
+    """The capacity that the caches of all ranks have in common."""
 
     blocks: int
-    blocks_in_memory: int  # of them: what memory alone holds
-    slots: int  # for sequences' states; 0 if the model has none
-    saved: int  # beside them, for states after prefixes that sequences have in common
+    blocks_in_memory: int  # the blocks that memory alone holds
+    slots: int  # slots for sequences' states; 0 if the model has none
+    saved: int  # additional slots for the states after prefixes that sequences have in common
 
     @property
     def states(self) -> int:
@@ -112,15 +112,16 @@ class CacheCapacity:
         return self.slots + self.saved
 
     def sequences(self, maximum: int, windows: Sequence[int]) -> int:
-        """The number of sequences, up to `maximum`, that can be in a step at once."""
+        """The number of sequences that a step can have, up to `maximum`."""
         if windows:
             maximum = min(maximum, max(self.blocks // len(windows), 1))
         return min(maximum, self.slots) if self.slots else maximum
 
     def needed(self, groups: int, asked: InputNeeds, step: StepSize, stages: int) -> tuple[int, int]:
-        """Blocks and states that an input can come to use, or all if there is none, or it is not known.
+        """The maximum number of blocks and states that an input uses; all of them if that is not known.
 
-        Full blocks keep what they hold; of the last ones there are as many as sequences run at once.
+        Full blocks are kept after their sequence has ended. The blocks that are not full are those of the sequences
+        that run at once.
         """
         if not asked.lines or asked.blocks is None:
             return self.blocks, self.states
@@ -147,12 +148,10 @@ def cache_capacity(
     sequences: int,
     kv: Sequence[int] | None = None,
 ) -> CacheCapacity:
-    """What memory.kv and memory.kv_spill hold on all ranks, where up to `sequences` sequences run at once.
+    """The capacity of memory.kv and memory.kv_spill on all ranks if up to `sequences` sequences run at once.
 
-    `kv` has the budget of each rank, where they are not all that of `spec`.
-
-    States get up to half of memory.kv, and all of it where layers keep nothing else; an eighth of their slots is for
-    those that are saved.
+    `kv` has the budget of each rank (None: that of `spec` for all). States get up to half of memory.kv, or all of it if
+    layers keep nothing else. An eighth of their slots is for saved states.
     """
     budgets = kv or [spec.memory.kv_bytes] * len(layouts)
     slots = saved = 0
@@ -181,17 +180,17 @@ def cache_blocks(
     stages: int,
     asked: InputNeeds,
 ) -> int:
-    """The blocks that a cache has: not more than steps or the input can use, but those of the longest request."""
+    """The number of blocks of a cache: no more than steps or the input can use, but enough for the longest request."""
     longest = useful_blocks(max_context, windows, step.tokens)
     useful = longest * step.sequences
-    if config.whole_prompts:  # what is in steps under way, with one block each that is not full
+    if config.whole_prompts:  # the blocks of the steps under way; each sequence has one that is not full
         useful = blocks_for(step.tokens) + step.sequences
     needed, _ = capacity.needed(len(windows), asked, step, stages)
     return min(capacity.blocks, useful * stages, max(needed, longest))
 
 
 def useful_blocks(tokens: int, windows: Sequence[int], step_tokens: int) -> int:
-    """Blocks of all groups that a sequence of `tokens` tokens uses at most, `step_tokens` of them at once."""
+    """The maximum blocks, in all groups, of a sequence of `tokens` tokens, of which `step_tokens` are in one step."""
     return sum(
         min(blocks_for(tokens), window_blocks(window) + blocks_for(step_tokens))
         if window
@@ -201,16 +200,16 @@ def useful_blocks(tokens: int, windows: Sequence[int], step_tokens: int) -> int:
 
 
 def cached_tokens(n_blocks: int, windows: Sequence[int], max_context: int) -> int:
-    """Tokens that so many blocks hold in sequences of `max_context` tokens; 0 if the model keeps no tokens."""
+    """The tokens that `n_blocks` blocks hold in sequences of `max_context` tokens; 0 if the model keeps no tokens."""
     if not windows:
         return 0
     return n_blocks * KV_BLOCK * blocks_for(max_context) // blocks_needed(max_context, windows)
 
 
 def cache_in_memory(spec: Spec, layout: CacheLayout, n_blocks: int, n_slots: int, capacity: int) -> int:
-    """Bytes of memory that the cache of a rank takes at most, where `n_blocks` of `capacity` blocks are used.
+    """The maximum bytes of memory of a rank's cache if `n_blocks` of `capacity` blocks are used.
 
-    Large pools are used in huge pages, of which a first block takes a whole one, but for what is less at their end.
+    Large pools consist of huge pages, each of which takes all of its memory as soon as one of its blocks is used.
     """
     held = n_slots * layout.state_nbytes
     for nbytes in chain.from_iterable(layout.pools):
@@ -220,12 +219,12 @@ def cache_in_memory(spec: Spec, layout: CacheLayout, n_blocks: int, n_slots: int
 
 
 def cache_in_file(spec: Spec, layout: CacheLayout, n_blocks: int, n_slots: int) -> int:
-    """Bytes of a rank's cache that lie on disk when all of so many blocks are in use."""
+    """The bytes of a rank's cache that are on disk if `n_blocks` blocks are used."""
     sizes = [sum(nbytes) for nbytes in layout.pools]
     return nbytes_in_file(sizes, spec.memory.kv_bytes - n_slots * layout.state_nbytes, n_blocks)
 
 
 def step_description(sequences: int, tokens: int, streamed: int) -> str:
-    """A step's size in words; `streamed` is the number of bytes that the rank with the most reads for it."""
+    """The size of a step in words; `streamed` is the maximum number of bytes that a rank reads for it."""
     size = f"a step has up to {count_of(sequences, 'sequence')} and {count_of(tokens, 'token')}"
     return f"{shown_bytes(streamed)} of weights are read for each step; {size}" if streamed else size

@@ -1,4 +1,4 @@
-"""What the body of a line says of its prompts: how many there are, how long, and which begin alike."""
+"""Read from the body of a line how many prompts it has, how long they are, and which have the same beginning."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from mpillm.planning.grammar_memory import Asked
 from mpillm.planning.token_count import Tokens
 from mpillm.spec import SamplingSection
 
-TOLD_APART = 1 << 16  # first blocks of ids
-LONG = 4096  # tokens of a prompt from which on it is not told apart how many they are
+TOLD_APART = 1 << 16  # different first blocks of prompts of ids that are told apart
+LONG = 4096  # prompts of LONG tokens and more are counted together
 
-# Keys with which tokens may be drawn from other logits than the model's.
+# Keys that may change the logits from which tokens are drawn.
 ADJUSTS = re.compile(
     rb'"(?:logit_bias|bad_words|min_tokens|allowed_token_ids|\w+_penalty|response_format|structured_outputs|guided_\w+'
     rb'|tools)"'
@@ -25,7 +25,7 @@ IDS = re.compile(rb"\s*\[[\[\s]*[-0-9]")
 
 
 class Body(Asked):
-    """The keys that decide how much is kept."""
+    """The keys of a body that determine how much memory its line takes."""
 
     prompt: msgspec.Raw = msgspec.Raw()
     input: msgspec.Raw = msgspec.Raw()
@@ -56,7 +56,7 @@ class LineSize(Body):
 
 
 def prompts_in(raw: bytes) -> int:
-    """How many prompts a value of JSON holds."""
+    """The number of prompts in a JSON value."""
     if not raw.startswith(b"["):
         return 1
     found: list[Any] = msgspec.json.decode(raw, type=list[msgspec.Raw])
@@ -64,9 +64,12 @@ def prompts_in(raw: bytes) -> int:
 
 
 def lengths(body: Body, count: int, prompts: Tokens) -> Counter[int]:
-    """Tokens of each prompt of a line at least: half of those of a chat, as templates leave some out."""
+    """Lower bounds of the tokens of a line's prompts, with the number of prompts for each.
+
+    The bound of a chat is half of its tokens, because templates leave some out.
+    """
     given = bytes(body.input or body.prompt)
-    if body.choices:  # which are computed one after the other behind their prompt
+    if body.choices:  # they are computed after their prompt, one after the other
         found = Counter({prompts.likely // count: count})
     elif len(prompts.texts) == count and not body.messages:
         found = Counter(prompts.texts)
@@ -85,7 +88,10 @@ def lengths(body: Body, count: int, prompts: Tokens) -> Counter[int]:
 
 
 def alike(body: Body, count: int, prompts: Tokens, begun: set[int]) -> int:
-    """Sequences of a line whose first block may be that of an earlier one; `begun` has hashes of ids, and gets more."""
+    """The number of a line's sequences whose first block may be that of an earlier sequence.
+
+    `begun` has the hashes of the first blocks of earlier prompts of ids; those of this line are added.
+    """
     given = bytes(body.input or body.prompt)
     if prompts.texts and not body.messages:
         return count - len(prompts.texts) + prompts.alike
@@ -96,7 +102,7 @@ def alike(body: Body, count: int, prompts: Tokens, begun: set[int]) -> int:
     found = 0
     for ids in several:
         first = ids.strip(b" []").split(b",", KV_BLOCK)
-        if len(first) > KV_BLOCK:  # its last token is computed in any case
+        if len(first) > KV_BLOCK:  # the last token of a prompt is always computed
             key = hash(tuple(map(bytes.strip, first[:KV_BLOCK])))
             new = key not in begun and len(begun) < TOLD_APART
             found += -(-count // len(several)) - new
@@ -105,6 +111,6 @@ def alike(body: Body, count: int, prompts: Tokens, begun: set[int]) -> int:
 
 
 def adjusts(sampling: SamplingSection) -> bool:
-    """Whether a job has tokens drawn from other logits than the model's."""
+    """Whether a job changes the logits from which tokens are drawn."""
     penalties = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
     return bool(penalties or sampling.response_format or sampling.structured_outputs)

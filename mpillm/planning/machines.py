@@ -16,22 +16,22 @@ from mpillm.words import some_of
 
 @dataclass(frozen=True)
 class Machines:
-    """Where the ranks are: the lengths of the runs of ranks on one host, and bytes that are free for each rank.
+    """The hosts of the ranks: how many ranks in a row are on each host, and the free bytes of each rank.
 
-    For each rank there are besides the name of its host and how fast it is, if that is known.
+    If they are known, there are also the name of each rank's host and each rank's speed.
     """
 
     ranks_per_host: Sequence[int]
     free: Sequence[int]
     names: Sequence[str] = field(default=(), compare=False)
     speeds: Sequence[Speed] = field(default=(), compare=False)
-    measured: bool = field(default=False, compare=False)  # else speeds are at least partly assumed
-    glimpsed: bool = field(default=False, compare=False)  # speeds go by `pace` alone, and links are not known
-    # Each rank's machine, which several hosts may share as containers do, and the part of its cores that the rank
-    # keeps busy; speeds are those of all ranks working.
+    measured: bool = field(default=False, compare=False)  # all speeds were measured
+    glimpsed: bool = field(default=False, compare=False)  # speeds come from `pace` alone; links are not known
+    # Each rank's machine, and the part of the machine's cores that the rank keeps busy. Several hosts, such as
+    # containers, may share a machine. `speeds` are those while all ranks work.
     loads: Sequence[tuple[str, float]] = field(default=(), compare=False)
 
-    cores: Sequence[int] = field(default=(), compare=False)  # of each host, 0 if not known, or nothing
+    cores: Sequence[int] = field(default=(), compare=False)  # the cores of each host (0: unknown), or empty
 
     @property
     def several_hosts(self) -> bool:
@@ -40,7 +40,7 @@ class Machines:
 
     @property
     def links_known(self) -> bool:
-        """Whether speeds are known, those of the network too."""
+        """Whether the speeds are known, with those of the network."""
         return bool(self.speeds) and not self.glimpsed
 
     @property
@@ -54,7 +54,7 @@ class Machines:
         return [host for host, count in enumerate(self.ranks_per_host) for _ in range(count)]
 
     def speed_of(self, rank: int) -> Speed:
-        """The speed of a rank; without any that are known, a part of the assumed one of its host."""
+        """The speed of a rank; if no speeds are known, its part of the assumed speed of its host."""
         if self.speeds:
             return self.speeds[rank]
         return ASSUMED.shared_by(self.ranks_per_host[self.host_of_rank[rank]])
@@ -78,7 +78,7 @@ class Machines:
         ]
 
     def slowest_first(self) -> list[int]:
-        """The hosts, the slowest first; among equally fast ones the last comes first."""
+        """The hosts, the slowest first; of equally fast ones, the last host comes first."""
         rates = [
             max(self.speeds[first].products.values(), key=max)[-1] * count if self.speeds else 0.0
             for first, count in zip(self.firsts(), self.ranks_per_host, strict=True)
@@ -86,9 +86,9 @@ class Machines:
         return sorted(range(len(rates)), key=lambda host: (rates[host], -host))
 
     def computing(self, threads: object) -> tuple[Machines, list[str]]:
-        """These machines without the ranks that an automatic layout keeps in reserve, and sentences about them.
+        """These machines without the ranks that an automatic layout keeps in reserve, and sentences about those.
 
-        They have no core: see `Nodes.with_cores`, also for `threads`.
+        Ranks without a core are kept in reserve: see `with_cores`, also for `threads`.
         """
         ranks, parts, said = list[int](), list[tuple[int, int]](), dict[str, list[str]]()
         names = self.host_names()
@@ -105,7 +105,7 @@ class Machines:
         found, alike = self.of_ranks(ranks), dict[tuple[int, int, int], Speed]()
         speeds = []
         for speed, (used, count) in zip(found.speeds, parts, strict=bool(found.speeds)):
-            # A quota is that of the host.
+            # The ranks that compute share the quota of their host.
             own = replace(speed.shared_by(used / count), part=min(speed.part * count / used, 1.0))
             speeds.append(alike.setdefault((id(speed), used, count), own))
         free = [
@@ -133,7 +133,7 @@ class Machines:
         )
 
     def _speeds_of(self, ranks: Sequence[int], loads: Sequence[tuple[str, float]]) -> list[Speed]:
-        """The speeds of some of the ranks, which have the cores of the others too; one object for those alike."""
+        """The speeds of some of the ranks if the others leave them their cores; equal speeds are one object."""
         before, now = _crowding(self.loads), _crowding(loads)
         eased, found = dict[tuple[int, float], Speed](), list[Speed]()
         for rank in ranks:
@@ -144,7 +144,7 @@ class Machines:
         return found
 
     def with_another(self) -> Machines:
-        """These machines and one more host with one rank, like the last one."""
+        """These machines and one more host like the last one, with one rank."""
         ranks = self.ranks_per_host[-1]
         return replace(
             self,
@@ -156,8 +156,8 @@ class Machines:
         )
 
     def with_faster_network(self, times: float, latency: float = 1.0) -> Machines:
-        """These machines with links that are `times` times as fast, and have `latency` times their latency."""
-        # Speeds that are alike stay one object.
+        """These machines with links that have `times` times their bandwidth and `latency` times their latency."""
+        # Equal speeds stay one object.
         faster = {
             id(speed): replace(speed, wire=times * speed.wire, latency=latency * speed.latency)
             for speed in self.speeds
@@ -166,7 +166,7 @@ class Machines:
 
 
 def _crowding(loads: Sequence[tuple[str, float]]) -> dict[str, float]:
-    """How many busy threads share a core of each machine, one at least."""
+    """For each machine, the number of busy threads that share a core, at least 1."""
     busy = dict.fromkeys((machine for machine, _ in loads), 0.0)
     for machine, part in loads:
         busy[machine] += part

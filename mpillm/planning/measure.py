@@ -1,4 +1,4 @@
-"""Measure in about a second, or less, what ranks can do: products, memory, and the disk of the model's file."""
+"""Measure the speeds of ranks in about a second or less: their kernels, their memory, and the disk of the model."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from mpillm.planning.speed import ASSUMED, KINDS, LARGE, SMALL, Speed, stand_in
 from mpillm.weights.io.reading import SECTOR, new_buffer, open_direct, read_direct
 from mpillm.weights.source import Source
 
-# Bytes of memory that are read where a run decides its layout, and what a rank is planned to take later of them for
+# The maximum bytes that a rank of a run takes for measuring; and the part of them that it is planned to take later for
 # libraries and its heap.
 WITHIN_RUN, LATER = 48 * 2**20, 6 * 2**20
-MOST = 2**30  # bytes of memory that are written at most
-QUICKLY = 0.08  # the effort of a run that may be over in seconds
-# A measurement of the disk: bytes of a request, how many are under way, and seconds.
+MOST = 2**30  # the maximum bytes of new memory that are written
+QUICKLY = 0.08  # the effort in a run that may take only seconds
+# The two measurements of a disk: bytes of a request, requests under way, seconds.
 WHOLE, PAGES = (LARGE, 4, 0.3), (SMALL, 1, 0.1)
 
 
 @dataclass(frozen=True)
 class DiskRate:
-    """The rate of a file in bytes/s, 0 if it was not read, and how it was measured."""
+    """The rate of reading a file in bytes/s (0: it was not read), and how it was measured."""
 
     rate: float = 0.0
     how: str = ""
-    pages: float = 0.0  # with small requests, as for pages of weights
+    pages: float = 0.0  # the rate with small requests, as pages of weights are read
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one rank can do while the others of its node work too."""
+    """The rates of one rank while the other ranks of its node work too."""
 
     rates: KernelRates
     disk: DiskRate
-    part: float = 1.0  # of a core for each thread, if a quota allows less than a whole one
+    part: float = 1.0  # the part of a core that a quota allows each thread
 
 
 def everyone(
@@ -60,8 +60,8 @@ def everyone(
 ) -> list[Measured]:
     """Measure on all ranks at the same time (collective); return the results in rank order.
 
-    `file` is the model's; `memory` bytes are taken meanwhile, and up to `most` for a moment. Each timing takes
-    `effort` times the usual seconds.
+    `file` is that of the model (None: no disk is measured). A rank takes `memory` bytes, and up to `most` for a moment.
+    Each timing takes `effort` times its usual seconds.
     """
     numbers = world.nodes.numbers
     here = [rank for rank, number in enumerate(numbers) if number == numbers[world.rank]]
@@ -77,15 +77,15 @@ def everyone(
 def speeds(
     world: World, source: Source, threads: int, effort: float = 1.0, budget: int | None = None
 ) -> list[Speed]:
-    """Measure the ranks' speeds for this model (collective), in about a second times `effort`.
+    """Measure the speeds of all ranks for this model (collective), in about a second times `effort`.
 
-    This rank will hold up to `budget` bytes of its weights; not much more is taken now.
+    `budget` is the maximum number of bytes of weights that this rank will hold; measuring takes little more.
     """
     kinds = {stand_in(info.type, KINDS) for info in source.tensors.values() if len(info.shape) == 2}
     file = max(source.files, key=lambda file: file.stat().st_size)
     share = sum(file.stat().st_size for file in source.files) // world.size
     most = min(share, MOST if budget is None else budget)
-    # No more than the whole run takes: loading takes as much besides the weights, and tiny models have few of those.
+    # No more than the run itself takes. Tiny models have few weights, but loading takes memory besides them.
     memory = min(WITHIN_RUN, most + loading(source, most) + LATER)
     ranks = everyone(world, sorted(kinds), threads, file, memory, effort, most)
     numbers, found = world.nodes.numbers, hosts(world, ranks, probe.links(world))
@@ -107,7 +107,7 @@ def speeds(
 
 
 def hosts(world: World, ranks: Sequence[Measured], links: Sequence[LinkTiming]) -> list[Host]:
-    """Sum the measurements of the ranks of each host, as a file of hosts has them, with its fastest link."""
+    """Sum the measurements of each host's ranks, as in a file of hosts; its link is the fastest one of its ranks."""
     numbers, free, found = world.nodes.numbers, world.nodes.free, []
     for number in range(max(numbers) + 1):
         own = [rank for rank, other in enumerate(numbers) if other == number]
@@ -140,7 +140,7 @@ def hosts(world: World, ranks: Sequence[Measured], links: Sequence[LinkTiming]) 
 
 
 def summed(rates: Sequence[Sequence[float]]) -> list[float]:
-    """10^9 operations/s of ranks together."""
+    """The sums of the ranks' operations/s, in units of 10^9."""
     return [round(sum(of_all) / 1e9, 3) for of_all in zip(*rates, strict=True)]
 
 
@@ -149,9 +149,9 @@ def _or_none(rate: float) -> float | None:
 
 
 def _disk_rate(path: Path, part: int = 0, parts: int = 1, effort: float = 1.0) -> DiskRate:
-    """Measure how fast a file is read in order: past the page cache, or after its pages were dropped.
+    """Measure how fast a file is read in order: without the page cache, or after its pages were dropped from it.
 
-    Each rank of a host reads another part of the file: number `part` of `parts`.
+    Each rank of a host reads its own part of the file: number `part` of `parts`.
     """
     size = path.stat().st_size
     begin, end = (at * size // parts // SECTOR * SECTOR for at in (part, part + 1))
@@ -183,11 +183,11 @@ def _rate(
     effort: float,
     read: Callable[[int, NDArray[np.uint8]], bool],
 ) -> float:
-    """Bytes/s of reads between two places, as many as there is time for."""
+    """Bytes/s of reading a file from offset `begin` to `end`, or as far as there is time."""
     request, readers, seconds = kind
     buffers = [new_buffer(request, SECTOR) for _ in range(readers)]
     for buffer in buffers:
-        buffer[:] = 0  # so that the time of getting its pages is not counted
+        buffer[:] = 0  # the time for getting the buffer's pages does not count
     start, remaining = time.perf_counter(), iter(range(begin, end - request + 1, request))
 
     def reader(buffer: NDArray[np.uint8]) -> int:

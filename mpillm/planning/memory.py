@@ -1,6 +1,6 @@
-"""The memory of a rank: its two budgets, the rows of a step, and the process itself.
+"""The planned memory of a rank: its two budgets, the rows of a step, and the process itself.
 
-It is computed before the run (`plan` prints it), and the report says how much was used.
+`plan` prints it before a run. The report compares it with the memory that was used.
 """
 
 from __future__ import annotations
@@ -30,43 +30,43 @@ from mpillm.weights.text_files import text_fields, text_folder
 
 # Measured on x86-64 with Open MPI and MPICH: 45 MiB for Python and MPI, 40 for the libraries, 14 for a heap in use.
 PROCESS = 104 * 2**20
-# And MPI's buffers for messages between hosts, with those for measuring (4 to 9 MiB measured with three hosts).
+# Additional bytes if ranks are on several hosts: MPI's buffers and those for measuring (4 to 9 MiB with three hosts).
 NETWORK = 10 * 2**20
-OF_RANK_0 = 16 * 2**20  # of it: libraries for the input and the results, which other ranks do not load
-RESULTS = 12 * 2**20  # of that: what comes only when results.h5 is written, at the end
-# Bytes of a vocabulary's entry in the tokenizer, which rank 0 has (560 measured, 670 with a GGUF file's fields),
-WORD = 768
-FIELD = 256  # and among a GGUF file's fields, which all have
-# Loading a small model takes so many times the bytes of its pages, because rows may become float32.
+OF_RANK_0 = 16 * 2**20  # the part of PROCESS for libraries that rank 0 alone loads, for the input and results
+RESULTS = 12 * 2**20  # the part of OF_RANK_0 that is used only when results.h5 is written, at the end
+# Bytes of each entry of the vocabulary: in the tokenizer, which rank 0 has (560 measured, 670 with the fields of a GGUF
+# file); and in the fields of a GGUF file, which all ranks have.
+WORD, FIELD = 768, 256
+# Loading a small model takes up to LOADING times the bytes of its pages, because rows may become float32.
 LOADING = 8
-PAGE, TENSOR = 2048, 768  # of what is known of a page and of a tensor (1650 and 640 measured)
-# Beside their pieces, of threads that read an unpacked model all the time (2 MiB measured).
+PAGE, TENSOR = 2048, 768  # bytes for the description of a page and of a tensor (1650 and 640 measured)
+# Bytes of the threads that stream an unpacked model, besides the pieces that they read (2 MiB measured).
 STREAMING = 4 * 2**20
-# Of a step's rows, which lie in huge pages once they are large, with a part of one at their ends.
+# The number of buffers for the rows of a step. Large ones consist of huge pages, of which each may waste one.
 LARGE_BUFFERS = 3
 
 
 class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
-    """Maximum bytes of one rank."""
+    """The maximum bytes of one rank, by use."""
 
     weights: int
     adapters: int = 0
-    draft: int = 0  # a draft model and its cache
+    draft: int = 0  # the draft model and its cache
     kv: int
     activations: int
     process: int
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all."""
         return self.weights + self.adapters + self.draft + self.kv + self.activations + self.process
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a step has at most: rows, those of them with logits, and tokens of a sequence.
+    """The maxima of a step: its rows, rows with logits (`outputs`), and positions of a sequence.
 
-    There are two `copies` of logits where masks or penalties change them.
+    There are two `copies` of logits if masks or penalties change them.
     """
 
     rows: int
@@ -76,9 +76,9 @@ class Rows:
 
 
 def activations(kind: Activations, place: Place, step: Rows) -> int:
-    """Bytes of the rows of a step on a rank, with their logits and messages under way.
+    """The bytes of the rows of a step on a rank, with their logits and the messages under way.
 
-    The cosines and sines of all positions are kept, with both kinds of factors of LongRoPE.
+    The cosines and sines of all positions count too, for both kinds of factors of LongRoPE.
     """
     config, rows, found = kind.config, step.rows, kind.nbytes(place, step.rows)
     found += step.positions * (2 if config.short_length else 1) * kind.angles_nbytes
@@ -88,12 +88,12 @@ def activations(kind: Activations, place: Place, step: Rows) -> int:
         found += logits(config, place, step)
         found += DRAWN_ROWS * 4 * config.hidden * place.stages  # kept until all tokens of a step are drawn
     if place.stages > 1:
-        found += 2 * rows * 4 * config.hidden  # one message leaves, or comes, while the next is made
+        found += 2 * rows * 4 * config.hidden  # one message is under way while the next is made
     return found
 
 
 def logits(config: ModelConfig, place: Place, step: Rows) -> int:
-    """Bytes of a tile of logits on a rank of the last stage."""
+    """The bytes of a tile of logits; 0 on ranks of other stages than the last."""
     tile = min(step.outputs, TILE) * len(vocab_axis(config.vocab).entries(place))
     return 4 * step.copies * tile if place.is_last_stage else 0
 
@@ -107,10 +107,10 @@ def step_rows(
     stages: int,
     streams: bool,
 ) -> Rows:
-    """What a step has at most, no more than the input can ask for.
+    """The maxima of a step, which are no more than the input can ask for.
 
-    `cache` is what it can hold, the blocks that it has, and the windows of its groups; `streams`: some rank streams
-    weights, and may make one step of all sequences (see `Pace`); else they are divided into as many as `stages`.
+    `cache` has the capacity of the KV cache, the number of its blocks, and the windows of its groups. If some rank
+    `streams` weights, one step may have all sequences (see `Pace`); else they are divided into `stages` steps.
     """
     capacity, blocks, windows = cache
     running = min(
@@ -128,10 +128,10 @@ def step_rows(
 
 
 def taken_later(spec: Spec, source: Source, place: Place, streams: bool) -> int:
-    """Of what is planned for a rank, bytes that are taken only when what loading takes is given back.
+    """The planned bytes of a rank that are used only after the memory for loading was released.
 
-    Nothing where the rank `streams` weights, or they are read past the page cache: those threads keep their buffers.
-    Logits are not counted: weights that lie in the page cache are packed before the second step.
+    0 if the rank `streams` weights or reads them without the page cache, because its threads then keep their
+    buffers. Logits do not count, because weights in the page cache are packed only before the second step.
     """
     if place.rank or streams or spec.memory.loader == "read" or network_kind(source.path) is not None:
         return 0
@@ -148,10 +148,10 @@ def process(
     streams: bool,
     network: bool = False,
 ) -> int:
-    """Bytes of Python, MPI, the libraries, the tokenizer, what is known of the model and its `pages` of so many bytes.
+    """The bytes of Python, MPI, the libraries, the tokenizer, and the descriptions of the model and the rank's pages.
 
-    Rank 0 has `kept` bytes of the input and of answers besides (see `input_memory`), and an index of finished ones.
-    `later` and `streams`: see `taken_later`; `network`: the ranks of the run are on several hosts.
+    `pages` has the bytes of each page. Rank 0 keeps `kept` bytes of the input and the answers (see `input_memory`), and
+    an index of finished answers. `later` and `streams`: see `taken_later`; `network`: ranks are on several hosts.
     """
     found = PROCESS + NETWORK * network + loaded_model(source, pages, later)
     if streams and source.loading_nbytes:
@@ -165,23 +165,23 @@ def process(
 
 
 def loaded_model(source: Source, pages: Sequence[int], later: int = 0) -> int:
-    """Bytes of what is known of a model and a rank's `pages` of so many bytes, and of what loading takes besides.
+    """The bytes of the descriptions of a model and of a rank's pages, and those for loading the pages.
 
-    `later`: see `taken_later`.
+    `pages` has the bytes of each page; `later`: see `taken_later`.
     """
     known = TENSOR * len(source.tensors) + PAGE * len(pages)
     return known + max(loading(source, sum(pages)) - later, 0)
 
 
 def loading(source: Source, nbytes: int) -> int:
-    """Bytes that loading takes besides a rank's pages of so many bytes."""
+    """The bytes that loading `nbytes` bytes of pages takes besides them."""
     return min(source.loading_nbytes, LOADING * nbytes)
 
 
 def peak() -> int:
-    """Maximum resident bytes of this process so far, with those of its process for chat templates.
+    """The maximum resident bytes of this process so far, and of its process for chat templates.
 
-    On Linux a process's own: getrusage's begin with those of the program that started it.
+    On Linux they come from /proc, because getrusage starts with those of the program that started the process.
     """
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None

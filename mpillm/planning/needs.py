@@ -1,4 +1,4 @@
-"""What an input asks of a model: its lines, with the texts that the model's files put around them."""
+"""Read what an input asks of a model: its lines, and the texts that the model's files add to them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mpillm.weights.text_files import PROMPTS, text_fields, text_files, text_fol
 def needs_of(
     spec: Spec, config: ModelConfig, source: Source, load: Callable[[], Tokenizer | None] | None = None
 ) -> InputNeeds:
-    """What the input asks for; `load` gives the model's tokenizer, which is loaded here without it."""
+    """What the input asks for. `load` returns the model's tokenizer; without it, the tokenizer is loaded here."""
     return input_needs(
         spec,
         config.hidden,
@@ -34,9 +34,10 @@ def needs_of(
 
 
 def around(spec: Spec, config: ModelConfig, source: Source) -> Around:
-    """The bytes of a model's chat template, 0 if it has none, or several, and of the longest prompt for embeddings.
+    """The bytes of a model's chat template and of its longest prompt for embeddings.
 
-    Pairs are read apart by a model without a classifier (see `run.opened`).
+    The template counts 0 if there is none or if there are several. A model without a classifier reads the two texts of
+    a pair separately (see `run.opened`).
     """
     folder, fields = text_folder(source.tokenizer), text_fields(source.tokenizer)
     template, prompts = None, dict[str, str]()
@@ -67,7 +68,7 @@ def _reads_pairs(spec: Spec, config: ModelConfig, source: Source) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The object in a file; none if there is no such file."""
-    with suppress(OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # loading it says why
+    """The JSON object in a file; empty if it cannot be read. Loading the model reports such an error."""
+    with suppress(OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     return {}

@@ -1,4 +1,4 @@
-"""A job's replicas on their machines, with what each rank holds: what times are estimated of."""
+"""The replicas of a job on their machines, with the plan of each rank. Times are estimated from it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mpillm.spec import Spec
 
 @dataclass(frozen=True)
 class Placement:
-    """Replicas on machines, and the plan of each. `wire.activations` is decided in `spec`."""
+    """Replicas on machines, and the plan of each. `spec.wire.activations` is never "auto"."""
 
     spec: Spec
     config: ModelConfig
@@ -27,11 +27,11 @@ class Placement:
     plans: Sequence[ReplicaPlan]
 
     def with_wire(self, wire: Wire) -> Placement:
-        """The same with another wire between the shards of a stage."""
+        """The same placement with another wire between the shards of a stage."""
         return replace(self, spec=with_wire(self.spec, wire))
 
     def kind(self, number: int) -> tuple[object, ...]:
-        """What a replica has in common with those that are equally fast."""
+        """A key that is equal for replicas that are equally fast."""
         machines, replica, hosts = self.machines, self.replicas[number], self.machines.host_of_rank
         ranks = replica.ranks
         speeds = [
@@ -42,7 +42,7 @@ class Placement:
         return (*speeds, *places, replica.stages, replica.shards, replica.layers, *works)
 
     def stages(self, number: int) -> list[Stage]:
-        """A replica's stages with their links, one object for those that are alike."""
+        """The stages of a replica with their links; equal stages are one object."""
         replica, plan, wire = self.replicas[number], self.plans[number], self.spec.wire
         activations = sum_bytes(BlockType[wire.activations.upper()], self.config.hidden, replica.shards)
         pipe = BlockType[wire.between_stages.upper()].row_bytes(self.config.hidden)

@@ -1,4 +1,4 @@
-"""The plan of a run: its layout, what each rank holds, and what is sent. Reads the model's headers, not its weights."""
+"""Plan a run: its layout, what each rank holds, and what is sent. Only the headers of the model's files are read."""
 
 from __future__ import annotations
 
@@ -38,43 +38,46 @@ GIB = 2**30
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """A job on so many ranks. `problems` has a sentence for each thing that keeps it from running."""
+    """The plan of a job on some ranks.
+
+    If replicas differ, stages, shards and the values of the KV cache and of steps are those of the first replica.
+    """
 
     model: str
-    unread_lines: int  # of the input, which are no requests
+    unread_lines: int  # lines of the input that are no requests
     architecture: str
     weights: list[str]  # how matrices are stored, and what they become
-    missing_nbytes: int  # of the weights, beyond the end of the files
+    missing_nbytes: int  # bytes of weights that the files do not have (yet)
     replicas: int
-    reason: str  # for as many replicas
+    reason: str  # for the number of replicas
     compared: str  # how much longer another layout would take
     left_out: list[str]  # hosts that would slow the run down
     in_reserve: list[str]  # sentences about ranks that have no core
-    stages: int  # of the first replica, as what follows where replicas differ
+    stages: int
     shards: int
-    layouts: list[tuple[int, int]]  # all that work for a replica of so many ranks, (stages, shards)
-    layouts_of_all: list[tuple[int, int]]  # the same for one replica of all ranks
+    layouts: list[tuple[int, int]]  # possible (stages, shards) of a replica with the ranks of the first one
+    layouts_of_all: list[tuple[int, int]]  # possible (stages, shards) of one replica of all ranks
     kv_type: str
-    kv_tokens: int  # that the KV cache holds, in sequences of max_context tokens
-    kv_tokens_in_memory: int  # of those; the others lie on disk
-    kv_slots: int  # for sequences' states, 0 if the model has none
-    step_sequences: int  # in one step, at most
-    step_tokens: int
+    kv_tokens: int  # tokens that the KV cache holds, in sequences of max_context tokens
+    kv_tokens_in_memory: int  # the part of kv_tokens that is not on disk
+    kv_slots: int  # slots for sequences' states; 0 if the model has none
+    step_sequences: int  # the maximum sequences of a step
+    step_tokens: int  # the maximum tokens of a step
     max_context: int
-    wire: dict[str, float]  # bytes per token through the model, all ranks together, by kind of message
-    wire_f32: float  # what all of it would be as float32
-    wire_of_shards: str  # how they send what they sum, and why
+    wire: dict[str, float]  # bytes per token through the model, of all ranks, by kind of message
+    wire_f32: float  # the sum of `wire` if all messages were float32
+    wire_of_shards: str  # the wire between shards, and the reason
     ranks: list[RankPlan]
-    free: list[int]  # bytes of memory for each rank; empty if it is not known where they are
+    free: list[int]  # bytes of free memory for each rank; empty if the hosts are not known
     time: Estimate
-    gains: dict[str, float]  # how many times as fast it is with more of something
-    problems: list[str]
+    gains: dict[str, float]  # by resource: how many times as fast the job is with more of it
+    problems: list[str]  # sentences that say why the job cannot run
 
 
 def make(spec: Spec, ranks: int, machines: Machines | None = None) -> Plan:
-    """Return what a job comes to on so many ranks; MpillmError if its model cannot be read or laid out on them.
+    """Plan a job on `ranks` ranks; MpillmError if its model cannot be read or laid out on them.
 
-    `machines` says where the ranks are; without it they are on one host.
+    `machines` has the hosts of the ranks (None: all ranks are on one host).
     """
     path = models.path_to_plan(spec.model_on(gethostname()))
     machines = machines or Machines([ranks], [sys.maxsize] * ranks)
@@ -86,9 +89,9 @@ def make(spec: Spec, ranks: int, machines: Machines | None = None) -> Plan:
 
 
 def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machines) -> Plan:
-    """Return what `spec` comes to on these ranks; LayoutError if the model cannot be laid out on them.
+    """Plan the job `spec` on these machines; LayoutError if the model cannot be laid out on them.
 
-    Hosts without which the run would be faster are left out.
+    Hosts that would slow the run down are left out.
     """
     asked = needs_of(spec, config, source)
     planner, in_reserve = Planner(source, config), list[str]()
@@ -145,21 +148,21 @@ def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machine
 
 
 def laid_out(spec: Spec, planner: Planner, machines: Machines, asked: InputNeeds) -> Found:
-    """The layout on all of these machines, with what its ranks hold and its time; LayoutError if nothing works."""
+    """The best layout on all of these machines, with its plans and its time; LayoutError if none is possible."""
     if by_itself(spec):
         machines, _ = machines.computing(spec.layout.threads)
     return Layouts(spec, planner, spec.layout.replicas, asked.lines or None, asked=asked).choose(machines)
 
 
 def _missing(source: Source) -> int:
-    """Bytes of the weights that the files would hold beyond their ends: their headers alone are enough for a plan."""
+    """The bytes of weights that the files do not have, because a plan needs only their headers."""
     pieces = {(path, begin, begin + nbytes) for path, begin, nbytes in source.extents()}
     sizes = {path: path.stat().st_size for path in {path for path, _, _ in pieces}}
     return sum(max(0, end - max(begin, sizes[path])) for path, begin, end in pieces)
 
 
 def _too_large(machines: Machines, plans: list[RankPlan]) -> Iterator[str]:
-    """A sentence if ranks would hold more than is free: on the one that lacks most, and how many others there are."""
+    """If ranks would hold more than is free: a sentence on the rank that lacks most, and the number of others."""
     lacking = {rank.rank: rank for rank in plans if rank.held > machines.free[rank.rank]}
     if not lacking:
         return
@@ -183,7 +186,7 @@ def _gains(
     """How many times as fast the job is with one more host, with more memory on each rank, and so on."""
     memory = spec.memory
     if not isinstance(memory.kv, (str, int)) or not isinstance(memory.weights, (str, int)):
-        return  # more for whom?
+        return  # ranks have different budgets, so there is not one to raise
     budget = memory.weights_bytes  # None: all weights are in memory
     weights = memory if budget is None else msgspec.structs.replace(memory, weights=budget + GIB)
     more = {
@@ -210,10 +213,10 @@ def wire_bytes(
     between_stages: BlockType,
     shared: bool,
 ) -> dict[str, float]:
-    """Bytes of activations that all ranks together send for each token, by kind of message.
+    """The bytes of activations that all ranks together send for each token, by kind of message.
 
-    The shards of a stage sum rows twice a layer (after attention and after the feed-forward block); those that share
-    memory read each other's. Between stages every shard sends the hidden state to its like.
+    The shards of a stage sum rows twice a layer: after attention and after the MLP. If they share memory, they read
+    each other's rows. Between stages, each shard sends the hidden state to the same shard of the next stage.
     """
     in_memory = shards * (shards - 1) * activations.row_bytes(config.hidden)
     a_sum = in_memory if shared else sum_bytes(activations, config.hidden, shards)
@@ -224,5 +227,5 @@ def wire_bytes(
 
 
 def as_json(plan: Plan) -> str:
-    """The plan for programs."""
+    """The plan as JSON."""
     return readable.as_json(plan).decode()

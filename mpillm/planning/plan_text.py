@@ -1,4 +1,4 @@
-"""A plan as a table for people."""
+"""Format a plan as text."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from mpillm.planning.plan import Plan
 from mpillm.spec import shown_bytes
 from mpillm.words import count_of, enough, listed, some_of
 
-COLUMNS, LABEL = 80, 10  # of the text, and of the names before its lines
-WORTH = 1.03  # how many times as fast is worth a line
+COLUMNS, LABEL = 80, 10  # the width of the text, and of the labels at the left
+WORTH = 1.03  # the smallest gain that gets a line
 
 
 def as_text(plan: Plan) -> str:
-    """The plan as a table for people, whose sentences fit a terminal of 80 columns."""
+    """The plan as text, whose sentences fit a terminal of 80 columns."""
     parts = (map(_wrapped, _sentences(plan)), _rank_table(plan), _verdict(plan))
     return "\n\n".join("\n".join(part) for part in parts)
 
@@ -26,7 +26,7 @@ def _wrapped(line: str, indent: int = LABEL) -> str:
         line,
         COLUMNS,
         subsequent_indent=" " * indent,
-        break_long_words=not line.startswith("model"),  # a path is copied
+        break_long_words=not line.startswith("model"),  # users copy the path
         break_on_hyphens=False,
     )
 
@@ -122,7 +122,7 @@ def _verdict(plan: Plan) -> Iterator[str]:
 
 
 def _time(plan: Plan) -> Iterator[str]:
-    """What it takes, what limits it, and what would make it faster."""
+    """The time of the job, what limits it, and what would make it faster."""
     time = plan.time
     known = "measured speeds" if time.measured else "assumed speeds: mpillm doctor --output measures them"
     sequences = count_of(time.requests, "sequence")
@@ -163,8 +163,10 @@ def _duration(seconds: float) -> str:
 
 
 def _layouts(plan: Plan) -> str:
-    """The replicas, by how many stages and shards they have."""
-    shapes = dict[int, tuple[int, int]]()  # of each replica: those of its last rank
+    """The replicas, grouped by their stages and shards."""
+    shapes = dict[
+        int, tuple[int, int]
+    ]()  # for each replica: 1 more than the stage and shard of its last rank
     for rank in plan.ranks:
         shapes[rank.replica] = rank.stage + 1, rank.shard + 1
     return shapes_in_words(list(shapes.values()))

@@ -1,4 +1,4 @@
-"""Computes what each rank of a replica will hold from the model's headers, before anything is loaded."""
+"""Compute what each rank of a replica will hold, from the model's headers, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from mpillm.weights.source import Source, head_plans, layer_plans
 
 
 class Planner:
-    """Plans replicas of a model; what places hold is worked out once for all that are alike."""
+    """Plans replicas of a model. What equal places hold is computed once."""
 
     def __init__(self, source: Source, config: ModelConfig) -> None:
         self.source, self.config = source, config
@@ -55,15 +55,15 @@ class Planner:
         machines: Machines,
         known: dict[tuple[Any, ...], ReplicaPlan] | None = None,
     ) -> Iterator[ReplicaPlan]:
-        """The plans of all replicas; those that are alike are worked out once, and kept in `known`.
+        """The plans of all replicas. Equal replicas are planned once, and their plans are kept in `known`.
 
-        `asked` is what the input asks for. `known` is of one job, on any machines.
+        `asked` is what the input asks for. The plans in `known` are those of one job, on any machines.
         """
         hosts = machines.names
         known = {} if known is None else known
-        alike = spec.on_rank(0, hosts[0] if hosts else "") is spec  # one value of each budget for all ranks
+        alike = spec.on_rank(0, hosts[0] if hosts else "") is spec  # all ranks have the same budgets
         for number, replica in enumerate(replicas):
-            # The first one has the input as well.
+            # The first replica differs, because its rank 0 holds the input too.
             where = () if alike else (replica.first, *(hosts[rank] for rank in replica.ranks if hosts))
             key = number == 0, replica.stages, replica.shards, replica.layers, where, machines.several_hosts
             if key not in known:
@@ -91,7 +91,7 @@ class Planner:
             self._share(one, place, cache) for one, place, cache in zip(specs, places, caches, strict=True)
         ]
         read = [share.streamed for share in shares]
-        # Places of a stage stand for all: what a row takes depends on the shard, and on adapters of the layers.
+        # One stage stands for all, because the bytes of a row depend only on the shard, and on adapters of the layers.
         step = step_size(spec, self._rows, places if config.adapters else places[: replica.shards], any(read))
         budgets = [one.memory.kv_bytes for one in specs]
         capacity = cache_capacity(spec, caches, read, step.sequences * replica.stages, budgets)
@@ -121,7 +121,7 @@ class Planner:
         return ReplicaPlan(caches, step, capacity, max_context, plans, [share.work for share in shares])
 
     def _share(self, spec: Spec, place: Place, cache: CacheLayout) -> WeightsShare:
-        """What the rank at a place holds of the weights, and what a step is for it."""
+        """The weights that the rank at a place holds, and its work in a step."""
         key = (
             "share",
             spec.memory.weights_bytes,
@@ -132,7 +132,7 @@ class Planner:
         )
         if key not in self._known:
             share = weights_share(spec, self.config, place, self._pages(place), cache, self.source.in_file)
-            # One object for works that are alike, as those of most shards are: their time is computed once.
+            # Equal works, as most shards have, are one object, so that their time is computed once.
             work = next((work for work in self._works if work == share.work), share.work)
             if work is share.work:
                 self._works.append(work)
@@ -141,7 +141,7 @@ class Planner:
         return found
 
     def _pages(self, place: Place) -> list[PagePlan]:
-        """The pages of `rank_plans`; a layer's are those of the first layer that is like it."""
+        """The pages of `rank_plans`; each layer has the pages of the first layer of its kind."""
         pages = []
         for layer in grid.stage_layers(self.config.n_layers, place):
             key = "pages", self._kinds[layer], place.shards, place.shard
@@ -151,7 +151,7 @@ class Planner:
         return pages + head_plans(self.config, place, self.source)
 
     def _caches(self, places: Sequence[Place], kv_type: str) -> list[CacheLayout]:
-        """The layouts of `rank_layouts`."""
+        """The layouts of `rank_layouts`, each computed once."""
         keys = [
             ("cache", kv_type, place.shards, place.shard, grid.stage_layers(self.config.n_layers, place))
             for place in places
@@ -174,14 +174,14 @@ class Planner:
         return memory.process(self.source, self.config, place, share.pages, kept, later, streams, network)
 
     def _like(self, place: Place) -> tuple[Any, ...]:
-        """What places have in common that hold alike layers."""
+        """A key that is equal for places with equal layers."""
         layers = grid.stage_layers(self.config.n_layers, place)
         kinds = layers if self.config.adapters else self._kinds[layers.start : layers.stop]
         return kinds, place.is_last_stage, place.shards, place.shard
 
 
 def _kinds_of_layers(source: Source, config: ModelConfig) -> tuple[int, ...]:
-    """Return for each layer the number of the first layer that has pages of the same sizes and types."""
+    """For each layer, the number of the first layer whose pages have the same sizes and types."""
     types: dict[int, list[tuple[str, int, BlockType]]] = {}
     for key, info in source.tensors.items():
         types.setdefault(key.layer, []).append((key.role, key.expert, info.type))

@@ -1,4 +1,4 @@
-"""What each rank of a replica will hold, in bytes, and what would keep the replica from running."""
+"""The bytes that each rank of a replica will hold, and the reasons why the replica cannot run."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from mpillm.words import enough
 
 
 class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What one rank will hold, in bytes."""
+    """The place of one rank, and the maximum bytes that it will hold, by use."""
 
     rank: int
     replica: int
     stage: int
     shard: int
-    layers: tuple[int, int]  # first, and the one behind the last
-    weights_share: int  # all that it is responsible for
-    weights_held: int  # at most
-    weights_minimum: int  # the smallest memory.weights that works here
-    weights_streamed: int  # read anew for every step
-    adapters: int  # all of them
-    draft: int  # a draft model and its cache, at most
+    layers: tuple[int, int]  # the first layer, and the one after the last
+    weights_share: int  # all weights of the rank's layers and shard
+    weights_held: int
+    weights_minimum: int  # the smallest memory.weights that works on this rank
+    weights_streamed: int  # weights that are read from disk for each step
+    adapters: int
+    draft: int  # the draft model and its cache
     kv_token: int  # for each token in the cache
-    kv_state: int  # for each sequence, however long
-    kv_held: int  # at most
-    kv_in_file: int  # on disk, at most
-    activations: int  # of a step's rows, at most
-    process: int  # Python, MPI, libraries, tokenizer, ends of buffers, at most
+    kv_state: int  # for each sequence, whatever its length
+    kv_held: int  # the KV cache in memory
+    kv_in_file: int  # the KV cache on disk
+    activations: int  # the rows of a step
+    process: int  # Python, MPI, libraries, tokenizer, unused ends of buffers
 
     @property
     def held(self) -> int:
-        """The sum of all."""
+        """The maximum bytes of memory of the rank."""
         held = self.weights_held + self.adapters + self.draft + self.kv_held
         return held + self.activations + self.process
 
 
 @dataclass(frozen=True)
 class ReplicaPlan:
-    """What the ranks of a replica will hold."""
+    """The plan of a replica: what its ranks will hold, and their work in a step."""
 
     caches: list[CacheLayout]
     step: StepSize
@@ -55,12 +55,12 @@ class ReplicaPlan:
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens that the KV cache holds in sequences of `max_context` tokens; 0 if the model keeps none."""
+        """The tokens that the KV cache holds in sequences of `max_context` tokens; 0 if the model keeps no tokens."""
         return cached_tokens(self.capacity.blocks, self.caches[0].windows, self.max_context)
 
 
 def problems(spec: Spec, replica: ReplicaPlan) -> Iterator[str]:
-    """A sentence for each thing that keeps a replica from running."""
+    """A sentence for each reason why a replica cannot run."""
     minimum = max(rank.weights_minimum for rank in replica.ranks)
     if any(rank.weights_held < rank.weights_minimum for rank in replica.ranks):
         yield (

@@ -1,4 +1,4 @@
-"""How long steps of a replica take by the model of a step's time, by their rows."""
+"""Estimate the seconds of a replica's steps by their number of rows, with the model of `step_time`."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from mpillm.planning.step_time import StepRows, round_of
 
 @dataclass(frozen=True)
 class ReplicaSteps:
-    """The times of a replica's steps; `rows` are increasing, and up to `maximum` sequences run at once."""
+    """The times of a replica's steps. `rows` are increasing, and up to `maximum` sequences run at once."""
 
     maximum: int
     rows: Sequence[float]
-    times: Sequence[float]  # seconds of a step of so many rows
+    times: Sequence[float]  # seconds of a step, for each number of rows
 
     def seconds(self, rows: float) -> float:
-        """Return the seconds of a step of so many rows."""
+        """The seconds of a step of `rows` rows."""
         if rows > self.rows[-1]:
             return float(self.times[-1] * rows / self.rows[-1])
         return float(np.interp(rows, self.rows, self.times))
 
 
 def replica_steps(placement: Placement, demand: Demand) -> list[ReplicaSteps]:
-    """The steps of each replica for sequences as those of a demand."""
+    """The steps of each replica, with sequences like those of a demand."""
     found = []
     for number, (replica, plan) in enumerate(zip(placement.replicas, placement.plans, strict=True)):
         stages = placement.stages(number)

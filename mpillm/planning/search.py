@@ -1,7 +1,7 @@
-"""Which hosts a job should run on: all, or those without which it would be faster, by the model of a step's time.
+"""Choose the hosts of a job by its estimated time: all of them, or all but those that would slow it down.
 
-A host can slow a run down where replicas must reach over several hosts (a slow stage or a slow network keeps the others
-waiting), or where there are fewer requests than would keep all busy.
+A host can slow a run down if a replica needs several hosts, because the others wait for a slow stage or a slow network.
+It can also do so if there are not enough requests for all hosts.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from mpillm.planning.machines import Machines
 from mpillm.spec import Spec
 from mpillm.words import some_of
 
-LEAVE_OUT = 1.005  # how many times as fast a run must be without some hosts
-CLEARLY = 1.02  # the same for a run, whose speeds were measured in a second or two
-# The same where rank 0's host would give all lines to others, by measured speeds, and by what is seen in a glimpse:
-# ranks that share cores with others get very different parts of them by chance.
+# Hosts are left out if the run is faster without them by these factors:
+LEAVE_OUT = 1.005  # in a plan
+CLEARLY = 1.02  # in a run, whose speeds were measured in a second or two
+# If rank 0's host would compute nothing: with measured speeds, and with speeds from paces alone. The pace of ranks that
+# share cores with others varies a lot.
 HAND_OVER, HAND_OVER_UNSEEN = 1.3, 2.0
-EVERY_SUBSET = 5  # up to so many hosts all subsets are tried, and up to ...
-ONE_BY_ONE = 8  # ... so many each host alone, again and again
-FEW = 32  # of many hosts one in so many are left out at first
+EVERY_SUBSET = 5  # up to this number of hosts, all subsets are tried
+ONE_BY_ONE = 8  # up to this number of hosts, hosts are left out and taken in one by one
+FEW = 32  # with more hosts, at first one in FEW hosts is left out
 
 Hosts = frozenset[int]
 
@@ -34,9 +35,8 @@ def search(
 ) -> tuple[Found, list[int]]:
     """The fastest layout on these hosts or on some of them, and the hosts that are left out.
 
-    The first `needed` hosts are not left out. They are alone if others do not make the run `worth` times as fast.
-
-    The most hosts with which the run is as fast as it can be, or about. LayoutError if none of them works.
+    The first `needed` hosts are never left out. All others are left out unless they make the run `worth` times as fast.
+    Of about equally fast choices, the one with the most hosts is returned. LayoutError if no layout is possible.
     """
     tried = _tried(layouts, machines, needed)
     without = tried.best(worth)
@@ -44,10 +44,10 @@ def search(
 
 
 def for_run(layouts: Layouts, machines: Machines, worth: float = 1.0) -> tuple[Found, list[int], str]:
-    """The layout of a run on these machines, the hosts that are left out, and a sentence that names them, if any.
+    """The layout of a run on these machines, the hosts that are left out, and a sentence about those, if any.
 
-    Hosts are left out where their speeds are known and the run is clearly faster without them, or would have nothing
-    for them to do. Rank 0's host is needed: it reads the input and writes the results. `worth` is that of `search`.
+    Hosts are left out if speeds are known and the run is clearly faster without them, or if they would have nothing to
+    do. Rank 0's host is always used: it reads the input and writes the results. `worth` is that of `search`.
     """
     if not machines.speeds or len(machines.ranks_per_host) == 1:
         return layouts.choose(machines), [], ""
@@ -69,7 +69,10 @@ def for_run(layouts: Layouts, machines: Machines, worth: float = 1.0) -> tuple[F
 
 
 def shards_may_save(layouts: Layouts, machines: Machines) -> float:
-    """The seconds that shards on several hosts may save rank 0's host, on a network twice as good as it is assumed."""
+    """The seconds that shards on several hosts may save beside rank 0's host alone.
+
+    The network is taken to be twice as good as the assumed one.
+    """
     hosts = len(machines.ranks_per_host)
     alone = layouts.choose(machines.without(range(1, hosts))).cost
     hopeful, found = replace(machines.with_faster_network(2, latency=0.5), glimpsed=False), [alone]
@@ -81,11 +84,11 @@ def shards_may_save(layouts: Layouts, machines: Machines) -> float:
 
 
 def _tried(layouts: Layouts, machines: Machines, needed: int) -> _Tried:
-    """What is found on these machines, and without some of their hosts; LayoutError if nothing works."""
+    """The layouts on these machines and without some of their hosts; LayoutError if no layout is possible."""
     hosts, tried = len(machines.ranks_per_host), _Tried(layouts, machines, needed)
     most = hosts
     if needed and layouts.requests and not machines.links_known and not by_rank(layouts.spec):
-        # A replica is not larger than a host then, if one can hold the model; rank 0's may have nothing to do.
+        # If a host can hold the model, no replica is larger than a host, and that of rank 0 may have nothing to do.
         tried.look(tried.alone)
         if tried.alone in tried.found and tried.found[tried.alone].fits:
             most = min(hosts, layouts.requests + 1)
@@ -108,16 +111,16 @@ def _tried(layouts: Layouts, machines: Machines, needed: int) -> _Tried:
 
 
 def _reason(machines: Machines, without: Sequence[int], why: str) -> str:
-    """The sentence that names the hosts that are left out, and says why."""
+    """A sentence that names the hosts that are left out and says why."""
     names = machines.host_names()
     named = some_of([names[host] for host in without], "host")
     return f"{named} {'is' if len(without) == 1 else 'are'} left out and kept in reserve: {why}."
 
 
 def by_itself(spec: Spec) -> bool:
-    """Whether the job leaves its layout open, and has neither a budget for weights nor values for ranks by numbers.
+    """Whether ranks may be kept in reserve: the job sets no layout, no budget for weights, and no values by rank.
 
-    A budget is that of each rank: fewer of them would hold less of the model.
+    A budget for weights is that of each rank, so fewer ranks would hold a smaller part of the model.
     """
     layout = spec.layout
     left_open = (layout.replicas, layout.stages, layout.shards, layout.hosts) == ("auto",) * 4
@@ -125,25 +128,25 @@ def by_itself(spec: Spec) -> bool:
 
 
 def by_rank(spec: Spec) -> bool:
-    """Whether the job gives values to ranks by their numbers, which would change."""
+    """Whether the job has lists of values by rank number. Without some hosts, ranks would have other numbers."""
     return any(
         isinstance(value, list) for value in (spec.memory.weights, spec.memory.kv, spec.layout.threads)
     )
 
 
 class _Tried:
-    """What was found without some hosts."""
+    """The layouts that were found without some hosts."""
 
     def __init__(self, layouts: Layouts, machines: Machines, needed: int) -> None:
-        """The first `needed` hosts cannot be left out."""
+        """Begin without a layout; the first `needed` hosts cannot be left out."""
         self._layouts, self._machines, self._needed = layouts, machines, needed
-        #: what is left out if only the needed hosts are used
+        #: the hosts that are left out if only the needed ones are used
         self.alone: Hosts = frozenset(range(needed, len(machines.ranks_per_host)))
         self.found: dict[Hosts, Found] = {}
-        self._alike: dict[tuple[object, ...], Machines] = {}  # that are left; some without other hosts
+        self._alike: dict[tuple[object, ...], Machines] = {}  # the machines that remain, which may be equal
 
     def add(self, without: Hosts) -> None:
-        """Find the layout without these hosts; LayoutError if there is none."""
+        """Find the layout without these hosts; LayoutError if none is possible."""
         machines = self._machines.without(without) if without else self._machines
         key = (*machines.ranks_per_host, *machines.free, *(speed.key for speed in machines.speeds))
         if key not in self._alike:
@@ -151,7 +154,7 @@ class _Tried:
             self.found[without] = self._layouts.choose(machines)
 
     def look(self, without: Hosts) -> None:
-        """Look at the layout without these hosts, if there is one."""
+        """Find the layout without these hosts, if one is possible."""
         with suppress(MpillmError):
             self.add(without)
 
@@ -164,12 +167,12 @@ class _Tried:
         return best
 
     def _fastest(self) -> Hosts:
-        """The hosts without which the run is as fast as it can be, or about; the fewest of them."""
+        """The hosts to leave out for the fastest run; of about equally fast choices, the one with the fewest hosts."""
         hand_over = HAND_OVER if self._machines.links_known else HAND_OVER_UNSEEN
 
         def cost(found: Found) -> tuple[bool, bool, float]:
             idle = found.time.idle
-            waits = any(idle)  # a replica other than rank 0's, which is number 0, has nothing to do
+            waits = any(idle)  # a replica with another number than 0, which is rank 0's, has nothing to do
             return not found.fits, waits, found.cost * (hand_over if 0 in idle else 1.0)
 
         costs = {without: cost(found) for without, found in self.found.items()}
@@ -182,7 +185,7 @@ class _Tried:
         )
 
     def climb(self) -> None:
-        """Starting at the best choice so far, leave a host out or take one in as long as that makes the run faster."""
+        """From the best choice so far, leave out or take in one host at a time as long as the run gets faster."""
         before: Hosts | None = None
         while self.found and (best := self._fastest()) != before:
             before = best
@@ -192,7 +195,7 @@ class _Tried:
 
 
 def _candidates(machines: Machines, needed: int) -> Iterator[Hosts]:
-    """Hosts that may be left out: every subset of a few, else 1, 2, 4, ... of the slowest in one respect."""
+    """Hosts that may be left out: every subset of a few hosts; of many, the worst 1, 2, 4, ... in one respect."""
     hosts = len(machines.ranks_per_host)
     optional = range(needed, hosts)
     if len(optional) <= EVERY_SUBSET:
@@ -211,7 +214,7 @@ def _candidates(machines: Machines, needed: int) -> Iterator[Hosts]:
 
 
 def _orders(machines: Machines) -> Iterator[Sequence[int]]:
-    """The hosts, the worst first: by products, by the network, by memory, and the last ones first."""
+    """The hosts in several orders, the worst first: by products, by network, by memory, and from the last one on."""
     first = machines.firsts()
 
     def by(worth: Callable[[int], float]) -> list[int]:

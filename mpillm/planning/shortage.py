@@ -1,4 +1,4 @@
-"""What to tell the user if the ranks of a host may take more memory than it has left."""
+"""Tell the user if the ranks of a host may take more memory than is free."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from mpillm.planning.machines import Machines
 from mpillm.planning.rank_plan import ReplicaPlan
 from mpillm.spec import shown_bytes
 
-STARTED = 45 * 2**20  # bytes that a rank has taken before what is free is measured: Python and MPI
-SPARE = 1.1  # times what is planned: mpiexec and the page cache (docs/memory.md)
+STARTED = 45 * 2**20  # bytes of a rank (Python and MPI) before free memory is measured
+SPARE = 1.1  # this factor on planned memory leaves space for mpiexec and the page cache (docs/memory.md)
 
 
 def shortage(replicas: Iterable[ReplicaPlan], machines: Machines, in_slurm: bool) -> str | None:
-    """A sentence on the host that lacks most bytes for its ranks, with what to type; None if no host lacks any."""
+    """A sentence on the host that lacks most memory, with what to type; None if every host has enough."""
     needed = [0] * len(machines.ranks_per_host)
     free = [STARTED * count for count in machines.ranks_per_host]
     plans = [rank for replica in replicas for rank in replica.ranks]

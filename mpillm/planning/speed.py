@@ -1,4 +1,4 @@
-"""How fast ranks are: measured (`measure`), from a file of hosts (`hosts`), or assumed."""
+"""The speeds of ranks, which are measured (`measure`), read from a file of hosts (`hosts`), or assumed."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ from functools import cache
 
 from mpillm.kernels import BlockType
 
-ROWS = (1, 4, 16, 64)  # of activations, with which products are measured; the last may be missing
-WIDTH = 2048  # columns of the matrices that are multiplied then: of a layer of a model of about 10^9 weights
-SMALL, LARGE = 512 * 1024, 4 * 2**20  # bytes of requests with which disks are measured
-KINDS = ("q4_0", "q4_k", "q8_0", "w8a8", "bf16", "f32")  # that stand for all block types
+ROWS = (1, 4, 16, 64)  # the rows of activations with which products are measured; the last may be missing
+WIDTH = 2048  # the columns of the matrices with which they are measured, as in models of about 10^9 weights
+SMALL, LARGE = 512 * 1024, 4 * 2**20  # bytes of the requests with which disks are measured
+KINDS = ("q4_0", "q4_k", "q8_0", "w8a8", "bf16", "f32")  # the block types that stand for all
 
-Products = Mapping[str, Sequence[float]]  # by kind: operations/s with each of ROWS
+Products = Mapping[str, Sequence[float]]  # for each kind, the operations/s with each of ROWS
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Rates of a rank, and of its host's link to other hosts; `wire` is 0 if the link is not known."""
+    """The rates of a rank, and of its host's link to other hosts; `wire` is 0 if the link is not known."""
 
     products: Products
-    memory: float  # bytes/s that it reads
-    disk: float  # bytes/s of the model's files
-    pages: float = 0.0  # the same where small pages of weights are read one by one; 0: as fast
-    # Operations/s of attention: one row of each sequence, and a prompt's rows.
+    memory: float  # bytes/s of reading memory
+    disk: float  # bytes/s of reading the model's files
+    pages: float = 0.0  # bytes/s of reading small pages of weights one by one; 0: as `disk`
+    # Operations/s of attention: with one row of each sequence, and with the rows of a prompt.
     attention: tuple[float, float] = (15e9, 30e9)
-    values: float = 1e9  # values/s that norms, activation functions and quantisation go through
-    fill: float = 4e9  # bytes/s of memory that is written for the first time
-    core: float = 0.5  # how fast one core runs what is no kernel; 1 is that on which `step_time` was measured
-    part: float = 1.0  # of the time, for which a quota lets it run; all rates are averages
+    values: float = 1e9  # values/s of norms, activation functions and quantisation
+    fill: float = 4e9  # bytes/s of writing to new memory
+    core: float = 0.5  # the speed of plain code on one core; 1 on the core on which `step_time` was measured
+    part: float = 1.0  # the part of the time for which a quota lets the rank run; the rates above include it
     latency: float = 0.0  # seconds of a message one way
-    wire: float = 0.0  # bytes/s
+    wire: float = 0.0  # bytes/s of the link
 
     @property
     def key(self) -> tuple[object, ...]:
-        """All rates, for dictionaries: equal for ranks that are alike."""
+        """All rates as a key for dictionaries."""
         products = tuple((kind, tuple(rates)) for kind, rates in self.products.items())
         return products, *(getattr(self, field.name) for field in fields(self) if field.name != "products")
 
     def shared_by(self, ranks: float) -> Speed:
-        """The speed of each of so many ranks that share this one; each has the whole link to other hosts."""
+        """The speed of each of `ranks` ranks that share this speed; each has the whole link to other hosts."""
         products = {kind: tuple(rate / ranks for rate in rates) for kind, rates in self.products.items()}
         return replace(
             self,
@@ -55,11 +55,11 @@ class Speed:
         )
 
     def slowed(self, times: float) -> Speed:
-        """The speed of a rank that computes so many times as slowly, and has the same link to other hosts."""
+        """The speed of a rank that takes `times` times as long to compute, and has the same link to other hosts."""
         return replace(self.shared_by(times), core=self.core / times)
 
     def operations(self, kind: BlockType, rows: float) -> float:
-        """Operations/s of products of a matrix of this type with so many rows, between those measured."""
+        """Operations/s of products of a matrix of type `kind` with `rows` rows, interpolated between ROWS."""
         rates = self.products[stand_in(kind, tuple(self.products))]
         rows = min(max(rows, ROWS[0]), ROWS[len(rates) - 1])
         at = next(index for index in range(1, len(rates)) if rows <= ROWS[index])
@@ -69,7 +69,7 @@ class Speed:
 
 @cache
 def stand_in(kind: BlockType, known: tuple[str, ...]) -> str:
-    """The measured type whose speed a type gets that was not measured: quantised if it is, and similar in size."""
+    """The known type whose speed stands for that of `kind`: quantised if `kind` is, and of the most similar size."""
     name = kind.name.lower()
     if name in known:
         return name
@@ -84,7 +84,7 @@ def _bits(kind: BlockType) -> float:
     return 8 * kind.block_bytes / kind.block
 
 
-# A desktop of four cores with AVX2, a SATA disk and gigabit Ethernet.
+# The speed of a desktop with four cores, AVX2, a SATA disk and gigabit Ethernet.
 ASSUMED = Speed(
     products={
         "q4_0": (70e9, 150e9, 200e9),

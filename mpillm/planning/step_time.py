@@ -1,10 +1,10 @@
-"""A model of the time of a step: pure functions of what ranks hold and how fast they are.
+"""A model of the time of a step: pure functions of the weights and speeds of ranks.
 
-A stage computes its products at the rate of their block type and number of rows. It applies norms, activation functions
-and quantisation to what products read and write, computes attention over the keys and values of its sequences, and
-reads streamed weights from its disk meanwhile. Its shards sum their rows twice a layer. Stages work on micro-batches in
-turn. All stages are busy if there are as many micro-batches as stages; with fewer, each stage waits for the others, and
-does not use up its quota of a core (`Speed.part`) meanwhile.
+A stage computes products at the rate of their block type and number of rows. It applies norms, activation functions and
+quantisation to the values that products read and write, and computes attention over the keys and values of its
+sequences. At the same time it reads streamed weights from its disk. Its shards sum their rows twice a layer. Stages
+work on micro-batches in turn. If there are as many micro-batches as stages, all stages are busy. With fewer, each stage
+waits for the others, and a rank that waits does not use up its quota of a core (`Speed.part`).
 """
 
 from __future__ import annotations
@@ -18,60 +18,60 @@ from mpillm.comm.parts import adders, lanes
 from mpillm.kernels import KV_BLOCK, BlockType
 from mpillm.planning.speed import LARGE, SMALL, WIDTH, Speed
 
-# Seconds outside of the kernels, measured with SmolLM2-135M on a core of Zen 5 (`Speed.core` is 1). Kernels evict what
-# Python has in the caches, so it takes twice as long as without them.
+# Seconds outside of the kernels, measured with SmolLM2-135M on a core of Zen 5 (`Speed.core` is 1). They are twice as
+# long as without kernels, which evict Python's data from the caches.
 STEP = 400e-6  # for a step: the scheduler, messages of the engine
 DRAWN = 60e-6  # for a token that is drawn or scored: its candidates, its text, its stop conditions
 LAYER = 20e-6  # for a layer: the start of its kernels
-WAIT = 10e-6  # for a layer, times the root of the rows: threads meet after each kernel, one computes the last tile
-APART = 120e-6  # for a layer whose kernels are called one by one, in addition
+WAIT = 10e-6  # for a layer, times the square root of the rows: threads wait for the last after each kernel
+APART = 120e-6  # for a layer whose kernels are called one by one, in addition to LAYER
 LOAD = 50e-6  # for a page of weights that is loaded
-# Products are measured with matrices of WIDTH columns. Narrower ones read and write more values for each operation. A
-# value of those takes NARROW times as long as one of a norm: with 576 columns 1.7 for 32 rows, and 1.2 in whole jobs
-# with up to 512 rows, which read W less often than the 64 rows that are measured.
+# Products are measured with matrices of WIDTH columns. Narrower matrices read and write more values for each operation.
+# Each of those values takes NARROW times as long as a value in a norm. With 576 columns 1.7 was measured for 32 rows,
+# and 1.2 for whole jobs with up to 512 rows, which read W less often than the 64 rows of the measurement.
 NARROW = 1.2
-# Seconds for a byte of streamed weights: the cores that compute also read it and convert it (0.2 to 0.3e-9 measured
+# Seconds for a byte of streamed weights, which the cores that compute also read and convert (0.2 to 0.3e-9 measured
 # with SmolLM2 and a Llama of 10^9 weights, packed and not).
 STREAMED = 0.25e-9
-# The part of the shorter one of computing and reading that does not overlap with the other if every page is streamed:
-# two buffers cannot hold a page in use and two that are being read.
+# Of computing and reading, the part of the shorter one that does not overlap with the longer one if every page is
+# streamed: two buffers cannot hold a page in use and two that are being read.
 ONE_BY_ONE = 0.25
-# Seconds in which a quota lets a rank run for its part of them (cpu.max), usually. One that has waited for others runs
-# as fast as a whole core until it has used that part.
+# The usual period of a quota (cpu.max), in seconds. A rank that has waited for others runs as fast as on a whole core
+# until it has used its part of a period.
 PERIOD = 0.1
-# The part of the time of messages that rows in two lanes hide, at most so much of the computing: 0.5 to 0.7 measured on
-# two hosts at 1 Gbit/s.
+# The part of the time of messages that two lanes of rows hide; it is at most this part of the computing (0.5 to 0.7
+# measured on two hosts at 1 Gbit/s).
 HIDDEN = 0.5
 
-WeightCounts = Mapping[BlockType, float]  # numbers of weights of matrices, by block type
+WeightCounts = Mapping[BlockType, float]  # for each block type, the number of weights of matrices
 
 
 @dataclass(frozen=True)
 class AttentionWork:
-    """Layers in which a row attends to `window` tokens at most, or to all (0)."""
+    """Layers in which a row attends to at most `window` tokens (0: to all)."""
 
     window: int
-    nbytes: int  # bytes that are read of each of those tokens
-    operations: int  # operations for each of those tokens
+    nbytes: int  # bytes that are read for each of those tokens
+    operations: int  # operations for each of those tokens and each row
 
 
 @dataclass(frozen=True)
 class RankWork:
-    """What one rank does in a step."""
+    """The work of one rank in a step."""
 
     layers: int
     products: WeightCounts  # the weights that every row is multiplied with
-    experts: WeightCounts  # all experts that the rank holds; a row goes to `expert_share` of them
-    head: WeightCounts  # the LM head, for rows of which a token is drawn
+    experts: WeightCounts  # all experts of the rank; a row goes to `expert_share` of them
+    head: WeightCounts  # the LM head, for rows with logits
     expert_share: float
     streamed: int  # bytes of weights that a step reads from disk if its rows need all experts
-    streamed_experts: int  # the bytes of experts among them
+    streamed_experts: int  # the part of `streamed` that is experts
     attention: Sequence[AttentionWork]
     values: float = 0.0  # values of a row that products read and write
-    experts_values: float = 0.0  # the same of all experts
-    head_values: float = 0.0
+    experts_values: float = 0.0  # values that the products of all experts read and write
+    head_values: float = 0.0  # values that the product of the LM head reads and writes
     page: float = 0.0  # average bytes of a page
-    made: int = 0  # bytes of weights that are converted in memory before the first step; others are mapped
+    made: int = 0  # bytes of weights that are packed in memory before the first step; others are mapped
     apart: bool = False  # the layers' kernels are called one by one
     streamed_part: float = 0.0  # the part of the pages that is streamed, if they are used one after the other
     stacked: bool = True  # one kernel call computes all layers, and rows may be computed in lanes
@@ -84,7 +84,7 @@ class RankWork:
 
 @dataclass(frozen=True)
 class LinkRate:
-    """The seconds that a message takes one way, and the bandwidth in bytes/s."""
+    """The latency of a message one way in seconds, and the bandwidth in bytes/s."""
 
     latency: float
     wire: float
@@ -95,27 +95,27 @@ INSIDE = LinkRate(10e-6, 4e9)  # between ranks of one host, in shared memory
 
 @dataclass(frozen=True)
 class Stage:
-    """The ranks that share a stage's layers, and their messages."""
+    """The ranks of a stage, which share its layers, and their messages."""
 
     works: Sequence[RankWork]
     speeds: Sequence[Speed]
-    sum_bytes: float  # bytes that all of them send to sum a row, twice a layer
+    sum_bytes: float  # bytes that all ranks of the stage send to sum a row, which they do twice a layer
     link: LinkRate  # between the shards
     pipe_bytes: int = 0  # bytes of a row that each shard sends to the same shard of the next stage
     pipe: LinkRate | None = None  # the link to the next stage; None for the last one
 
     @cached_property
     def kinds(self) -> list[tuple[RankWork, Speed]]:
-        """The work and the speed of its ranks, once for those with the same objects."""
+        """The work and the speed of each rank; ranks with the same objects appear once."""
         ranks = zip(self.works, self.speeds, strict=True)
         return list({(id(work), id(speed)): (work, speed) for work, speed in ranks}.values())
 
 
 @dataclass(frozen=True)
 class StepRows:
-    """The rows of a step: `sequences` of them draw a token; each attends to `context` tokens on average.
+    """The rows of a step, each of which attends to `context` tokens on average.
 
-    `scored` rows of prompts have logits besides.
+    `sequences` of them draw a token. `scored` more rows, of prompts, have logits too.
     """
 
     rows: float
@@ -126,28 +126,26 @@ class StepRows:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a stage's step, by cause; `disk` is what reading takes longer than all that goes on meanwhile."""
+    """The seconds of a stage's step, by cause. Reading from `disk` overlaps with computing, except a part (`apart`)."""
 
     products: float
     kv: float
     other: float
     disk: float
     messages: float
-    # The part of `products` that reading the weights from memory takes.
-    reading: float = 0.0
-    # The part of the shorter one of computing and reading from disk that does not overlap with the other.
-    apart: float = 0.0
-    part: float = 1.0  # `Speed.part` of its ranks
-    polling: float = 0.0  # what polling for messages adds to them, because it is computing, too
+    reading: float = 0.0  # the seconds of `products` in which weights are read from memory
+    apart: float = 0.0  # of computing and `disk`, the part of the shorter one that does not overlap
+    part: float = 1.0  # `Speed.part` of the ranks
+    polling: float = 0.0  # the seconds that polling for messages adds, because it uses up the quota
 
     @property
     def total(self) -> float:
-        """All of it, if the ranks always have something to do."""
+        """The seconds of the step if the ranks always have something to do."""
         return self._with(self.products + self.kv + self.other) + self.messages + self.polling
 
     @property
     def rested(self) -> float:
-        """All of it, if the ranks have waited for others, and have not used up their quota meanwhile."""
+        """The seconds of the step if the ranks have waited for others before, without using up their quota."""
         running = self.part * (self.products + self.kv + self.other)
         stops = int(running / (self.part * PERIOD))
         return self._with(running + stops * (1 - self.part) * PERIOD) + self.messages
@@ -157,7 +155,7 @@ class StepTime:
 
     @property
     def limit(self) -> str:
-        """What takes most of it, in words."""
+        """The cause that takes most of the time, in words."""
         computing = self.products + self.kv + self.other
         if self.messages + self.polling > max(computing, self.disk):
             return "messages between ranks"
@@ -171,7 +169,7 @@ class StepTime:
 
 
 def rank_time(work: RankWork, speed: Speed, batch: StepRows) -> StepTime:
-    """Seconds of a rank's part of a step, without messages."""
+    """The seconds of a rank's part of a step, without messages."""
     share, with_logits = work.expert_share, batch.sequences + batch.scored
     used = 1 - (1 - share) ** batch.rows if share < 1 else 1.0  # of the experts, if choices are independent
     rows_of_expert = max(batch.rows * share / used, 1.0)
@@ -195,7 +193,7 @@ def rank_time(work: RankWork, speed: Speed, batch: StepRows) -> StepTime:
     rate = speed.attention[1] if each > KV_BLOCK else speed.attention[0]
     for layers in work.attention:
         context = min(batch.context, layers.window) if layers.window else batch.context
-        # Blocks are read and computed whole; the rows of a prompt share what is read.
+        # Blocks are read and computed whole; the rows of a prompt share the blocks that are read.
         read = max(batch.sequences, 1.0) * (context + KV_BLOCK / 2) * layers.nbytes / speed.memory
         kv += read + batch.rows * (context + KV_BLOCK) * layers.operations / rate
     values = (
@@ -220,7 +218,7 @@ def rank_time(work: RankWork, speed: Speed, batch: StepRows) -> StepTime:
 
 
 def disk_rate(speed: Speed, page: float) -> float:
-    """Bytes/s for reading pages of so many bytes: between the rates measured for SMALL pages and for LARGE ones."""
+    """Bytes/s for reading pages of `page` bytes, interpolated between the rates for SMALL and for LARGE pages."""
     if not speed.pages or page >= LARGE:
         return speed.disk
     part = math.log(max(page, SMALL) / SMALL) / math.log(LARGE / SMALL)
@@ -228,14 +226,14 @@ def disk_rate(speed: Speed, page: float) -> float:
 
 
 def stage_time(stage: Stage, batch: StepRows) -> StepTime:
-    """Seconds of a stage: those of its slowest shard, and of the messages of all its shards."""
+    """The seconds of a stage: those of its slowest shard, and of the messages of all its shards."""
     times = [rank_time(work, speed, batch) for work, speed in stage.kinds]
     slowest = max(times, key=lambda time: time.total)
     shards, messages, latency = len(stage.works), 0.0, 0.0
     if shards > 1:
         rounds = 1 if shards == 2 else 2
         nbytes = stage.sum_bytes * batch.rows / rounds
-        rows_bytes = stage.sum_bytes / (shards - 1) / 2 * batch.rows  # on average of parts and of sums
+        rows_bytes = stage.sum_bytes / (shards - 1) / 2 * batch.rows  # the average of parts and of sums
         nbytes /= shards if shards == 2 else adders(shards, rows_bytes, stage.link.wire)
         count = 2 * stage.works[0].layers * rounds
         messages += count * _message(stage.link, nbytes)
@@ -250,9 +248,10 @@ def stage_time(stage: Stage, batch: StepRows) -> StepTime:
 
 
 def sum_bytes(kind: BlockType, hidden: int, shards: int) -> float:
-    """Bytes that the shards of a stage send to sum one row, all together (`Group.all_reduce`).
+    """The bytes that all shards of a stage together send to sum one row (`Group.all_reduce`).
 
-    Two send each other theirs; of more each sends a piece of its part to each other one, and then the sum of one.
+    Two shards send each other their parts. Of more shards, each sends a piece of its part to each other shard, and then
+    the sum of its own piece.
     """
     parts = kind.row_bytes(hidden)
     rest = BlockType.Q4_0.row_bytes(hidden) if kind is BlockType.Q8_0 and shards > 2 else 0
@@ -260,7 +259,7 @@ def sum_bytes(kind: BlockType, hidden: int, shards: int) -> float:
 
 
 def between(speeds: Sequence[Speed]) -> LinkRate:
-    """The link between the hosts of ranks with these speeds: the slowest one."""
+    """The slowest link between the hosts of ranks with these speeds."""
     return LinkRate(max(speed.latency for speed in speeds), min(speed.wire for speed in speeds))
 
 
@@ -270,17 +269,17 @@ def _message(link: LinkRate, nbytes: float) -> float:
 
 @dataclass(frozen=True)
 class Round:
-    """All sequences of a replica have gone through all of its stages once."""
+    """A round: all sequences of a replica go through all of its stages once."""
 
     seconds: float
     micro_batches: int
     slowest: int  # the number of the slowest stage
-    stage: StepTime  # the time of the slowest stage, for one micro-batch
-    bubble: float  # the part of the time in which a stage waits for others, on average over the stages
+    stage: StepTime  # the time of the slowest stage for one micro-batch
+    bubble: float  # the part of the time in which a stage waits for others, the average of all stages
 
 
 def round_of(stages: Sequence[Stage], batch: StepRows) -> Round:
-    """The fastest way of a batch through the stages: as one micro-batch, or as up to as many as there are stages."""
+    """The fastest round of a batch: as one micro-batch, or as many micro-batches as there are stages."""
     maximum = max(min(len(stages), int(batch.sequences or batch.rows)), 1)
     return min((_round(stages, batch, count) for count in {1, maximum}), key=lambda made: made.seconds)
 
@@ -296,12 +295,12 @@ def _round(stages: Sequence[Stage], batch: StepRows, count: int) -> Round:
 
 
 def _values(weights: WeightCounts, values: float) -> float:
-    """The values of a row in norms that take as long as the `values` that these products read and write."""
+    """The number of values in norms that takes as long as the `values` that the products of a row read and write."""
     return values + NARROW * max(values - 2 * sum(weights.values()) / WIDTH, 0.0)
 
 
 def _seconds(weights: WeightCounts, speed: Speed, rows: float) -> float:
-    """Return the seconds of products with so many rows; a part of a row takes as long as a whole one."""
+    """The seconds of products with `rows` rows; a part of a row takes as long as a whole one."""
     if rows <= 0:
         return 0.0
     rows = max(rows, 1.0)

@@ -1,4 +1,4 @@
-"""The least memory with which a job reaches a given rate, as a job file."""
+"""Find the least memory with which a job reaches a given rate, and write it as a job file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class _Found:
-    """A job, its rate in tokens/s, and what its ranks hold."""
+    """A job, its rate in tokens/s, and the plans of its replicas."""
 
     spec: Spec
     rate: float
@@ -41,7 +41,7 @@ class _Found:
 
     @property
     def held(self) -> int:
-        """Bytes of the rank that holds most."""
+        """The bytes of the rank that holds most."""
         return max(rank.held for rank in self.ranks)
 
     @property
@@ -53,9 +53,9 @@ class _Found:
 
 
 def job_file(spec: Spec, machines: Machines, rate: float) -> str:
-    """Return the text of a job file with the least memory for `rate` tokens/s.
+    """The text of a job file with the least memory for `rate` tokens/s.
 
-    Raises JobError if no memory is enough, MpillmError if the model cannot be read.
+    JobError if no amount of memory is enough, MpillmError if the model cannot be read.
     """
     with (
         closing(open_described(models.path_to_plan(spec.model_on(gethostname())), spec.quantize)) as source,
@@ -82,7 +82,7 @@ def job_file(spec: Spec, machines: Machines, rate: float) -> str:
 
 
 def _caches(made: Callable[[int | str, int], _Found], best: _Found, rate: float) -> Iterator[int]:
-    """Values of memory.kv to try, in bytes: that of the job (0), then half of it, a quarter, and so on."""
+    """The values of memory.kv to try, in bytes: that of the job (0), then half of it, a quarter, and so on."""
     yield 0
     kv = best.spec.memory.kv
     size = best.spec.memory.kv_bytes // 2 if isinstance(kv, (str, int)) else 0

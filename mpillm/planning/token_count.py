@@ -1,4 +1,4 @@
-"""The number of tokens of an input's texts: its first part is counted, the rest is bounded by its bytes."""
+"""Count the tokens of an input's texts: those of its first part; the rest is bounded by its bytes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from mpillm.errors import RequestError
 from mpillm.kernels import KV_BLOCK
 from mpillm.text import Tokenizer
 
-COUNTED = 1 << 20  # bytes that are tokenized, in some tenths of a second
+COUNTED = 1 << 20  # the first bytes of the input, which are tokenized; that takes some tenths of a second
 BYTES_PER_TOKEN = 4  # an estimate for models without a tokenizer
 SPECIAL = 4  # tokens that a tokenizer puts around a text
 
 
 class Tokens(NamedTuple):
-    """The likely and the maximum number of tokens; and the tokens of each text, if all were counted.
+    """The likely and the maximum number of tokens, and the tokens of each text, if all were counted.
 
-    `shared` of the likely tokens are in blocks of the KV cache that earlier texts have too, `alike` texts have such.
+    `shared` of the likely tokens are in blocks of the KV cache that earlier texts have too. `alike` texts have such
+    blocks.
     """
 
     likely: int
@@ -31,9 +32,9 @@ class Tokens(NamedTuple):
 
 
 class Around(NamedTuple):
-    """The bytes that the files of a model put around texts, and how the model reads pairs."""
+    """The bytes that the files of a model add to texts, and how the model reads pairs."""
 
-    template: int = 0  # for chats
+    template: int = 0  # bytes of the chat template
     prompt: int = 0  # maximum bytes before a text that gets an embedding
     apart: bool = False  # the two texts of a pair are read separately, and each gets an embedding
 
@@ -42,19 +43,19 @@ NOTHING = Around()
 
 
 class TokenCounter:
-    """Counts tokens with the tokenizer of the model, if it has one, which is loaded for the first text."""
+    """Counts tokens with the tokenizer of the model, if it has one. The first text loads the tokenizer."""
 
     def __init__(self, load: Callable[[], Tokenizer | None]) -> None:
         self._load = load
-        self._bytes = self._tokens = self._shared = 0  # of all texts that were counted
-        self._begun = set[int]()  # a hash for each block and all before it
+        self._bytes = self._tokens = self._shared = 0  # the sums of all texts that were counted
+        self._begun = set[int]()  # for each block, a hash of it and all blocks before it
 
     @cached_property
     def _tokenizer(self) -> Tokenizer | None:
         return self._load()
 
     def count(self, value: bytes, chat: bool = False) -> Tokens:
-        """The tokens of all texts in a JSON value, and those the tokenizer adds; the texts of a chat become one."""
+        """The tokens of all texts in a JSON value, with those that the tokenizer adds. A chat is one text."""
         if self._bytes + len(value) > COUNTED:
             maximum = len(value) + SPECIAL * value.count(b'"') // 2
             counted = max(self._bytes, 1)
@@ -68,13 +69,13 @@ class TokenCounter:
             else:
                 found = self._found([self._tokenizer.encode(text) for text in texts], chat)
         except (RequestError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            return Tokens(0, len(value))  # an error of that line
+            return Tokens(0, len(value))  # the line gets an error in the run
         self._bytes, self._tokens = self._bytes + len(value), self._tokens + found.likely
         self._shared += found.shared
         return found
 
     def longest(self, value: bytes) -> int:
-        """The tokens of the longest text in a JSON value, or the value's bytes if texts are not counted."""
+        """The tokens of the longest text in a JSON value, or the bytes of the value if texts are not counted."""
         found = self.count(value)
         return max(found.texts, default=len(value))
 
@@ -85,7 +86,7 @@ class TokenCounter:
         return Tokens(sum(lengths), sum(lengths), lengths, KV_BLOCK * sum(known), sum(map(bool, known)))
 
     def _known_blocks(self, ids: list[int]) -> int:
-        """The number of blocks of a text that were seen before, behind the same text; remembers the others."""
+        """The number of blocks of a text that were seen before, after the same tokens; the others are remembered."""
         before, known = 0, 0
         for start in range(0, len(ids) - KV_BLOCK + 1, KV_BLOCK):
             before = hash((before, *ids[start : start + KV_BLOCK]))

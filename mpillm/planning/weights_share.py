@@ -1,4 +1,4 @@
-"""What one rank holds and streams of the weights, and what a step is for it."""
+"""Compute the weights that a rank holds and streams, and its work in a step."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from mpillm.weights.plan import PagePlan, PageTensor
 
 @dataclass(frozen=True)
 class WeightsShare:
-    """What a rank holds of the weights, in bytes, and what a step is for it."""
+    """The bytes of weights of a rank, and its work in a step."""
 
-    total: int
-    held: int
-    beyond: int  # what buffers take besides
-    minimum: int
-    streamed: int
-    pages: Sequence[int]
+    total: int  # all weights of the rank
+    held: int  # the maximum in memory
+    beyond: int  # additional bytes of buffers
+    minimum: int  # the smallest budget that works
+    streamed: int  # read from disk for each step
+    pages: Sequence[int]  # the bytes of each page
     work: RankWork
 
 
@@ -47,9 +47,10 @@ def _work(
     page: float,
     made: int,
 ) -> RankWork:
-    """What a step is for the rank at `place`, which has `pages` and `cache`; it streams so many bytes of weights.
+    """The work in a step of the rank at `place`, which has `pages` and `cache`.
 
-    `page` is the bytes of a page of them, and `made` those that are made ready in memory before.
+    The rank streams `streamed` bytes of weights, `streamed_experts` of them of experts, in pages of `page` bytes on
+    average. `made` bytes of weights are packed in memory before the first step.
     """
     counts: dict[str, Counter[BlockType]] = {"head": Counter(), "expert": Counter(), "layer": Counter()}
     values, attended = Counter[str](), 0
@@ -63,7 +64,7 @@ def _work(
     for layer in filter(None, cache.tokens):
         attention[cache.windows[layer.group]] += 1
     layers = max(sum(attention.values()), 1)
-    # For a row and one token before it: the width of all heads, once for the keys and once for the values.
+    # For each row and each token that it attends to: 2 operations for each value of all heads, for keys and for values.
     operations, nbytes = 4 * attended // layers, cache.token_nbytes // layers
     return RankWork(
         layers=len(grid.stage_layers(config.n_layers, place)),
@@ -93,9 +94,9 @@ def weights_share(
     cache: CacheLayout,
     in_file: Callable[[PageTensor], bool],
 ) -> WeightsShare:
-    """The share of the rank at `place`, which is responsible for `pages`.
+    """The weights of the rank at `place`, which has `pages`.
 
-    `in_file` says what can be used where it lies in its file.
+    `in_file` says whether a tensor can be used as it is in its file.
     """
     total, budget = sum(page.nbytes for page in pages), spec.memory.weights_bytes
     read, made = streamed(pages, budget, spec.memory.policy), total

@@ -1,7 +1,8 @@
-"""How shards send what they sum, where the job leaves that open: exactly, unless the network makes that dear.
+"""Choose the wire between shards if the job leaves it open: f32, which is exact, unless the network makes it slow.
 
 Sums of exact parts are the same for any number of shards (`partition.grid`). Between ranks of one host f32 costs
-nothing: copying it through memory is no slower than rounding to Q8_0. Between hosts it is 3.8 times as many bytes.
+nothing, because copying it through memory is no slower than rounding to Q8_0. Between hosts f32 takes 3.8 times as many
+bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from mpillm.spec import Spec
 
 
 def with_wire(spec: Spec, wire: Wire) -> Spec:
-    """The job with `wire.activations` decided."""
+    """The job with `wire.activations` set to `wire`."""
     return msgspec.structs.replace(spec, wire=msgspec.structs.replace(spec.wire, activations=wire))
 
 
@@ -28,7 +29,7 @@ def shards_cross_hosts(machines: Machines, replicas: Replicas) -> bool:
 
 
 def wire_in_words(wire: Wire, shards: int, reason: str) -> str:
-    """What a wire means for the answers, in words."""
+    """The wire, its effect on the answers, and the reason for it, in words."""
     if wire == "f32":
         return f"shards send f32, so answers do not depend on their number ({reason})"
     return f"shards send Q8_0, so the last digits of answers depend on their number, {shards} ({reason})"

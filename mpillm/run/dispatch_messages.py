@@ -33,7 +33,7 @@ class AssignedLines(msgspec.Struct, tag="lines", frozen=True):
 
 
 class GiveBack(msgspec.Struct, tag="give", frozen=True):
-    """From rank 0: a request to return up to so many lines, those with the fewest generated tokens."""
+    """From rank 0: a request to return up to `count` lines, those with the fewest generated tokens."""
 
     count: int
 

@@ -32,7 +32,7 @@ from mpillm.run.origin import Origin
 from mpillm.spec import Spec
 from mpillm.words import count_of
 
-# Hosts are measured only for jobs of at least so many seconds: briefly (a quarter of a second), for the shares of
+# The seconds of a job from which on hosts are measured: briefly (a quarter of a second), for the shares of
 # replicas alone, and thoroughly: that takes up to two seconds where a host is slow.
 SHORT, MEASURED, LONG = 1.0, 3.0, 120.0
 # Seconds that a brief measurement takes on a core of pace 1, and how many times as much it must be able to save: the

@@ -18,7 +18,7 @@ from mpillm.run.dispatch_messages import Standing
 LOOK = 0.5  # seconds between two checks
 STEPS, SECONDS = 3, 0.5  # the least steps and seconds from which a replica's speed is computed
 KEPT = 0.5  # the weight of the earlier value in the moving average of the speed
-# Lines move if all replicas end earlier by this factor (plans may be off by 15 %) and by so many seconds.
+# Lines move if all replicas end earlier by the factor GAIN (plans may be off by 15 %) and by COST seconds.
 GAIN, COST = 1.15, 0.5
 PRECISION = 0.01  # the relative precision of the time at which all end
 

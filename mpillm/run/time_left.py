@@ -28,7 +28,7 @@ class AnswerLengths:
         return (self.used + running) / allowed if allowed else 1.0
 
     def whole(self, prompts: int, allowed: int, generated: int) -> float:
-        """How many tokens requests that run will have in the end, prompts included, of which so many are `generated`.
+        """How many tokens the running requests will have in the end, prompts included; `generated` of them exist now.
 
         What is computed of them, divided by this, is the part of these requests that is done.
         """
@@ -41,13 +41,13 @@ class TimeLeft:
     def __init__(self, total: int, done: int) -> None:
         """`done` of the `total` requests were answered before."""
         self._total, self._done = total, done
-        self._begun: float | None = None  # and so much of others was computed
+        self._begun: float | None = None  # the part of other requests that was computed before, in requests
 
     def seconds(self, answered: int, begun: float, elapsed: float) -> float | None:
         """The seconds left; None as long as nothing tells them.
 
-        So many are `answered` by now, requests' worth `begun` of others, in `elapsed` seconds. The first call
-        tells what was begun before.
+        In `elapsed` seconds `answered` requests were answered, and parts of others that together make `begun` requests.
+        The first call tells what was begun before.
         """
         if self._begun is None:
             self._begun = begun

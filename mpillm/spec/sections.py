@@ -253,5 +253,5 @@ class DraftSection(Section, frozen=True):
 class JobSection(Section, frozen=True):
     """How the run goes about it; changes no result."""
 
-    # Answers are saved every so many tokens; 0: when done.
+    # Tokens of an answer after which it is saved; 0: when it is complete.
     checkpoint_tokens: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 64

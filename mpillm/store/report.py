@@ -55,7 +55,7 @@ class Start(msgspec.Struct, kw_only=True):
 
 # What a rank does while others may wait for it.
 BUSY = {"compute": "computing", "weights": "waiting for weights", "kv": "waiting for KV cache on disk"}
-STANDS_OUT = 1.15  # a rank is clearly slower if it is so many times as busy as the median
+STANDS_OUT = 1.15  # a rank is clearly slower if its busy time is this many times the median
 
 
 class Steps(msgspec.Struct, kw_only=True):

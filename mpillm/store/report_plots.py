@@ -186,7 +186,7 @@ def _by_rank(
 
 
 def _bars_height(bars: int) -> float:
-    """Inches of a figure with so many bars."""
+    """The height in inches of a figure with `bars` bars."""
     return min(1.0 + 0.3 * bars, 20.0)
 
 

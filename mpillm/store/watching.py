@@ -127,7 +127,7 @@ def when_begun(path: Path, say: Callable[[str], None]) -> Reader | PartsReader:
 
 
 def watch(reader: Reader | PartsReader, every: float, say: Callable[[str], None]) -> None:
-    """Say how far a run is, or the parts of an array, every so many seconds, until none runs any longer."""
+    """Say how far a run is, or the parts of an array, every `every` seconds, until none runs any longer."""
     start = time.monotonic()
     first = now = reader.look()
     while now.state == "running":

@@ -17,7 +17,7 @@ class TooLongError(RequestError):
 
 
 def encoded_at_once(tokens: int) -> int:
-    """Characters of a text that are encoded at once at most, where it may have so many tokens."""
+    """The maximum characters that are encoded at once of a text that may have `tokens` tokens."""
     return max(CHUNK, CHARACTERS * tokens)
 
 

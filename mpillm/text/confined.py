@@ -40,7 +40,7 @@ MAX_WAIT = 120.0  # seconds that a chat may take on a machine that is busy with 
 MAX_DEPTH = 64  # levels of lists and objects in each other in a chat
 MAX_VALUES = 1 << 20  # in a chat
 FEW_CHARS = 1 << 16  # that a chat may always have; a template may drop most of them
-# After so many deaths without any answer a plain chat is tried; if it fails, the template is given up.
+# After MAX_DEATHS deaths without any answer a plain chat is tried; if that fails, the template is not tried again.
 MAX_DEATHS = 3
 MAX_KILLS = 3  # of the child from outside, in one chat
 PLAIN: list[Message] = [{"role": "user", "content": "hello"}]

@@ -90,7 +90,7 @@ class Star(Kind, frozen=True, tag="star"):
 
 
 class Repeat(Kind, frozen=True, tag="repeat"):
-    """It, so many times; -1: without a bound."""
+    """Repeat `content` between `min` and `max` times; -1: without a bound."""
 
     min: Annotated[int, Meta(ge=0, le=MAX_CHOICES)]
     max: Annotated[int, Meta(ge=-1, le=MAX_CHOICES)]

@@ -112,7 +112,7 @@ class Tokenizer:
         return ends_around(*(self.encode("a", own) for own in (False, True)))
 
     def max_chars(self, tokens: int) -> int:
-        """The maximum number of characters that so many tokens can stand for."""
+        """The maximum number of characters that `tokens` tokens can stand for."""
         return MAX_CHARS if self._longest is None else min(tokens * self._longest, MAX_CHARS)
 
     @cached_property

@@ -19,7 +19,7 @@ HEAD = "the output head"
 class TensorSpec:
     """A tensor of the model: its whole shape ([n] or [n, k]), and the axes of rows and columns that shards share.
 
-    With `matrices` so many rows each are a matrix of their own: the heads' matrices, one under the other.
+    `matrices` > 0: each run of that many rows is a matrix of its own: the heads' matrices, one under the other.
     """
 
     key: Key

@@ -112,7 +112,7 @@ class EmbeddingsEndpoint(Endpoint, frozen=True, kw_only=True):
         return [prompt + text if isinstance(text, str) else text for text in self.input]
 
     def _vector(self, work: Work, completion: FinishedCompletion, model: Model) -> NDArray[np.float32]:
-        """The vector as it is answered: of so many dimensions, at length 1 if that is asked for."""
+        """The vector of the answer: its first `dimensions` values, at length 1 if that is asked for."""
         assert completion.embedding is not None
         vector = through(model.embedding.layers, completion.embedding)[: self.dimensions]
         asked = self.use_activation if self.normalize is None else self.normalize

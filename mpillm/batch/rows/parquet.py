@@ -43,7 +43,7 @@ def rows(file: io.BufferedReader, path: Path, check: Callable[[list[str]], None]
 
 
 def read_at_once(path: Path) -> int:
-    """Bytes of the rows that are read at once, at most: a batch, or a page of a column, which has so many rows."""
+    """The maximum bytes of the rows that are read at once: those of a batch, or of the largest page of a column."""
     from pyarrow import parquet
 
     found = 0

@@ -157,7 +157,7 @@ class GraniteHybrid(Family):
 
 
 def _inner(config: Mapping[str, Any], hidden: int) -> int:
-    """The columns of a Mamba-2 layer: so many times the hidden size, or as a GGUF file says."""
+    """The columns of a Mamba-2 layer: mamba_expand times the hidden size, or the number that a GGUF file has."""
     if type(config.get("mamba_inner")) is int:
         return int(config["mamba_inner"])
     expand = config.get("mamba_expand", USUAL["mamba_expand"])

@@ -105,7 +105,7 @@ class ModernBert(Family):
         norm = _norm(fields)
         bias = fields.flag("attention_bias")
         mlp = MlpSpec(read_width(fields), activation, bias=fields.flag("mlp_bias"))
-        # So many tokens in all, of which half are on either side.
+        # The number of tokens on both sides together.
         window = fields.integer("local_attention", 1, LONGEST) // 2 + 1
         every = fields.integer("global_attn_every_n_layers", 1, LONGEST, default=3)
         types = read_layer_types(fields, sizes.n_layers, FULL, SLIDING) or [

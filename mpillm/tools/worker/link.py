@@ -57,7 +57,7 @@ class Link:
             at += count
 
     def read(self, count: int) -> bytearray:
-        """Read so many bytes."""
+        """Read `count` bytes."""
         data = bytearray(count)
         self.read_into(memoryview(data))
         return data

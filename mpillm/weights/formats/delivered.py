@@ -56,7 +56,7 @@ def _delivered(
             return quantize
     if ROLES[key.role].exact and stored.type is BlockType.BF16:
         return BlockType.F32
-    # Blocks of so many columns would leave too few panels to share out.
+    # Blocks of that width would leave too few panels for the shards.
     if ROLES[key.role].by_columns:
         if stored.type.k_quant and any(type.k_quant for type in narrow):
             return BlockType.Q8_0

@@ -20,8 +20,8 @@ Rows = range | NDArray[np.integer[Any]]
 class Extent:
     """Where a tensor lies: rows of `shape` from `offset` on in `file`, as `name` there.
 
-    `rope_heads` > 0: rows lie in the order that llama.cpp gives q and k of the llama architecture, in which the two
-    halves of each of so many heads are interleaved.
+    `rope_heads` > 0: rows are in the order that llama.cpp gives q and k of the llama architecture, in which the two
+    halves of each of these heads are interleaved.
     """
 
     file: MappedFile
@@ -175,7 +175,7 @@ class Recipe(Protocol):
 class Made(Extent):
     """Rows of what a recipe makes, of a vector values: those from `first` on.
 
-    With a `run` they are runs of so many rows, each `period` rows after the last, as those of `Interleaved`.
+    With `run` > 0 they are runs of `run` rows, each `period` rows after the last, as those of `Interleaved`.
     """
 
     recipe: Recipe = field(kw_only=True)

@@ -63,7 +63,7 @@ class GgufNvfp4:
 
 @dataclass(frozen=True)
 class InHeads:
-    """What a recipe makes, whose rows lie as llama.cpp has those of q and k of so many heads."""
+    """What a recipe makes, with its rows in the order of llama.cpp's q and k of `heads` heads."""
 
     recipe: Recipe
     heads: int

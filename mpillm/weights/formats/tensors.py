@@ -217,7 +217,7 @@ class TensorSource:
             file.read_past_cache()
 
     def repeated(self, layers: int) -> TensorSource:
-        """This model with so many layers, each the same as the first; closing either closes both."""
+        """This model with `layers` layers, each the same as the first; closing either closes both."""
         extents = {key: extent for key, extent in self._extents.items() if key.layer < 0}
         for key, extent in self._extents.items():
             if key.layer == 0:

@@ -31,8 +31,8 @@ NETWORK = {
 }
 IN_MEMORY = {0x01021994: "tmpfs", 0x858458F6: "ramfs"}
 POPULATE_READ = 22  # MADV_POPULATE_READ of linux/mman.h, since Linux 5.14
-AROUND = 64 * 1024  # Linux maps so much around a page that is touched, if it has it in memory anyway
-FOLIO = 2**21  # Linux 6.18 maps a whole folio, at most so many bytes, whose size divides its offset
+AROUND = 64 * 1024  # bytes that Linux maps around a page that is touched, if they are in the page cache
+FOLIO = 2**21  # the maximum bytes of a folio, which Linux 6.18 maps whole; its size divides its offset
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)

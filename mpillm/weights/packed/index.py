@@ -86,7 +86,7 @@ def _parsed(name: str) -> Parsed | None:
 
 
 def experts_in(tensor: SafetensorsTensor) -> int:
-    """Return the number of experts in a panel; ValueError if no model has so many."""
+    """Return the number of experts in a panel; ValueError if it is more than any model has."""
     count = tensor.shape[0]
     if count > MAX_EXPERTS:
         raise ValueError(count)

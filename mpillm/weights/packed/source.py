@@ -260,7 +260,7 @@ def _runs(type: BlockType, row: dict[str, Any]) -> Iterator[tuple[int, int, int]
 
 
 def _floats(type: BlockType, packed: NDArray[np.uint8], columns: int) -> Iterator[NDArray[Any]]:
-    """The values of kernel-ready bytes (of some types tiles of so many columns), or the scales of their blocks."""
+    """The values of kernel-ready bytes (some types have tiles of `columns` columns), or the scales of their blocks."""
     if type.coded:
         rows = decode_panel(packed, packed.nbytes // tile_nbytes(type, columns) * TILE_ROWS, columns)
         yield rows.view(FLOATS[type.multiplied_as])

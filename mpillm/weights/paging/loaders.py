@@ -52,7 +52,7 @@ class _Watched:
 
 
 class ParallelLoader:
-    """Loads a page in pieces, several at a time, and so many pages."""
+    """Loads pages in pieces: up to `parallel` pages at a time, and several pieces of each."""
 
     def __init__(self, files: Sequence[StoredFile], parallel: int = 2) -> None:
         self.parallel = parallel
@@ -75,7 +75,7 @@ class ParallelLoader:
         self._files.clear()
 
     def _in_pieces(self, file: _Watched, nbytes: int, fetch: Callable[[int, int], None]) -> None:
-        """Call fetch(offset, nbytes) for so many bytes of a file, offsets counted from the first of them."""
+        """Call fetch(offset, nbytes) for each piece of `nbytes` bytes of a file; offsets count from the first byte."""
         file.check()
         if nbytes <= REQUEST_BYTES:
             fetch(0, nbytes)  # handing it to another thread would take a fifth of its time

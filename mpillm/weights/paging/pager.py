@@ -118,7 +118,7 @@ class Pager(Generic[T]):
         self.total = sum(page.nbytes for page in self.pages)
         self.counters = CacheCounters()
         self._charged = [page.nbytes for page in self.pages]  # bytes of the budget that each takes
-        self._equal: EqualBuffers | None = None  # for pages that take so many, once they come and go
+        self._equal: EqualBuffers | None = None  # for pages of equal sizes, once pages come and go
         self._loader = loader
         self._slots: dict[int, Slot[T]] = {}
         self._error: BaseException | None = None

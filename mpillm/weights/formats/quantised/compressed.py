@@ -147,7 +147,7 @@ class CompressedMethod(Method):
                 yield part
 
     def _bits(self, q: Raw, words: int, k: int) -> int:
-        """How many bits k numbers have that are in so many words; of few numbers the configuration tells."""
+        """The bits of each of k numbers that take `words` words; where several are possible, the configuration's."""
         fitting = [bits for bits in range(2, 9) if -(-k * bits // 32) == words]
         integers = [weights.get("num_bits") for weights in self._weights() if weights.get("type") != "float"]
         said = [bits for bits in fitting if bits in integers]
@@ -158,7 +158,7 @@ class CompressedMethod(Method):
         return (said or fitting)[0]
 
     def _microscaled(self, q: Raw, scales: Raw) -> Recipe:
-        """MXFP4 or MXFP6, whichever has so many bytes for each exponent."""
+        """MXFP4 or MXFP6, by the number of bytes for each exponent."""
         rows, count = (*scales.shape, 0)[:2]
         self.check(scales, ("U8",), (rows, count))
         self.check(q, ("U8",), (rows, 16 * count), (rows, 24 * count))
