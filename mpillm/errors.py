@@ -80,7 +80,7 @@ _RAN_OUT = {
     errno.EAGAIN: f"No more processes or threads can be started ({{}}); raise the limits (ulimit -u and -v, a "
     f"cgroup's), {_AGAIN}.",
 }
-_WORDS = {  # of errors that carry no number: threads that do not start, libraries that are not mapped
+_WORDS = {  # errors without a number: threads that do not start, libraries that are not mapped
     "can't start new thread": errno.EAGAIN,
     "Resource temporarily unavailable": errno.EAGAIN,
     "failed to map segment": errno.ENOMEM,

@@ -21,7 +21,7 @@ class Span(NamedTuple):
     name: str
     start: float  # seconds
     seconds: float
-    thread: tuple[int, str]  # its number, and its name
+    thread: tuple[int, str]  # the number and the name of the thread
     detail: dict[str, int | str]
 
 

@@ -19,7 +19,7 @@ from mpillm.words import count_of
 
 SHOWN = 10  # requests that differ
 WORDS = 24  # characters of a text, from where it differs
-VALUES = {  # of a choice, and their names in sentences
+VALUES = {  # the values of a choice, and their names in sentences
     "logprobs": "log-probabilities", "prompt_logprobs": "prompt log-probabilities", "embeddings": "embeddings",
     "loglikelihoods": "log-likelihoods", "probabilities": "probabilities", "relevance": "scores of relevance",
 }  # fmt: skip

@@ -29,7 +29,7 @@ from mpillm.text import Tokenizer, load_tokenizer
 log = logging.getLogger(__name__)
 
 MODEL = "mpillm"  # how --model names it
-LINE_TOKENS = 1 << 16  # of one line's continuations, each with its context
+LINE_TOKENS = 1 << 16  # the maximum tokens of one line: all continuations, each with its context
 
 # Cache key, ids of the context and what follows it.
 Scored = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -141,7 +141,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         }
         try:
             return self._tokenizer.render_chat(chat_history, options)
-        except RequestError as error:  # of a template without a system role, perhaps
+        except RequestError as error:  # for example, the template has no system role
             rest = [message for message in chat_history if message["role"] != "system"]
             if len(rest) == len(chat_history):
                 raise
@@ -151,7 +151,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         special = self._add_bos if add_special_tokens is None else add_special_tokens
         if add_special_tokens is None and string.startswith(self._tokenizer.token_text(self.prefix_token_id)):
-            special = False  # of a chat template, which has begun the text
+            special = False  # the chat template has written the special tokens
         ids = self._tokenizer.encode(string, special is not False, parse_special=True)
         bos = self._tokenizer.bos_id
         if special and self._add_bos and bos is not None and ids[:1] != [bos]:
@@ -160,7 +160,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         windows: list[Scored] = []
-        texts: list[int] = []  # whose text a window is of
+        texts: list[int] = []  # for each window, the number of its text
         for index, request in enumerate(requests):
             rolling = get_rolling_token_windows(
                 self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1

@@ -22,7 +22,7 @@ MAX_NAME = 4096  # characters of a custom_id: all of them stay in memory
 
 # What Python's json module writes for a number that is none, and its own words.
 _NO_VALUE = re.compile(rb"(?:NaN|Infinity|None|True|False)\b", re.IGNORECASE)
-_PLACE = re.compile(r"\(byte (\d+)\)")  # in the words of msgspec
+_PLACE = re.compile(r"\(byte (\d+)\)")  # the place in a message of msgspec
 _BATCH_KEYS = ("custom_id", "method", "url", "body")
 # All keys that an object of a line may have, if only to be refused by their names.
 LINE_KEYS = frozenset(

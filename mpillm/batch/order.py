@@ -41,14 +41,14 @@ class Order:
     def __init__(self, cached_tokens: int = 0) -> None:
         """`cached_tokens` is what the KV cache holds."""
         self._kept = cached_tokens // KV_BLOCK // KEPT  # blocks
-        self._indices = array("i")  # of the pieces that are complete, in order
+        self._indices = array("i")  # the line numbers of the complete pieces, in order
         self._begin()
 
     def _begin(self) -> None:
         """Begin a piece."""
-        self._hashes = array("H")  # of each line's first prompt up to each level
+        self._hashes = array("H")  # hashes of each line's first prompt, up to each level
         self._ends = array("q", [0])  # where each line's hashes end
-        self._lengths = array("q")  # of each line: tokens to generate << 32 | tokens of the prompt
+        self._lengths = array("q")  # for each line: tokens to generate << 32 + tokens of the prompt
 
     def add(self, work: Work | None) -> None:
         """The next line; None for one that is not computed."""

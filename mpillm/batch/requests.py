@@ -44,9 +44,9 @@ class CheckedInput:
     bad: int = 0  # lines that are wrong
     unsuited: str | None = None  # what the model lacks for the first line that asks for what it cannot do
     models: dict[str, int] = field(default_factory=dict)  # model names that lines carry: how many lines
-    order: Order = field(default_factory=Order)  # in which to compute the lines
+    order: Order = field(default_factory=Order)  # the order in which the lines are computed
     unit: str = "Line"  # what messages call a line
-    url: str | None = None  # of the endpoint that all lines must be for
+    url: str | None = None  # the endpoint that all lines must have
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -57,7 +57,7 @@ class CheckedInput:
         return (line for line in self.lines if line.error is not None) if self.bad else iter(())
 
     def keep_answered(self, done: Container[str]) -> None:
-        """Nothing is wrong with a line whose custom_id is in `done`: an earlier run has answered it.
+        """A line whose custom_id is in `done` has no error, because an earlier run has answered it.
 
         That run may have had more memory, or other lines beside it.
         """
@@ -125,7 +125,7 @@ def check(
     """
     order = Order(model.cached_tokens)
     batch = CheckedInput(path, spec, model, Lines(open_file), unit=unit, order=order, url=url)
-    named = NumbersByName()  # of the custom_ids in lines: the number of the first line that has it
+    named = NumbersByName()  # for each custom_id, the number of the first line that has it
     seen = hashlib.blake2b(digest_size=16)
     unnamed = 0
     with opened(path) as file:

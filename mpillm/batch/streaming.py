@@ -61,7 +61,7 @@ class ChatStream:
         self._stream = TextStream(endpoint, spec, model)
         self._text = ""
         self._given: dict[str, str] = dict.fromkeys(("reasoning_content", "reasoning", "content"), "")
-        self._calls = 0  # that were given
+        self._calls = 0  # the number of calls that were given
 
     def push(self, token: int) -> dict[str, Any]:
         """The delta that a token completes, which may be empty."""

@@ -31,7 +31,7 @@ class Model:
     hidden: int = 0  # values of a hidden state, and so of an embedding
     end_ids: frozenset[int] = frozenset()  # end of sequence and of turn
     kv_tokens: int | None = None  # tokens that the KV cache's budget holds, None if not known
-    kv_token_bytes: int = 0  # of one token on one rank
+    kv_token_bytes: int = 0  # bytes of one token in the KV cache of one rank
     text: Tokenizer | None = None
     embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)  # as its files say
     generates: bool = True  # whether it has an LM head
@@ -62,7 +62,7 @@ class Line:
     offset: int  # bytes
     length: int  # bytes
     custom_id: str
-    digest: bytes  # of the content, 16 bytes
+    digest: bytes  # 16 bytes, of the content
     error: str | None = None
     param: str | None = None
 
@@ -72,7 +72,7 @@ class ResultColumn(NamedTuple):
 
     group: str
     dataset: str
-    dtype: str  # of NumPy, little-endian
+    dtype: str  # a little-endian NumPy dtype
 
 
 class Endpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

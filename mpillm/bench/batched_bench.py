@@ -18,7 +18,7 @@ PINNED = (
     "hasattr(os, 'sched_setaffinity') and os.sched_setaffinity(0, map(int, sys.argv[1].split(','))); "
     "os.execv(sys.argv[2], sys.argv[2:])"
 )
-TURNS = 2  # of one process, of which the last counts: the first finds weights that were never read
+TURNS = 2  # turns of one process; only the last one counts, because the first one fills the page cache
 CONTEXT = 256  # the context's size is a multiple of it
 
 
@@ -65,7 +65,7 @@ class BatchedBench:
         raise JobError(f"{self._name} does not report the time of a start; leave startup out of --what.")
 
     def close(self) -> None:
-        """Nothing runs in between."""
+        """Do nothing: no process runs between two measurements."""
 
 
 def _rows(text: str) -> list[dict[str, float]]:

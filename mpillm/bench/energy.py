@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 POWERCAP = Path("/sys/class/powercap")
-ZONE = re.compile(r"intel-rapl:\d+")  # of a whole package (AMD's too), in which there are others
+ZONE = re.compile(r"intel-rapl:\d+")  # a whole package (AMD has this name too), which contains other zones
 
-Reading = dict[Path, int]  # of each package, in microjoules
+Reading = dict[Path, int]  # microjoules of each package
 
 
 class EnergyMeter:

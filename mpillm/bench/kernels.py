@@ -18,7 +18,7 @@ from mpillm.weights.plan import panels_of_rows
 
 ROWS = (1, 32, 512)
 ENOUGH = 0.002  # seconds that a timing is to last, unless one call takes longer
-TIMINGS = 5  # for each repeat
+TIMINGS = 5  # timings of each repeat
 MATRIX_BYTES = 2**30  # all copies of W together: more than a cache holds, so products read W from memory
 MOST_COPIES = 128
 TOP = 40  # candidates of a draw with top_k

@@ -19,7 +19,7 @@ from mpillm.bench.result import Machine
 READ_BYTES = 2**30  # more than a cache holds
 # Pieces take a millisecond or two, so that on a shared machine some of them run undisturbed.
 PIECE_BYTES = 2**25
-ROUNDS = 500_000  # of products
+ROUNDS = 500_000  # the number of products
 REPEATS = 50
 FAST = 0.9  # the quantile of the rates that counts: a few pieces may have found their data in a cache
 

@@ -31,7 +31,7 @@ def create(shape: str, weights: str, threads: int) -> Path:
     """
     found = synthetic_shapes.shape_named(shape, weights)
     if not isinstance(found, synthetic_shapes.Shape):
-        return synthetic.create(shape, weights)  # its layers are not all alike
+        return synthetic.create(shape, weights)  # the model's layers are not all equal
     path = synthetic.folder() / f"{shape}.{weights}.packed"
     with synthetic.said(path):
         if not path.exists():

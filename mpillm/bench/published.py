@@ -113,7 +113,7 @@ def _shape(spec: TensorSpec) -> tuple[int, ...]:
     return spec.shape
 
 
-_TAPS = 4  # of all short convolutions here
+_TAPS = 4  # the taps of every short convolution in these models
 _USUAL = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",

@@ -28,7 +28,7 @@ class Kernel(msgspec.Struct, kw_only=True):
     seconds: float
     rate: float
     operations: float
-    read_share: float | None = None  # of the limits, where they are known
+    read_share: float | None = None  # the part of the limit, if the limit is known
     int8_share: float | None = None
     over_scalar: float | None = None  # how many times faster than the scalar path
 
@@ -44,16 +44,16 @@ class Run(msgspec.Struct, kw_only=True):
     """The engine at work on all ranks; `peer_...` and `ratio` (above 1: we are faster) if there was a peer."""
 
     what: str  # prefill, decode (one sequence), batch (decode of many), startup, paging or speculation
-    threads: int  # of each rank
+    threads: int  # threads of each rank
     sequences: int
-    tokens: int  # of the prompt; in decode, before the first decoded one
+    tokens: int  # tokens of the prompt; for decode, those before the first decoded token
     seconds: float = 0.0  # a step; all of a prompt; a start
     rate: float = 0.0  # tokens
-    weight_bytes: int = 0  # that rank 0 reads in a step
+    weight_bytes: int = 0  # bytes of weights that rank 0 reads in a step
     kv_bytes: int = 0
-    int8_operations: int = 0  # of rank 0 in a step, as in `Machine.int8`
-    read_share: float | None = None  # of the memory's limit
-    int8_share: float | None = None  # of the limit of 8-bit products
+    int8_operations: int = 0  # operations of rank 0 in a step, as in `Machine.int8`
+    read_share: float | None = None  # the part of the memory's limit
+    int8_share: float | None = None  # the part of the limit of 8-bit products
     joules: float | None = None  # a token, of the processors of rank 0's host, where it tells
     wire_bytes: float = 0.0  # sent by all ranks for each token, prompts' tokens included
     overhead: float | None = None  # the part of a step that is spent outside the kernels

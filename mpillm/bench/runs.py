@@ -29,7 +29,7 @@ from mpillm.weights.inventory import HEAD
 
 KV = "4TiB"  # the KV cache is as large as `max_context` makes it; the system gives only what is written
 START = 16  # tokens of the prompt that a start-up is timed with
-TOKENS = 16  # that are decoded in one go
+TOKENS = 16  # tokens that are decoded between two timings
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class BenchOptions:
     """What to measure; every value of each list is measured."""
 
     what: frozenset[str]
-    threads: tuple[int, ...] = ()  # of each rank; none: what the machine offers
-    sequences: tuple[int, ...] = (1, 8, 32, 128)  # that decode together
+    threads: tuple[int, ...] = ()  # the threads of each rank to try; empty: what the machine offers
+    sequences: tuple[int, ...] = (1, 8, 32, 128)  # the numbers of sequences that decode together
     prompts: tuple[int, ...] = (512,)  # lengths
     contexts: tuple[int, ...] = (16,)  # tokens before the first decoded one
-    budgets: tuple[str, ...] = ()  # for weights, where they are paged: of a rank's share, or bytes
+    budgets: tuple[str, ...] = ()  # budgets for streamed weights: a part of a rank's share, or bytes
     draft: str | None = None  # a model that drafts, where speculation is measured
     repeats: int = 5
 
@@ -58,7 +58,7 @@ class TimedStep:
     prompt: int  # tokens of prompts
     generated: int
     seconds: float
-    joules: float | None = None  # of the host's processors, where it tells
+    joules: float | None = None  # energy of the host's processors, if it is known
 
 
 def spec_for(model: str, threads: int, options: BenchOptions) -> Spec:

@@ -26,9 +26,9 @@ from mpillm.run.opened import model_of
 from mpillm.run.session import Session
 from mpillm.spec import BatchSection, DraftSection, Spec
 
-Encode = Callable[..., list[int]]  # of a tokenizer
+Encode = Callable[..., list[int]]  # the `encode` of a tokenizer
 
-TOKENS = 96  # of an answer
+TOKENS = 96  # tokens of an answer
 LONGEST = 1024  # tokens of a text and its answer, at most
 MODES: tuple[Mode, ...] = ("off", "prompt-lookup", "auto")
 

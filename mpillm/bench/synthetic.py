@@ -28,7 +28,7 @@ from mpillm.catalogue.models import models_dir
 from mpillm.errors import JobError
 from mpillm.spec import shown_bytes
 
-ALIGNMENT = 32  # of tensors in a GGUF file
+ALIGNMENT = 32  # the alignment of tensors in a GGUF file
 MAX_POSITION = 32_768
 VECTORS = 100  # the `k` of vectors that are no norms (`_spread`)
 

@@ -80,7 +80,7 @@ def pull_hf(name: str, notes: Path) -> Path:
             _fetch(hub, name, repo, files, path.name)  # the folder's name is that of the revision's commit
     except MpillmError:
         raise
-    except Exception as error:  # its own errors, its HTTP library's, and the disk's: all end in one sentence
+    except Exception as error:  # errors of the library, its HTTP library and the disk, said in one sentence
         raise JobError(f"{name} could not be pulled ({_reason(error)}).") from error
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def pull_config(name: str) -> Path | None:
         ).parent
     except MpillmError:
         raise
-    except Exception as error:  # its own errors, its HTTP library's, and the disk's
+    except Exception as error:  # errors of the library, its HTTP library and the disk
         raise JobError(f"The configuration of {name} could not be fetched ({_reason(error)}).") from error
 
 

@@ -65,7 +65,7 @@ def command_parser() -> argparse.ArgumentParser:
     lm_eval = add("lm-eval", help="run lm-evaluation-harness on a model", prefix_chars="\0", add_help=False)
     lm_eval.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="as for lm_eval")
     bench.add(add("bench", help="measure speed, and compare it with the machine's limits"))
-    ranks = add("ranks")  # of `mpillm.LLM`, which alone uses it: no help
+    ranks = add("ranks")  # only `mpillm.LLM` uses this command, so it has no help
     ranks.add_argument("address", metavar="SOCKET")
     ranks.add_argument("-n", type=positive, default=1)
     return parser

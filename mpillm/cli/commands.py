@@ -27,7 +27,7 @@ from mpillm.comm.world import World
 from mpillm.errors import Interrupted, JobError
 from mpillm.words import count_of
 
-PLANNED_RANKS = 1024  # whose layouts take some ten seconds
+PLANNED_RANKS = 1024  # the maximum number of ranks in a plan; their layouts take some ten seconds
 NEXT_STEPS = """\
 next steps:
   mpillm launch -n 2 run                 eight questions to a small model

@@ -16,7 +16,7 @@ from mpillm.words import count_of
 LIVE, LINES = 0.2, 5.0  # seconds between two looks at a terminal, and between two lines elsewhere
 FORM = "{n_fmt}/{total_fmt} requests {percentage:3.0f}% [{elapsed}<LEFT{postfix}] {bar}"  # tqdm's words
 BEFORE = FORM.replace("<LEFT", "")  # anything tells how much time is left
-BESIDE = " requests 100% [0:00:00<0:00:00, "  # of a live line, between its numbers
+BESIDE = " requests 100% [0:00:00<0:00:00, "  # the characters of a live line besides its numbers
 AFTER = "^C "  # what the terminal shows behind it when it is stopped
 WINDOW = 10.0  # seconds that the rate of now is taken over
 
@@ -75,7 +75,7 @@ class Live:
     def __init__(self, bar: tqdm, rates: Rates) -> None:
         """The bar has the form `BEFORE`, and a postfix with rates."""
         self._bar, self._rates, self._shown = bar, rates, 0.0
-        self._bar.dynamic_ncols = lambda _: (width(), None)  # of tqdm: columns and rows
+        self._bar.dynamic_ncols = lambda _: (width(), None)  # tqdm calls it for the columns and rows
 
     def update(self, answered: int, state: Callable[[], ProgressState]) -> None:
         self._bar.n += answered

@@ -44,7 +44,7 @@ class Unfailing(io.TextIOBase):
     """
 
     def __init__(self, stream: TextIO | None) -> None:
-        self._stream, self._last = stream, "\n"  # and the last character that was written
+        self._stream, self._last = stream, "\n"  # the stream, and the last character that was written
         self._encoding = getattr(stream, "encoding", None) or "utf-8"
 
     @property

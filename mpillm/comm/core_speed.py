@@ -10,7 +10,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-TURNS, TURN = 20_000, 70e-9  # of a loop of Python, and its seconds where `Speed.core` is 1
+TURNS, TURN = 20_000, 70e-9  # turns of a loop in Python, and seconds of a turn if `Speed.core` is 1
 LOOK, LOOK_TURNS = 0.001, 2000  # seconds of a look at the pace, and turns of a call
 # A timing makes at least CALLS calls, unless it takes PATIENCE times as long as it should.
 CALLS, PATIENCE = 8, 4

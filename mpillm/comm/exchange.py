@@ -22,7 +22,7 @@ T = TypeVar("T")
 U8 = npt.NDArray[np.uint8]
 
 HEAD = 512  # bytes of an object that travel in the first message; most need no second one
-LENGTH = 8  # of these: the object's own bytes
+LENGTH = 8  # bytes of the length that precedes an object
 
 
 class Exchange:
@@ -30,7 +30,7 @@ class Exchange:
 
     rank: int
     size: int
-    hosts: tuple[str, ...]  # of each rank
+    hosts: tuple[str, ...]  # the host of each rank
     survives: bool  # whether the others go on when a rank dies
     _startup: MPI.Intracomm
 

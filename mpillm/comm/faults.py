@@ -69,7 +69,7 @@ class Process:
 
     pid: int
     began: float  # start time: the system reuses process numbers
-    namespace: int  # in which the number is valid
+    namespace: int  # the namespace of the process number
 
     @classmethod
     def own(cls) -> Process:

@@ -39,8 +39,8 @@ class RankInfo:
     cores: Cores
     process: Process
     free: int  # bytes of memory that its machine, or its control group, has left
-    version: str  # of mpillm
-    clock: float  # of the day, in seconds
+    version: str  # the version of mpillm
+    clock: float  # the time of day, in seconds
     pace: float = 1.0  # see `core_speed`
     environ: Mapping[str, str] = field(default_factory=dict)  # what says how many threads it has
 

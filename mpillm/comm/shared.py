@@ -21,7 +21,7 @@ from mpillm.partition.grid import Place
 
 F32 = npt.NDArray[np.float32]
 
-FLAG_BYTES = 64  # of each shard: a cache line
+FLAG_BYTES = 64  # bytes of each shard's flag: a cache line
 LARGEST = 2**20  # bytes of a part; more rows go in several pieces, which stay in the caches
 TOKEN = 16  # random bytes by which a rank knows the memory that another one offers
 SLOTS = 2  # a shard may write the next piece while others still read this one
@@ -99,7 +99,7 @@ def shared_rows(world: World, place: Place, nbytes: int) -> SharedRows | None:
         memory = None
     if memory is not None and place.shard == 0:
         memory[:TOKEN] = bytes(TOKEN)  # all have read it
-    world.barrier()  # and no flag is raised before
+    world.barrier()  # no flag may be raised before this
     return SharedRows(memory, place, flags) if memory is not None else None
 
 

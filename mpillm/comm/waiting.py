@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 SPIN = 2e-3  # seconds of polling without pauses, where every thread has a core of its own
-SPIN_CROWDED = 100e-6  # the same where it has not, or a quota counts the polling
+SPIN_CROWDED = 100e-6  # the same if it has not, or if a quota counts the polling
 POLL = 50e-6  # seconds of polling shared memory before MPI gets a turn
 MIN_PAUSE = 20e-6
 MAX_PAUSE = 2e-3  # a waiting rank then wakes 500 times a second: about 1 % of a core

@@ -46,7 +46,7 @@ class World(Exchange):
     def _join(self, comm: MPI.Intracomm) -> None:
         """Use these ranks from now on, none of which is spare."""
         self.spare = False  # whether this rank was left out (see `go_on_with`)
-        self._all, self._comms = comm, [comm]  # of all ranks, and all that are in use
+        self._all, self._comms = comm, [comm]  # the communicator of all ranks, and all communicators in use
         self._departure: Departure | None = None
         self._ending = comm.Dup()
         self._comms.append(self._ending)
@@ -56,7 +56,7 @@ class World(Exchange):
 
     def _use(self, comm: MPI.Intracomm) -> None:
         """Work with these ranks, which are all or those that are not spare."""
-        self.comm = comm  # for messages between ranks; start-up and the end have communicators of their own
+        self.comm = comm  # the communicator of messages; start-up and the end have their own
         self._startup = comm.Dup()
         self._comms += [self._startup, *([comm] if comm is not self._all else [])]
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
@@ -68,7 +68,7 @@ class World(Exchange):
         self.nodes = Nodes(self.rank, ranks)
         self.hosts: tuple[str, ...] = tuple(rank.host for rank in ranks)
         self.host = self.hosts[self.rank]
-        self.versions = tuple(rank.version for rank in ranks)  # of mpillm
+        self.versions = tuple(rank.version for rank in ranks)  # the version of mpillm on each rank
         self.oversubscribed = self.nodes.oversubscribed(1)
 
     def __str__(self) -> str:

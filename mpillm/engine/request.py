@@ -51,10 +51,10 @@ class PartialCompletion:
     """The generated part of a request: enough to continue from there with the same final bytes."""
 
     tokens: list[int]
-    logprobs: list[float] = field(default_factory=list)  # for each of `tokens`, if requested
-    top: list[TopLogprobs] = field(default_factory=list)  # for each of `tokens`
-    prompt_logprobs: list[float] = field(default_factory=list)  # for each of prompt[1:], if requested
-    prompt_top: list[TopLogprobs] = field(default_factory=list)  # for each of prompt[1:]
+    logprobs: list[float] = field(default_factory=list)  # one for each of `tokens`, if requested
+    top: list[TopLogprobs] = field(default_factory=list)  # one for each of `tokens`
+    prompt_logprobs: list[float] = field(default_factory=list)  # one for each of prompt[1:], if requested
+    prompt_top: list[TopLogprobs] = field(default_factory=list)  # one for each of prompt[1:]
     seconds_waiting: float = 0.0  # from the beginning of the run to the request's first step
     seconds_running: float = 0.0  # since the request's first step, summed over all runs
 
@@ -113,7 +113,7 @@ class Request:
     # Ids that end the text: end-of-sequence ids unless ignored, and the user's.
     stop_ids: frozenset[int] = frozenset()
     logprobs: int | None = None  # return log-probabilities of generated tokens and of this many alternatives
-    prompt_logprobs: int | None = None  # the same for the prompt's tokens (echo, scoring)
+    prompt_logprobs: int | None = None  # the number of alternatives for the prompt's tokens (echo, scoring)
     score_from: int = 1  # the first token of the prompt whose log-probability is returned
     followed: bool = False  # the next request of the same line has the same tokens up to `score_from`
     pooling: Literal["mean", "last", "cls"] = "mean"

@@ -51,7 +51,7 @@ class Sequence:
         self.saved = 0  # generated tokens that are in the journal
         self.heir: Sequence | None = None  # the sequence that takes over the blocks of this one
         self.counted = 0  # generated tokens that are in the totals of the engine or of an earlier run
-        self.submitted = submitted  # in time.monotonic()
+        self.submitted = submitted  # a time of time.monotonic()
         self.started = submitted
         name = f"{request.seed}\0{request.choice}\0{request.id}".encode()
         self._stream = struct.unpack("<2Q", hashlib.blake2b(name, digest_size=16).digest())

@@ -111,7 +111,7 @@ class Speculation:
         """`streams`: steps wait for streamed weights; `expert_share`: the share of the experts that a row uses."""
         self._mode, self._expert_share = mode, expert_share
         self._cost = RowCost(CHEAP if streams else 0.3)
-        self._acceptance = first_acceptances()  # of all sequences; a new sequence begins with it
+        self._acceptance = first_acceptances()  # the average, with which new sequences begin
         self._answers = None if mode == "prompt-lookup" else AnswerIndex()
         self._model = None if mode == "prompt-lookup" else model
         self._unasked = 0  # steps since the model was last asked

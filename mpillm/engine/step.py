@@ -199,7 +199,7 @@ def _group_tables(tables: Sequence[Table], counts: Ints | None, positions: Ints)
     values once.
     """
     own: list[Ints] = []
-    starts: list[int] = []  # for each chunk, where the sequence's first block would be
+    starts: list[int] = []  # the place of the sequence's first block, for each chunk
     start = end = 0
     before: Table | None = None
     for table in tables:

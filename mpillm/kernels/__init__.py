@@ -104,7 +104,7 @@ except ImportError as error:
         __path__.append(str(_installed))
         try:
             _compiled, _why = importlib.import_module("mpillm.kernels._compiled"), ""
-        except ImportError as other:  # for another Python
+        except ImportError as other:  # the kernels were compiled for another Python
             _why = str(other)
 
 

@@ -24,7 +24,7 @@ STORED_TILE = 2**18  # bytes: what a tile of quantised rows that lie as in a fil
 ACTIVATION_BLOCK_BYTES = 56
 PANEL_ROW = 32  # bytes of a row of activations for a panel of W8A8, beside its int8 (mk_panel_row)
 OUTLIER = 16256  # what the largest integer of a panel of activations may be
-PANEL_COLUMNS = 2**17  # of a panel of W8A8, at most: its sums of products fit into 32 bits
+PANEL_COLUMNS = 2**17  # the maximum columns of a panel of W8A8, whose sums of products then fit into 32 bits
 # Columns of a BF16 product's step: each of 16 lanes adds the odd and then the even column of its pair.
 PAIRED = 32
 # Columns of a BF16 product whose sum begins at zero before it is added to the sum of earlier columns.
@@ -169,7 +169,7 @@ class Activation(IntEnum):
 
     SILU = 0  # x / (1 + e^-x)
     GELU = 1  # x times the normal distribution function of x
-    GELU_TANH = 2  # its approximation x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2
+    GELU_TANH = 2  # the approximation x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2
     RELU2 = 3  # max(x, 0)^2
     SIGMOID = 4  # 1 / (1 + e^-x)
     # gpt-oss: g / (1 + e^(-alpha g)) with g = min(x, limit), times up in -limit..limit plus 1.

@@ -26,7 +26,7 @@ class Settings:
     ranks: int | None = None
     hostfile: Path | None = None
     agent: str = "ssh"  # starts a command on another host: AGENT HOST COMMAND
-    mpi_options: tuple[str, ...] = ()  # for mpiexec
+    mpi_options: tuple[str, ...] = ()  # options for mpiexec
 
 
 def command(

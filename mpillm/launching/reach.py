@@ -92,7 +92,7 @@ def why_silent(agent: str, host: str, loads: bool = False) -> str:
     if ABSENT in done.stdout:
         return f"has no {sys.executable}: install mpillm there, in the same directory"
     if BROKEN in done.stdout:
-        known = f"{JobError.__module__}.{JobError.__name__}: "  # which says itself what to do
+        known = f"{JobError.__module__}.{JobError.__name__}: "  # such an error says itself what to do
         if last.startswith(known):
             return f"cannot start mpillm ({last.removeprefix(known)})"
         return f"cannot start mpillm ({last}); install it there as on this host"

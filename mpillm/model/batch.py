@@ -27,9 +27,9 @@ class Batch:
     tokens: Ints
     positions: Ints
     offset: Ints  # the place of the row's keys and values in their block
-    groups: tuple[GroupTables, ...]  # of each group of layers
-    first_rows: Ints  # of each sequence
-    slots: Ints  # of each sequence's states, -1 where it has none
+    groups: tuple[GroupTables, ...]  # the tables of each group of layers
+    first_rows: Ints  # the first row of each sequence
+    slots: Ints  # the slot of each sequence's states; -1: none
     states: StateMoves = NO_MOVES
     # Whether a row belongs to its sequence's second segment; None if no row does.
     second: NDArray[np.bool_] | None = None

@@ -53,7 +53,7 @@ class ModelConfig:
     block: int = 1
     generates: bool = True
     classifier: ClassifierSpec | None = None
-    pair_template: str | None = field(default=None, compare=False)  # of a query and a document, for rerankers
+    pair_template: str | None = field(default=None, compare=False)  # for rerankers
     adapters: Beside | None = field(default=None, compare=False)
     # Unknown keys of the configuration.
     ignored_keys: tuple[str, ...] = field(default=(), compare=False)

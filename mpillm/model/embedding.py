@@ -24,7 +24,7 @@ from mpillm.weights.roles import Key
 from mpillm.weights.source import Source
 from mpillm.weights.text_files import LENGTHS, MODULES, PROMPTS, text_folder
 
-GGUF_KEY = "pooling_type"  # of the configuration that is made of a GGUF file
+GGUF_KEY = "pooling_type"  # a key of the configuration that is made from a GGUF file
 
 _GGUF = {0: "mean", 1: "mean", 2: "cls", 3: "last", 4: "rank"}  # 0: it does not say
 _FLAGS = {
@@ -52,7 +52,7 @@ class EmbeddingSettings:
     layers: tuple[Dense, ...] = ()  # what the pooled vector goes through
     prompts: Mapping[str, str] = field(default_factory=dict)  # what stands before a text, by name
     default_prompt: str | None = None  # a name
-    max_tokens: int | None = None  # of a text; None: as many as the model takes
+    max_tokens: int | None = None  # the maximum tokens of a text; None: as many as the model takes
     unsupported: str = ""  # what the model wants and does not get, if anything
     # Token ids: that a document is not relevant (if any), and that it is.
     answers: tuple[int | None, int] | None = None

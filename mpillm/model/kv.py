@@ -33,7 +33,7 @@ class GroupTables:
 class StateMoves(NamedTuple):
     """What a step does to states beside computing them, by slots; a pair is a slot that is written and its source."""
 
-    fresh: Sequence[int] = ()  # of sequences that begin: their states are zeros
+    fresh: Sequence[int] = ()  # slots of sequences that begin, whose states are zeros
     loaded: Sequence[tuple[int, int]] = ()  # before the step
     saved: Sequence[tuple[int, int]] = ()  # after it
 
@@ -63,7 +63,7 @@ class KVCache:
             assert spill_dir is not None
             layers = [(layer.pool, layer.group) if layer else None for layer in layout.tokens]
             self.spill = Spill(spill_dir, layout.pools, layers, budget - self._states_nbytes, n_blocks)
-        self._arrays: dict[int, Arrays] = {}  # of layers whose pools are in memory
+        self._arrays: dict[int, Arrays] = {}  # the arrays of layers whose pools are in memory
         self._pools: list[LayerPools | None] = [new_pool(n_blocks, nbytes) for nbytes in layout.pools]
 
     @property
@@ -165,10 +165,10 @@ class LayerCacheView:
     def __init__(self, kv: KVCache, i: int) -> None:
         self._kv, self._i = kv, i
         self.kv_type = kv.kv_type
-        self.group = kv.group_of(i)  # whose block tables are those of its keys and values
+        self.group = kv.group_of(i)  # the group whose block tables the layer uses
 
     def acquire(self) -> Arrays:
-        """Its keys and values, until `release`; layers follow each other in their order."""
+        """The keys and values of the layer, until `release`. Layers are used in their order."""
         return self._kv.acquire(self._i)
 
     def release(self) -> None:

@@ -260,7 +260,7 @@ def new_pool(n_blocks: int, nbytes: tuple[int, int]) -> LayerPools:
 
 def _zeros(nbytes: int) -> Bytes:
     """Zeros in memory of their own that begins at a page and goes with them."""
-    if not nbytes:  # which no mapping may be
+    if not nbytes:  # a mapping of 0 bytes is impossible
         return np.empty(0, np.uint8)
     if nbytes < HUGE:
         return np.frombuffer(mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)

@@ -109,19 +109,19 @@ class Place:
     stages: int
     shards: int
     first: int = 0  # the world's rank of the replica's rank 0 (see `replicas`)
-    layers: tuple[int, ...] = ()  # of each stage; none: as evenly as possible
+    layers: tuple[int, ...] = ()  # the number of layers of each stage; empty: as evenly as possible
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.stages * self.shards, self
 
     @property
     def stage(self) -> int:
-        """The number of its stage."""
+        """The number of the rank's stage."""
         return self.rank // self.shards
 
     @property
     def shard(self) -> int:
-        """Its number in the stage."""
+        """The number of the rank's shard in its stage."""
         return self.rank % self.shards
 
     @property

@@ -28,7 +28,7 @@ class Replica:
 
     @property
     def ranks(self) -> range:
-        """Its ranks in the world."""
+        """The replica's ranks in the world."""
         return range(self.first, self.first + self.stages * self.shards)
 
     @property

@@ -167,7 +167,7 @@ class _Tried:
         return best
 
     def _fastest(self) -> Hosts:
-        """The hosts to leave out for the fastest run; of about equally fast choices, the one with the fewest hosts."""
+        """The hosts to leave out for the fastest run; of about equally fast choices, the one that leaves out fewest."""
         hand_over = HAND_OVER if self._machines.links_known else HAND_OVER_UNSEEN
 
         def cost(found: Found) -> tuple[bool, bool, float]:

@@ -21,8 +21,8 @@ class Origin:
 
     config: ModelConfig
     replicas: Replicas
-    kv_tokens: int  # of the longest request that the KV cache held: longer ones were refused
-    watch: Watch | None  # of this rank's files of the model; None on a rank that was spare
+    kv_tokens: int  # the tokens of the longest request that the KV cache held; longer ones were refused
+    watch: Watch | None  # the watch over this rank's model files; None on a rank that was spare
     model: dict[str, FileIdentity]  # the identities of rank 0's files
     model_state: str  # the state of all ranks' files
     wire: Wire  # the wire between the shards of a stage

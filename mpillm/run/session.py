@@ -246,7 +246,7 @@ class Session:
         if (before := self._origin) is not None:
             return replace(before, watch=self.watch)
         return Origin(
-            replace(self.config, adapters=None),  # whose files this session opened
+            replace(self.config, adapters=None),  # this session has opened the adapters' files
             self.replicas,
             self._kv_tokens,
             self.watch,

@@ -58,7 +58,7 @@ class Restarting:
     before: Computation | None  # None on a rank that has not led
     losses: Losses
     slowed: Slowed | None = None  # known to rank 0
-    speed: Speed | None = None  # of a rank that was spare, if known
+    speed: Speed | None = None  # the speed of a rank that was spare, if it is known
 
     def advance(self, rank: RankContext) -> State:
         world = rank.world
@@ -157,7 +157,7 @@ class Following:
     """This rank computes the steps that its leader sends; if it leads a replica, the lines that rank 0 sends."""
 
     session: Session
-    assistant: Assistant | None  # of a leader
+    assistant: Assistant | None  # the leader's assistant; None on other ranks
     losses: Losses
 
     def advance(self, rank: RankContext) -> State | Ended:
@@ -214,7 +214,7 @@ class StandingBy:
     """This rank is spare: it has not opened the model, and computes only if others are lost."""
 
     origin: Origin | None  # None if it has never computed
-    speed: Speed | None  # of this rank, if known
+    speed: Speed | None  # the speed of this rank, if it is known
     losses: Losses
 
     def advance(self, rank: RankContext) -> Ended:

@@ -37,7 +37,7 @@ Events = asyncio.Queue[Event]
 
 PAGE = Path(__file__).parent / "page"
 MAX_BODY = 32 << 20  # bytes of a request
-IN_MEMORY = 1 << 16  # of these that are in memory while it comes and waits; more are in a file without a name
+IN_MEMORY = 1 << 16  # bytes of a body that are in memory while it arrives and waits; the rest is in a file
 
 
 def make_app(service: ServerState, more_routes: list[Route]) -> ASGIApp:
@@ -280,7 +280,7 @@ def _instead(path: str) -> str:
 
 async def _request_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
-    said = str(error).replace("the line", "the body", 1)  # which is what a client's line is
+    said = str(error).replace("the line", "the body", 1)  # a client sends a body, not a line
     return JSONResponse(answers.error(f"{said}.", 400, error.param, error.code), 400)
 
 

@@ -18,7 +18,7 @@ from mpillm.engine.request import FinishedCompletion, Request
 from mpillm.errors import MpillmError
 from mpillm.words import count_of
 
-WAITING_TOKENS = 1 << 20  # of prompts that wait: about 60 bytes each
+WAITING_TOKENS = 1 << 20  # the maximum tokens of prompts that wait: about 60 bytes each
 LOOK = 0.2  # seconds between two looks at whether a signal has come
 
 
@@ -87,9 +87,9 @@ class Arrivals:
         self._background: deque[Iterator[Ticket]] = deque()
         self._changed = threading.Condition()
         self._waiting: deque[Ticket] = deque()
-        self._tokens = 0  # of those that wait
+        self._tokens = 0  # the tokens of the prompts that wait
         self._running: dict[int, tuple[Ticket, Request]] = {}  # by the identity of the engine's request
-        self._ticket: Ticket | None = None  # whose choices are being taken
+        self._ticket: Ticket | None = None  # the ticket whose choices are being taken
         self._choices: Iterator[Request] = iter(())
         self._closed = False
 

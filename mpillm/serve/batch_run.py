@@ -49,7 +49,7 @@ class BatchRun:
     ) -> None:
         self._batch, self._claim, self._model = batch, claim, model
         self.cancelled = False
-        self.waits = False  # for space on the disk
+        self.waits = False  # waits for space on the disk
         self._retry = 0.0  # time.monotonic() until which it does
         self._under_way: dict[str, Ticket] = {}
         self._all_taken = self._over = False  # every line has become a ticket; the end was told
@@ -161,7 +161,7 @@ class BatchRun:
     def _ends(self) -> bool:
         if self._under_way:
             return False
-        counts = self.counts()  # of a batch behind others, tickets are not asked for
+        counts = self.counts()  # a batch that waits for others has no tickets to ask
         return self._all_taken or self.cancelled or counts.completed + counts.failed == counts.total
 
     def write(self) -> tuple[Path, Path]:

@@ -56,7 +56,7 @@ class BatchObject(msgspec.Struct, kw_only=True):
 
     id: str
     object: str = "batch"
-    endpoint: str | None  # of all lines; None: each line is for its own
+    endpoint: str | None  # the endpoint of all lines; None: each line names its own
     input_file_id: str
     completion_window: str = "24h"
     status: str = "validating"
@@ -195,7 +195,7 @@ class Batches:
                 known = isinstance(error, MpillmError)
                 message = str(error) if known else f"{type(error).__name__}: {error}"
                 log.error("The batch %s has failed: %s", name, message, exc_info=not known)
-                if failed:  # and that cannot be written
+                if failed:  # the list of failed lines could not be written
                     return
                 code = BAD if isinstance(error, JobError) else FAILED
                 failed, step = True, partial(self._fail, message, code)

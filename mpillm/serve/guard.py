@@ -16,7 +16,7 @@ from mpillm.batch.endpoints import ENDPOINTS
 from mpillm.serve import answers
 from mpillm.serve.state import ServerState
 
-REQUEST_ID = "x-request-id"  # which OpenAI's clients show as _request_id
+REQUEST_ID = "x-request-id"  # OpenAI's clients show it as _request_id
 
 
 def guarded(app: ASGIApp, service: ServerState) -> ASGIApp:

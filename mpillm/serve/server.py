@@ -46,7 +46,7 @@ class ServeOptions:
     port: int = 8000
     api_key: str | None = None
     max_waiting: int = 1024  # requests
-    origins: tuple[str, ...] = ()  # of other sites whose pages may ask
+    origins: tuple[str, ...] = ()  # other sites whose pages may send requests
 
 
 def run(world: World, spec: Spec, options: ServeOptions, progress: Progress) -> int:
@@ -90,7 +90,7 @@ def _lead(
         batches = Batches(
             data / "batches", files, arrivals, spec, model, partial(open_journal, session, spec)
         )
-    for library in ("asyncio", "python_multipart"):  # which warn of what clients do
+    for library in ("asyncio", "python_multipart"):  # they warn of what clients do
         logging.getLogger(library).setLevel(logging.ERROR)
     config = uvicorn.Config(
         make_app(service, [*routes(files, batches), openapi.route(bool(options.api_key))]),

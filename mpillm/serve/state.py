@@ -40,7 +40,7 @@ class ServerState:
     arrivals: Arrivals
     metrics: Metrics
     api_key: str | None = None
-    origins: tuple[str, ...] = ()  # of other sites whose pages may ask
+    origins: tuple[str, ...] = ()  # other sites whose pages may send requests
     loopback: bool = True  # whether it listens on this machine alone
     # Templates and tokenizers run one at a time, beside the event loop.
     preparing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "prepare"))

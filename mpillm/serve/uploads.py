@@ -22,7 +22,7 @@ from mpillm.serve.batches import Batches, InUse
 from mpillm.serve.files import FileStore
 
 MAX_REQUEST = 1 << 20  # bytes of a body that begins a batch
-PURPOSE = "batch"  # of all files that clients send
+PURPOSE = "batch"  # the purpose of all files that clients send
 # What lists are asked for in the URL.
 PAGES: dict[str, Any] = {"after": {"type": "string"}, "limit": {"type": "integer", "minimum": 1}}
 FILE_PAGES = PAGES | {"order": {"enum": ["asc", "desc"]}, "purpose": {"type": "string"}}
@@ -154,7 +154,7 @@ def _check_query(request: Request, known: dict[str, Any]) -> None:
 
 
 def _part(request: Request, found: list[Any]) -> dict[str, Any]:
-    """Of a list, the part that the query asks for: `limit` entries (all) `after` the one with this id."""
+    """The part of a list that the query asks for: up to `limit` entries (all) after the one with the id `after`."""
     after, limit = request.query_params.get("after"), request.query_params.get("limit")
     ids = [each.id for each in found]
     if after is not None and after not in ids:

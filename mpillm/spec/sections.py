@@ -122,7 +122,7 @@ class ChatSection(Section, frozen=True):
 class OutputSection(Section, frozen=True):
     """Where results go, and as what kind of table beside results.jsonl."""
 
-    path: Word  # of the directory
+    path: Word  # the directory
     format: Literal["none"] | TableFormat = "none"
 
 
@@ -176,7 +176,7 @@ class MemorySection(Section, frozen=True):
         return Path(tempfile.gettempdir() if self.spill_dir == "auto" else os.path.expanduser(self.spill_dir))
 
     def __post_init__(self) -> None:
-        words = {"weights": "all", "kv_spill": "none"}  # that stand for a size
+        words = {"weights": "all", "kv_spill": "none"}  # words that stand for a size
         for key, given in (("weights", self.weights), ("kv", self.kv), ("kv_spill", self.kv_spill)):
             values = (
                 given if isinstance(given, list) else given.values() if isinstance(given, dict) else [given]
@@ -207,7 +207,7 @@ class EmbeddingsSection(Section, frozen=True):
 
     pooling: Pooling | Auto = "auto"  # auto: as the model's files say
     normalize: bool | Auto = "auto"
-    prompt_name: str | None = None  # of the model's prompts, what stands before each text
+    prompt_name: str | None = None  # the name of the model's prompt that is put before each text
 
 
 class ScoringSection(Section, frozen=True):

@@ -25,7 +25,7 @@ INPUT = "journal.input"  # the lines that were made of an input of another form
 PATIENCE = 0.5  # seconds: `mpillm status` holds the lock for an instant
 LOOK = 0.05  # seconds between two looks at a lock
 
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of file systems that have none
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # errors of file systems without locks
 
 
 def refuse_no_directory(path: Path) -> None:

@@ -26,7 +26,7 @@ from mpillm.words import count_of
 
 VERSION = 2
 KEY_BYTES = 8
-STATUS_BITS = 16  # of the number in which an offset and a status are kept
+STATUS_BITS = 16  # bits of the status in a number that also holds an offset
 STATUS = (1 << STATUS_BITS) - 1
 
 _MAGIC = b"mpiJ"
@@ -63,7 +63,7 @@ class Result(msgspec.Struct, tag="result", frozen=True):
     """A finished request: its line of results.jsonl, and what results.h5 keeps of it."""
 
     custom_id: str
-    key: bytes  # of its line
+    key: bytes  # the key of the line
     status: int
     line: bytes
     prompts: list[bytes] = []  # token ids, little-endian int32; the choices of a prompt follow one another
@@ -74,7 +74,7 @@ class PartialResult(msgspec.Struct, tag="part", frozen=True):
     """The tokens of an unfinished choice from token `start` on; earlier records have those before."""
 
     custom_id: str
-    key: bytes  # of its line
+    key: bytes  # the key of the line
     choice: int
     start: int
     completion: PartialCompletion = msgspec.field(name="begun")  # as the journals of earlier versions call it
@@ -95,10 +95,10 @@ class Counts(msgspec.Struct, tag="counts", frozen=True):
     """What start number `start` of the run has computed so far; the last record of each start is valid."""
 
     start: int  # from 1
-    seconds: float  # of computing
+    seconds: float  # seconds of computing
     prompt: int  # tokens
     generated: int
-    shared: int  # of the prompts' tokens, those that were not computed
+    shared: int  # prompt tokens that were not computed, because other requests share them
     recomputed: int
     left: float | None = None  # estimated seconds until the end of the run
 
@@ -146,7 +146,7 @@ class Done:
 
     def __init__(self) -> None:
         self._places = NumbersByName()  # offset << STATUS_BITS | status
-        self.failed = 0  # of all, those whose status is not 200
+        self.failed = 0  # the answers whose status is not 200
 
     def __len__(self) -> int:
         return len(self._places)
@@ -187,11 +187,11 @@ class Scan:
     partial: dict[str, list[int]] = field(default_factory=dict)  # offsets of partial results, by custom_id
     finished: Finished | None = None  # unless something came after it
     verified: Verified | None = None  # the last one
-    layout: UsedLayout | None = None  # of the last results
+    layout: UsedLayout | None = None  # the layout of the last results
     counts: dict[int, Counts] = field(default_factory=dict)  # by start
     answered: Counter[UsedLayout] = field(default_factory=Counter)  # requests, by layout where it is known
     damage: list[tuple[int, int]] = field(default_factory=list)  # byte ranges that are no records
-    end: int = 0  # of the last good record
+    end: int = 0  # the end of the last good record
 
 
 def framed(record: Record, offset: int) -> bytes:

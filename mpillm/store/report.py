@@ -29,7 +29,7 @@ class Input(msgspec.Struct, kw_only=True):
     """The input, by which its rows are found again."""
 
     path: str
-    digest: str  # of its lines
+    digest: str  # the digest of the input's lines
 
 
 class Tokens(msgspec.Struct, kw_only=True):
@@ -37,7 +37,7 @@ class Tokens(msgspec.Struct, kw_only=True):
 
     prompt: int  # all tokens of the prompts
     generated: int
-    shared: int = 0  # of the prompts' tokens, those that were not computed: another request began alike
+    shared: int = 0  # prompt tokens that were not computed, because another request began alike
     recomputed: int = 0  # computed a second time, because the KV cache was full
 
     @property
@@ -49,7 +49,7 @@ class Tokens(msgspec.Struct, kw_only=True):
 class Start(msgspec.Struct, kw_only=True):
     """What an earlier start of the same command has computed."""
 
-    seconds: float  # of computing
+    seconds: float  # seconds of computing
     tokens: Tokens
 
 
@@ -65,11 +65,11 @@ class Steps(msgspec.Struct, kw_only=True):
     max_tokens: int
     kv_blocks: int
     steps: int
-    peak_sequences: int = 0  # in one step; reports of before have it under another name
+    peak_sequences: int = 0  # the maximum sequences in one step; older reports have another name for it
     streamed: int  # bytes of weights that all ranks together load for each step
-    turns: int = 0  # of sequences in steps that drew tokens for them
+    turns: int = 0  # sequences in steps that drew tokens for them, each step counted
     drafted: int = 0  # drafted tokens
-    accepted: int = 0  # those of them that were accepted
+    accepted: int = 0  # drafted tokens that were accepted
     drafters: dict[str, tuple[int, int]] = {}  # both, by drafter
 
 
@@ -88,18 +88,18 @@ class RankStatistics(msgspec.Struct, kw_only=True):
     weights: dict[str, float]
     # Budget, bytes, blocks; layers_in_file, read, written, stalls, stall_seconds if it spills.
     kv: dict[str, float]
-    experts: dict[str, float] = {}  # the same for a mixture's experts, which `weights` then does not count
+    experts: dict[str, float] = {}  # a mixture's experts, which `weights` then does not count
     messages: dict[str, dict[str, float]]  # per kind: messages, bytes_sent, bytes_received, seconds waited
     memory: dict[str, int] = {}  # what was planned, at most: weights, kv, activations, process
-    memory_peak: int = 0  # of the process, as the system counts it
+    memory_peak: int = 0  # the peak of the process's memory, as the system counts it
     seconds: dict[str, float] = {}  # compute, wire, weights, idle, ...
 
 
 class Planned(msgspec.Struct, kw_only=True):
     """Seconds of computing by the speeds of the hosts."""
 
-    seconds: float  # for what the input asks for
-    of_computed: float  # for the tokens that were computed by this start
+    seconds: float  # seconds for all that the input asks for
+    of_computed: float  # seconds for the tokens that this start computed
     limit: str  # what takes most of a step, by the plan
     bubble: float  # the part of a step in which stages wait for each other, by the plan
 
@@ -111,14 +111,14 @@ class Report(msgspec.Struct, kw_only=True):
     job: dict[str, Any]  # the whole spec
     input: Input | None = None  # None of several inputs
     began: str  # ISO 8601
-    seconds: float  # of this run, from start to end
+    seconds: float  # seconds of this run, from start to end
     phases: dict[str, float]  # seconds of checking the input, loading, computing, writing
     requests: Requests
     tokens: Tokens
     earlier: list[Start] = []  # starts of the same command
     batch: Steps
     planned: Planned | None = None  # where the speeds of hosts are known
-    stages: int  # of rank 0's replica
+    stages: int  # stages of rank 0's replica
     shards: int
     replicas: int = 1
     wire: dict[str, str] = {}  # how activations went, by the key of the job's [wire]

@@ -30,8 +30,8 @@ MESSAGES = {
 }  # fmt: skip
 USES = {"hits": "found in memory", "misses": "loaded"}
 UNITS = ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)
-BINS = 30  # of a histogram
-VISIBLE = 5e-3  # of the longest bar: a part that is narrower is not seen
+BINS = 30  # bins of a histogram
+VISIBLE = 5e-3  # a part that is shorter than this share of the longest bar is not visible
 WIDTH = 4.8  # inches of a figure: a phone shows it with letters that can be read
 LEGEND_COLUMNS, LEGEND_ROW = 2, 0.18  # inches
 
@@ -209,7 +209,7 @@ def _distributions(directory: Path) -> Iterator[Plot]:
 
 def _histogram(name: str, caption: str, values: Mapping[str, Any], unit: str) -> Iterator[Plot]:
     everything = np.concatenate([*values.values(), []])
-    if len(everything) <= len(values):  # of each kind one, of which there is nothing to see
+    if len(everything) <= len(values):  # there is one value of each kind, which makes no plot
         return
     if unit == "tokens":  # whole numbers, which are in the middle of their bins
         least, count = int(everything.min()), int(np.ptp(everything)) + 1

@@ -32,14 +32,14 @@ class Status(msgspec.Struct, kw_only=True, frozen=True):
     began: str  # date and time in ISO 8601, with its zone
     written_by: str  # version of mpillm
     total: int  # requests of the input
-    answered: int  # those that are on disk, with errors
+    answered: int  # answers on disk, with errors
     errors: int
     partial: int  # unfinished ones of which some tokens are on disk
     damaged: int  # bytes that are no records
     idle: float  # seconds since the journal was last written to
-    starts: int  # of the command that have computed something
-    seconds: float  # of computing, of all starts
-    prompt_tokens: int  # of all starts, without those that were shared
+    starts: int  # starts of the command that have computed something
+    seconds: float  # seconds of computing in all starts
+    prompt_tokens: int  # prompt tokens of all starts, without shared ones
     generated_tokens: int
     owner: str = ""  # the process that runs it
     left: float | None = None  # seconds until the end, by the last record of a running one

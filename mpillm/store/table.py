@@ -35,7 +35,8 @@ from mpillm.store.results import JSONL
 Row = dict[str, Any]
 
 MAX_COLUMNS = 10_000
-ROWS, BYTES = 4096, 4 << 20  # of results.jsonl that are written at once, at most one more
+# Rows and bytes of results.jsonl that are written at once; the last row may exceed the bytes.
+ROWS, BYTES = 4096, 4 << 20
 _ALWAYS = ("custom_id", "status", "error")  # columns that a table has, also where all are null
 # Columns of lists of numbers.
 _LISTS = {
@@ -243,7 +244,7 @@ def _write_csv(
         for row, _ in rows:
             writer.writerow("" if value is None else as_cell(value) for value in row.values())
     finally:
-        text.detach()  # which leaves the file open
+        text.detach()  # leaves the file open
 
 
 def _write_jsonl(

@@ -40,12 +40,12 @@ class Parts(msgspec.Struct, kw_only=True, frozen=True):
 
     @property
     def answered(self) -> int:
-        """Those that are on disk."""
+        """The answers that are on disk."""
         return sum(part.answered for part in self.parts)
 
     @property
     def left(self) -> float | None:
-        """Seconds that those that run need still; None if one does not say."""
+        """The seconds until the running parts end; None if one of them does not say."""
         left = [part.left for part in self.parts if part.state == "running"]
         known = [seconds for seconds in left if seconds is not None]
         return max(known) if known and len(known) == len(left) else None
@@ -100,7 +100,7 @@ class PartsReader:
         return Parts(directory=str(self._path), parts=parts)
 
     def close(self) -> None:
-        """Nothing is open between two looks."""
+        """Do nothing: no file is open between two looks."""
 
 
 def reader_of(path: Path) -> Reader | PartsReader:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from mpillm.errors import RequestError
 
 CHUNK = 1 << 16  # characters of a long text that are counted at a time, and that are encoded without a break
-CHARACTERS = 8  # that are encoded for each token that a text is cut to: real texts have fewer
-MAX_CHARS = 1 << 24  # of a text, whatever the model's context
+CHARACTERS = 8  # characters that are encoded for each token that a text is cut to; real texts have fewer
+MAX_CHARS = 1 << 24  # the maximum characters of a text, whatever the model's context
 
 
 class TooLongError(RequestError):
@@ -29,11 +29,11 @@ class End:
     last: bool
 
     def of(self, text: str) -> str:
-        """That part of the text; all of a short one."""
+        """The part of the text that may be encoded; all of a short text."""
         return text[-self.characters :] if self.last else text[: self.characters]
 
     def of_pieces(self, pieces: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
-        """That part of a text in pieces, of which control tokens (True) stay whole."""
+        """The part of a text in pieces that may be encoded; control tokens (True) stay whole."""
         left, found = self.characters, list[tuple[str, bool]]()
         for text, control in reversed(pieces) if self.last else pieces:
             if left <= 0:

@@ -35,14 +35,14 @@ from mpillm.text.bounds import MAX_CHARS, TooLongError
 from mpillm.text.content import REFUSES, Message, Pieces
 from mpillm.text.framing import receive, send
 
-MAX_SECONDS = 5.0  # of processor time, for a chat
+MAX_SECONDS = 5.0  # seconds of processor time for a chat
 MAX_WAIT = 120.0  # seconds that a chat may take on a machine that is busy with other things
 MAX_DEPTH = 64  # levels of lists and objects in each other in a chat
-MAX_VALUES = 1 << 20  # in a chat
-FEW_CHARS = 1 << 16  # that a chat may always have; a template may drop most of them
+MAX_VALUES = 1 << 20  # the maximum number of values in a chat
+FEW_CHARS = 1 << 16  # characters that a chat may always have; a template may drop most of them
 # After MAX_DEATHS deaths without any answer a plain chat is tried; if that fails, the template is not tried again.
 MAX_DEATHS = 3
-MAX_KILLS = 3  # of the child from outside, in one chat
+MAX_KILLS = 3  # the maximum number of times that the child may be killed from outside during one chat
 PLAIN: list[Message] = [{"role": "user", "content": "hello"}]
 
 _CHILD = "import sys; sys.path[:] = sys.argv[1:]; from mpillm.text.template_child import serve; serve()"
@@ -62,7 +62,7 @@ class ConfinedTemplate:
         self._number = next(_numbers)
         self._definition = {"source": source, "control": sorted(control), "variables": dict(variables)}
         self._now = now
-        self._deaths = 0  # of the child, while this template was at work
+        self._deaths = 0  # how often the child died during work on this template
         self._answers = False  # has given one, so it is not to blame for what ends the child
 
     def render(

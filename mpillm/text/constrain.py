@@ -174,7 +174,7 @@ class Matcher:
         if self._matcher.is_accepting() or self._forced:
             return False
         mask = self.allowed().view(np.uint32)
-        for id in self._end_ids:  # which the library allows where nothing else may follow
+        for id in self._end_ids:  # the library allows end tokens where nothing else may follow
             mask[id // 32] &= ~np.uint32(1 << id % 32)
         return not mask.any()
 

@@ -42,7 +42,7 @@ _KIMI = "|".join(
         r"\s+",
     )
 )
-SHARED = "tokenizer.model"  # which elsewhere is SentencePiece's
+SHARED = "tokenizer.model"  # other models have a SentencePiece file of this name
 TIKTOKEN = {
     "tiktoken.model": _KIMI,
     "qwen.tiktoken": _CL100K % "",

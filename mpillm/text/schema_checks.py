@@ -10,7 +10,7 @@ from typing import Any
 
 from mpillm.errors import RequestError
 
-MAX_VALUES = 100_000  # in a schema
+MAX_VALUES = 100_000  # the maximum number of values in a schema
 MAX_PATTERN = 1 << 14  # characters of a regular expression, or of all in a schema
 MAX_REPEATED = 1 << 16  # copies of its parts that a regular expression asks for at least, or all in a schema
 MAX_REFERENCES = 8000  # "$ref" in a schema

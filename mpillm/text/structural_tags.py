@@ -16,7 +16,7 @@ from mpillm.errors import RequestError
 from mpillm.text.chat_formats.lark import Lark
 from mpillm.text.constrain import MAX_CHOICES, json_grammar, regex_grammar, text_grammar
 
-MAX_DEPTH = 32  # of formats within formats
+MAX_DEPTH = 32  # levels of formats within formats
 Word = Annotated[str, Meta(min_length=1)]
 Nothing = Annotated[list[str], Meta(max_length=0)]
 
@@ -72,19 +72,19 @@ class AnyOf(Kind, frozen=True, tag="or"):
 
 
 class Maybe(Kind, frozen=True, tag="optional"):
-    """It, or nothing."""
+    """`content`, or nothing."""
 
     content: Format
 
 
 class Plus(Kind, frozen=True, tag="plus"):
-    """It, once or more."""
+    """`content`, once or more."""
 
     content: Format
 
 
 class Star(Kind, frozen=True, tag="star"):
-    """It, any number of times."""
+    """`content`, any number of times."""
 
     content: Format
 

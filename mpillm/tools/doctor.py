@@ -23,7 +23,7 @@ from mpillm.weights.identity import fingerprint
 from mpillm.words import count_of, some_of
 
 SLOW_LINK = 20e6  # bytes per second: less than a fifth of gigabit Ethernet
-UNEQUAL = 0.7  # of the fastest host's speed: below, it is worth a word
+UNEQUAL = 0.7  # hosts below this part of the fastest host's speed are mentioned
 BUSY = 0.5  # cores that other processes use on average
 
 HEAD = ("rank", "host", "cores", "threads", "kernels", "free", "products", "memory", "disk")

@@ -19,9 +19,9 @@ import msgspec
 from mpillm.errors import ModelError
 from mpillm.weights.text_files import TokenizerSource, text_files
 
-SAMPLES = 64  # of a file, evenly spread
+SAMPLES = 64  # the number of samples of a file, which are evenly spread
 SAMPLE_BYTES = 4096
-ENDS_BYTES = 64 * 1024  # of a file's beginning and its end
+ENDS_BYTES = 64 * 1024  # bytes of the beginning and of the end of a file
 SMALL = 64 * 1024  # bytes of a tensor that is hashed whole: norms and biases, no matrix of a small model
 CHECK_EVERY = 2.0  # seconds between two looks at the files
 

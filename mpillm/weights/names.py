@@ -89,7 +89,7 @@ class _Meaning(NamedTuple):
 # By name, with {l} for the number of the layer and {e} for that of the expert.
 _Meanings = Mapping[str, _Meaning]
 _NUMBER = re.compile("0|[1-9][0-9]{0,5}")
-_PLACES = "{l}", "{e}"  # of the first and of the second number in a name
+_PLACES = "{l}", "{e}"  # the places of the first and of the second number in a name
 
 
 def _first(*pairs: tuple[str, _Meaning]) -> dict[str, _Meaning]:

@@ -16,7 +16,7 @@ from mpillm.weights.packed.source import open_packed
 from mpillm.weights.source import Source
 
 CONFIG = "config.json"
-BESIDE = ("mmproj", "imatrix")  # in the names of files that lie beside models
+BESIDE = ("mmproj", "imatrix")  # parts of names of files that are beside models
 
 
 def open_source(path: str | Path, families: Families, quantize: str = "none") -> Source:

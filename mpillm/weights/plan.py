@@ -13,7 +13,7 @@ from mpillm.weights.inventory import HEAD, TensorSpec
 from mpillm.weights.roles import ROLES, Key
 
 ROW_PANELS = 4  # with fewer W8A8 is less exact, with more it is slower
-ALIGNMENT = 64  # of every entry in the buffer: a cache line, and the widest vector
+ALIGNMENT = 64  # the alignment of every entry in the buffer: a cache line, and the widest vector
 
 
 @dataclass(frozen=True)

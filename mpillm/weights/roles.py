@@ -108,7 +108,7 @@ ROLES: dict[str, Role] = {
         _vector("q_bias", "self_attn.q_proj.bias", "attn_q.bias"),
         _vector("k_bias", "self_attn.k_proj.bias", "attn_k.bias"),
         _vector("v_bias", "self_attn.v_proj.bias", "attn_v.bias"),
-        _flat("q_norm", "self_attn.q_norm.weight", "attn_q_norm.weight"),  # of Cohere's heads one row each
+        _flat("q_norm", "self_attn.q_norm.weight", "attn_q_norm.weight"),  # Cohere has one row for each head
         _flat("k_norm", "self_attn.k_norm.weight", "attn_k_norm.weight"),
         _matrix("q_gate", "self_attn.q_gate.weight", "attn_q_gate.weight"),
         _vector("q_gate_bias", "self_attn.q_gate.bias", "attn_q_gate.bias"),

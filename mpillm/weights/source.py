@@ -41,7 +41,7 @@ class Source(Protocol):
     """A model's weights and configuration; see `TensorSource` and `PackedSource` for what each method returns."""
 
     path: Path
-    files: tuple[Path, ...]  # that decide the answers, besides those of the tokenizer's directory
+    files: tuple[Path, ...]  # the files that decide the answers, besides those of the tokenizer's directory
     config: dict[str, Any]  # with the keys of Hugging Face's config.json
     tensors: Mapping[Key, TensorInfo]
     tokenizer: TokenizerSource

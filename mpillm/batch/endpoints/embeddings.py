@@ -30,7 +30,7 @@ from mpillm.spec import Pooling, Spec
 
 Dimensions = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 
-JSON_BYTES, BASE64_BYTES = 22, 6  # of a value in an answer, at most
+JSON_BYTES, BASE64_BYTES = 22, 6  # maximum bytes of a value in an answer
 
 
 class EmbeddingsEndpoint(Endpoint, frozen=True, kw_only=True):

@@ -37,8 +37,8 @@ CREATED = 0  # seconds since 1970 that every answer names as its own time
 Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
 
-TOKEN_BYTES = 8  # of a generated token in an answer: its text and perhaps its id
-LOGPROB_BYTES = 80  # of a log-probability with its token
+TOKEN_BYTES = 8  # bytes of a generated token in an answer: its text and perhaps its id
+LOGPROB_BYTES = 80  # bytes of a log-probability and its token in an answer
 
 
 def _answer_bytes(request: Request) -> int:
@@ -219,7 +219,7 @@ class Generate(Sampled, frozen=True, kw_only=True):
         if completion.finish_reason == "length":  # perhaps inside a character, whose bytes are then left out
             return detokenizer.text(tokens, start, final=False), None
         text, stops = detokenizer.text(tokens, start), self.stops(work.spec)
-        first = tokens[: self.min_tokens or 0]  # in which no stop string counts
+        first = tokens[: self.min_tokens or 0]  # no stop string counts in these tokens
         begin = len("".join(detokenizer.pieces(first, start))) if first else 0
         kept, _ = cut_at_stop(text[begin:], stops)
         kept = text[:begin] + kept

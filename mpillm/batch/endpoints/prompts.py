@@ -21,7 +21,7 @@ Side = Literal["left", "right"]  # from which a prompt is cut
 
 # What one line may ask for: rank 0 holds all of it at once.
 MAX_SEQUENCES = 4096  # prompts x n
-MAX_PROMPT_TOKENS = 2**20  # of several prompts together; a single one is bounded by the context
+MAX_PROMPT_TOKENS = 2**20  # the maximum of several prompts together; the context limits each of them
 MAX_ANSWER = 64 * 2**20  # bytes, as estimated from what can be generated
 
 

@@ -14,7 +14,7 @@ from mpillm.batch.rows.line import MAX_LINE, byte_count, row_line, wrong_row
 from mpillm.errors import JobError
 
 CHUNK = 1 << 16  # characters that are read at once
-_SEPARATOR = re.compile(r"sep=(.)[\r\n]*", re.IGNORECASE)  # which Excel writes and reads above the header
+_SEPARATOR = re.compile(r"sep=(.)[\r\n]*", re.IGNORECASE)  # Excel reads it above the header
 _QUOTED = re.compile(r'"[^"]*(?:"|$)')
 
 

@@ -20,7 +20,7 @@ from mpillm.foreign import HEAD, what_it_is
 COPY = 1 << 20  # bytes that are copied at once
 _PARQUET = b"PAR1"
 
-Check = Callable[[list[str]], None]  # of the columns that a table has
+Check = Callable[[list[str]], None]  # checks the columns of a table
 Reader = Callable[[io.BufferedReader, Path, Check], Iterator[bytes]]
 _READERS: dict[str, Reader] = {
     ".csv": partial(delimited.records, delimiters=",;\t"),
@@ -37,7 +37,7 @@ def is_lines(path: Path) -> bool:
         with path.open("rb") as file:
             head, array = begins_array(file)
     except OSError:
-        return True  # which says what is wrong
+        return True  # the reader reports the error
     return not (array or head.startswith((GZIP, ZSTD, _PARQUET)) or is_table(path))
 
 

@@ -17,7 +17,8 @@ from mpillm.errors import JobError
 
 HEAD = 1 << 12  # bytes that tell what an input is
 CHUNK = 1 << 16  # characters that are read at once
-_MARK, _AFTER = re.compile(r'["\[\]{}]'), re.compile(r"[,\]\s]")  # in a nested value, and behind a number
+# The characters that matter in a nested value, and those after a number.
+_MARK, _AFTER = re.compile(r'["\[\]{}]'), re.compile(r"[,\]\s]")
 _BEGIN, _VISIBLE = re.compile(rb"(?:\xef\xbb\xbf)?\s*\["), re.compile(rb"\S")
 _TOO_LONG = wrong_row(f"the line is longer than {MAX_LINE >> 20} MiB")
 
@@ -96,11 +97,11 @@ class _Text:
 
     def __init__(self, file: IO[str], path: Path) -> None:
         self._file, self._path = file, path
-        self._decoder = json.JSONDecoder(parse_int=str, parse_float=str)  # whose values nobody looks at
+        self._decoder = json.JSONDecoder(parse_int=str, parse_float=str)  # values do not matter
         self._held, self._before, self._ended = "", 0, False  # characters that are no longer held
         self._taken: list[str] = []  # pieces of the element that is being taken
         self._length = 0  # bytes of that element so far
-        self.at = 0  # in what is held
+        self.at = 0  # the position in the bytes that are held
 
     def next(self) -> str:
         """The next character that is no space, which is not taken; "" at the end."""

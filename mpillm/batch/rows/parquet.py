@@ -11,7 +11,7 @@ from typing import Any
 from mpillm.batch.rows.line import row_line, wrong_row
 from mpillm.errors import JobError
 
-ROWS, BYTES = 1024, 4 << 20  # that are read, and made values of Python, at once, at most
+ROWS, BYTES = 1024, 4 << 20  # the maximum rows and bytes that are read and converted at once
 BUFFER = 1 << 20  # bytes of a column that are read from the file at once; without it all of a row group are
 # In the name of a type: bytes of any length, in it or within it.
 _BYTES = re.compile("(?<!fixed_size_)binary")
@@ -125,7 +125,7 @@ def _dictionary_bytes(file: io.BufferedReader, column: Any) -> int:
     numbers = re.match(rb"\x15[\x80-\xff]*[\x00-\x7f]\x15([\x80-\xff]*[\x00-\x7f])", file.read(32), re.DOTALL)
     if numbers is None:
         return int(column.total_uncompressed_size)
-    size: bytes = numbers[1]  # its lowest bit is the sign
+    size: bytes = numbers[1]  # the lowest bit of the size is the sign
     return sum((byte & 0x7F) << 7 * place for place, byte in enumerate(size)) >> 1
 
 

@@ -30,7 +30,7 @@ from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, usual_config
 _V2, _V3, _LITE = "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Glm4MoeLiteForCausalLM"
 _YOUTU = "YoutuForCausalLM"
 _LATENTS = {"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128}
-_SIGMOID = 2  # of a GGUF file's expert_gating_func
+_SIGMOID = 2  # a value of a GGUF file's expert_gating_func
 
 
 class DeepSeek(Family):

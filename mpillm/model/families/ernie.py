@@ -87,7 +87,7 @@ class Ernie(Family):
         if fields.kind == "ernie4_5":
             refuse_experts(fields)
             return config | {"architectures": [_DENSE]}
-        fields.integer("expert_shared_feed_forward_length", 0)  # of all shared experts
+        fields.integer("expert_shared_feed_forward_length", 0)  # the length of all shared experts together
         routed = routed_config(fields)
         return config | {
             "architectures": [_MIXTURE],

@@ -129,7 +129,7 @@ class ExaoneMixture(Family):
 
 
 def _attention(fields: Fields, sizes: Sizes, norm: NormSpec) -> list[AttentionSpec]:
-    """That of each layer. Where some have a window, those without one have no RoPE."""
+    """The RoPE of each layer. If some layers have a window, those without one have no RoPE."""
     window, rotary = fields.optional_integer("sliding_window", 1, LONGEST) or 0, read_rotary(fields, sizes)
     return [
         attention_of(sizes, rotary, window, qk_norm=norm)

@@ -135,7 +135,7 @@ class Gemma(Family):
         # GGUF files have the weights of norms as they are.
         norm = read_norm(fields, offset=0.0 if fields.flag("gguf_norms") else 1.0)
         bidirectional = fields.flag("use_bidirectional_attention")
-        if bidirectional and window:  # which is then of both sides together (EmbeddingGemma)
+        if bidirectional and window:  # the window is then that of both sides together (EmbeddingGemma)
             window = window // 2 + 1
         newer = architecture == _GEMMA3
         fields.raw("cache_implementation")

@@ -85,7 +85,7 @@ class Gemma4(Family):
                 raise fields.fail(key, "but layers with inputs or with keys of others are not supported")
         if fields.raw("use_bidirectional_attention") == "all":
             raise fields.fail("use_bidirectional_attention", "but only causal attention is supported")
-        for key in ("use_double_wide_mlp", "vocab_size_per_layer_input"):  # of those models alone
+        for key in ("use_double_wide_mlp", "vocab_size_per_layer_input"):  # keys of these models alone
             fields.raw(key)
         activation = read_activation(fields, "gelu_pytorch_tanh", "hidden_activation")
         sizes, norm, bias = read_sizes(fields), read_norm(fields), fields.flag("attention_bias")

@@ -126,7 +126,7 @@ class GlmMixture(Family):
         experts, first = read_routed_experts(fields, activation), 0
         mlp: MlpSpec | ExpertsSpec = experts
         if solar:
-            fields.read |= {"intermediate_size", "first_k_dense_replace"}  # of no layer
+            fields.read |= {"intermediate_size", "first_k_dense_replace"}  # no layer uses these keys
         else:
             mlp = MlpSpec(read_width(fields), activation)
             first = fields.integer("first_k_dense_replace", 0, LONGEST, default=1)
@@ -139,7 +139,7 @@ class GlmMixture(Family):
     def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
         refuse_window(fields)
         refuse_gating(fields)
-        fields.raw("rope.dimension_sections")  # of an image's height and width: a text's all turn alike
+        fields.raw("rope.dimension_sections")  # for images; a text has one position
         return (
             usual_config(fields, shape_of, partial=True)
             | routed_config(fields)

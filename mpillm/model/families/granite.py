@@ -46,7 +46,7 @@ _CLOVA, _SWA = "HyperCLOVAXForCausalLM", "GraniteSWAForCausalLM"
 _USUAL = {"max_position_embeddings": 2048, **SMALL_BOS}
 _EXPERTS = {**_USUAL, "num_local_experts": 8, "num_experts_per_tok": 2, "shared_intermediate_size": 0}
 MULTIPLIERS = "attention_multiplier", "residual_multiplier", "embedding_multiplier", "logits_scaling"
-_SCALES = "attention.scale", "residual_scale", "embedding_scale", "logit_scale"  # the same in GGUF files
+_SCALES = "attention.scale", "residual_scale", "embedding_scale", "logit_scale"  # the names in GGUF files
 
 
 class Granite(Family):

@@ -90,7 +90,7 @@ class Phi(Family):
         if fields.integer("num_experts_per_tok", 1, 2**16) != 2 or count < 2:
             raise fields.fail("num_experts_per_tok", "but the router always chooses 2")
         router = RouterSpec(2, "sparsemixer", jitter=fields.number("router_jitter_noise", 0, 1e6))
-        fields.raw("input_jitter_noise")  # of training
+        fields.raw("input_jitter_noise")  # used only in training
         attention = attention_of(sizes, _scaled(fields, sizes), window, qkv_bias=bias, o_bias=bias)
         layer = LayerSpec(attention, ExpertsSpec(count, width, router, activation), Norms(norm), Norms(norm))
         return model(

@@ -122,14 +122,14 @@ class Qwen(Family):
         kind = _OF_IMAGES.get(fields.kind, fields.kind)
         names = dict(zip(self.gguf, self.architectures.items(), strict=False))
         architecture, model_type = names[kind]
-        for known in ("rope.dimension_sections", "n_deepstack_layers"):  # of images: a text has one position
+        for known in ("rope.dimension_sections", "n_deepstack_layers"):  # for images; a text has one position
             fields.raw(known)
         config |= {"architectures": [architecture], "model_type": model_type}
         refuse_window(fields)
         if kind not in (
             "qwen2",
             "qwen2moe",
-        ):  # which always has them: missing ones are found when the tensors are checked
+        ):  # checking the tensors finds missing ones
             roles = ("q_bias", "k_bias", "v_bias", "o_bias")
             present = {role for role in roles if shape_of(Key(role, 0)) is not None}
             if present and len(present) < len(roles):

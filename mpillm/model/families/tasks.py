@@ -14,7 +14,7 @@ SUFFIXES: Mapping[str, Task] = {
     "ForCausalLM": "generate",
     "LMHeadModel": "generate",
     "ForSequenceClassification": "classify",
-    "ForMaskedLM": "embed",  # of encoders
+    "ForMaskedLM": "embed",  # encoders
     "Model": "embed",
 }
 _DECISIONS: Mapping[str, Decision] = {

@@ -81,7 +81,7 @@ class AttentionSpec:
 
     @property
     def turn(self) -> Turn | None:
-        """Its RoPE, if it has one."""
+        """The RoPE of the attention, if it has one."""
         return (self.rotary.config, self.rotary.dim) if self.rotary else None
 
     @property
@@ -106,7 +106,7 @@ class AttentionSpec:
         return (self.heads(block),)
 
     def tensors(self, layer: int, hidden: int, block: int) -> Iterator[TensorSpec]:
-        """Its tensors in a layer, in the order in which they lie in a page."""
+        """The tensors of attention in a layer, in the order of a page."""
         heads, hd = self.heads(block), self.head_dim
         kv_heads = heads.shared(self.n_heads // self.n_kv_heads)
         queries, keys = self.n_heads * hd, self.n_kv_heads * hd
@@ -264,7 +264,7 @@ class _Attention(Protocol):
 
     @property
     def turn(self) -> Turn | None:
-        """Its RoPE, if it has one."""
+        """The RoPE of the attention, if it has one."""
 
     def kernel(
         self, page: Page, norm: kernels.Norm | None, place: Place, block: int

@@ -30,7 +30,7 @@ class EntrySpec:
     skipped: int = 0
 
     def tensors(self, hidden: int) -> Iterator[TensorSpec]:
-        """Its tensors."""
+        """The tensors of the entry."""
         for role, count in (("positions", self.positions), ("segments", self.segments)):
             if count:
                 yield TensorSpec(Key(role), (count * hidden,))
@@ -55,7 +55,7 @@ class EntrySpec:
             return positions
         counted = batch.tokens != self.padding
         total = np.cumsum(counted, dtype=np.int32)
-        before = (total - counted)[batch.first_rows]  # in sequences before
+        before = (total - counted)[batch.first_rows]  # the count in the sequences before
         of_row = np.repeat(before, np.diff(batch.first_rows, append=np.int32(len(total))))
         places: Ints = np.where(counted, total - of_row, np.int32(0)) + np.int32(self.padding)
         return places

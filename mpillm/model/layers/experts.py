@@ -30,7 +30,7 @@ class RouterSpec(Router):
     """A router; with `correction` the model has a learned correction of its scores (see `route`)."""
 
     correction: bool = False
-    bias: bool = False  # of the logits
+    bias: bool = False  # a bias of the router's logits
     expert_scales: bool = False  # weights are multiplied by a learned number of their expert
 
 

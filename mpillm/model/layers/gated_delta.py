@@ -60,7 +60,7 @@ class GatedDeltaSpec:
         return (self.heads(block),)
 
     def tensors(self, layer: int, hidden: int, block: int) -> Iterator[TensorSpec]:
-        """Its tensors in a layer, in the order in which they lie in a page."""
+        """The tensors of the mixer in a layer, in the order of a page."""
         values = self.heads(block)
         each = Axis(values.bounds, self.share)
         keys = None if self.tiled else Axis(values.bounds, self.dk)

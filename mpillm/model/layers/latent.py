@@ -62,7 +62,7 @@ class LatentAttentionSpec:
 
     @property
     def turn(self) -> Turn:
-        """Its RoPE."""
+        """The RoPE of the attention."""
         return self.rotary.config, self.rotary.dim
 
     @property
@@ -89,7 +89,7 @@ class LatentAttentionSpec:
         return (self.heads(block),)
 
     def tensors(self, layer: int, hidden: int, block: int) -> Iterator[TensorSpec]:
-        """Its tensors in a layer, in the order in which they lie in a page."""
+        """The tensors of attention in a layer, in the order of a page."""
         values, rank, width = self.heads(block), self.kv_rank, self.key_dim + self.rotary.dim
         queries, latents = replace(values, width=width), replace(values, width=rank)
         if self.q_norm:

@@ -89,7 +89,7 @@ class Mamba2Spec:
         return () if self.whole else (self.heads(block),)
 
     def tensors(self, layer: int, hidden: int, block: int) -> Iterator[TensorSpec]:
-        """Its tensors in a layer, in the order in which they lie in a page."""
+        """The tensors of the mixer in a layer, in the order of a page."""
         wide, groups = self.n_heads * self.dv, self.n_groups * self.dk
         values, each, shared = self._axes(block)
         for role, width, rows in (

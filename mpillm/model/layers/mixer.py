@@ -19,9 +19,9 @@ class MixerInput(NamedTuple):
     """What a mixer computes with."""
 
     rank: Rank
-    layer: int  # its number in the model
-    page: Page  # its tensors
-    norm: NormSpec | None  # of `x`
+    layer: int  # the number of the layer in the model
+    page: Page  # the tensors of the layer
+    norm: NormSpec | None  # the norm of `x`
     x: Floats  # [m, hidden]
     step: ForwardPass
     cache: LayerCacheView  # what the layer keeps of the step's sequences
@@ -46,7 +46,7 @@ class Mixer(Protocol):
         """The axes that limit the number of shards."""
 
     def tensors(self, layer: int, hidden: int, block: int) -> Iterator[TensorSpec]:
-        """Its tensors in a layer, in the order in which they lie in a page."""
+        """The tensors of the mixer in a layer, in the order of a page."""
 
     def cache(self, place: Place, block: int) -> tuple[LayerCache, ...]:
         """What a layer keeps of a sequence on the rank at `place`."""

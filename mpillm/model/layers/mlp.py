@@ -117,7 +117,7 @@ class MlpSpec:
         return rank.all_resident and not rank.adapts(layer, self.adaptable)
 
     def kernel(self, rank: Rank, layer: int, first: Page, norm: NormSpec | None) -> kernels.Mlp:
-        """All of it as one operation of the kernels, which refers to the memory of its pages."""
+        """The whole MLP as one operation of the kernels, which refers to the memory of its pages."""
 
         def make() -> kernels.Mlp:
             with ExitStack() as stack:

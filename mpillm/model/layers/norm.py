@@ -27,7 +27,7 @@ class NormSpec:
     weights: bool = True
 
     def tensors(self, role: str, layer: int, width: int) -> Iterator[TensorSpec]:
-        """Its weights, and its bias if it has one; the role of the bias is `role` + "_bias"."""
+        """The weights of the norm, and its bias if it has one, whose role is `role` + "_bias"."""
         if self.weights:
             yield TensorSpec(Key(role, layer), (width,))
         if self.bias:

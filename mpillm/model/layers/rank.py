@@ -30,7 +30,7 @@ class Rank:
     def __init__(self, place: Place, block: int, weights: Weights, group: Group, threads: int) -> None:
         self.place, self.block, self.group, self.threads = place, block, group, threads
         self.weights = weights
-        self.low_ranks: LowRanks = {}  # of the step that is being computed
+        self.low_ranks: LowRanks = {}  # the low-rank products of the current step
         #: Whether pages that were loaded stay where they are, so that objects may refer to their memory.
         self.all_resident = weights.cycle.budget >= weights.cycle.total
         self._pages = {(page.layer, page.kind): number for number, page in enumerate(weights.cycle.pages)}

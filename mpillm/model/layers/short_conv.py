@@ -42,7 +42,7 @@ class ShortConvSpec:
         return (self.channels(block),)
 
     def tensors(self, layer: int, hidden: int, block: int) -> Iterator[TensorSpec]:
-        """Its tensors in a layer, in the order in which they lie in a page."""
+        """The tensors of the mixer in a layer, in the order of a page."""
         channels = self.channels(block)
         for role in ("conv_b", "conv_c", "conv_v"):
             yield TensorSpec(Key(role, layer), (self.width, hidden), channels)

@@ -41,7 +41,7 @@ class LayerSpec:
 
     @property
     def parts(self) -> tuple[Mixer | MlpSpec | ExpertsSpec, ...]:
-        """Its mixer and its MLP, or the one that it has."""
+        """The parts of the layer: its mixer and its MLP, or only one of them."""
         return tuple(part for part in (self.mixer, self.mlp) if part)
 
     @property

@@ -14,8 +14,8 @@ from mpillm.text.chat_formats.in_json import LLAMA_KEYS, call_of_object, written
 from mpillm.text.chat_formats.lark import Lark
 from mpillm.text.chat_formats.schemas import definitions
 
-CALL_KEYS = ("name", "arguments", "parameters", "type", "id")  # that an object of a call begins with
-LITERALS = {"true": True, "false": False, "null": None}  # of JSON
+CALL_KEYS = ("name", "arguments", "parameters", "type", "id")  # the first key of a call's object
+LITERALS = {"true": True, "false": False, "null": None}  # the literals of JSON
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class BareObjects(CallFormat):
         names = {tool.name for tool in tools}
         content: list[str] = []
         calls: list[Call] = []
-        at = begin = 0  # of what is looked at, and of what is not yet content
+        at = begin = 0  # where the search is, and where text that is not yet content begins
         while (at := text.find("{", at)) >= 0:
             found = decode_json(text, at)
             if found is None and not final and _may_call(text[at + 1 :].lstrip()):

@@ -24,7 +24,7 @@ from mpillm.text.chat_formats.schemas import (
 )
 from mpillm.text.constrain import MAX_CHOICES
 
-MAX_DEPTH = 64  # of values within values
+MAX_DEPTH = 64  # levels of values within values
 OF_OBJECTS = NOTES | {"properties", "required", "additionalProperties"}
 OF_ARRAYS = NOTES | {"items", "minItems", "maxItems"}
 KEY = r"/[^\s{}\[\]:,<]+:/"  # a key that no schema names

@@ -132,7 +132,7 @@ def _length(schema: Mapping[str, Any], key: str) -> int | None:
 def _anywhere(pattern: str) -> str:
     """The regular expression of whole texts in which a pattern is found."""
     before = after = "(?s:.*)"
-    if "|" not in pattern:  # of alternatives, an anchor is of one of them
+    if "|" not in pattern:  # in a pattern with alternatives, an anchor belongs to one of them
         if pattern.startswith("^"):
             pattern, before = pattern[1:], ""
         if re.search(r"(?<!\\)(\\\\)*\$$", pattern):

@@ -10,7 +10,7 @@ from typing import Literal
 from mpillm.text.chat_formats.base import CallFormat, ParsedAnswer, Tool, without_open_end
 from mpillm.text.chat_formats.lark import Lark
 
-_TOKENS = re.compile("<\\|[^<>]+>|\uff5c[^\uff5c]+\uff5c")  # that are part of a mark in some vocabularies
+_TOKENS = re.compile("<\\|[^<>]+>|\uff5c[^\uff5c]+\uff5c")  # parts of marks in some vocabularies
 
 #: of the answer's beginning: the prompt has opened the reasoning, has closed it, or has done neither
 ReasoningState = Literal["open", "closed", "free"]

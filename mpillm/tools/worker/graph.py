@@ -12,8 +12,8 @@ from mpillm.kernels.types import BlockType
 from mpillm.tools.worker.link import Link, StrangeRootError
 
 TYPES = {0: BlockType.F32, 2: BlockType.Q4_0, 3: BlockType.Q8_0}  # NnFloatType
-NOTHING = -1  # of which a size is 0
-MOST = 2**20  # of anything that is counted
+NOTHING = -1  # the index of no buffer, whose size is 0
+MOST = 2**20  # the maximum of every count
 PIPE, BUFFER = 0, 1  # NnPointerSource
 RAW, BATCH, SLICE = 0, 1, 2  # NnPointerType
 FROM_ROOT, SLICES, SLICES_TO_ROOT = 0, 1, 2  # NnSyncType
@@ -52,7 +52,7 @@ class Operation:
     code: int
     name: str
     index: int
-    size: Size  # of its weights
+    size: Size  # the size of the weights
     input: Pointer
     output: Pointer
     config: bytes
@@ -71,7 +71,7 @@ class Segment:
 class Graph:
     """All that a node computes; `node` counts from 0, which is the root."""
 
-    rows: int  # at most in one step
+    rows: int  # the maximum rows of one step
     nodes: int
     node: int
     pipes: tuple[Size, ...]

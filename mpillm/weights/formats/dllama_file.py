@@ -21,7 +21,7 @@ from mpillm.weights.io.mapped import MappedFile
 from mpillm.weights.roles import Key, hf_name
 
 MAGIC = 0xA00ABCD
-OLD_MAGICS = (0xABCD00, 0xABCD01)  # of the first versions, whose headers have no keys
+OLD_MAGICS = (0xABCD00, 0xABCD01)  # magic numbers of the first versions, whose headers have no keys
 KEYS = (
     "version", "arch_type", "dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "n_experts", "n_active_experts",
     "vocab_size", "max_seq_len", "hidden_act", "rope_theta", "weights_float_type", "rope_scaling_factor",
@@ -213,7 +213,7 @@ class _Header:
     def _rope(self) -> dict[str, Any]:
         rope: dict[str, Any] = {"rope_theta": float(self.whole("rope_theta", 10000)), "rope_type": "default"}
         factor = self.whole("rope_scaling_factor", 1)
-        if factor == 1 or self.rope == HALVES:  # whose frequencies it never scales
+        if factor == 1 or self.rope == HALVES:  # the frequencies of HALVES are never scaled
             return rope
         return rope | {
             "rope_type": "llama3",

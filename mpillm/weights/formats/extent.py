@@ -159,7 +159,7 @@ class Recipe(Protocol):
         """[rows, columns], or [experts, rows, columns]."""
 
     def of_expert(self, expert: int) -> Recipe:
-        """That of one expert's matrix."""
+        """The recipe of one expert's matrix."""
 
     def blocks(self, rows: Rows) -> Bytes:
         """Some rows: uint8 [len(rows), row bytes]."""

@@ -94,7 +94,7 @@ def encoder_config(fields: GgufFields, shape_of: ShapeOf, architecture: str) -> 
             f"{fields.path}: only encoders are supported in {fields.kind} files (attention.causal)."
         )
     config = usual_config(fields, shape_of, ("layer_norm_epsilon", "layer_norm_eps"))
-    for key in ("head_dim", "num_key_value_heads"):  # which follow from the others
+    for key in ("head_dim", "num_key_value_heads"):  # these keys follow from the others
         del config[key]
     segments = shape_of(Key("segments"))
     return config | {

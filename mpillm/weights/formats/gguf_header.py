@@ -21,7 +21,7 @@ from mpillm.weights.io.mapped import MappedFile
 VERSIONS = (2, 3)
 MAX_FIELDS = 2**16
 MAX_TENSORS = 2**20
-MAX_ITEMS = 2**24  # of one metadata array
+MAX_ITEMS = 2**24  # the maximum items of one metadata array
 MAX_STRING = 2**26
 MAX_DIMS = 4
 MAX_ALIGNMENT = 2**20

@@ -16,7 +16,7 @@ from mpillm.weights.paging.loaders import Kind
 from mpillm.weights.paging.pager import BufferLoader, Loader
 from mpillm.weights.plan import ALIGNMENT, PagePlan
 
-LOADING_NBYTES = 48 * 2**20  # of these and of their values, where rows are decoded before they are packed
+LOADING_NBYTES = 48 * 2**20  # bytes of buffers and of their values while rows are decoded for packing
 
 
 def open_unpacked_loader(

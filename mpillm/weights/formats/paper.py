@@ -87,7 +87,7 @@ class PaperSource:
         self._refuse()
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""
 
     def _refuse(self) -> NoReturn:
         raise ModelError(f"{self.path} has a configuration but no weights; pull the model.")

@@ -42,7 +42,7 @@ def say_when_lost(who: str, model: Path) -> None:
     first = threading.Lock()
 
     def lost(_number: int, info: int, _context: int) -> None:
-        first.acquire()  # for good: other threads that lose pages wait here for the end
+        first.acquire()  # never released: other threads that lose pages wait here for the end
         file = mapped_at(ctypes.c_size_t.from_address(info + ADDRESS).value) or model
         line = (
             f"{who} {file} was shortened or cannot be read any more while it was in use (or /dev/shm is full); "

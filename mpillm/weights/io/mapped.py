@@ -42,7 +42,7 @@ class MappedFile:
         self.bytes: Bytes = np.frombuffer(self.map, np.uint8)
         self.size = len(self.bytes)
         self._direct: DirectFile | None = None
-        self._descriptor = -1  # for `pieces`
+        self._descriptor = -1  # the descriptor that `pieces` uses
 
     def view(self, offset: int, nbytes: int) -> Bytes:
         """Bytes of the file, not copied; valid until `close`."""

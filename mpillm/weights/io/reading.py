@@ -19,7 +19,7 @@ from mpillm.weights.io.filesystem import madvise
 Bytes = NDArray[np.uint8]
 
 SECTOR = 4096  # bytes; alignment of direct I/O, in the file and in memory
-REQUESTS = 4  # in flight: a disk is busy only while it can choose among several
+REQUESTS = 4  # requests in flight: a disk is busy only while it can choose among several
 REQUEST_BYTES = 4 * 2**20
 # Bytes of a file that are read at once, wherever they begin: a request has all sectors that it touches.
 PORTION = REQUEST_BYTES - 2 * SECTOR

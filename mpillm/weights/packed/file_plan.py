@@ -26,7 +26,7 @@ from mpillm.weights.packed.layout import (
 from mpillm.weights.plan import aligned
 from mpillm.weights.roles import Key
 
-_DTYPES = (BlockType.F32, BlockType.F16, BlockType.BF16)  # of which safetensors knows the name
+_DTYPES = (BlockType.F32, BlockType.F16, BlockType.BF16)  # the types whose names safetensors knows
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ WRITING = 2  # pages that are written at a time: one of them may still be hashed
 WRITERS = 4  # pieces that are written and read back at a time
 CHUNK = 8 * 2**20  # bytes that are read at a time to hash a file
 
-WriteProgress = Callable[[int], None]  # of the number of further bytes that are on the disk
+WriteProgress = Callable[[int], None]  # is called with the number of further bytes that are on the disk
 
 
 class Unfit(Exception):

@@ -19,7 +19,7 @@ from mpillm.weights.roles import Key
 from mpillm.weights.source import TensorInfo
 
 PACK_AGAIN = "pack the model again"
-MAX_EXPERTS = 65_536  # of a layer; who says more does not describe a model
+MAX_EXPERTS = 65_536  # the maximum number of experts of a layer; a file with more does not describe a model
 
 
 @dataclass(frozen=True)

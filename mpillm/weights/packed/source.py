@@ -53,7 +53,7 @@ from mpillm.weights.roles import Key
 from mpillm.weights.source import TensorInfo
 from mpillm.weights.text_files import TokenizerSource
 
-ROWS = 256  # of the embedding table that are looked at together
+ROWS = 256  # rows of the embedding table that are compared together
 PIECE = 2**20  # bytes of another tensor
 FLOATS: dict[BlockType, Any] = {
     BlockType.F32: np.float32,
@@ -281,7 +281,7 @@ def open_packed(path: Path, quantize: str) -> PackedSource:
             f'"none", or pack its source with --weights {quantize}.'
         )
     config, files = read_config(path)
-    config.pop(QUANTIZATION, None)  # of the model that was packed
+    config.pop(QUANTIZATION, None)  # the quantisation of the model that was packed
     return PackedSource(path, config, files)
 
 

@@ -210,7 +210,7 @@ class WeightCache(Pager[T]):
     def _victims(self, page: int) -> list[int] | None:
         """The pages to evict for a page; None if it cannot be loaded now, or is needed later than they are."""
         if page in self.fixed:
-            return []  # its bytes are reserved
+            return []  # the bytes of the page are reserved
         size, free = self._charged[page], self.budget - self._fixed_bytes
         streamed = [other for other in self._slots if other not in self.fixed]
         free -= sum(self._charged[other] for other in streamed)

@@ -22,7 +22,7 @@ from mpillm.weights.paging.pager import Loader, Pager, Slot, T
 from mpillm.weights.plan import PagePlan
 
 SMOOTHING = 1 / 32  # the weight of the last step in the estimate of an expert's probability
-WASTE = 0.25  # of the budget, at most, that experts of several sizes leave unused in buffers of one size
+WASTE = 0.25  # the maximum part of the budget that experts of several sizes may waste in buffers of one size
 WORTH = 0.7  # the probability from which on a guess is read ahead: a wrong one delays what is needed
 RAREST = 1e-4  # the lowest probability: experts that were never used are evicted in the order of their layers
 
@@ -52,15 +52,15 @@ class ExpertCache(Pager[T]):
         self._layers = len(layers)
         self._layer = np.array([position[page.layer] for page in self.pages])
         self._current = -1  # the layer whose experts are in use
-        self._queue: list[int] = []  # its experts that are still to be used, in order
+        self._queue: list[int] = []  # the experts of the step that are still to be used, in order
         self._expected: list[int] = []  # guesses that are worth reading, the likeliest first
         # Guesses by their layer, without those that were in memory: their places among all guesses, and pages.
         self._guesses: dict[int, tuple[list[int], list[int]]] = {}
         # How often the guess at each place was right.
         self._right = np.ones(1 + max(page.expert for page in self.pages))
         self._probability = np.full(count, chosen)
-        self._used = np.zeros(count, bool)  # in this step
-        self._idle = np.zeros(count, bool)  # in memory and not in use
+        self._used = np.zeros(count, bool)  # whether the step has used each expert
+        self._idle = np.zeros(count, bool)  # whether each expert is in memory and not in use
         self._distance = np.zeros(count)  # expected steps until the next use
         self._evictable = np.zeros(count)  # the distance of idle pages that are not in the queue, else 0
         # The next page that is loaded without being asked for; there is none where some are streamed.

@@ -111,7 +111,7 @@ class Pager(Generic[T]):
     An error of the loader is raised by the next use and by all later ones.
     """
 
-    name: str  # of the cache, in words
+    name: str  # the name of the cache, in words
 
     def __init__(self, pages: Sequence[PagePlan], loader: Loader[T]) -> None:
         self.pages = tuple(pages)

@@ -17,7 +17,7 @@ from mpillm.words import enough
 TOLERATED_WAIT = 0.05  # the share of a step that may be spent waiting for weights
 PATIENCE = 3  # steps with longer waits before more is read ahead
 
-OpenLoader = Callable[[Sequence[PagePlan], bool], Loader[Page]]  # of (pages, streamed)
+OpenLoader = Callable[[Sequence[PagePlan], bool], Loader[Page]]  # opens a loader for (pages, streamed)
 
 
 class Weights:

@@ -38,7 +38,7 @@ class _None:
     """The method of a checkpoint that is not quantised."""
 
     def take(self, tensors: dict[str, Raw]) -> Iterator[tuple[str, Recipe]]:
-        """Nothing is taken."""
+        """Take nothing."""
         yield from ()
 
 

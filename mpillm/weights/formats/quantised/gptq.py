@@ -174,7 +174,7 @@ class AwqMethod(GptqMethod):
     by_rows = True
 
     def take(self, tensors: dict[str, Raw]) -> Iterator[tuple[str, Recipe]]:
-        self.drop(tensors, ".g_idx")  # its columns are always in their order
+        self.drop(tensors, ".g_idx")  # the columns are always in order
         yield from super().take(tensors)
 
     def symmetric(self) -> bool:

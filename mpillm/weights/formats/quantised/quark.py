@@ -37,7 +37,7 @@ class QuarkMethod(Method):
         self.drop(tensors, ".weight_zero_point", ".input_zero_point", ".output_zero_point", ".input_scale_2")
 
     def _recipe(self, tensors: dict[str, Raw], name: str, weights: list[Mapping[str, Any]]) -> Recipe | None:
-        """That of a matrix, whose tensors are removed; None of floats and FP8."""
+        """The recipe of a matrix, whose tensors are removed from the others; None for floats and FP8."""
         values = tensors[name]
         if len(values.shape) != 2 or values.dtype not in ("I8", "I32", "U8"):
             return None
