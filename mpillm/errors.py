@@ -110,7 +110,7 @@ def of_system(error: BaseException) -> MpillmError | None:
 
 
 def _out_of(error: BaseException) -> str | None:
-    """What the process ran out of, and what to do about it, in a sentence; None if the error is another one."""
+    """A sentence on the resource that the process lacks, and what to do; None for other errors."""
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, MemoryError):
         number = errno.ENOMEM

@@ -28,7 +28,7 @@ _UTF_16 = re.compile(rb"(?:[\t\n\r -~]\0){4}|(?:\0[\t\n\r -~]){4}|[{\[]\0|\0[{\[
 
 
 def what_it_is(head: bytes) -> str | None:
-    """What a file that begins with `head` is, and what to do, to follow its name; None if it is nothing of these."""
+    """The kind of a file that begins with `head`, and what to do, to follow its name; None if the kind is unknown."""
     if _OFFICE.match(head):
         return "is a document of an office program; save its table as CSV"
     known = next((what for beginnings, what in _BEGINNINGS if head.startswith(beginnings)), None)

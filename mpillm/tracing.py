@@ -88,7 +88,7 @@ def spent(name: str, seconds: float) -> None:
 
 @contextlib.contextmanager
 def span(name: str, **detail: int | str) -> Iterator[None]:
-    """What is done in the block; for what is not done often, for a block costs a microsecond."""
+    """Record the block as a span. A block costs a microsecond, so use it for what is rare."""
     if _recorder is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""What differs between the results of two runs."""
+"""Compare the results of two runs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Difference:
 
 @dataclass
 class Comparison:
-    """What two runs have in common, and what not; requests are compared by their custom_id."""
+    """The differences between two runs; requests are compared by their custom_id."""
 
     only_first: list[str] = field(default_factory=list)
     only_second: list[str] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Comparison:
         return not (self.only_first or self.only_second or self.different)
 
     def lines(self) -> Iterator[str]:
-        """What a person wants to read."""
+        """The comparison as text."""
         yield from (f"setting    {line}" for line in self.settings)
         yield f"equal      {count_of(self.equal, 'request')}"
         yield f"different  {count_of(len(self.different), 'request')}"
@@ -96,7 +96,7 @@ def _texts(run: Results, wanted: set[str]) -> dict[str, str | None]:
 
 
 def _parting(a: str | None, b: str | None) -> str:
-    """How two texts go on where they part; nothing if they do not."""
+    """The continuations of two texts from the first difference on; empty if the texts are equal."""
     if not a or not b or a == b:
         return ""
     pairs = enumerate(zip(a, b, strict=False))
@@ -125,7 +125,7 @@ def _attributes(directory: Path) -> Iterator[tuple[str, str]]:
 
 
 def _answer(first: Results, i: int, second: Results, j: int, largest: dict[str, float]) -> str | None:
-    """How two answers differ; None if they do not."""
+    """A sentence on the difference between two answers; None if they are equal."""
     status = first.status[i], second.status[j]
     if status[0] != status[1]:
         return f"status {status[0]} and {status[1]}"
@@ -152,7 +152,7 @@ def _answer(first: Results, i: int, second: Results, j: int, largest: dict[str, 
 
 
 def _first_difference(a: NDArray[Any], b: NDArray[Any]) -> int | None:
-    """Where two arrays differ first; None if they are equal."""
+    """The place of the first difference between two arrays; None if they are equal."""
     length = min(len(a), len(b))
     unequal = np.flatnonzero(a[:length] != b[:length])
     if len(unequal):

@@ -1,4 +1,4 @@
-"""What a caller's process and rank 0 say to each other over a Unix socket, in MessagePack."""
+"""The messages between a caller's process and rank 0, which travel over a Unix socket in MessagePack."""
 
 from __future__ import annotations
 

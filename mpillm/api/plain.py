@@ -1,4 +1,4 @@
-"""What callers give, as JSON has it: lists of NumPy, pandas, polars and the like become lists."""
+"""Convert callers' values to those of JSON: arrays of NumPy, pandas, polars and the like become lists."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def json_of(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has no form for: arrays and scalars of NumPy, sets, mappings, and what can be read one by one."""
+    """Convert a value that JSON has no form for: arrays and scalars of NumPy, sets, mappings, and other iterables."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, Mapping):

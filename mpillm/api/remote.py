@@ -144,7 +144,7 @@ class Remote:
         return message
 
     def _ended(self) -> MpillmError:
-        """What the ranks said when they ended."""
+        """The message of the ranks when they ended."""
         if not self.open:
             return Interrupted("The LLM was closed before all answers had been read.")
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -167,7 +167,7 @@ def _environment() -> dict[str, str]:
 
 @dataclass
 class _Held:
-    """What must be ended."""
+    """The processes and files that must be ended."""
 
     # The process that may end it: not one that was forked from it.
     owner: int = field(default_factory=os.getpid)

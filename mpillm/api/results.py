@@ -137,7 +137,7 @@ class Results:
 
     @cached_property
     def relevance(self) -> Ragged:
-        """What a classifier says of each pair of a query and a document."""
+        """The answer of a classifier for each pair of a query and a document."""
         return self._ragged("relevance", "values")
 
     def rows(self) -> Iterator[dict[str, Any]]:

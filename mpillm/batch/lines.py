@@ -1,4 +1,4 @@
-"""What is known of each line of an input: in a file without a name, so that millions of them take little memory."""
+"""The facts about each line of an input, in an unnamed file, so that millions of lines take little memory."""
 
 from __future__ import annotations
 

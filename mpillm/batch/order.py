@@ -136,6 +136,6 @@ def _levels(blocks: int) -> Iterator[int]:
 
 
 def _changes(values: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """Where a value differs from the one before it; true at the first."""
+    """Whether each value differs from the one before it; true for the first."""
     changes: NDArray[np.bool_] = np.diff(values, prepend=values[:1] - 1) != 0
     return changes

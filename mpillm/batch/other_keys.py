@@ -23,14 +23,14 @@ class TextPart(msgspec.Struct):
 
 
 class Prediction(msgspec.Struct):
-    """What OpenAI's servers draft the answer from."""
+    """The text from which OpenAI's servers draft the answer."""
 
     type: Literal["content"]
     content: str | list[TextPart]
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
-    """What a server's stream tells besides the answer."""
+    """The options of a server's stream."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None

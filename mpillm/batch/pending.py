@@ -15,7 +15,7 @@ class Pending:
 
     @property
     def completions(self) -> list[FinishedCompletion]:
-        """What is finished, in the order of `work.requests`."""
+        """The finished choices, in the order of `work.requests`."""
         return [self._completions[choice] for choice in sorted(self._completions)]
 
     def take(self, completion: FinishedCompletion) -> list[FinishedCompletion] | None:

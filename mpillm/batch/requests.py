@@ -247,7 +247,7 @@ def raw_lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes | None]]:
 
 
 def _not_lines(head: bytes, array: bool) -> str | None:
-    """What is said of an input that has not an object a line, by its beginning."""
+    """The message about an input that does not have an object in each line, from its beginning."""
     first, _, rest = head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")
     first, rest = first.strip(), rest.lstrip()
     if not rest and first.partition(b"\r")[0].rstrip().endswith(b"}") and b"\r" in first:

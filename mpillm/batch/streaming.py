@@ -49,7 +49,7 @@ class TextStream:
         return more
 
     def rest(self, text: str) -> str:
-        """What the whole `text` of the answer has beyond what was given."""
+        """The part of the answer's whole `text` that was not given yet."""
         return text.removeprefix(self._given) if text.startswith(self._given) else ""
 
 
@@ -75,7 +75,7 @@ class ChatStream:
         return self.rest(self._endpoint.message(answer, self._request, self._spec, self._model))
 
     def rest(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """What a message has beyond what was given."""
+        """The part of a message that was not given yet."""
         delta: dict[str, Any] = {}
         for key, given in self._given.items():
             text = message.get(key) or ""

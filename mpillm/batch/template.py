@@ -24,7 +24,7 @@ _LISTS = frozenset({"documents", "choices", "choice", "guided_choice", "bad_word
 
 
 def asker(spec: Spec) -> Callable[[Mapping[str, Any]], dict[str, Any]] | None:
-    """What makes the line of the input of a row, as the job says; None if a row is its line as it is."""
+    """The function that makes a line of the input from a row, as the job says; None if rows are lines."""
     if spec.request is not None:
         return Template(spec.request).line
     return request_of if forms.is_table(spec.input_path) else None
@@ -109,7 +109,7 @@ def _filled(value: Any, row: Mapping[str, Any], key: str) -> Any:
 
 
 def _part(row: Mapping[str, Any], place: re.Match[str]) -> str:
-    """What stands for a place in a text."""
+    """The text that replaces a place in a template."""
     if place[1] is None:
         return place[0][0]
     found = _value(row, place[1])
@@ -119,7 +119,7 @@ def _part(row: Mapping[str, Any], place: re.Match[str]) -> str:
 
 
 def _read(found: Any) -> Any:
-    """What a text has as JSON, if it has something but a text; an empty one is null, as in CSV."""
+    """The JSON value of a text, if it is not itself a text; an empty text is null, as in CSV."""
     if not isinstance(found, str):
         return found
     if not found.strip():

@@ -1,4 +1,4 @@
-"""What an endpoint is, and the work that it makes of a line of the input."""
+"""The interface of an endpoint, and the work that it makes from a line of the input."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NO_LIMIT = 2**31 - 1  # tokens of the longest sequence where the cache does not 
 
 @dataclass(frozen=True)
 class Model:
-    """What of the model (and of the memory it gets) decides whether a request can run."""
+    """The facts about the model, and the memory it gets, that decide whether a request can run."""
 
     vocab: int
     max_position: int
@@ -50,13 +50,13 @@ class Model:
         return 1 + self.adapters.index(name) if name in self.adapters else NO_ADAPTER
 
     def answering(self, name: str | None) -> str:
-        """What answers a request with this `model`: the adapter, or the model without one."""
+        """The adapter that answers a request with this `model`, or the model without an adapter."""
         return name if name is not None and name in self.adapters else self.name
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Where a line is, what it is called, and what is wrong with it (None if nothing), with the key that is wrong."""
+    """The place and the name of a line, its error (None: no error), and the key that is wrong."""
 
     number: int  # from 1
     offset: int  # bytes
@@ -93,7 +93,7 @@ class Endpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     @property
     def choices_per_prompt(self) -> int:
-        """How many requests there are for each prompt."""
+        """The number of requests for each prompt."""
         return 1
 
     def requests(self, custom_id: str, spec: Spec, model: Model) -> tuple[Request, ...]:
@@ -105,7 +105,7 @@ class Endpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         raise NotImplementedError
 
     def values(self, work: Work, completion: FinishedCompletion, model: Model) -> Mapping[str, ArrayLike]:
-        """What a choice leaves in results.h5: a row of values for some of `columns`, by their group."""
+        """The values of a choice in results.h5: a row for some of `columns`, by their group."""
         raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""How fast the disk delivers a model's files, read in order past the page cache: the limit of paging."""
+"""Measure how fast the disk reads a model's files in order without the page cache: the limit of paging."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the processors of this machine take from the wall, where Linux tells it (RAPL, /sys/class/powercap)."""
+"""Measure the energy of this machine's processors, if Linux reports it (RAPL, /sys/class/powercap)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class EnergyMeter:
         return {zone: _number(zone / "energy_uj") for zone in self._ranges}
 
     def joules(self, before: Reading, after: Reading) -> float | None:
-        """What was taken between two readings; None where nothing tells. A counter begins anew past its range."""
+        """The energy between two readings; None if it is not known. A counter starts again at 0 after its range."""
         if not self._ranges:
             return None
         return sum((after[zone] - before[zone]) % (top + 1) for zone, top in self._ranges.items()) / 1e6

@@ -27,12 +27,12 @@ class Published:
 
     @property
     def layers(self) -> int:
-        """How many layers it has."""
+        """The number of layers."""
         return int(self.config["num_hidden_layers"])
 
     @property
     def vocab(self) -> int:
-        """How many tokens it knows."""
+        """The number of tokens of the vocabulary."""
         return int(self.config["vocab_size"])
 
     def of_layers(self, layers: int) -> Published:
@@ -71,7 +71,7 @@ class Published:
 
 
 class _Names:
-    """What tensors of an architecture are called in GGUF files."""
+    """The names of an architecture's tensors in GGUF files."""
 
     def __init__(self, kind: str, unused: tuple[str, ...]) -> None:
         own = gguf_family(kind, kind).names

@@ -34,7 +34,7 @@ TOKENS = 16  # tokens that are decoded between two timings
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What to measure; every value of each list is measured."""
+    """The settings of the measurements; every value of each list is measured."""
 
     what: frozenset[str]
     threads: tuple[int, ...] = ()  # the threads of each rank to try; empty: what the machine offers

@@ -204,7 +204,7 @@ def _peer(asked: str, path: Path, threads: int, cores: list[int]) -> Peer:
 
 
 def _named(asked: str) -> str:
-    """What the table calls the peer."""
+    """The name of the peer in the table."""
     name, _, binary = asked.partition("=")
     if binary:
         return f"{name}, {binary}"

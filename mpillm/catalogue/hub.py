@@ -92,7 +92,7 @@ def pull_hf(name: str, notes: Path) -> Path:
 
 
 def pulled(name: str, notes: Path) -> Path | None:
-    """Where a repository's model is on this machine, by its note; None if it is not here."""
+    """The path of a repository's model on this machine, from its note; None if it is not here."""
     with contextlib.suppress(OSError):
         path = Path(os.fsdecode(_note(name, notes).read_bytes()))
         if path.exists():
@@ -116,7 +116,7 @@ def pull_config(name: str) -> Path | None:
 
 
 def _fetch(hub: Any, name: str, repo: str, files: Sequence[str], revision: str | None) -> Path:
-    """Where the first of a repository's files is after all have been fetched; Interrupted says how many are whole.
+    """Fetch files of a repository and return the path of the first; Interrupted says how many are complete.
 
     One after another: the library's threads for many files would all be waited for after a signal, and each would lose
     what it has of its file.
@@ -182,7 +182,7 @@ def _kinds(error: Exception) -> list[str]:
 
 
 def _reason(error: Exception) -> str:
-    """What to do, where that is known; else the error's class and its first line."""
+    """Advice on an error, if there is any; else the error's class and its first line."""
     if remedy := next((REMEDIES[kind] for kind in _kinds(error) if kind in REMEDIES), None):
         return remedy
     status = getattr(getattr(error, "response", None), "status_code", 0)
@@ -193,7 +193,7 @@ def _reason(error: Exception) -> str:
 
 
 def _judge_repository(hub: Any, name: str, repo: str, revision: str | None) -> tuple[Path, list[str]]:
-    """Where a repository's config.json is on this machine, and the names of its files that a model takes.
+    """Fetch a repository's config.json; return its path on this machine and the names of the files that a model needs.
 
     ModelError if its config.json is of a model that cannot be run; JobError if it has no weights.
     """

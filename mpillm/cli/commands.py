@@ -1,4 +1,4 @@
-"""What each command does; the words that it takes are in `arguments`.
+"""The commands; `arguments` has the words that they take.
 
 Only rank 0 prints at the default level, on streams that never fail (see `streams`). A command that needs ranks runs
 inside `program.guard`, which turns errors into one sentence and an exit code, and a failure of one rank into the end of

@@ -1,4 +1,4 @@
-"""What a run prints to a terminal or a log file: progress and the summary on stderr, answers on stdout."""
+"""Print to a terminal or a log file: progress and the summary on stderr, answers on stdout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rank needs of its environment before anything large is loaded.
+"""Check and set the environment of a rank before anything large is loaded.
 
 NumPy's and MPI's libraries end the process by themselves, without a sentence, where they get no memory, no thread or
 no file. So limits under which they cannot even start are said beforehand.

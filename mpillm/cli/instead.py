@@ -1,4 +1,4 @@
-"""What to type instead of words that a command does not know."""
+"""Say what to type instead of words that a command does not know."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def sentence(
 
 
 def of_command(word: str, commands: Collection[str]) -> str:
-    """What to type instead of a command that there is not."""
+    """A sentence that says what to type instead of an unknown command."""
     if word in WITHOUT_COMMAND:
         return WITHOUT_COMMAND[word]
     if word.endswith(".toml"):
@@ -154,7 +154,7 @@ def of_command(word: str, commands: Collection[str]) -> str:
 
 
 def _value_of_set(word: str, words: Sequence[str]) -> str | None:
-    """What was meant by a word that is a key and its value, or that follows those of --set after a blank."""
+    """Say what was meant by a word that is a key and its value, or that follows those of --set after a blank."""
     name, equals, value = word.partition("=")
     if equals and (key := _key_of(name)):
         return f"--set {shlex.quote(f'{key}={value}')}"

@@ -68,7 +68,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def _shown(action: argparse.Action) -> str:
-    """How the value of an argument is written in a sentence."""
+    """The value of an argument as it is written in a sentence."""
     return "|".join(action.choices) if action.choices else str(action.metavar or action.dest.upper())
 
 

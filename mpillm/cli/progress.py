@@ -1,4 +1,4 @@
-"""How far a run is: a live line on a terminal, a new line every few seconds elsewhere."""
+"""Show the progress of a run: a live line on a terminal, a new line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Rates:
 
 
 def _waits_and_drafts(state: ProgressState, capacity: float = float("inf")) -> str:
-    """What the run has waited for, and what drafts gave, as far as there is room; empty if next to nothing."""
+    """The waits of the run and the gain of drafts, as far as there is room; empty if they are negligible."""
     parts = [] if state.hits is None else [f"hits {100 * state.hits:.0f} %"]
     if (state.per_pass or 0.0) >= 1.05:  # else it reads 1.0
         parts.append(f"{state.per_pass:.1f} tokens/pass")

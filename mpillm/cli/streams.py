@@ -53,7 +53,7 @@ class Unfailing(io.TextIOBase):
 
     @property
     def errors(self) -> str:  # type: ignore[override]
-        """What `input` must know to read a line with readline."""
+        """The attributes that `input` needs to read a line with readline."""
         return "replace"
 
     def writable(self) -> bool:

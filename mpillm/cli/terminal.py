@@ -1,4 +1,4 @@
-"""Where the lines of a rank end up: on a terminal, in a file, or in a pipe.
+"""Find where the lines of a rank are shown: on a terminal, in a file, or in a pipe.
 
 Under mpiexec the streams of a rank are pipes to the launcher. Open MPI's holds back what has no newline, so a line that
 is drawn again and again appears at the end; what is written when the launcher is told to stop is lost; and what is

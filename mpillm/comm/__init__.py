@@ -1,1 +1,1 @@
-"""How ranks talk to each other: the MPI world, its messages, its deadlines, and what is done about lost ranks."""
+"""The communication of ranks: the MPI world, its messages, its deadlines, and the recovery from lost ranks."""

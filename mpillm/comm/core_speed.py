@@ -1,4 +1,4 @@
-"""How fast a core runs plain code of this process: a look of a millisecond, where more may not be worth its time."""
+"""Measure how fast a core runs plain code of this process, in about a millisecond."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many cores a rank may use: its affinity, the control group's CPU quota, and what the job system says.
+"""Find how many cores a rank may use: its affinity, the control group's CPU quota, and the job system.
 
 Threads are bound to no core of their own unless OMP_PROC_BIND says so: a rank's run where its launcher allows them
 (mpiexec --bind-to, srun --cpu-bind), and the system moves them away from cores that others need.  Parts of a step go to
@@ -30,7 +30,7 @@ COMPILED_KERNELS = "mpillm.kernels._compiled"  # the module that loads OpenMP
 
 @dataclass(frozen=True)
 class Cores:
-    """What one process may run on: cores, and the tightest CPU quota above it (in cores, and where it is set).
+    """The cores of one process, and the tightest CPU quota above it (in cores, and where it is set).
 
     A core is known by its first hardware thread: products of integers gain nothing from a core's second one.
     """
@@ -104,7 +104,7 @@ def _quota_of(group: Path) -> float:
 
 
 def node_cores(ranks: list[Cores]) -> int:
-    """How many whole cores the ranks of one node have together, at least one."""
+    """The number of whole cores that the ranks of one node have together, at least 1."""
     return max(1, int(cores_of_time(ranks)))
 
 
@@ -120,7 +120,7 @@ def cores_of_time(ranks: list[Cores]) -> float:
 
 
 def with_cores(ranks: int, cores: int, one_thread: bool) -> int:
-    """How many of a node's ranks compute where the layout is automatic, if there are fewer cores than ranks.
+    """The number of a node's ranks that compute if the layout is automatic and there are fewer cores than ranks.
 
     A power of two, for they may be shards: the one that leaves the fewest cores idle, and the larger of two such ones.
     With `one_thread` a rank has a thread, whatever cores are left.
@@ -132,14 +132,14 @@ def with_cores(ranks: int, cores: int, one_thread: bool) -> int:
 
 
 def reserve_in_words(ranks: int, cores: int, used: int) -> str:
-    """What becomes of a node's other ranks."""
+    """A clause about the ranks of a node that are kept in reserve."""
     surplus = ranks - used
     are, there = ("is" if count == 1 else "are" for count in (surplus, cores))
     return f"{surplus} of {ranks} ranks {are} kept in reserve, because there {there} only {count_of(cores, 'core')}"
 
 
 def binding(ranks: list[Cores]) -> str:
-    """What mpiexec has done if, by itself, it has left cores of the node with these ranks without one; else nothing.
+    """A sentence if mpiexec, without being told to, has left cores of the node without one of these ranks; else empty.
 
     Open MPI binds each of up to two ranks to one core, and a rank's threads with it.
     """

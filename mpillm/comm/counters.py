@@ -1,4 +1,4 @@
-"""What each kind of message has cost this rank so far."""
+"""Count the messages of this rank by kind, with their bytes and times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How ranks leave together: each tells all others its exit code, and waits until all have done so."""
+"""Let ranks leave together: each tells all others its exit code, and waits until all have done so."""
 
 from __future__ import annotations
 

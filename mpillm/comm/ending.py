@@ -18,7 +18,7 @@ GRACE = 2.0  # seconds in which MPI must end after an error
 
 @dataclass
 class _Last:
-    """How the last world of this process has ended."""
+    """The state in which the last world of this process has ended."""
 
     limit: float = 0.0  # seconds that the others may take to end, 0 if there is no limit
 

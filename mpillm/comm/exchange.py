@@ -26,7 +26,7 @@ LENGTH = 8  # bytes of the length that precedes an object
 
 
 class Exchange:
-    """What a world's ranks tell each other. A world has these attributes, and says how it waits."""
+    """The facts that the ranks of a world tell each other. A world has these attributes, and says how it waits."""
 
     rank: int
     size: int
@@ -98,7 +98,7 @@ class Exchange:
             raise
 
     def _exchanged(self, exchange: Callable[[], T]) -> T:
-        """What an exchange returns. RankLost if it received what no rank sent.
+        """The result of an exchange. RankLost if it received something that no rank sent.
 
         Open MPI 5 with ULFM may report success for a collective in which a rank was killed and leave the buffer
         unfilled, which then cannot be unpickled.

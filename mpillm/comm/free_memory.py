@@ -1,4 +1,4 @@
-"""How much memory a process may still take: what the machine has left, and what the control groups above it allow."""
+"""Find how much memory a process may still take: free memory of the machine, and limits of its control groups."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def free_memory(root: Path = Path("/")) -> int:
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:
-    """What each group of version 2 (memory.max) or 1 (memory.limit_in_bytes) above this process has left."""
+    """The free bytes of each group of version 2 (memory.max) or 1 (memory.limit_in_bytes) above this process."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Where the ranks are: which of them share a machine, and what cores that machine gives them."""
+"""Find where the ranks are: which of them share a machine, and which cores that machine gives them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CLOCKS = 60.0  # seconds by which hosts' clocks may differ; ranks do not start a
 
 @dataclass(frozen=True)
 class RankInfo:
-    """What a rank tells all others about where it runs."""
+    """The facts that a rank tells all others about where it runs."""
 
     host: str
     boot: str  # tells machines of one name apart (all of a box of Raspberry Pis may be called the same)
@@ -46,7 +46,7 @@ class RankInfo:
 
     @classmethod
     def of_this_process(cls) -> RankInfo:
-        """What this process tells the others of itself."""
+        """The facts about this process that it tells the others."""
         return cls(
             socket.gethostname(),
             _boot_id(),
@@ -136,7 +136,7 @@ class Nodes:
         return [rank for rank in range(len(self._ranks)) if rank not in surplus]
 
     def surplus_in_words(self, threads: object) -> list[str]:
-        """What to tell the user about the other ranks."""
+        """Sentences for the user about the other ranks."""
         said: dict[str, list[str]] = {}
         for node, surplus in self._surplus(threads).items():
             there = [rank for rank in self._ranks if rank.node == node]
@@ -150,7 +150,7 @@ class Nodes:
 
     @property
     def cores(self) -> list[int]:
-        """How many cores the ranks of each machine have, by the numbers of the machines."""
+        """The number of cores of each machine's ranks, by the number of the machine."""
         return [
             node_cores(
                 [rank.cores for rank, own in zip(self._ranks, self.numbers, strict=True) if own == number]
@@ -174,7 +174,7 @@ class Nodes:
 
     @property
     def paces(self) -> list[float]:
-        """How fast the ranks run plain code (`core_speed.pace`)."""
+        """The pace of each rank (`core_speed.pace`)."""
         return [rank.pace for rank in self._ranks]
 
     def loads(self, asked: Sequence[int | str]) -> list[tuple[str, float]]:
@@ -211,7 +211,7 @@ class Nodes:
 
     @property
     def clocks(self) -> list[str]:
-        """What to tell the user about hosts whose clocks differ from that of rank 0."""
+        """Sentences for the user about hosts whose clocks differ from that of rank 0."""
         first, said = self._ranks[0], dict[str, str]()
         for rank in self._ranks:
             if abs(ahead := rank.clock - first.clock) > CLOCKS:
@@ -224,7 +224,7 @@ class Nodes:
 
     @property
     def bindings(self) -> list[str]:
-        """What to tell the user about hosts where mpiexec left cores without a rank."""
+        """Sentences for the user about hosts on which mpiexec left cores without a rank."""
         hosts: dict[str, list[Cores]] = {}
         for rank in self._ranks:
             hosts.setdefault(rank.host, []).append(rank.cores)

@@ -1,4 +1,4 @@
-"""What Open MPI is told where its user has said nothing."""
+"""Set options of Open MPI that its user has not set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which MPI this is and how fast messages go between ranks, for `mpillm doctor`."""
+"""Find which MPI this is, and measure how fast messages go between ranks, for `mpillm doctor`."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def guard(program: Callable[[World], int]) -> int:
 
 
 def _where(started: launch.Launch | None) -> str:
-    """Which rank this is, where that may matter: rank 0 is where the user is."""
+    """The rank of this process, for messages that do not come from rank 0."""
     if started is None or not started.rank:
         return ""
     return f" (on rank {started.rank} of {started.size}, host {socket.gethostname()})"

@@ -1,4 +1,4 @@
-"""Where the ranks' heartbeats meet: the addresses on which rank 0 listens, and a token of this world."""
+"""The meeting point of the ranks' heartbeats: addresses on which rank 0 listens, and a token of this world."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import psutil
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where rank 0 listens, the token by which ranks recognise each other, and the limit of silence in seconds."""
+    """The addresses of rank 0, the token by which ranks recognise each other, and the limit of silence in seconds."""
 
     addresses: tuple[str, ...]
     port: int

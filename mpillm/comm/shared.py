@@ -46,7 +46,7 @@ class SharedRows:
         self.capacity = self._slots.shape[1] // shards
 
     def slot(self, m: int, d: int) -> F32:
-        """Where the next pieces go, f32 [shards, m, d]; what the one before the last had is overwritten."""
+        """The array for the next pieces, f32 [shards, m, d]; it overwrites the pieces before the last ones."""
         if self._views[0] != (m, d):
             views = [slot[: self._shards * m * d].reshape(self._shards, m, d) for slot in self._slots]
             self._views = (m, d), views

@@ -26,7 +26,7 @@ NO_SECOND = 2**31 - 1
 
 
 class Hidden(IntEnum):
-    """Which final hidden states are wanted of a chunk (for embeddings)."""
+    """Which final hidden states of a chunk are requested (for embeddings)."""
 
     NONE = 0
     LAST = 1

@@ -165,7 +165,7 @@ def _quantise_whole(x: F32, edges: npt.NDArray[np.int64]) -> U8:
 
 
 def quantise_panel(x: F32) -> tuple[npt.NDArray[np.void], npt.NDArray[np.int8]]:
-    """What rows [m] have for one panel x [m, k] of activations for W8A8, and their int8 [m, k].
+    """The scales and other facts of rows [m] for one panel x [m, k] of activations for W8A8, and their int8 [m, k].
 
     The scale is that of all values but the largest, whose integer is that int8 and 128 times the one of `high`.
     """
@@ -193,7 +193,7 @@ def quantise_panel(x: F32) -> tuple[npt.NDArray[np.void], npt.NDArray[np.int8]]:
 def whole_activations(
     x: npt.NDArray[Any], edges: npt.NDArray[np.int64]
 ) -> Iterator[tuple[npt.NDArray[np.void], npt.NDArray[np.int8]]]:
-    """What rows [m] have for each panel, and their int8 [m, .], of what `quantise_rows` made for W8A8."""
+    """The facts of rows [m] for each panel, and their int8 [m, .], from the blocks of `quantise_rows` for W8A8."""
     begin = 0
     for width in (-(-np.diff(edges) // QUANT_BLOCK) * QUANT_BLOCK).tolist():
         heads, integers = [], []

@@ -42,7 +42,7 @@ KV_BLOCK = 32  # tokens of one block of the KV cache
 
 
 class BlockType(IntEnum):
-    """How the elements of a matrix are stored. The layouts are ggml's, except FP8, NVFP4 and NF4 (`scaled_blocks`)."""
+    """The types of a matrix's elements. The layouts are ggml's, except FP8, NVFP4 and NF4 (`scaled_blocks`)."""
 
     F32 = 0
     F16 = 1

@@ -21,7 +21,7 @@ AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 @dataclass(frozen=True)
 class Settings:
-    """What the supervisor was asked for: `ranks` on this machine, or the hosts of `hostfile`."""
+    """The settings of the supervisor: `ranks` on this machine, or the hosts of `hostfile`."""
 
     ranks: int | None = None
     hostfile: Path | None = None
@@ -79,7 +79,7 @@ def become(
 
 
 def program(arguments: Sequence[str]) -> list[str]:
-    """What each rank runs: this Python, with the words of the user's command."""
+    """The command of each rank: this Python, with the words of the user's command."""
     return [sys.executable, "-m", "mpillm", *arguments]
 
 

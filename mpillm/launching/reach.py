@@ -1,4 +1,4 @@
-"""Which hosts of the hostfile can be reached by what mpiexec starts its ranks with, which is ssh or the like."""
+"""Find the hosts of the hostfile that ssh, or the agent of mpiexec, can reach."""
 
 from __future__ import annotations
 

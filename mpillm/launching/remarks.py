@@ -1,4 +1,4 @@
-"""What mpiexec writes during one start: lines of the ranks are shown at once, remarks of mpiexec and ssh are kept.
+"""Handle the output of mpiexec during one start: show the ranks' lines at once, keep remarks of mpiexec and ssh.
 
 Their banners tell a user little, and would stand below the sentence that says what to do.
 """
@@ -64,7 +64,7 @@ class Remarks:
 
     @contextlib.contextmanager
     def pipes(self) -> Iterator[tuple[int, int]]:
-        """What mpiexec shall take as stdout and stderr; this process needs them no longer after the block.
+        """The stdout and stderr for mpiexec; this process does not need them after the block.
 
         They are one pipe if both streams are shown in one place, for two would lose the order of lines.
         """
@@ -118,7 +118,7 @@ class Remarks:
         return bool(data)
 
     def cause(self) -> str | None:
-        """Which host or rank was lost, if a remark tells."""
+        """The host or rank that was lost, if a remark names it."""
         text = "".join(f"{line}\n" for line in self._kept)
         for pattern, sentence in _CAUSES:
             if found := re.search(pattern, text, re.DOTALL):

@@ -175,7 +175,7 @@ class Supervisor:
         return 0
 
     def _journal_written(self) -> int:
-        """When the journal was last written, in nanoseconds; 0 if there is none."""
+        """The time of the last write to the journal in nanoseconds; 0 if there is no journal."""
         with contextlib.suppress(OSError):
             return (self._spec.output_path / JOURNAL).stat().st_mtime_ns
         return 0
@@ -259,7 +259,7 @@ def _stopped_by(told: signal.Signals) -> str:
 
 
 def _how(code: int) -> str:
-    """How mpiexec ended; `code` is that of subprocess, so minus the signal if one ended it."""
+    """A clause on the end of mpiexec. `code` is that of subprocess: minus the signal if one ended it."""
     return f"exit code {code} of mpiexec" if code >= 0 else f"{signal.Signals(-code).name} ended mpiexec"
 
 

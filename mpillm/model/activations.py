@@ -1,4 +1,4 @@
-"""What a step's rows take on one rank while they pass through it."""
+"""Compute the bytes of a step's rows on one rank while they pass through it."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from mpillm.weights.source import Source
 
 
 class _Addition(NamedTuple):
-    """What an adapter adds to a matrix of the model: `scale` b a."""
+    """The change of a matrix by an adapter: `scale` b a."""
 
     a: Extent
     b: Extent
@@ -59,7 +59,7 @@ class Adapters:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What requests call them; number 1 is the first."""
+        """The names of the adapters in requests; number 1 is the first."""
         return tuple(self.files)
 
     def nbytes(self, place: Place) -> int:
@@ -82,7 +82,7 @@ class Adapters:
         return 4 * widest
 
     def load(self, place: Place) -> RankAdapters:
-        """What a rank holds of them; ModelError if a value is not finite."""
+        """Load the part of the adapters of a rank; ModelError if a value is not finite."""
         return RankAdapters([self._load(additions, place) for additions in self._additions])
 
     def close(self) -> None:
@@ -160,7 +160,7 @@ def _adaptable(config: ModelConfig) -> dict[Key, TensorSpec]:
 
 
 def _additions(files: AdapterFiles, specs: Mapping[Key, TensorSpec]) -> dict[Key, _Addition]:
-    """What an adapter adds to each matrix; ModelError if that is no matrix of the model, or cannot be adapted."""
+    """The change of each matrix by an adapter; ModelError for another tensor, or a matrix that cannot be adapted."""
     found: dict[Key, _Addition] = {}
     for factors in files.factors:
         if ROLES[factors.parsed.roles[0]].ndim != 2:

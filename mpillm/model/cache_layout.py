@@ -1,4 +1,4 @@
-"""Which layers share a block table, and which share memory: the cache of one rank, worked out of its layers' specs.
+"""Compute which layers share a block table and which share memory: the cache of one rank, from its layers' specs.
 
 Layers that keep tokens equally long (all of them, or the last `window`) are alike. All layers that are alike, or parts
 of them of about as many layers as the rarest sort has, form a *group*. Each sequence has a block table for each group.
@@ -40,7 +40,7 @@ def blocks_for(tokens: int) -> int:
 
 
 class Caching(Protocol):
-    """What of a model decides on its cache; `ModelConfig` is one."""
+    """The facts about a model that determine its cache; `ModelConfig` has them."""
 
     @property
     def n_layers(self) -> int: ...
@@ -49,7 +49,7 @@ class Caching(Protocol):
         """The block size of weights that are cut by columns."""
 
     def cache(self, place: Place) -> list[tuple[LayerCache, ...]]:
-        """What each of the model's layers keeps of a sequence on the rank at `place`."""
+        """The parts of a sequence that each layer of the model keeps on the rank at `place`."""
 
 
 def rank_layouts(config: Caching, places: Sequence[Place], asked: str) -> list[CacheLayout]:
@@ -101,7 +101,7 @@ def groups_of(caches: Sequence[Sequence[LayerCache]]) -> Groups:
 
 @dataclass(frozen=True)
 class TokenLayer:
-    """Where a layer's keys and values are: in the blocks of `group`, in pool number `pool`, as arrays of these types.
+    """The place of a layer's keys and values: blocks of `group`, pool number `pool`, as arrays of these types.
 
     The types are those of one block.
     """
@@ -175,7 +175,7 @@ def cache_layout(
 
 
 def token_cache(specs: Sequence[LayerCache]) -> TokenCache | None:
-    """What a layer keeps of each token, if anything: at most one of its specs says so."""
+    """The spec of a layer that keeps something for each token; None if there is none."""
     found = [spec for spec in specs if isinstance(spec, TokenCache)]
     assert len(found) <= 1, specs
     return found[0] if found else None
@@ -201,7 +201,7 @@ def stored_type(asked: str, caches: Sequence[Sequence[LayerCache]], quantised: b
 
 
 def name_of(type: BlockType) -> str:
-    """What `memory.kv_type` calls it."""
+    """The name of a type in `memory.kv_type`."""
     return next(name for name, each in KV_TYPES.items() if each is type)
 
 

@@ -1,4 +1,4 @@
-"""What a layer keeps of a sequence between steps, as data: blocks of tokens, or one state of a fixed size."""
+"""The part of a sequence that a layer keeps between steps, as data: blocks of tokens, or one state of a fixed size."""
 
 from __future__ import annotations
 

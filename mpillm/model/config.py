@@ -18,7 +18,7 @@ from mpillm.weights.roles import Key
 
 
 class Beside(Protocol):
-    """What ranks hold beside the model's own weights: adapters."""
+    """The adapters that ranks hold besides the model's own weights."""
 
     def nbytes(self, place: Place) -> int:
         """Bytes of it on the rank at `place`."""
@@ -68,7 +68,7 @@ class ModelConfig:
 
     @property
     def n_layers(self) -> int:
-        """How many layers there are."""
+        """The number of layers."""
         return len(self.layers)
 
     @cached_property
@@ -113,10 +113,10 @@ class ModelConfig:
 
     @property
     def pooled(self) -> Sequence[TensorSpec]:
-        """What follows pooling."""
+        """The tensors after pooling."""
         return () if self.classifier is None else tuple(self.classifier.tensors(self.hidden))
 
     def cache(self, place: Place) -> list[tuple[LayerCache, ...]]:
-        """What each of the model's layers keeps of a sequence on the rank at `place`."""
+        """The parts of a sequence that each layer of the model keeps on the rank at `place`."""
         kinds = {layer: layer.cache(place, self.block) for layer in set(self.layers)}
         return [kinds[layer] for layer in self.layers]

@@ -209,7 +209,7 @@ class _RankLayer:
 
     @property
     def operations(self) -> tuple[Any, ...]:
-        """What `kernels.LayerStack` takes of it, where all pages stay in memory and it has run once."""
+        """The layer for `kernels.LayerStack`, if all pages stay in memory and the layer has run once."""
         kept, number = self._rank.kept, self._number
         return (
             kept(_missing, "attention", number),
@@ -219,7 +219,7 @@ class _RankLayer:
         )
 
     def _beside(self, page: Page, x: Floats) -> Floats:
-        """What an MLP beside the mixer is of: x if it has a norm of its own, else the rows that the mixer sees."""
+        """The input of an MLP beside the mixer: x if the MLP has a norm of its own, else the mixer's input rows."""
         if self.spec.mlp_norms.before:
             own: Floats = x.copy()
             return own

@@ -1,4 +1,4 @@
-"""How a model's files say that texts become vectors: pooling, normalisation, prompts.
+"""Read from a model's files how texts become vectors: pooling, normalisation, prompts.
 
 A directory says it as Sentence Transformers does: `modules.json` lists the modules, the directories of the pooling
 module and of dense layers have a `config.json`, `config_sentence_transformers.json` has the prompts, and
@@ -45,7 +45,7 @@ _FUNCTIONS: Mapping[str, Function] = {
 
 @dataclass(frozen=True)
 class EmbeddingSettings:
-    """What a model's files say; without any, the mean of the hidden states at length 1."""
+    """The settings in a model's files; without any, the mean of the hidden states at length 1."""
 
     pooling: Pooling = "mean"
     normalize: bool = True
@@ -65,7 +65,7 @@ class EmbeddingSettings:
 
 
 def embedding_settings(source: Source) -> EmbeddingSettings:
-    """What the files of a model say about embeddings; ModelError if they cannot be read."""
+    """Read the settings of a model for embeddings; ModelError if they cannot be read."""
     folder = text_folder(source.tokenizer)
     if folder is not None and (folder / MODULES).exists():
         return _from_directory(folder)

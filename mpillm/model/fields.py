@@ -113,5 +113,5 @@ class Fields:
         return tuple(items)
 
     def unread(self) -> dict[str, Any]:
-        """What nobody asked for."""
+        """The fields that nothing has read."""
         return {key: value for key, value in self.values.items() if key not in self.read}

@@ -31,7 +31,7 @@ class GroupTables:
 
 
 class StateMoves(NamedTuple):
-    """What a step does to states beside computing them, by slots; a pair is a slot that is written and its source."""
+    """The changes of states in a step besides computing them, by slots; a pair is a written slot and its source."""
 
     fresh: Sequence[int] = ()  # slots of sequences that begin, whose states are zeros
     loaded: Sequence[tuple[int, int]] = ()  # before the step
@@ -130,7 +130,7 @@ class KVCache:
         return self._states[i]
 
     def of_layer(self, i: int) -> LayerCacheView:
-        """What this rank's layer number i sees of it."""
+        """The view of the cache for layer number i of this rank."""
         return LayerCacheView(self, i)
 
     def close(self) -> None:
@@ -160,7 +160,7 @@ class KVCache:
 
 
 class LayerCacheView:
-    """What layer number i of a rank keeps of sequences."""
+    """The part of sequences that layer number i of a rank keeps."""
 
     def __init__(self, kv: KVCache, i: int) -> None:
         self._kv, self._i = kv, i

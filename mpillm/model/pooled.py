@@ -1,4 +1,4 @@
-"""What follows pooling: small matrices that make scores, or another vector, of one pooled hidden state.
+"""The layers after pooling: small matrices that make scores, or another vector, from one pooled hidden state.
 
 Rank 0 reads them; `mpillm.engine.pooled` computes with them.
 """

@@ -52,7 +52,7 @@ class RopeConfig:
 
     @cached_property
     def of_long(self) -> RopeConfig:
-        """What long sequences have in place of this one; itself unless it is LongRoPE."""
+        """The RoPE of long sequences; the same object unless it is LongRoPE."""
         if not self.long_factors:
             return self
         return replace(

@@ -86,7 +86,7 @@ def maximum_blocks(sizes: Sequence[int], budget: int, traffic: int) -> int:
 
 @dataclass
 class SpillCounters:
-    """What went to the file and came from it, in bytes, and what was waited for."""
+    """The bytes that went to the file and came from it, and the seconds of waiting for them."""
 
     written: int = 0
     read: int = 0

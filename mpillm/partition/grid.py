@@ -1,4 +1,4 @@
-"""Who owns what: ranks = stages x shards, and the slices of a tensor as pure functions of its axes and a place.
+"""The division of a model: ranks = stages x shards, and slices of tensors as pure functions of axes and a place.
 
 A stage holds a run of layers; the shards of a stage each hold a part of every one of its layers. A dimension that
 shards share is an `Axis`. Where it is the input of a product (columns of a matrix), the product is computed as a power
@@ -24,7 +24,7 @@ Auto = Literal["auto"]
 
 
 class Divisible(Protocol):
-    """What of a model decides on how many ranks it can be laid out."""
+    """The facts about a model that determine on how many ranks it can be laid out."""
 
     @property
     def n_layers(self) -> int: ...
@@ -48,7 +48,7 @@ class Axis:
 
     @property
     def panels(self) -> int:
-        """How many panels there are."""
+        """The number of panels."""
         return len(self.bounds) - 1
 
     @property
@@ -164,7 +164,7 @@ def stage_layers(n_layers: int, place: Place) -> range:
 def layers_by_speed(
     n_layers: int, seconds: Sequence[float], extra: Sequence[float], maximum: Sequence[int]
 ) -> tuple[int, ...]:
-    """How many layers each stage gets, at least one, so that the slowest stage is as fast as possible.
+    """The number of layers of each stage, at least 1, with which the slowest stage is as fast as possible.
 
     A layer takes `seconds` of a stage, which has `extra` seconds to do besides, and memory for `maximum` layers; where
     that is too little for all layers, the rest is divided as if there were enough.

@@ -1,1 +1,1 @@
-"""What a run takes, computed before it: its layout, the memory of each rank, the size of its steps, and its time."""
+"""Plan a run before it starts: its layout, the memory of each rank, the size of its steps, and its time."""

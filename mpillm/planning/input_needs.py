@@ -23,7 +23,7 @@ COPIES = 5  # copies of an answer on its way to the journal (4.6 measured)
 
 @dataclass(frozen=True)
 class InputNeeds:
-    """What an input asks for. All numbers are 0 without a readable input.
+    """The requirements of an input. All numbers are 0 without a readable input.
 
     The maxima `prompts`, `tokens` and `longest` are right only if `blocks` is known.
     """

@@ -24,7 +24,7 @@ from mpillm.weights.text_files import PROMPTS, text_fields, text_files, text_fol
 def needs_of(
     spec: Spec, config: ModelConfig, source: Source, load: Callable[[], Tokenizer | None] | None = None
 ) -> InputNeeds:
-    """What the input asks for. `load` returns the model's tokenizer; without it, the tokenizer is loaded here."""
+    """The requirements of the input. `load` returns the model's tokenizer; without it, the tokenizer is loaded here."""
     return input_needs(
         spec,
         config.hidden,

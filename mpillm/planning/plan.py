@@ -183,7 +183,7 @@ def _too_large(machines: Machines, plans: list[RankPlan]) -> Iterator[str]:
 def _gains(
     spec: Spec, planner: Planner, machines: Machines, asked: InputNeeds, now: Estimate
 ) -> Iterator[tuple[str, float]]:
-    """How many times as fast the job is with one more host, with more memory on each rank, and so on."""
+    """The gains with one more host, with more memory on each rank, and so on: how many times as fast the job is."""
     memory = spec.memory
     if not isinstance(memory.kv, (str, int)) or not isinstance(memory.weights, (str, int)):
         return  # ranks have different budgets, so there is not one to raise

@@ -179,7 +179,7 @@ class LayoutChoice:
         return None if speeds is None else replace(self._machines(), speeds=speeds, measured=True)
 
     def _places(self, threads: int) -> list[str]:
-        """What speeds are those of: each rank's host, the model and the program."""
+        """The facts for which measured speeds hold: each rank's host, the model and the program."""
         places = [f"{place}, {count_of(threads, 'thread')}" for place in self._world.nodes.places]
         return [*places, str(self._open_model().source.path.absolute()), kernels.path(), version.__version__]
 

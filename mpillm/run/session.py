@@ -227,7 +227,7 @@ class Session:
         )  # fmt: skip
 
     def _plans(self) -> Iterator[ReplicaPlan]:
-        """What the ranks of each replica will hold."""
+        """The plan of each replica: what its ranks will hold."""
         return self._open_model().replicas(self.job, self.replicas, self.needs, self.machines)
 
     def estimate(self, demand: Demand | None) -> Estimate:

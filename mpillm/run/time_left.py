@@ -1,4 +1,4 @@
-"""How much time a run needs still, by what it has taken for requests and parts of them."""
+"""Estimate the remaining time of a run from the time that it has taken for requests and parts of them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ TELLING = 0.05  # part of all requests, and at most one, whose time tells how mu
 
 @dataclass
 class AnswerLengths:
-    """How many tokens finished answers have, of those that they were allowed."""
+    """The tokens of finished answers, and the tokens that these answers were allowed."""
 
     used: int = 0
     allowed: int = 0
 
     def add(self, used: int, allowed: int) -> None:
-        """An answer is finished."""
+        """Count a finished answer."""
         self.used += used
         self.allowed += allowed
 
@@ -28,7 +28,7 @@ class AnswerLengths:
         return (self.used + running) / allowed if allowed else 1.0
 
     def whole(self, prompts: int, allowed: int, generated: int) -> float:
-        """How many tokens the running requests will have in the end, prompts included; `generated` of them exist now.
+        """The tokens that the running requests will have in the end, prompts included; they have generated `generated`.
 
         What is computed of them, divided by this, is the part of these requests that is done.
         """

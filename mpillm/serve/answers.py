@@ -1,4 +1,4 @@
-"""What a client gets: a JSON body, or the chunks of a stream in OpenAI's form."""
+"""Format answers for clients: a JSON body, or the chunks of a stream in OpenAI's form."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}  # OpenAI's, of a s
 
 
 class Refused(HTTPException):
-    """What is wrong with a request, the key that is wrong, and OpenAI's code of the error, if there are such."""
+    """The error of a request, with the key that is wrong and OpenAI's code of the error, if there are such."""
 
     def __init__(
         self,
@@ -72,18 +72,18 @@ class Stream:
         }
 
     def begin(self) -> Iterator[bytes]:
-        """What comes before any text."""
+        """The chunk before any text."""
         for index in range(len(self._chats)):
             yield self._event(self._choice(index, {"role": "assistant", "content": ""}))
 
     def push(self, choice: int, token: int) -> Iterator[bytes]:
-        """What comes with a token of a choice."""
+        """The chunk for a token of a choice."""
         stream = self._chats[choice] if self._chats else self._texts[choice]
         if more := stream.push(token):
             yield self._event(self._choice(choice, more))
 
     def end(self, completions: Sequence[FinishedCompletion]) -> Iterator[bytes]:
-        """What comes when all choices are complete: the rest of each text, log-probabilities, why it ended, usage."""
+        """The chunks after all choices are complete: rest of each text, log-probabilities, reason of the end, usage."""
         made = msgspec.json.decode(msgspec.json.encode(body(self._work, completions, self._model)))
         for choice in made["choices"]:
             index, delta = choice["index"], None
@@ -98,7 +98,7 @@ class Stream:
         yield DONE
 
     def fail(self, message: str, status: int) -> Iterator[bytes]:
-        """What comes when there will be no answer."""
+        """The chunk if there will be no answer."""
         yield _event(error(message, status))
 
     def _choice(self, index: int, delta: Any, **more: Any) -> dict[str, Any]:

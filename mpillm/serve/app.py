@@ -268,7 +268,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 def _instead(path: str) -> str:
-    """What to ask instead of a URL that there is not."""
+    """A sentence that names the URL to use instead of an unknown one."""
     urls = [endpoint.url for endpoint in ENDPOINTS] + ["/v1/models", "/v1/files", "/v1/batches"]
     if f"/v1{path}" in urls:
         return f"the base URL ends in /v1, so that this becomes /v1{path}."
@@ -285,7 +285,7 @@ async def _request_error(_: Request, error: Exception) -> Response:
 
 
 async def _not_written(request: Request, error: Exception) -> Response:
-    """What the server's disk did not take."""
+    """The answer if the server's disk is full."""
     if isinstance(error, NoSpace) or (isinstance(error, OSError) and error.errno in FULL):
         said = "The server's disk is full, so nothing was stored; try again when there is space."
         return JSONResponse(answers.error(said, 507), 507)

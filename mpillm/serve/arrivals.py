@@ -94,6 +94,11 @@ class Arrivals:
         self._closed = False
 
     @property
+    def closed(self) -> bool:
+        """Whether no more requests are taken."""
+        return self._closed
+
+    @property
     def waiting(self) -> int:
         """Requests that the engine has not taken."""
         return len(self._waiting)

@@ -43,7 +43,7 @@ class InUse(MpillmError):
 
 
 class BatchError(msgspec.Struct):
-    """What is wrong with a batch, or with the line of its input that has a number."""
+    """The error of a batch, or of the line of its input that has a number."""
 
     message: str
     code: str

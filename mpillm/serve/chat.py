@@ -94,14 +94,13 @@ class Conversation:
         self._messages: list[dict[str, Any]] = []
         self._ticket: Ticket | None = None
         self._answers = self._stopped = False  # a message is being answered; that is to end
-        self._ended = False  # there is no next message
         self._thinks = False  # what was written last is reasoning
         self._cut = False  # it was said how an answer may be longer
 
     def talk(self) -> None:
         """Read, answer, and end the engine's work at last."""
         try:
-            while not self._ended and self._turn(self._read("> ").strip()):
+            while not self._arrivals.closed and self._turn(self._read("> ").strip()):
                 pass
         except (EOFError, Closed):
             self._write("\n")
@@ -116,7 +115,6 @@ class Conversation:
 
     def end(self) -> None:
         """End the conversation, and an answer with it."""
-        self._ended = True
         self._arrivals.close()
         self._stop()
 
@@ -211,7 +209,7 @@ class Conversation:
 
 
 def _keys() -> str:
-    """What keys do."""
+    """The effect of keys."""
     started = launched_by(os.environ)
     if started is None:
         return f"{CTRL_D}between answers, leave"

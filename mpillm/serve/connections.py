@@ -1,4 +1,4 @@
-"""How long a connection may stay in the middle of a request, and what becomes of those that go there."""
+"""Limit how long a connection may stay in the middle of a request, and close those that stay longer."""
 
 from __future__ import annotations
 

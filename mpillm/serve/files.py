@@ -45,7 +45,7 @@ class Descriptions:
             directory.remove_temporary_files()
 
     def path(self, name: str) -> Path:
-        """Where the content of `name` is; KeyError if that is no id."""
+        """The path of the content of `name`; KeyError if that is no id."""
         if not _ID.fullmatch(name):
             raise KeyError(name)
         return self.folder / name
@@ -100,7 +100,7 @@ class FileStore:
         return made
 
     def content(self, name: str) -> Path:
-        """Where a file's content is; KeyError if there is no such file."""
+        """The path of a file's content; KeyError if there is no such file."""
         self.read(name)
         return self._descriptions.path(name)
 

@@ -1,4 +1,4 @@
-"""Who may ask the server: those with the API key, and pages of allowed sites; each answer has the id of its request."""
+"""Check who may ask the server: clients with the API key, and pages of allowed sites. Each answer gets an id."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def _operation(
     key: bool = True,
     streams: bool = False,
 ) -> Described:
-    """What a URL does by one method. `answers` is the media type, `key` is False where no API key is ever asked for."""
+    """The description of a URL and a method. `answers` is the media type; `key` is False if no API key is needed."""
     shown: Described = {"schema": answer or {"type": "object"}} if answers == "application/json" else {}
     error = {
         "description": "what is wrong",

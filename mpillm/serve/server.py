@@ -40,7 +40,7 @@ GRACE = 5  # seconds in which open connections may end
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """Where the server listens, and whom it answers."""
+    """The options of the server: where it listens, and whom it answers."""
 
     host: str = "127.0.0.1"
     port: int = 8000

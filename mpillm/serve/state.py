@@ -1,4 +1,4 @@
-"""What the URLs need of the server, and how a body becomes work, one at a time."""
+"""The state of the server that the URLs share, and the conversion of a body to work, one at a time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Prepared:
 
 @dataclass
 class ServerState:
-    """What the URLs need of the server."""
+    """The state of the server that the URLs share."""
 
     spec: Spec
     model: Model
@@ -47,7 +47,7 @@ class ServerState:
     started: float = field(default_factory=time.time)
 
     def no_model(self, name: str) -> Refused:
-        """What is said of a model that is not this one."""
+        """The error for a model that the server does not have."""
         has = ", ".join(map(repr, (self.model.name, *self.model.adapters)))
         said = f"There is no model {name[:100]!r}; this server has {has}."
         return Refused(404, said, "model", "model_not_found")

@@ -1,4 +1,4 @@
-"""What is typed in a conversation, line by line. Unlike those of `input`, a wait for a line can be ended."""
+"""Read the lines that are typed in a conversation. Unlike `input`, waiting for a line can be ended."""
 
 from __future__ import annotations
 

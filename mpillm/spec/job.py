@@ -61,7 +61,7 @@ class Spec(Section, frozen=True, kw_only=True):
 
     @property
     def input_path(self) -> Path:
-        """Where the requests are."""
+        """The path of the requests."""
         return Path(self.input)
 
     @property
@@ -96,7 +96,7 @@ class Spec(Section, frozen=True, kw_only=True):
         )
 
     def identity(self) -> dict[str, Any]:
-        """What of the job changes a result, by dotted key: two jobs that agree in it may share an output directory.
+        """The settings that change a result, by dotted key: jobs that agree in them may share an output directory.
 
         Not in it: the layout, the budgets, the batch, `job` (they change no result), and the model's and the input's
         content, which the journal knows by their own fingerprints.

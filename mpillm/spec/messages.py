@@ -1,4 +1,4 @@
-"""What is wrong with a job, in the words of those who write TOML and JSON."""
+"""Errors of a job, in the words of TOML and JSON."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def nearest(key: str, known: set[str]) -> str:
 
 
 def other_job(path: Path) -> str:
-    """What to name instead of a job file that is not there."""
+    """A sentence that names an existing job file instead of a missing one."""
     beside = [file.stem for file in path.parent.glob("*.toml")]
     if close := difflib.get_close_matches(path.stem, beside, n=1):
         return f"did you mean {path.parent / close[0]}.toml?"
@@ -46,7 +46,7 @@ def other_job(path: Path) -> str:
 
 
 def instead_of(text: str, problem: str) -> str:
-    """What to write instead of the line that a TOML parser's `problem` names, where that can be guessed."""
+    """A sentence on what to write instead of the line that a TOML parser's `problem` names; empty if it is unknown."""
     found = re.search(r"at line (\d+)", problem)
     line = text.splitlines()[int(found[1]) - 1].partition("#")[0].strip() if found else ""
     key, equals, value = (part.strip() for part in line.partition("="))

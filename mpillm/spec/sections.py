@@ -96,7 +96,7 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 
 
 class SamplingSection(Section, frozen=True):
-    """What a request that does not say otherwise is sampled with; temperature 0 is greedy."""
+    """The sampling of a request that has no settings of its own; temperature 0 is greedy."""
 
     max_tokens: Count = 128
     temperature: Temperature = 0.0
@@ -113,14 +113,14 @@ class SamplingSection(Section, frozen=True):
 
 
 class ChatSection(Section, frozen=True):
-    """How answers to chats are divided; auto: by the model's chat template and its tokens."""
+    """The division of answers to chats; auto: by the model's chat template and its tokens."""
 
     reasoning: Auto | Literal["none"] | Tags = "auto"  # or the tags around it
     tool_calls: ToolCalls = "auto"
 
 
 class OutputSection(Section, frozen=True):
-    """Where results go, and as what kind of table beside results.jsonl."""
+    """The place of the results, and the kind of table besides results.jsonl."""
 
     path: Word  # the directory
     format: Literal["none"] | TableFormat = "none"
@@ -138,7 +138,7 @@ class LayoutSection(Section, frozen=True):
 
 
 class MemorySection(Section, frozen=True):
-    """What a rank may hold: weights in kernel-ready form, and the KV cache."""
+    """The memory of a rank: weights in kernel-ready form, and the KV cache."""
 
     weights: Size | list[Size] | dict[str, Size] = "all"
     kv: Size | list[Size] | dict[str, Size] = "1GiB"
@@ -163,7 +163,7 @@ class MemorySection(Section, frozen=True):
 
     @property
     def kv_spill_bytes(self) -> int:
-        """How much of the KV cache may lie on disk, per rank."""
+        """The maximum bytes of the KV cache on disk, per rank."""
         return 0 if self.kv_spill == "none" else byte_size(self.kv_spill)
 
     def context(self, max_position: int) -> int:
@@ -172,7 +172,7 @@ class MemorySection(Section, frozen=True):
 
     @property
     def spill_folder(self) -> Path:
-        """Where it lies, on every node."""
+        """The directory of the KV cache on disk, on every node."""
         return Path(tempfile.gettempdir() if self.spill_dir == "auto" else os.path.expanduser(self.spill_dir))
 
     def __post_init__(self) -> None:
@@ -191,7 +191,7 @@ class MemorySection(Section, frozen=True):
 
 
 class WireSection(Section, frozen=True):
-    """How activations travel: Q8_0 blocks (34 bytes for 32 values), or exactly.
+    """The wire of activations: Q8_0 blocks (34 bytes for 32 values), or exact values.
 
     What shards sum travels twice a layer, and what goes from stage to stage once a step. What travels exactly makes
     no result depend on the number of shards or stages. "auto" is f32, unless shards are on several hosts whose network
@@ -203,7 +203,7 @@ class WireSection(Section, frozen=True):
 
 
 class EmbeddingsSection(Section, frozen=True):
-    """What becomes of a text's hidden states where /v1/embeddings is asked."""
+    """The vectors that /v1/embeddings makes from a text's hidden states."""
 
     pooling: Pooling | Auto = "auto"  # auto: as the model's files say
     normalize: bool | Auto = "auto"
@@ -211,7 +211,7 @@ class EmbeddingsSection(Section, frozen=True):
 
 
 class ScoringSection(Section, frozen=True):
-    """How /v1/score and /v1/rerank make one text of a query and a document, and which words answer it.
+    """The text that /v1/score and /v1/rerank make from a query and a document, and the words that answer it.
 
     `tokens` are of a model that answers in words: that a document is not relevant, and that it is.
     """
@@ -222,7 +222,7 @@ class ScoringSection(Section, frozen=True):
 
 
 class BatchSection(Section, frozen=True):
-    """How much one step takes on; more is faster and changes no result."""
+    """The maximum size of a step; a larger one is faster and changes no result."""
 
     max_num_seqs: Auto | Positive = "auto"
     max_num_batched_tokens: Auto | Positive = "auto"
@@ -251,7 +251,7 @@ class DraftSection(Section, frozen=True):
 
 
 class JobSection(Section, frozen=True):
-    """How the run goes about it; changes no result."""
+    """Settings of the run that change no result."""
 
     # Tokens of an answer after which it is saved; 0: when it is complete.
     checkpoint_tokens: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 64

@@ -27,7 +27,7 @@ def byte_size(value: str | int) -> int:
 
 
 def unit_meant(value: object) -> str:
-    """What to add to a sentence on a size that is too small: that a number without a unit is one of bytes."""
+    """A remark on a size that is too small: that a number without a unit counts bytes; empty for other sizes."""
     return (
         f" ({value} is {value} bytes; write {value}GiB for more)"
         if re.fullmatch(r"\d{1,4}", str(value))

@@ -1,1 +1,1 @@
-"""What a run keeps on disk: the output directory, the journal, the results and the report."""
+"""The files of a run: the output directory, the journal, the results and the report."""

@@ -79,7 +79,7 @@ class Directory(Descriptor):
         return file
 
     def names(self) -> set[str]:
-        """What is in the directory, without temporary files."""
+        """The names in the directory, without temporary files."""
         return {name for name in os.listdir(self._file) if not _TEMPORARY.fullmatch(name)}
 
     def remove_temporary_files(self) -> None:
@@ -106,7 +106,7 @@ class Directory(Descriptor):
             return error.errno != errno.ESTALE
 
     def whereabouts(self) -> Path | None:
-        """Where the directory is now; None if it has been deleted, or where the system cannot tell (not on Linux)."""
+        """The current path of the directory; None if it was deleted, or if the system cannot tell (not on Linux)."""
         try:
             path = Path(os.readlink(f"/proc/self/fd/{self._file}"))
             return path if os.path.samestat(os.stat(path), os.fstat(self._file)) else None

@@ -26,7 +26,7 @@ from mpillm.store.output import INPUT, Claim
 
 
 def lines_path(spec: Spec) -> Path:
-    """Where the lines are, once the input is prepared."""
+    """The path of the lines, once the input is prepared."""
     return spec.input_path if forms.is_lines(spec.input_path) else spec.output_path / INPUT
 
 

@@ -290,7 +290,7 @@ class Journal(Descriptor):
                     yield msgspec.msgpack.decode(payload, type=Name)
 
     def partial(self, line: Line) -> dict[int, PartialCompletion]:
-        """What earlier runs have generated of an unfinished line, by choice; each line can be asked for once."""
+        """The tokens that earlier runs generated for an unfinished line, by choice; each line can be asked for once."""
         found: dict[int, PartialCompletion] = {}
         with explained(self.path):
             size = os.fstat(self._file).st_size

@@ -31,7 +31,7 @@ def _opened(directory: Directory) -> Iterator[int | None]:
 
 
 def began(claim: Claim) -> datetime:
-    """When the run in the claimed directory first began: now, if it has no readable journal yet.
+    """The time when the run in the claimed directory first began: now, if it has no readable journal yet.
 
     A chat template that asks for the date gets this one, so that a run that is resumed tomorrow gives the same bytes.
     """
@@ -54,7 +54,7 @@ def first_layout(claim: Claim) -> UsedLayout | None:
 
 
 def finished(path: Path) -> Finished | None:
-    """How the run in this directory ended; None if it is not finished, or if its input has grown since."""
+    """The end of the run in this directory; None if it is not finished, or if its input has grown since."""
     with explained(path):
         try:
             directory = Directory(path)

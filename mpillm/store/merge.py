@@ -30,7 +30,7 @@ FILES = (JSONL, HDF5, TIMINGS, report.JSON)
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge has written."""
+    """The files and numbers of a merge."""
 
     requests: int
     errors: int

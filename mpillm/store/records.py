@@ -81,7 +81,7 @@ class PartialResult(msgspec.Struct, tag="part", frozen=True):
 
 
 class UsedLayout(msgspec.Struct, tag="layout", frozen=True):
-    """How many stages of how many shards computed the results that follow this record, and how these sent sums."""
+    """The stages and shards that computed the results after this record, and the wire of their sums."""
 
     stages: int
     shards: int
@@ -92,7 +92,7 @@ class UsedLayout(msgspec.Struct, tag="layout", frozen=True):
 
 
 class Counts(msgspec.Struct, tag="counts", frozen=True):
-    """What start number `start` of the run has computed so far; the last record of each start is valid."""
+    """The work of start number `start` of the run so far; the last record of each start is valid."""
 
     start: int  # from 1
     seconds: float  # seconds of computing
@@ -142,7 +142,7 @@ def line_key(line: Line) -> bytes:
 
 
 class Done:
-    """Where the records of finished requests begin, by custom_id, and how the requests ended; 16 bytes each."""
+    """For each finished request, by custom_id: the place of its record, and its status; 16 bytes each."""
 
     def __init__(self) -> None:
         self._places = NumbersByName()  # offset << STATUS_BITS | status
@@ -160,14 +160,14 @@ class Done:
         self.failed += status != 200
 
     def offset(self, custom_id: str) -> int:
-        """Where the record of a request is; KeyError if there is none."""
+        """The place of the record of a request; KeyError if there is none."""
         place = self._places.get(custom_id)
         if place is None:
             raise KeyError(custom_id)
         return place >> STATUS_BITS
 
     def offsets(self) -> Iterator[int]:
-        """Where the records are, in the order of the file."""
+        """The places of the records, in the order of the file."""
         return (int(place) >> STATUS_BITS for place in self._places.numbers())
 
     def drop_from(self, offset: int) -> None:
@@ -284,7 +284,7 @@ def good_records(file: int, begin: int = 0) -> Iterator[tuple[int, bytes]]:
 
 
 def _next_magic(file: int, offset: int, size: int) -> int | None:
-    """Where the next record may begin, at `offset` or later."""
+    """The place of the next record, which may begin at `offset` or later."""
     while offset < size:
         chunk = os.pread(file, _CHUNK + len(_MAGIC) - 1, offset)
         if (at := chunk.find(_MAGIC)) >= 0:

@@ -1,4 +1,4 @@
-"""What a run measures: report.json, and the figures that follow from it."""
+"""The measurements of a run: report.json, and the figures that follow from it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Input(msgspec.Struct, kw_only=True):
 
 
 class Tokens(msgspec.Struct, kw_only=True):
-    """What this start has computed, without what earlier starts of the same command had."""
+    """The work of this start, without that of earlier starts of the same command."""
 
     prompt: int  # all tokens of the prompts
     generated: int
@@ -47,7 +47,7 @@ class Tokens(msgspec.Struct, kw_only=True):
 
 
 class Start(msgspec.Struct, kw_only=True):
-    """What an earlier start of the same command has computed."""
+    """The work of an earlier start of the same command."""
 
     seconds: float  # seconds of computing
     tokens: Tokens
@@ -136,7 +136,7 @@ class Report(msgspec.Struct, kw_only=True):
         return self.phases.get("compute", self.seconds) or self.seconds
 
     def all_starts(self) -> Start:
-        """What all starts of the command have computed."""
+        """The work of all starts of the command."""
         starts = [*self.earlier, Start(seconds=self.computing, tokens=self.tokens)]
         names = Tokens.__struct_fields__
         tokens = Tokens(**{name: sum(getattr(start.tokens, name) for start in starts) for name in names})
@@ -184,7 +184,7 @@ class Report(msgspec.Struct, kw_only=True):
         return max(1 - at_work / (len(known) * self.computing), 0.0)
 
     def expert_hits(self) -> tuple[int, int]:
-        """How many uses of experts found them in memory, and all uses, on all ranks."""
+        """The number of uses of experts that found them in memory, and of all uses, on all ranks."""
         counts = [(rank.experts["hits"], rank.experts["misses"]) for rank in self.ranks if rank.experts]
         hits = sum(hit for hit, _ in counts)
         return int(hits), int(hits + sum(missed for _, missed in counts))

@@ -228,7 +228,7 @@ def _what(report: Report) -> str:
 
 
 def _starts(report: Report) -> str:
-    """What each start of the command has computed, in seconds of computing, and all of them."""
+    """The work of each start of the command, with its seconds of computing, and the sums."""
     named = [(str(number), start) for number, start in enumerate(report.earlier, 1)]
     named.append(("last", Start(seconds=report.computing, tokens=report.tokens)))
     named.append(("all", report.all_starts()))

@@ -24,7 +24,7 @@ from mpillm.words import count_of, tokens_of
 
 
 class Status(msgspec.Struct, kw_only=True, frozen=True):
-    """How far the run of a directory is."""
+    """The progress of the run in a directory."""
 
     directory: str
     state: Literal["running", "stopped", "complete"]
@@ -52,7 +52,7 @@ class Status(msgspec.Struct, kw_only=True, frozen=True):
         return 1 if self.errors else 0
 
     def lines(self) -> Iterator[str]:
-        """What a person wants to read."""
+        """The status as text."""
         running = f" by {self.owner}" if self.owner else ""
         yield f"{self.directory}: {self.state}{running}"
         yield f"  model     {self.model}"
@@ -172,7 +172,7 @@ class Reader:
         )
 
     def _owner(self) -> str | None:
-        """Who holds the lock of the directory; None if nobody does."""
+        """The process that holds the lock of the directory; None if there is none."""
         with contextlib.suppress(FileNotFoundError):
             file = self._directory.open(LOCK, os.O_RDONLY)
             try:

@@ -57,7 +57,7 @@ def check_library(format: TableFormat) -> None:
 
 
 def file_name(format: TableFormat) -> str:
-    """What a run's table is called in its output directory."""
+    """The name of a run's table in its output directory."""
     return f"table.{format}"
 
 

@@ -26,7 +26,7 @@ MAIN = threading.main_thread().name
 
 @dataclass
 class RankTrace:
-    """What a rank recorded."""
+    """The record of a rank."""
 
     rank: int
     host: str

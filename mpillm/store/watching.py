@@ -20,7 +20,7 @@ LOOK = 0.5  # seconds between two looks for a journal
 
 
 class Parts(msgspec.Struct, kw_only=True, frozen=True):
-    """How far the parts of an array are, those that have begun."""
+    """The progress of the parts of an array, of those that have begun."""
 
     directory: str
     parts: list[Status]
@@ -56,7 +56,7 @@ class Parts(msgspec.Struct, kw_only=True, frozen=True):
         return max(part.exit_code for part in self.parts)
 
     def lines(self) -> Iterator[str]:
-        """What a person wants to read: the sums, and the parts that are not complete."""
+        """The status as text: the sums, and the parts that are not complete."""
         complete = sum(part.state == "complete" for part in self.parts)
         yield f"{self.directory}: {count_of(len(self.parts), 'run')} begun, {complete} complete"
         share = f" ({100 * self.answered / self.total:.0f} %)" if self.total else ""

@@ -1,4 +1,4 @@
-"""How long a text may be, so that one line of the input takes bounded time and memory."""
+"""Limit the length of texts, so that one line of the input takes bounded time and memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def encoded_at_once(tokens: int) -> int:
 
 @dataclass(frozen=True)
 class End:
-    """What is encoded of a text that is to be cut: its last `characters`, or its first."""
+    """The part that is encoded of a text that will be cut: its last `characters`, or its first."""
 
     characters: int
     last: bool

@@ -89,7 +89,7 @@ def json_grammar(
 
 
 def regex_grammar(pattern: str) -> str:
-    """What a regular expression of Rust's regex crate matches as a whole; RequestError if it is too long."""
+    """The texts that a regular expression of Rust's regex crate matches as a whole; RequestError if it is too long."""
     check_pattern(pattern)
     return LLMatcher.grammar_from_regex(pattern)
 
@@ -143,7 +143,7 @@ class Grammars:
 
 
 class Matcher:
-    """How far a text has come in a grammar; a `Constraint` of the engine."""
+    """The position of a text in a grammar; a `Constraint` of the engine."""
 
     def __init__(self, matcher: LLMatcher, words: int, end_ids: frozenset[int]) -> None:
         self._matcher, self._words, self._end_ids = matcher, words, end_ids

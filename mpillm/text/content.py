@@ -29,7 +29,7 @@ BETWEEN = "\n"  # parts, where the template reads a string, as in vLLM
 
 @dataclass(frozen=True)
 class Forms:
-    """What a template reads as the content of one role's messages."""
+    """The form in which a template reads the content of one role's messages."""
 
     string: bool = True
     parts: bool = False

@@ -1,4 +1,4 @@
-"""What a tokenizer's own description says about its tokens: how they become text, and how normalisation acts."""
+"""Read from a tokenizer's own description how tokens become text, and how normalisation acts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ BYTE_OF = _byte_characters()
 
 
 def decoding(core: tokenizers.Tokenizer) -> tuple[Decoding, bool]:
-    """How tokens become text, and whether a text's first space is removed."""
+    """The conversion of tokens to text, and whether a text's first space is removed."""
     if core.decoder is None:
         return "other", False
     state = json.loads(or_model_error(core.decoder.__getstate__, "tokenizer.json"))

@@ -33,7 +33,7 @@ FIRST_BYTE = 3  # SentencePiece's token of byte 0: it comes behind <unk>, <s> an
 
 
 class TokenizerFile(NamedTuple):
-    """What a file holds; `ends` are the ids that end a text."""
+    """The content of a file; `ends` are the ids that end a text."""
 
     tokens: list[bytes]
     scores: list[float]
@@ -71,7 +71,7 @@ def _beginning(cursor: _TokenizerReader) -> tuple[dict[str, int], list[int], str
 
 
 def read_file(path: Path) -> TokenizerFile:
-    """What a file says; ModelError if it is not complete or not sound."""
+    """Read a file; ModelError if it is not complete or not valid."""
     cursor = _opened(path)
     values, ends, template = _beginning(cursor)
     ends += cursor.numbers(values.get("n_eos_tokens", 0))

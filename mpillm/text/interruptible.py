@@ -12,7 +12,7 @@ LOOK = 0.5  # seconds until a signal is handled at the latest
 
 
 def interruptible(work: Callable[[], T], stack: int = 0) -> T:
-    """What `work` returns or raises; the work must let other threads run, as a library's may.
+    """Return or raise what `work` does; the work must let other threads run, as a library's may.
 
     `stack` is the size of the thread's stack in bytes, where the system's is too small; only what is used takes memory.
 

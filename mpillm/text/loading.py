@@ -40,5 +40,5 @@ def load_tokenizer(
 
 
 def token_id_text(id: int) -> str:
-    """How a token is written if there is no tokenizer."""
+    """The text of a token if there is no tokenizer."""
     return f"token_id:{id}"

@@ -1,4 +1,4 @@
-"""What the files of a model say about its tokenizer, for all kinds of files."""
+"""The facts about a tokenizer that files of all kinds provide."""
 
 from __future__ import annotations
 

@@ -40,13 +40,13 @@ class JsonFormat(Kind, frozen=True, tag="json_schema"):
 
 
 class Regex(Kind, frozen=True, tag="regex"):
-    """What a regular expression matches."""
+    """The texts that a regular expression matches."""
 
     pattern: str
 
 
 class Grammar(Kind, frozen=True, tag="grammar"):
-    """What a grammar accepts."""
+    """The texts that a grammar accepts."""
 
     grammar: str
 

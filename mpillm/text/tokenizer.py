@@ -62,7 +62,7 @@ class Tokenizer:
         return max(self._core.get_vocab().values()) + 1
 
     def vocabulary(self) -> dict[int, str]:
-        """How the tokenizer's file writes each token, by id."""
+        """The text of each token in the tokenizer's file, by id."""
         return {id: token for token, id in self._core.get_vocab().items()}
 
     def tell_time(self, now: Callable[[], datetime]) -> None:
@@ -174,7 +174,7 @@ class Tokenizer:
 
     @lru_cache(maxsize=2)  # noqa: B019 - a tokenizer lives as long as its process
     def grammars(self, vocab: int, end_ids: frozenset[int]) -> Grammars:
-        """What holds answers to grammars, of a model with `vocab` tokens that ends its texts with one of `end_ids`."""
+        """The object that makes answers obey grammars, for `vocab` tokens and texts that end with one of `end_ids`."""
         return Grammars(self._core.to_str(), max(vocab, self.vocab_size), end_ids)
 
     def watch(self, stops: Sequence[str], start: bool = True) -> StopWatch:
@@ -241,7 +241,7 @@ class Tokenizer:
         return list(pair.ids), pair.type_ids.index(1) if 1 in pair.type_ids else None
 
     def beginning(self, text: str, tokens: int) -> str:
-        """What of a text its first `tokens` tokens stand for."""
+        """The part of a text that its first `tokens` tokens stand for."""
         text = End(encoded_at_once(tokens), last=False).of(text)
         found = encoding(self._core, text, own=False, plain=False).offsets[:tokens]
         return text[: max((end for _, end in found), default=0)]

@@ -37,7 +37,7 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class _RankFindings:
-    """What one rank finds out about its own process and node."""
+    """The findings of one rank about its own process and node."""
 
     cores: int
     cores_of_machine: int
@@ -53,7 +53,7 @@ class _RankFindings:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What rank 0 tells: findings, what should be seen to, what keeps a run from working, and the hosts' file."""
+    """The report of rank 0: findings, advice, problems that keep a run from working, and the file of hosts."""
 
     findings: list[str]
     advice: list[str]
@@ -106,7 +106,7 @@ def _model(name: str | None) -> tuple[Path | None, str]:
 
 
 def _look(world: World, path: Path | None, threads: int) -> tuple[_RankFindings, Path | None]:
-    """What this rank finds, and the largest of the model's files."""
+    """The findings of this rank, and the largest of the model's files."""
     model, file, trouble = None, None, ""
     if path is not None:
         try:
@@ -144,7 +144,7 @@ def _model_found(
 
 
 def _faults(world: World, everyone: Sequence[_RankFindings]) -> Iterator[str]:
-    """What would end a run at its start."""
+    """The problems that would end a run at its start."""
     first = everyone[0]
     troubles = [one.trouble for one in everyone]
     for trouble in filter(None, dict.fromkeys(troubles)):

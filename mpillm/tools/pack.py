@@ -37,7 +37,7 @@ SPARE = 16 * 2**20  # bytes that stay free on the disk
 
 
 class PackProgress(Protocol):
-    """How packing speaks."""
+    """The messages of packing."""
 
     def packing(self, done: int, total: int) -> None:
         """Tell how many bytes of this rank's files are on the disk, and of how many."""
@@ -47,7 +47,7 @@ class PackProgress(Protocol):
 
 
 class PackResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What packing came to."""
+    """The result of packing."""
 
     directory: Path
     files: int
@@ -163,7 +163,7 @@ def _claim(source: Path, target: Path, about: dict[str, str]) -> Iterator[None]:
 
 
 def _about(path: Path) -> dict[str, str] | None:
-    """What a packed directory was made from; None if that cannot be read."""
+    """The source of a packed directory; None if it cannot be read."""
     try:
         values = json.loads(path.read_bytes())
         if (values.pop("format"), values.pop("version")) != (FORMAT, VERSION):

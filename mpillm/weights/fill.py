@@ -31,7 +31,7 @@ class Rows(NamedTuple):
 
 
 class TensorReader(Protocol):
-    """What is needed to read tensors; `formats.tensors.TensorSource` says what each method returns."""
+    """The interface for reading tensors; `formats.tensors.TensorSource` describes the result of each method."""
 
     def read_f32(self, key: Key, rows: range | NDArray[np.integer[Any]] | None = None) -> NDArray[np.float32]:
         """A vector, or some of its values."""

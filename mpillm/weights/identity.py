@@ -1,4 +1,4 @@
-"""What a model is, by all files that decide its answers, and whether they stay as they are while it is used.
+"""The identity of a model by all files that decide its answers, and a watch that they do not change during use.
 
 Files that are small, headers, and small tensors (norms, biases) are hashed whole; of large files it is their size, the
 time of their last change, and samples.
@@ -35,7 +35,7 @@ class ModelChangedError(ModelError):
 
 
 class FileIdentity(msgspec.Struct, frozen=True):
-    """What a file holds; `modified` (seconds since 1970) is None if all of it is hashed."""
+    """The identity of a file; `modified` (seconds since 1970) is None if all of it is hashed."""
 
     bytes: int
     hash: str
@@ -43,14 +43,14 @@ class FileIdentity(msgspec.Struct, frozen=True):
 
 
 class Files(Protocol):
-    """What decides answers, in files: a model or an adapter; see `Source`."""
+    """The files that decide answers: those of a model or an adapter; see `Source`."""
 
     path: Path
     files: tuple[Path, ...]
     tokenizer: TokenizerSource
 
     def extents(self) -> Iterator[tuple[Path, int, int]]:
-        """Where all tensors lie in the files."""
+        """The place of all tensors in the files."""
 
 
 def identity(source: Files) -> dict[str, FileIdentity]:

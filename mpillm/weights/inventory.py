@@ -1,4 +1,4 @@
-"""What a model declares of its tensors: their shapes, the axes that shards share, and the pages they are loaded in."""
+"""The tensors that a model declares: their shapes, the axes that shards share, and the pages they are loaded in."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class PageSpec:
 
 
 class Inventory(Divisible, Protocol):
-    """What planners, loaders and packers ask of a model; `ModelConfig` is one."""
+    """The interface of a model for planners, loaders and packers; `ModelConfig` has it."""
 
     @property
     def hidden(self) -> int: ...
@@ -79,7 +79,7 @@ class Inventory(Divisible, Protocol):
 
     @property
     def pooled(self) -> Sequence[TensorSpec]:
-        """What follows pooling: rank 0 reads it whole, and no page has it."""
+        """The tensors after pooling: rank 0 reads them whole, and no page has them."""
 
 
 def all_tensors(model: Inventory) -> Iterator[TensorSpec]:
@@ -93,6 +93,6 @@ def all_tensors(model: Inventory) -> Iterator[TensorSpec]:
 
 
 def tensor_name(key: Key) -> str:
-    """What messages call a tensor."""
+    """The name of a tensor in messages."""
     of = "" if key.layer < 0 else f" of layer {key.layer}"
     return f"{key.role}{of}" + ("" if key.expert < 0 else f", expert {key.expert}")

@@ -65,7 +65,7 @@ _GGUF_IGNORED = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
 
 
 class Parsed(NamedTuple):
-    """What a name in a file stands for.
+    """The meaning of a name in a file.
 
     `roles` has two names where two matrices lie in one, row upon row, or `in_turn` one row of each; `stacked` tensors
     hold all experts, outermost. Matrices of floats in `transposed` tensors are [columns, rows].
@@ -93,7 +93,7 @@ _PLACES = "{l}", "{e}"  # the places of the first and of the second number in a 
 
 
 def _first(*pairs: tuple[str, _Meaning]) -> dict[str, _Meaning]:
-    """What names mean; of two meanings of a name the first one counts."""
+    """The meanings of names; of two meanings of a name the first one counts."""
     return dict(reversed(pairs))
 
 
@@ -137,12 +137,12 @@ class Names:
     rope_pairs: bool = False
 
     def parse_hf(self, name: str) -> Parsed | None:
-        """What a tensor of a safetensors file is; None if the name is unknown."""
+        """The key of a tensor of a safetensors file; None if the name is unknown."""
         prefix = next((prefix for prefix in self.hf_prefixes if name.startswith(prefix)), "")
         return _parse(name.removeprefix(prefix), self._own[0], _USUAL_HF)
 
     def parse_gguf(self, name: str) -> Parsed | None:
-        """What a tensor of a GGUF file is; None if the name is unknown."""
+        """The key of a tensor of a GGUF file; None if the name is unknown."""
         return _parse(name, self._own[1], _USUAL_GGUF)
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""What a rank holds: rows and columns of each tensor, and their place in memory. Pure functions of shapes."""
+"""The plan of a rank's weights: rows and columns of each tensor, and their place in memory, from shapes alone."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class PageTensor:
 
 @dataclass(frozen=True)
 class PagePlan:
-    """What a rank holds of a page: `nbytes` is the size of its buffer, `kind` says which of the layer's pages it is.
+    """The plan of a page on a rank: `nbytes` is the size of its buffer, `kind` says which of the layer's pages it is.
 
     A tensor may have several entries: the matrices of heads. In a packed model the buffer is the bytes from `offset` on
     in file number `file`, and entries may be the parts of one matrix in order. Experts of a layer are all alike there,
@@ -60,7 +60,7 @@ class PagePlan:
 
     @cached_property
     def values(self) -> Counter[BlockType]:
-        """How many values of matrices it has of each type."""
+        """The number of values of matrices, by type."""
         counts = Counter[BlockType]()
         for entry in self.entries:
             if entry.bounds:
@@ -79,7 +79,7 @@ class PagePlan:
 def plan_entries(
     tensors: Sequence[TensorSpec], place: Place, type_of: Callable[[Key], BlockType]
 ) -> tuple[tuple[PageTensor, ...], int]:
-    """What a rank holds of these tensors, each at a multiple of ALIGNMENT, and the bytes of all."""
+    """The entries of these tensors on a rank, each at a multiple of ALIGNMENT, and the bytes of all."""
     entries, offset = [], 0
     for tensor in tensors:
         rows, cols, bounds = tensor.slices(place)
@@ -117,7 +117,7 @@ def _matrix_nbytes(type: BlockType, n: int, k: int, bounds: tuple[int, ...]) -> 
 
 
 def page_name(kind: str, layer: int, expert: int = -1) -> str:
-    """What messages call a page."""
+    """The name of a page in messages."""
     return kind if layer < 0 else f"layer {layer}, {kind}" + (f" {expert}" if expert >= 0 else "")
 
 

@@ -1,4 +1,4 @@
-"""Where weights come from: one small protocol, and what follows from any source of it."""
+"""The sources of weights: one small protocol, and the plans that follow from any source."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ class Source(Protocol):
         """Whether what is planned can be used where it lies in its file: what stays is mapped then, not read."""
 
     def extents(self) -> Iterator[tuple[Path, int, int]]:
-        """Where all tensors lie in the files: file, offset and bytes."""
+        """The place of all tensors in the files: file, offset and bytes."""
 
     def plan(self, page: PageSpec, model: Inventory, place: Place) -> PagePlan:
-        """What a rank holds of a page."""
+        """The page plan of a rank."""
 
     def plan_experts(self, pages: Sequence[PageSpec], model: Inventory, place: Place) -> list[PagePlan]:
-        """What a rank holds of each of a layer's experts."""
+        """The page plan of a rank for each of a layer's experts."""
 
     def open_loader(
         self, kind: Kind, threads: int, pages: Sequence[PagePlan], streamed: bool
@@ -110,7 +110,7 @@ def _is_zero_bias(source: Source, key: Key) -> bool:
 
 
 def weight_types(source: Source) -> list[str]:
-    """How matrices are stored and what they become, such as "FP8 as F16"; what most bytes are of comes first."""
+    """The stored types of matrices and what they become, such as "FP8 as F16"; the type with most bytes comes first."""
     sizes: dict[str, int] = {}
     for info in source.tensors.values():
         if len(info.shape) == 2:
@@ -131,7 +131,7 @@ def rank_plans(model: Inventory, place: Place, source: Source) -> list[PagePlan]
 
 
 def layer_plans(model: Inventory, layer: int, place: Place, source: Source) -> list[PagePlan]:
-    """What a rank of the layer's stage holds of it."""
+    """The pages of a layer on a rank of the layer's stage."""
     plans = [source.plan(page, model, place) for page in model.pages(layer)]
     if experts := model.experts(layer):
         plans += source.plan_experts(experts, model, place)

@@ -165,7 +165,7 @@ class ChatCompletionsEndpoint(Generate, frozen=True, kw_only=True):
         return answer
 
     def message(self, answer: ParsedAnswer, request: Request, spec: Spec, model: Model) -> dict[str, Any]:
-        """What the message of a request's answer has besides its role."""
+        """The keys of an answer's message besides its role."""
         found = self._format(spec, model)
         shown: dict[str, Any] = {}
         if found.has_reasoning and self.include_reasoning is not False:
@@ -180,7 +180,7 @@ class ChatCompletionsEndpoint(Generate, frozen=True, kw_only=True):
         return model.text.chat_format(spec.chat.reasoning, spec.chat.tool_calls)
 
     def _state(self, found: ChatFormat, prompt: Sequence[int], text: Tokenizer) -> ReasoningState:
-        """How the answer begins."""
+        """The beginning of the answer."""
         if self.continue_final_message:
             content = self.messages[-1].get("content")
             return found.continued(content if isinstance(content, str) else "")

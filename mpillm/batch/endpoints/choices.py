@@ -144,7 +144,7 @@ class ChoicesEndpoint(Endpoint, frozen=True, kw_only=True):
 
 
 def _common(one: TokenIds, other: TokenIds) -> int:
-    """How many tokens two sequences begin with alike."""
+    """The number of tokens that two sequences have in common at their beginning."""
     return next(
         (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
     )

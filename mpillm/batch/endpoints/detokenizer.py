@@ -51,14 +51,14 @@ class Detokenizer:
         return self._text.decode(ids, self._skip_special, start, final, self._shown)
 
     def pieces(self, ids: Sequence[int], start: bool = True) -> Iterator[str]:
-        """What each token adds to the text: nothing while a character is not complete."""
+        """The text that each token adds; empty while a character is not complete."""
         if self._text is None:
             return map(self.token, ids)
         decoder = IncrementalDecoder(self._text, self._skip_special, start, self._shown)
         return map(decoder.push, ids)
 
     def echoed_pieces(self, ids: Sequence[int], given: str | None) -> Iterator[str]:
-        """What each token of a prompt is in the echoed text: of control tokens those that `given`, its string, has."""
+        """The text of each token of an echoed prompt; of control tokens, those that are in the string `given`."""
         if self._text is None or given is None:
             yield from self.pieces(ids)
             return
@@ -72,7 +72,7 @@ class Detokenizer:
 
     @property
     def gap(self) -> str:
-        """What stands between two pieces."""
+        """The text between two pieces."""
         return " " if self._text is None else ""
 
     def alternatives(self, top: TopLogprobs) -> dict[str, float]:
@@ -97,7 +97,7 @@ def with_chosen(
 
 
 def offsets(pieces: Iterable[str], gap: int, start: int, end: int) -> Iterator[int]:
-    """Where each piece begins, in characters; what a stop string cut off lies at the end."""
+    """The place of each piece's beginning, in characters; pieces that a stop string cut off are at the end."""
     for piece in pieces:
         yield min(start, end)
         start += len(piece) + gap

@@ -1,4 +1,4 @@
-"""What chats and completions share: sampling settings, stops, choices, and the frame of the answer."""
+"""The common part of chats and completions: sampling settings, stops, choices, and the frame of the answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How relevant documents are to queries: what /v1/score and /v1/rerank share.
+"""The relevance of documents to queries: the common part of /v1/score and /v1/rerank.
 
 A model with a classifier reads a query and a document together. Of one that makes embeddings the score is the cosine of
 the two vectors.

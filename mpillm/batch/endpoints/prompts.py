@@ -47,7 +47,7 @@ class Cut:
 
 
 def cut_of(asked: int | None, generated: int, side: Side, spec: Spec, model: Model) -> Cut | None:
-    """What `truncate_prompt_tokens` asks for; -1 is what the context holds beside `generated` tokens.
+    """The tokens that `truncate_prompt_tokens` allows; -1: those that `generated` tokens leave in the context.
 
     `side` is the one from which tokens are cut.
     """
@@ -158,7 +158,7 @@ def encoded(
 
 
 def prompt_name(prompts: Sequence[object], index: int) -> str:
-    """How a message calls one of the prompts."""
+    """The name of one of the prompts in messages."""
     return f"prompt {index + 1} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
 
 
@@ -174,7 +174,7 @@ def check_length(ids: TokenIds, which: str, spec: Spec, model: Model) -> int:
 
 
 def max_tokens(prompt: int, asked: int | None, available: int, which: str, spec: Spec, model: Model) -> int:
-    """How many tokens a prompt may be followed by; what nobody asked for is cut to what is `available`."""
+    """The maximum number of tokens after a prompt; a number that nobody asked for is cut to `available`."""
     wanted = spec.sampling.max_tokens if asked is None else asked
     if asked is not None and asked > available:
         raise RequestError(
@@ -196,7 +196,7 @@ def context(spec: Spec, model: Model) -> int:
 
 
 def _or_raise(spec: Spec, model: Model) -> str:
-    """What else can be done about a long prompt: nothing where the limit is the model's."""
+    """Advice on a prompt that is too long; empty if the limit is the model's."""
     return "" if model.max_position <= spec.memory.max_context else " or raise memory.max_context"
 
 

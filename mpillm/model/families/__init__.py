@@ -159,12 +159,12 @@ def family_of(config: Mapping[str, Any], name: str) -> tuple[Family, str, Task]:
 
 
 def architectures() -> list[str]:
-    """What `architectures` of a config.json may name, except the classes of other tasks with the same layers."""
+    """The names that `architectures` of a config.json may have, except classes of other tasks with the same layers."""
     return [*_BY_ARCHITECTURE, *sorted(WITH_IMAGES)]
 
 
 def gguf_architectures() -> list[str]:
-    """What `general.architecture` of a GGUF file may be."""
+    """The names that `general.architecture` of a GGUF file may have."""
     return list(_BY_GGUF)
 
 

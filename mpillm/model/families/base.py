@@ -1,4 +1,4 @@
-"""What families of models share: reading sizes, heads, windows, experts and special tokens of a configuration."""
+"""The common part of families: reading sizes, heads, windows, experts and special tokens of a configuration."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ class Family:
         return last_token_classifier(fields)
 
     def row_groups(self, config: Mapping[str, Any]) -> RowGroups:
-        """How tensors that hold several matrices are taken apart; all that it has not are of equal parts.
+        """The division of tensors that hold several matrices; tensors that are not in it have equal parts.
 
         `config` has Hugging Face's keys, and may not have been judged yet.
         """
         return {}
 
     def gguf_names(self, tensors: Collection[str]) -> Names:
-        """What tensors of a GGUF file are called that has these `tensors`."""
+        """The names of the tensors of a GGUF file that has these `tensors`."""
         return self.names
 
     def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def read_partial_rotary(fields: Fields, sizes: Sizes, default: float, interleave
 
 
 def read_expert_count(fields: Fields) -> int:
-    """How many experts a layer has: transformers has two names for it, and writes either."""
+    """The number of experts of a layer: transformers has two names for it, and writes either."""
     old, new = (fields.optional_integer(key, 0, 2**16) for key in ("num_experts", "num_local_experts"))
     if "num_experts" in fields.values and "num_local_experts" in fields.values and old != new:
         raise fields.fail("num_experts", f"but num_local_experts is {new}")
@@ -191,7 +191,7 @@ def read_expert_count(fields: Fields) -> int:
 
 
 def read_chosen(fields: Fields, count: int, key: str = "num_experts_per_tok") -> int:
-    """How many of `count` experts a token goes to."""
+    """The number of experts, of `count`, to which a token goes."""
     chosen = fields.integer(key, 1, 2**16)
     if chosen > count:
         raise fields.fail(key, f"but the model has {count} experts")

@@ -215,7 +215,7 @@ def latent_attention(fields: Fields, sizes: Sizes, interleaved: bool) -> LatentA
 
 
 def _dense(fields: Fields, architecture: str, n_layers: int) -> list[bool]:
-    """Which layers have one MLP instead of experts."""
+    """The layers that have one MLP instead of experts."""
     if architecture == _YOUTU:
         return [True] * n_layers
     if architecture != _LITE:

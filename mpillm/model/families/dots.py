@@ -129,7 +129,7 @@ def _hunyuan3(fields: Fields) -> ModelConfig:
 
 
 def _hunyuan3_gguf(fields: GgufFields, shape_of: ShapeOf, config: dict[str, Any]) -> dict[str, Any]:
-    """Which layers have experts is told by the tensors alone, the number of shared ones by their width."""
+    """Find the layers with experts from the tensors alone, and the number of shared experts from their width."""
     shared, width = fields.integer("expert_shared_feed_forward_length", 0), config["moe_intermediate_size"]
     layers = range(config["num_hidden_layers"])
     kinds = ["dense" if shape_of(Key("router", layer)) is None else "sparse" for layer in layers]

@@ -41,7 +41,7 @@ _ROUTED = {"n_routed_experts": "num_experts", "n_shared_experts": "num_shared_ex
 
 
 class Exaone(Family):
-    """Where some layers have a window, those without one have no RoPE."""
+    """If some layers have a window, those without one have no RoPE."""
 
     architectures = {"Exaone4ForCausalLM": "exaone4"}
     gguf = ("exaone4",)

@@ -98,7 +98,7 @@ class Falcon(Family):
         return model(fields, architecture, sizes, lambda number: layer, norm)
 
     def gguf_names(self, tensors: Collection[str]) -> Names:
-        """Where attention has a norm of its own, that is the second one, and the first is the MLP's."""
+        """If attention has a norm of its own, that is the second norm, and the first is the MLP's."""
         if "blk.0.attn_norm_2.weight" not in tensors:
             return self.names
         norms = {"blk.{l}.attn_norm": ("ffn_norm",), "blk.{l}.attn_norm_2": ("attn_norm",)}
@@ -129,7 +129,7 @@ class Falcon(Family):
 
 
 def _kv_heads(config: Mapping[str, Any], heads: int) -> int:
-    """How many heads of keys and values there are."""
+    """The number of heads of keys and values."""
     if config.get("new_decoder_architecture") is True:
         count = config.get("num_kv_heads")
         return count if type(count) is int and count > 0 else heads

@@ -1,4 +1,4 @@
-"""What families with Mamba-2 layers share: the names of tensors, and reading the mixer of a configuration."""
+"""The common part of families with Mamba-2 layers: names of tensors, and reading the mixer of a configuration."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def read_limit(fields: Fields) -> tuple[float, float]:
 
 
 def mamba_rows(config: Mapping[str, Any], keys: Mapping[str, str], inner: int) -> RowGroups:
-    """How a mixer's fused tensors are taken apart; `config` may not have been judged yet."""
+    """The division of a mixer's fused tensors; `config` may not have been checked yet."""
 
     def size(word: str) -> int:
         value = config.get(keys[word], USUAL.get(keys[word]))

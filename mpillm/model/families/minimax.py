@@ -75,7 +75,7 @@ class MiniMax(Family):
 
 
 def _refuse_others(fields: Fields) -> None:
-    """What published files say of how the model is built; ModelError if it is another way than this one."""
+    """Check that a configuration describes a model that is built like the published ones; else ModelError."""
     for key, built in (
         ("qk_norm_type", "per_layer"),
         ("scoring_func", "sigmoid"),

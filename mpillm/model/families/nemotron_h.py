@@ -173,7 +173,7 @@ _OF_PARTS = {
 
 
 def _kind(shape_of: ShapeOf, layer: int) -> str:
-    """What a layer of a GGUF file is."""
+    """The kind of a layer of a GGUF file."""
     roles = {"mamba_rates": _MAMBA, "q": FULL, "router": _EXPERTS}
     return next((kind for role, kind in roles.items() if shape_of(Key(role, layer)) is not None), _MLP)
 

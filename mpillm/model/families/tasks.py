@@ -1,4 +1,4 @@
-"""What a model's last hidden states are for, as the name of its class says: text, vectors, or classes."""
+"""Find the task of a model's last hidden states from the name of its class: text, vectors, or classes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def read_labels(fields: Fields) -> tuple[str, ...]:
 
 
 def read_decision(fields: Fields, labels: int) -> Decision:
-    """What logits become: as problem_type says, or the activation that Sentence Transformers wrote down.
+    """The activation for logits: that of problem_type, or the one that Sentence Transformers wrote down.
 
     Else they are probabilities of labels that exclude each other, or of the only one, as in vLLM.
     """

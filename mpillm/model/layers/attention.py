@@ -137,7 +137,7 @@ class AttentionSpec:
             yield TensorSpec(Key("o_bias", layer), (hidden,))
 
     def cache(self, place: Place, block: int) -> tuple[LayerCache, ...]:
-        """What a layer keeps of a sequence on the rank at `place`."""
+        """The part of a sequence that a layer keeps on the rank at `place`."""
         kept = not self.bidirectional  # what later tokens do not change, they need
         window = self.window if kept else 0
         return (TokenCache(len(self.kv_heads(place, block)), self.head_dim, self.head_dim, window, kept),)
@@ -152,7 +152,7 @@ class AttentionSpec:
         return widest + int(copied * (hidden + heads * self.head_dim))
 
     def compute(self, given: MixerInput) -> tuple[Floats, Floats | None]:
-        """What all shards make of x [m, hidden], and the output's bias."""
+        """The output of all shards for x [m, hidden], and the output's bias."""
         if self.norms_apart(given.rank.place):
             return self._with_norms_apart(given)
         return attend(self, given)

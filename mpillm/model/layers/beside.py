@@ -43,7 +43,7 @@ class BesideSpec:
             yield from mixer.tensors(layer, hidden, block)
 
     def cache(self, place: Place, block: int) -> tuple[LayerCache, ...]:
-        """What a layer keeps of a sequence on the rank at `place`."""
+        """The part of a sequence that a layer keeps on the rank at `place`."""
         return tuple(kept for mixer, _ in self.mixers for kept in mixer.cache(place, block))
 
     def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
@@ -51,7 +51,7 @@ class BesideSpec:
         return 4 * hidden + max(mixer.row_nbytes(place, block, hidden, copied) for mixer, _ in self.mixers)
 
     def compute(self, given: MixerInput) -> tuple[Floats, None]:
-        """What all shards make of x [m, hidden]; there is no bias still to be added."""
+        """The output of all shards for x [m, hidden]; no bias is left to add."""
         total = np.zeros_like(given.x)
         for mixer, scale in self.mixers:
             part, bias = mixer.compute(given)

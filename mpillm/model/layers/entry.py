@@ -1,4 +1,4 @@
-"""What is done to the embeddings of tokens before the first layer."""
+"""The operations on the embeddings of tokens before the first layer."""
 
 from __future__ import annotations
 

@@ -219,7 +219,7 @@ class ExpertsSpec:
         return rank.kept(lambda: norm.kernel(first, role, copy), role, layer)
 
     def compute(self, rank: Rank, layer: int, prepared: Prepared, x: Floats) -> tuple[Floats, None]:
-        """What all shards make of x [m, hidden]; there is no bias still to be added."""
+        """The output of all shards for x [m, hidden]; no bias is left to add."""
         part, shared = self._mixture(rank, layer, prepared), None
         rank.group.all_reduce(part)
         if self.shared:
@@ -248,7 +248,7 @@ class ExpertsSpec:
         return part, None
 
     def _through(self, rank: Rank, page: Page, role: str, rows: Floats) -> Floats:
-        """What one of the latent's matrices makes of rows."""
+        """The product of rows and one of the latent's matrices."""
         out = rank.times(rows, page, role)
         if self.latent_bias:
             out += page.vector(f"{role}_bias")
@@ -284,7 +284,7 @@ class ExpertsSpec:
         return out
 
     def _expert(self, place: Place) -> Callable[[Page], kernels.Expert]:
-        """What makes the kernels' expert of a page; the bias of its output is added by the first shard."""
+        """A function that makes the kernels' expert from a page; the first shard adds the bias of its output."""
 
         def make(page: Page) -> kernels.Expert:
             gate = page.matrix("gate") if self.gated else None

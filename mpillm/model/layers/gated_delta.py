@@ -82,7 +82,7 @@ class GatedDeltaSpec:
         yield TensorSpec(Key("delta_out", layer), (hidden, narrow), cols=values)
 
     def cache(self, place: Place, block: int) -> tuple[LayerCache, ...]:
-        """What a layer keeps of a sequence on the rank at `place`: the convolutions' last rows, and heads' states."""
+        """The part of a sequence that a layer keeps on the rank at `place`: rows of convolutions, states of heads."""
         keys, heads = self._counts(place, block)
         channels = 2 * keys * self.dk + heads * self.dv
         return (kept_state(self.taps, channels, heads, self.dk, self.dv),)
@@ -94,7 +94,7 @@ class GatedDeltaSpec:
         return widest + int(copied * (hidden + heads * self.dv))
 
     def compute(self, given: MixerInput) -> tuple[Floats, Floats | None]:
-        """What all shards make of x [m, hidden]; there is no bias still to be added."""
+        """The output of all shards for x [m, hidden]; no bias is left to add."""
         return recur(self, given)
 
     def kernel(

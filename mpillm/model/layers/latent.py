@@ -72,7 +72,7 @@ class LatentAttentionSpec:
 
     @property
     def n_kv_heads(self) -> int:
-        """How many heads of keys the kernels see: the latents are one."""
+        """The number of heads of keys for the kernels: the latents are one head."""
         return 1
 
     @property
@@ -113,7 +113,7 @@ class LatentAttentionSpec:
             yield TensorSpec(Key("o_bias", layer), (hidden,))
 
     def cache(self, place: Place, block: int) -> tuple[LayerCache, ...]:
-        """What a layer keeps of a sequence on the rank at `place`: no values, for they are a part of the keys."""
+        """The part of a sequence that a layer keeps on the rank at `place`: no values, as the keys contain them."""
         return (TokenCache(1, self.head_dim, 0),)
 
     def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
@@ -128,7 +128,7 @@ class LatentAttentionSpec:
         return widest + int(copied * multiplied)
 
     def compute(self, given: MixerInput) -> tuple[Floats, Floats | None]:
-        """What all shards make of x [m, hidden], and the output's bias."""
+        """The output of all shards for x [m, hidden], and the output's bias."""
         return attend(self, given)
 
     def kernel(

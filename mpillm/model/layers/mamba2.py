@@ -33,7 +33,7 @@ _BIASES = {
 
 @dataclass(frozen=True)
 class Scales:
-    """What the products with a row are multiplied by: muP's factors in Falcon-H1."""
+    """The factors of the products with a row: muP's factors in Falcon-H1."""
 
     gate: float = 1.0
     x: float = 1.0
@@ -118,7 +118,7 @@ class Mamba2Spec:
             yield TensorSpec(Key("mamba_out_bias", layer), (hidden,))
 
     def cache(self, place: Place, block: int) -> tuple[LayerCache, ...]:
-        """What a layer keeps of a sequence on the rank at `place`: the convolutions' last rows, and heads' states."""
+        """The part of a sequence that a layer keeps on the rank at `place`: rows of convolutions, states of heads."""
         heads, groups = (len(own) for own in self._own(place, block))
         channels = heads * self.dv + 2 * groups * self.dk
         return (kept_state(self.taps, channels, heads, self.dk, self.dv),)
@@ -130,7 +130,7 @@ class Mamba2Spec:
         return widest + int(copied * (hidden + heads * self.dv))
 
     def compute(self, given: MixerInput) -> tuple[Floats, Floats | None]:
-        """What all shards make of x [m, hidden], and the output's bias."""
+        """The output of all shards for x [m, hidden], and the output's bias."""
         return recur(self, given, not self.whole, "mamba_out_bias" if self.out_bias else "")
 
     def kernel(self, page: Page, norm: kernels.Norm | None, place: Place, block: int) -> kernels.Mamba2:

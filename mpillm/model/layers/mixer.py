@@ -1,4 +1,4 @@
-"""What every kind of token mixer answers, and what it is given to compute."""
+"""The interface of all token mixers, and the data with which they compute."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mpillm.weights.page import Page
 
 
 class MixerInput(NamedTuple):
-    """What a mixer computes with."""
+    """The data with which a mixer computes."""
 
     rank: Rank
     layer: int  # the number of the layer in the model
@@ -49,7 +49,7 @@ class Mixer(Protocol):
         """The tensors of the mixer in a layer, in the order of a page."""
 
     def cache(self, place: Place, block: int) -> tuple[LayerCache, ...]:
-        """What a layer keeps of a sequence on the rank at `place`."""
+        """The part of a sequence that a layer keeps on the rank at `place`."""
 
     def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
         """Bytes that a row takes at most; `copied`: bytes of a value in the forms in which matrices take it."""

@@ -1,4 +1,4 @@
-"""What a step's rows and the experts of a layer come to: which rows go to which experts, and the experts' pages."""
+"""The rows of a step and the experts of a layer: which rows go to which experts, and the experts' pages."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class MlpSpec:
 
     @property
     def count(self) -> int:
-        """How many experts there are: none."""
+        """The number of experts: 0."""
         return 0
 
     @property
@@ -95,13 +95,13 @@ class MlpSpec:
         return 0
 
     def prepare(self, rank: Rank, layer: int, first: Page, norm: NormSpec | None, x: Floats) -> Any:
-        """What `compute` needs of the page before its own ones; `norm` is that of its input x [m, hidden]."""
+        """Prepare `compute` while page `first` is in use: the MLP as one operation, or x [m, hidden] after `norm`."""
         if self._whole(rank, layer):
             return self.kernel(rank, layer, first, norm)
         return rank.normalise(x, norm.kernel(first, "ffn_norm") if norm else None)
 
     def compute(self, rank: Rank, layer: int, prepared: Any, x: Floats) -> tuple[Floats, Floats | None]:
-        """What all shards make of x [m, hidden], and the bias that is still to be added to it."""
+        """The output of all shards for x [m, hidden], and the bias that is still to be added to it."""
         if self._whole(rank, layer):
             part = np.empty_like(x)
             rank.compute(prepared, x, part)
@@ -156,7 +156,7 @@ class MlpSpec:
     def in_steps(
         self, rank: Rank, page_of: Callable[[str], AbstractContextManager[Page]], h: Floats
     ) -> Floats:
-        """What this shard makes of normed rows h, both f32 [m, hidden]; a matrix is in use only while it multiplies."""
+        """The output of this shard for normed rows h, both f32 [m, hidden]. A matrix is in use only for its product."""
         inputs = []
         for name in self.pages[:-1]:
             with page_of(name) as page:

@@ -1,4 +1,4 @@
-"""What the parts of layers need of the rank on which they compute."""
+"""The facts about a rank that the parts of layers need to compute on it."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Rank:
         self.weights.experts.expect((self._first_expert[layer] + experts).tolist())
 
     def kept(self, make: Callable[[], T], *key: object) -> T:
-        """What `make` makes of loaded pages: made once if all stay in memory, else each time, for they may move."""
+        """The result of `make` for loaded pages: made once if all pages stay in memory, else for each step."""
         if not self.all_resident:
             return make()
         found: T | None = self._kept.get(key)

@@ -1,4 +1,4 @@
-"""What token mixers with a state for each sequence have in common."""
+"""The common part of token mixers with a state for each sequence."""
 
 from __future__ import annotations
 

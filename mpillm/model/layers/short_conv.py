@@ -54,7 +54,7 @@ class ShortConvSpec:
             yield TensorSpec(Key("conv_out_bias", layer), (hidden,))
 
     def cache(self, place: Place, block: int) -> tuple[LayerCache, ...]:
-        """What a layer keeps of a sequence on the rank at `place`: the convolution's last inputs."""
+        """The part of a sequence that a layer keeps on the rank at `place`: the convolution's last inputs."""
         return (kept_state(self.taps, len(self.channels(block).entries(place))),)
 
     def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
@@ -63,7 +63,7 @@ class ShortConvSpec:
         return 4 * 4 * width + int(copied * (hidden + width))
 
     def compute(self, given: MixerInput) -> tuple[Floats, Floats | None]:
-        """What all shards make of x [m, hidden], and the output's bias."""
+        """The output of all shards for x [m, hidden], and the output's bias."""
         return recur(self, given, out_bias="conv_out_bias" if self.bias else "")
 
     def kernel(

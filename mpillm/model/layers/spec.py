@@ -68,7 +68,7 @@ class LayerSpec:
         return self.mlp.experts(layer, hidden, block) if self.mlp else ()
 
     def cache(self, place: Place, block: int) -> tuple[LayerCache, ...]:
-        """What the layer keeps of a sequence on the rank at `place`."""
+        """The part of a sequence that the layer keeps on the rank at `place`."""
         return self.mixer.cache(place, block) if self.mixer else ()
 
     def _first_page(self, layer: int, hidden: int, block: int) -> Iterator[TensorSpec]:

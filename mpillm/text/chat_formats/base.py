@@ -1,4 +1,4 @@
-"""What answers of chat models consist of, and what a format of tool calls is."""
+"""The parts of chat models' answers, and the interface of a format of tool calls."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ParsedAnswer:
 
 
 class CallFormat:
-    """How a model writes tool calls."""
+    """The format in which a model writes tool calls."""
 
     #: strings that structure the calls; where they are control tokens, texts to be split must show them
     marks: tuple[str, ...]

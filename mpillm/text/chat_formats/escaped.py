@@ -125,7 +125,7 @@ class _Reader:
         return self.text[begin:stop], stop + len(self.quote)
 
     def _skip(self, at: int) -> int:
-        """Where the next character is that is no space and no comma."""
+        """The place of the next character that is no space and no comma."""
         while at < len(self.text) and (self.text[at].isspace() or self.text[at] == ","):
             at += 1
         if at == len(self.text):

@@ -15,7 +15,7 @@ from mpillm.text.chat_formats.lark import Lark
 
 
 class ObjectKeys(NamedTuple):
-    """How an object that is a call names its parts."""
+    """The names of the parts of an object that is a call."""
 
     name: str = "name"
     arguments: str = "arguments"
@@ -153,7 +153,7 @@ def written_object(tool: Tool, lark: Lark, keys: ObjectKeys) -> str:
 
 
 def skip_end(text: str, at: int, end: str, final: bool) -> int | None:
-    """Where a text goes on behind spaces and `end`; None if that does not follow. It may be missing at the end."""
+    """The place after spaces and `end`; None if they do not follow. `end` may be missing at the end of the text."""
     stop = at
     while stop < len(text) and text[stop].isspace():
         stop += 1

@@ -48,7 +48,7 @@ class Lark:
         return self.embedded(json_grammar(schema, lenient=not strict))
 
     def embedded(self, grammar: str) -> str:
-        """What another grammar accepts."""
+        """The texts that another grammar accepts."""
         name = f"part_{len(self._grammars)}"
         inner = json.loads(grammar)["grammars"][0] if grammar.startswith("{") else {"lark_grammar": grammar}
         self._grammars.append({**inner, "name": name})

@@ -18,7 +18,7 @@ ReasoningState = Literal["open", "closed", "free"]
 
 @dataclass(frozen=True)
 class AnswerRule:
-    """What an answer is held to: an expression for its content, if any, and the calls of tools that it may have."""
+    """The form of an answer: an expression for its content, if any, and the calls of tools that it may have."""
 
     answer: str | None
     tools: Sequence[Tool]
@@ -37,11 +37,11 @@ class ChatFormat:
     has_calls: bool  # whether the format of tool calls is known
 
     def state(self, prompt: str) -> ReasoningState:
-        """How an answer begins, by the end of its prompt."""
+        """The state at the beginning of an answer, by the end of its prompt."""
         raise NotImplementedError
 
     def continued(self, content: str) -> ReasoningState:
-        """How an answer begins that continues a message with this content."""
+        """The state at the beginning of an answer that continues a message with this content."""
         raise NotImplementedError
 
     def thinks(self, state: ReasoningState) -> bool:
@@ -110,7 +110,7 @@ class Tagged(ChatFormat):
         return ParsedAnswer(reasoning, content, tuple(calls))
 
     def _thought(self, text: str, state: ReasoningState, final: bool) -> tuple[str | None, str | None]:
-        """What was thought, and what follows; None where nothing follows yet."""
+        """The reasoning and the text after it; None if no text follows yet."""
         if self.tags is None or state == "closed":
             return None, text
         opening, closing = self.tags
@@ -146,7 +146,7 @@ class Tagged(ChatFormat):
 
 
 def _unframed(text: str, frame: tuple[str, str], final: bool) -> str | None:
-    """What stands in a frame, if the text begins with one; None if it may still do so."""
+    """The content of a frame, if the text begins with one; None if it may still do so."""
     opening, closing = frame
     stripped = text.lstrip()
     if not stripped.startswith(opening):

@@ -24,7 +24,7 @@ class Arrays:
         self.pipes, self.buffers = (list(map(_empty, sizes)) for sizes in (graph.pipes, graph.buffers))
 
     def at(self, pointer: Pointer) -> tuple[Array, bool]:
-        """What a pointer is of, and whether that is Q8_0 blocks."""
+        """The array of a pointer, and whether it consists of Q8_0 blocks."""
         arrays, sizes = self.pipes, self.graph.pipes
         if pointer.source == BUFFER:
             arrays, sizes = self.buffers, self.graph.buffers

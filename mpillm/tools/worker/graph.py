@@ -1,4 +1,4 @@
-"""What a root sends before its first step: pipes, buffers, segments of operations, and weights."""
+"""Read what a root sends before its first step: pipes, buffers, segments of operations, and weights."""
 
 from __future__ import annotations
 

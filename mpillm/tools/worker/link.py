@@ -27,7 +27,7 @@ class RootLostError(MpillmError):
 
 
 class StrangeRootError(MpillmError):
-    """What has connected does not speak as a root of the version that is known."""
+    """The program that has connected does not use the protocol of a root of the known version."""
 
 
 class Link:

@@ -15,7 +15,7 @@ from mpillm.weights.text_files import TokenizerSource
 
 @dataclass(frozen=True)
 class Factors:
-    """What is added to a tensor of the model: `scale` b a, with a [r, k] and b [n, r].
+    """The sum that is added to a tensor of the model: `scale` b a, with a [r, k] and b [n, r].
 
     `parsed` is what the tensor is, `name` what the file calls it; `groups` as in `matrices.place`.
     """
@@ -39,7 +39,7 @@ class AdapterFiles:
         self._mapped = mapped
 
     def extents(self) -> Iterator[tuple[Path, int, int]]:
-        """Where all tensors lie in the files: file, offset and bytes."""
+        """The place of all tensors in the files: file, offset and bytes."""
         for factors in self.factors:
             for extent in (factors.a, factors.b):
                 yield extent.file.path, extent.offset, extent.nbytes

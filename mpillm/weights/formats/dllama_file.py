@@ -145,7 +145,7 @@ class _Header:
         return value
 
     def of(self, name: str, known: dict[int, Any], default: int | None = None) -> Any:
-        """What a value stands for."""
+        """The meaning of a value."""
         value = self.whole(name, default, minimum=-(2**31))
         if value not in known:
             raise self._wrong(name, f"must be one of {', '.join(map(str, known))}")

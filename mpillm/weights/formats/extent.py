@@ -1,4 +1,4 @@
-"""Where tensors lie in their files, or what they are made from: rows of matrices as blocks of one type."""
+"""The places of tensors in their files, or their recipes: rows of matrices as blocks of one type."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Rows = range | NDArray[np.integer[Any]]
 
 @dataclass(frozen=True)
 class Extent:
-    """Where a tensor lies: rows of `shape` from `offset` on in `file`, as `name` there.
+    """The place of a tensor: rows of `shape` from `offset` on in `file`, which has the name `name` there.
 
     `rope_heads` > 0: rows are in the order that llama.cpp gives q and k of the llama architecture, in which the two
     halves of each of these heads are interleaved.
@@ -87,7 +87,7 @@ class Extent:
         self.file.release(*self._span(range(self.n) if rows is None else rows))
 
     def at(self, first: int) -> tuple[MappedFile, int] | None:
-        """Where rows from `first` on lie just as they are delivered; None where they do not."""
+        """The place from which rows from `first` on are stored as they are delivered; None if they are not."""
         return None if self.rope_heads else (self.file, self.offset + first * self.row_bytes)
 
     def _span(self, rows: range) -> tuple[int, int]:
@@ -148,7 +148,7 @@ class Interleaved(Extent):
 
 
 class Recipe(Protocol):
-    """How a matrix is made from tensors of files, or those of all experts; a vector is a matrix of one column."""
+    """A recipe for a matrix, or those of all experts, from tensors of files; a vector is a matrix of one column."""
 
     @property
     def stored(self) -> Stored:
@@ -225,7 +225,7 @@ class Made(Extent):
 
 
 def llama_cpp_rows(rows: NDArray[np.integer[Any]], n: int, heads: int) -> NDArray[np.integer[Any]]:
-    """Where rows of q or k lie in a GGUF file of the llama architecture; `rows` itself for 0 heads.
+    """The rows of q or k in a GGUF file of the llama architecture; `rows` itself for 0 heads.
 
     convert_hf_to_gguf.py's `permute` writes row (head, half, j) at (head, j, half).
     """

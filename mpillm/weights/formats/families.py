@@ -1,4 +1,4 @@
-"""What the formats ask of the families of models: which one a file is of, and what its tensors are called."""
+"""The interface between formats and families of models: the family of a file, and the names of its tensors."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def open_gguf_adapter(path: Path, family: GgufFamily, config: dict[str, Any]) ->
 
 
 def _alpha(path: Path, metadata: dict[str, Any], family: GgufFamily) -> float:
-    """What the products are multiplied by, times their rank; ModelError if this is no adapter for the family."""
+    """The factor of the products, times their rank; ModelError if this is no adapter for the family."""
     if metadata.get("general.type") != "adapter" or metadata.get("adapter.type") != "lora":
         raise ModelError(f"{path} is not a LoRA adapter: its general.type and adapter.type do not say so.")
     if (kind := metadata.get("general.architecture")) not in (*family.gguf, *family.gguf_adapters):

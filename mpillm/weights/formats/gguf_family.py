@@ -17,7 +17,7 @@ from mpillm.weights.roles import Key
 
 
 class GgufFamily(Protocol):
-    """What a family of models knows of GGUF files."""
+    """The knowledge of a family of models about GGUF files."""
 
     @property
     def names(self) -> Names: ...
@@ -30,13 +30,13 @@ class GgufFamily(Protocol):
     @property
     def yarn_multiplies_scores(self) -> bool: ...
     def gguf_names(self, tensors: Collection[str]) -> Names:
-        """What tensors of a file are called that has these `tensors`."""
+        """The names of the tensors of a file that has these `tensors`."""
 
     def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
         """The configuration with Hugging Face's keys, without RoPE's."""
 
     def row_groups(self, config: Mapping[str, Any]) -> RowGroups:
-        """How tensors that hold several matrices are taken apart."""
+        """The division of tensors that hold several matrices."""
 
 
 def config_of(

@@ -63,7 +63,7 @@ class GgufNvfp4:
 
 @dataclass(frozen=True)
 class InHeads:
-    """What a recipe makes, with its rows in the order of llama.cpp's q and k of `heads` heads."""
+    """The result of a recipe, with its rows in the order of llama.cpp's q and k of `heads` heads."""
 
     recipe: Recipe
     heads: int
@@ -108,7 +108,7 @@ def scales_of(parts: Iterable[tuple[MappedFile, GgufHeader]]) -> dict[str, Raw]:
 
 
 def extent_of(file: MappedFile, name: str, tensor: GgufTensor, scales: dict[str, Raw]) -> Extent:
-    """Where a tensor lies, or how it is made."""
+    """The place of a tensor, or its recipe."""
     if tensor.stored.name != NVFP4:
         return Extent(file, name, tensor.offset, tensor.shape, tensor.stored)
     shape = (*tensor.shape[:-1], tensor.shape[-1] // BLOCK * BYTES)

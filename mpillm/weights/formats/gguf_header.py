@@ -54,7 +54,7 @@ class GgufTensor(NamedTuple):
 
 
 class GgufHeader(NamedTuple):
-    """What a file says of itself: metadata as Python values (arrays are lists), tensors by name."""
+    """The header of a file: metadata as Python values (arrays are lists), tensors by name."""
 
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]

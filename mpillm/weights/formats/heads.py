@@ -102,7 +102,7 @@ def split_kv_b(extents: dict[Key, Extent], config: Mapping[str, Any], path: Path
 
 
 def row_groups(config: dict[str, Any], family: GgufFamily) -> RowGroups:
-    """How tensors that hold several matrices are taken apart."""
+    """The division of tensors that hold several matrices."""
     return {**_attention_rows(config), **family.row_groups(config)}
 
 

@@ -62,7 +62,7 @@ def open_hf(path: Path, families: Families, quantize: str) -> TensorSource:
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], tuple[Path, ...]]:
-    """What config.json and those beside it say, and the files that were read."""
+    """The content of config.json and the files beside it, and the paths that were read."""
     config, files = of_text(read_json(path / "config.json")), [path / "config.json"]
     if QUANTIZATION not in config and os.path.exists(path / MODELOPT):
         # How ModelOpt quantised a checkpoint, which older ones have in a file of its own.

@@ -36,7 +36,7 @@ class TensorFiles(TensorReader, Protocol):
     mapped: tuple[MappedFile, ...]
 
     def in_place(self, entry: PageTensor) -> StoredRows | None:
-        """Where what is planned lies just as products can take it."""
+        """The places of planned tensors that products can use as they are."""
 
     def in_file(self, entry: PageTensor) -> bool:
         """Whether it is used there for good: blocks are not, for products with packed ones are faster."""

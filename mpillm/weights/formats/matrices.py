@@ -1,4 +1,4 @@
-"""Which matrices and vectors a tensor of a file holds: one, several side by side, or those of all experts."""
+"""The matrices and vectors that a tensor of a file holds: one, several side by side, or those of all experts."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def open_peft(path: Path, family: GgufFamily, config: dict[str, Any]) -> Adapter
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """What adapter_config.json says, all of which is supported; else a ModelError."""
+    """Read adapter_config.json; ModelError if something in it is not supported."""
     if not os.path.exists(path / CONFIG):
         raise ModelError(f"{path} has no {CONFIG}: it is not an adapter of PEFT.")
     said = read_json(path / CONFIG)
@@ -102,7 +102,7 @@ def _pairs(file: MappedFile) -> dict[str, tuple[Extent, Extent]]:
 
 
 def _what_else(name: str) -> str:
-    """What is said of a tensor that is no factor of a linear layer."""
+    """The message about a tensor that is no factor of a linear layer."""
     if "lora_embedding" in name:
         return "adapts embeddings, which is not supported"
     if "lora_magnitude_vector" in name:

@@ -34,7 +34,7 @@ class Raw:
         return self.nbytes // self.shape[0]
 
     def __getitem__(self, index: int) -> Raw:
-        """What has this first index."""
+        """The part with this first index."""
         return replace(
             self, shape=self.shape[1:], offset=self.offset + index * self.row_bytes, nbytes=self.row_bytes
         )

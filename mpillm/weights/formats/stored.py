@@ -1,4 +1,4 @@
-"""How a tensor lies in its file, and the type in which it is delivered from there."""
+"""The form of a tensor in its file, and the type in which it is delivered."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class TensorSource:
         return UNDER_WAY if packed else LOADING_NBYTES
 
     def extents(self) -> Iterator[tuple[Path, int, int]]:
-        """Where all tensors lie in the files: file, offset and bytes."""
+        """The place of all tensors in the files: file, offset and bytes."""
         for extent in self._extents.values():
             yield from ((file.path, offset, nbytes) for file, offset, nbytes in extent.lies())
 
@@ -121,7 +121,7 @@ class TensorSource:
         return Rows(stored.type, _blocks(stored, raw, cols), head)
 
     def in_place(self, entry: PageTensor) -> StoredRows | None:
-        """Where what is planned lies just as products can take it: whole rows in their order; no expert in blocks."""
+        """The places of planned tensors that products can use as they are: whole rows in order; no expert in blocks."""
         extent, type = self._extents[entry.key], entry.type
         there = extent.at(entry.rows.start)
         unchanged = extent.stored.own and type == extent.stored.type
@@ -169,7 +169,7 @@ class TensorSource:
             self.release(key, rows)
 
     def plan(self, page: PageSpec, model: Inventory, place: Place) -> PagePlan:
-        """What a rank holds of a page."""
+        """The page plan of a rank."""
         known = page, place.shard, place.shards
         if known not in self._plans:
             entries, nbytes = plan_entries(page.tensors, place, lambda key: self.tensors[key].type)
@@ -178,7 +178,7 @@ class TensorSource:
         return self._plans[known]
 
     def plan_experts(self, pages: Sequence[PageSpec], model: Inventory, place: Place) -> list[PagePlan]:
-        """What a rank holds of each of a layer's experts; most are like the first."""
+        """The page plan of a rank for each of a layer's experts; most are equal to the first."""
         known = pages[0], place.shard, place.shards
         if known in self._expert_plans:
             return self._expert_plans[known]

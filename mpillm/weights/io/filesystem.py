@@ -1,4 +1,4 @@
-"""What the system says about a file: the kind of its file system, and calls that Python does not have."""
+"""Facts of the system about a file: the kind of its file system; and calls that Python does not have."""
 
 from __future__ import annotations
 

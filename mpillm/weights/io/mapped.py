@@ -103,6 +103,6 @@ class MappedFile:
 
 
 def _identity(descriptor: int) -> tuple[int, int]:
-    """What tells an open file from all others."""
+    """The identity of an open file."""
     status = os.fstat(descriptor)
     return status.st_dev, status.st_ino

@@ -1,4 +1,4 @@
-"""Which files a packed model has, and what is in each: its pages, its header, its size. Nothing is written here."""
+"""Plan the files of a packed model: their pages, headers and sizes. Nothing is written here."""
 
 from __future__ import annotations
 

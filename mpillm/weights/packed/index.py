@@ -1,4 +1,4 @@
-"""What a packed directory says of its files: their names and sizes, the panels in each, and the tensors of these."""
+"""The index of a packed directory: the names and sizes of its files, the panels in each, and their tensors."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def tensor_of(row: dict[str, Any]) -> tuple[Key, TensorInfo]:
 
 @functools.lru_cache(1 << 14)
 def _parsed(name: str) -> Parsed | None:
-    """What a tensor is. Each panel of it asks, at a start twice."""
+    """The key of a tensor. Each panel of the tensor asks for it, twice at a start."""
     return USUAL.parse_hf(name)
 
 

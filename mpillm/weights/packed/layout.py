@@ -1,4 +1,4 @@
-"""How a packed model lies in its files: pure functions of the model's shape and its tensors' types.
+"""The layout of a packed model in its files: pure functions of the model's shape and its tensors' types.
 
 What is paged in together (a part of a layer, or the output head) lies in panels, one behind the other: panel p is
 what shard p would hold if there were as many shards as the model can be cut into (8, or a smaller power of two). So
@@ -37,7 +37,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Panel:
-    """What the finest shard number `number` needs of a part; entries' offsets count from the panel's beginning."""
+    """The part that the finest shard number `number` needs; the entries' offsets count from the panel's beginning."""
 
     number: int
     pieces: tuple[Piece, ...]
@@ -68,7 +68,7 @@ def panels_of(tensors: Sequence[TensorSpec], count: int, type_of: Callable[[Key]
 
 
 def shard_extent(panels: list[Panel], place: Place) -> tuple[tuple[PageTensor, ...], int, int]:
-    """What a rank takes of these panels: its entries, and offset and size of the bytes in which they lie."""
+    """The part of these panels that a rank takes: its entries, and the offset and size of their bytes."""
     each = len(panels) // place.shards
     first = place.shard * each
     begin = sum(panel.nbytes for panel in panels[:first])

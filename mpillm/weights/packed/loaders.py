@@ -1,4 +1,4 @@
-"""Where pages of a packed model come from: the files as they are, mapped or read into buffers."""
+"""Load pages of a packed model: the files as they are, mapped or read into buffers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which matrices BF12 cannot hold, or not in fewer bytes: those keep the type that they have in their files."""
+"""Find the matrices that BF12 cannot hold, or not in fewer bytes: those keep the type that they have in their files."""
 
 from __future__ import annotations
 

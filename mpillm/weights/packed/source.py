@@ -89,13 +89,13 @@ class PackedSource:
         self._embed = os.open(self._embed_file.path, os.O_RDONLY | os.O_CLOEXEC)
 
     def extents(self) -> Iterator[tuple[Path, int, int]]:
-        """Where all panels lie in the files: file, offset and bytes."""
+        """The place of all panels in the files: file, offset and bytes."""
         for file in self.packed_files:
             for panel in file.panels.values():
                 yield file.path, panel.offset, panel.nbytes
 
     def plan(self, page: PageSpec, model: Inventory, place: Place) -> PagePlan:
-        """What a rank holds of a page: one run of bytes. ModelError if it is not laid out as this version does it."""
+        """The page plan of a rank: one run of bytes. ModelError if the layout is not that of this version."""
         panels = panels_of(page.tensors, model.max_shards, lambda key: self.tensors[key].type)
         number, begin = self._find(page.kind, page.layer, panels, [(panel.nbytes,) for panel in panels])
         entries, offset, nbytes = shard_extent(panels, place)
@@ -103,7 +103,7 @@ class PackedSource:
         return PagePlan(name, entries, nbytes, page.layer, page.kind, number, begin + offset)
 
     def plan_experts(self, pages: Sequence[PageSpec], model: Inventory, place: Place) -> list[PagePlan]:
-        """What a rank holds of each of a layer's experts: one run of bytes."""
+        """The page plan of a rank for each of a layer's experts: one run of bytes."""
         layer = pages[0].layer
         panels = panels_of(pages[0].tensors, model.max_shards, lambda key: self.tensors[key].type)
         whole = sum(panel.nbytes for panel in panels)
@@ -192,7 +192,7 @@ class PackedSource:
 
     @cached_property
     def _pieces(self) -> dict[Key, list[tuple[PackedFile, dict[str, Any]]]]:
-        """Where each tensor's pieces are described; all experts' with those of the first one."""
+        """The description of each tensor's pieces; those of all experts are with the first expert."""
         found: dict[Key, list[tuple[PackedFile, dict[str, Any]]]] = {}
         for file in self.packed_files:
             for row in file.table:

@@ -1,4 +1,4 @@
-"""What loaders of pages have in common: files that must stay as they are, read or mapped in pieces, several at once."""
+"""The common part of loaders of pages: files that must not change, read or mapped in pieces, several at once."""
 
 from __future__ import annotations
 

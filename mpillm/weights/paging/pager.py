@@ -16,7 +16,7 @@ from mpillm.weights.plan import ALIGNMENT, PagePlan
 
 
 class Droppable(Protocol):
-    """What a loader returns for a page; `Page` is one."""
+    """The interface of what a loader returns for a page; `Page` has it."""
 
     def drop(self) -> None:
         """Release the buffer: the cache gives it to another page, or back to the system."""
@@ -77,7 +77,7 @@ class BufferLoader(Generic[T]):
 
 @dataclass
 class CacheCounters:
-    """What a cache did. A use is a hit if the page was still in memory from an earlier use, else a miss.
+    """The counts of a cache. A use is a hit if the page was still in memory from an earlier use, else a miss.
 
     A miss that had to wait is a stall. `held` and `peak` are bytes of buffers, `loaded` is bytes that were loaded;
     `load_seconds` is the sum over all threads.

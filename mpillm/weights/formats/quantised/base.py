@@ -1,4 +1,4 @@
-"""What a method of quantisation does."""
+"""The common part of methods of quantisation."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ class CompressedMethod(Method):
         )
 
     def _weights(self) -> Iterator[dict[str, Any]]:
-        """What the configuration says of the weights of each group of layers."""
+        """The configuration of the weights of each group of layers."""
         return self._of_groups("weights")
 
     def _int8_activations(self) -> bool:

@@ -184,7 +184,7 @@ class BitsAndBytesMethod(Method):
         return Nf4(values, table, scales, nested, state["blocksize"], (n, k))
 
     def _state(self, mark: Raw) -> Mapping[str, Any]:
-        """What bitsandbytes notes of a matrix, as JSON in a tensor of bytes."""
+        """The notes of bitsandbytes on a matrix, as JSON in a tensor of bytes."""
         try:
             state = json.loads(mark.file.view(mark.offset, mark.nbytes).tobytes())
             n, k = state["shape"]

@@ -80,7 +80,7 @@ def integer_blocks(
 
 
 def _by_block(values: Floats, columns: int) -> Floats:
-    """What each group of `columns` has, for each block of it."""
+    """The value of each group of `columns`, for each block of it."""
     repeated: Floats = np.repeat(values, columns // QUANT_BLOCK, axis=1)
     return repeated
 
@@ -169,7 +169,7 @@ def exponents_of(raw: Bytes) -> Floats:
 
 
 def by_row(values: NDArray[Any]) -> NDArray[Any]:
-    """What rows have, or all of them together, as [rows or 1, groups]."""
+    """The values of rows, or the value of all of them together, as [rows or 1, groups]."""
     return values if values.ndim == 2 else values.reshape(-1, 1)
 
 

@@ -92,7 +92,7 @@ class QuarkMethod(Method):
         )
 
     def _weights(self) -> Iterator[Mapping[str, Any]]:
-        """What the configuration says of the weights: of all, of layers, and of kinds of them."""
+        """The configuration of the weights: of all, of layers, and of kinds of layers."""
         tables = [self.config.get("global_quant_config")]
         for key in ("layer_quant_config", "layer_type_quant_config"):
             layers = self.config.get(key)
