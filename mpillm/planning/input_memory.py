@@ -31,8 +31,8 @@ from mpillm.planning import line_prompts
 from mpillm.planning.answer_length import AnswerLengths
 from mpillm.planning.grammar_memory import GrammarCounter
 from mpillm.planning.input_needs import NO_INPUT, InputNeeds
-from mpillm.planning.line_prompts import ADJUSTS, IDS, Body, LineSize, prompts_in
-from mpillm.planning.token_count import BYTES_PER_TOKEN, NOTHING, Around, TokenCounter, Tokens
+from mpillm.planning.line_prompts import ADJUSTS, Body, LineSize, prompts_in
+from mpillm.planning.token_count import BYTES_PER_TOKEN, IDS, NOTHING, Around, TokenCounter, Tokens
 from mpillm.spec import Spec
 from mpillm.store import inputs, table
 from mpillm.text import Tokenizer
@@ -75,7 +75,7 @@ def input_needs(
     generated = longest = scored = unread = sequence = 0
     scores, prompts, most, alike = False, 0, 0, 0
     blocks: int | None = 0
-    lengths = Counter[int]()
+    lengths, filled = Counter[int](), Counter[int]()
     begun = set[int]()  # hashes of the first blocks of prompts of ids
     adjusts = line_prompts.adjusts(spec.sampling)
     decoder = msgspec.json.Decoder(LineSize)
@@ -121,13 +121,17 @@ def input_needs(
                 scores |= _scores(body) or bool(body.choices)
                 prompts, most = prompts + (maximum or 0), most + (maximum or 0) + count * allowed
                 sequence = max(sequence, tokens.maximum + allowed)
-                filled = None if maximum is None else _blocks(body, count, tokens, each, spec)
-                blocks = None if blocks is None or filled is None else blocks + filled
+                if blocks is None or maximum is None:
+                    blocks = None
+                else:
+                    own = _blocks(body, count, tokens, each, spec)
+                    blocks += own
+                    filled[own] += 1
     except OSError:
         return NO_INPUT
     return InputNeeds(
-        lines, total, prompt_tokens, generated, scored, blocks, tuple(sorted(lengths.items())), longest, names,
-        checking, chat, answer, choice, largest,
+        lines, total, prompt_tokens, generated, scored, blocks, tuple(sorted(filled.items(), reverse=True)),
+        tuple(sorted(lengths.items())), longest, names, checking, chat, answer, choice, largest,
         _arrow(spec, lines * (answer + ENVELOPE)),
         grammars.needs(), unread, prompts, most, sequence, scores, adjusts, alike,
     )  # fmt: skip
@@ -169,8 +173,7 @@ def _prompt_tokens(body: Body, counter: TokenCounter, around: Around) -> Tokens:
         return texts._replace(likely=texts.likely + likely, maximum=texts.maximum + maximum)
     given = bytes(body.input or body.prompt)
     if IDS.match(given):
-        ids = given.count(b",") + 1
-        return Tokens(ids, ids)
+        return counter.count_ids(given)
     texts, prompts = counter.count(given), prompts_in(given)
     before = around.prompt if body.input else 0
     likely = texts.likely + prompts * before // BYTES_PER_TOKEN
@@ -207,7 +210,9 @@ def _blocks(body: Body, count: int, prompts: Tokens, new: int, spec: Spec) -> in
     behind = len(body.choices) // copies if body.choices else max(new - 1, 0)
     found = 0
     for tokens in each:
-        prompt, whole = min(tokens // KV_BLOCK, context), min((tokens + behind) // KV_BLOCK, context)
+        # Each answer to a prompt computes the last token of it.
+        prompt = min(max(tokens - 1, 0) // KV_BLOCK, context)
+        whole = min((tokens + behind) // KV_BLOCK, context)
         if body.choices:
             found += whole
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ NAMED = 32 * 2**20  # maximum bytes of all names: those of running lines and of 
 UNSORTED, UNSORTED_LINES = 1 << 15, 5 * 2**19
 # Bytes of each answer while results.h5 is written, and the maximum of all answers (9 MiB measured).
 WRITTEN, WRITING = 3072, 12 * 2**20
+EXACT = 1e-6  # the rounding error allowed in parts of the lines
 COPIES = 5  # copies of an answer on its way to the journal (4.6 measured)
 
 
@@ -36,6 +38,8 @@ class InputNeeds:
     # An estimate of the KV cache blocks that all sequences fill in one group, without the last block of each; None:
     # unknown.
     blocks: int | None = 0
+    # The most blocks first: a number of blocks, and how many lines fill that many of them.
+    blocks_of_lines: tuple[tuple[int, int], ...] = ()
     # The shortest length first: a number of tokens, and how many prompts have at least that many. Each prompt counts
     # once. Empty: unknown.
     lengths: tuple[tuple[int, int], ...] = ()
@@ -76,10 +80,31 @@ class InputNeeds:
             return sys.maxsize
         return min(self.tokens, self.prompts + (1 + drafted) * self.sequences) if held else self.tokens
 
-    def blocks_at_once(self, sequences: int, tokens: int) -> int:
-        """The maximum number of used blocks in one group if `sequences` run at once and a step has `tokens` rows."""
+    def blocks_at_once(self, sequences: int, tokens: int, part: float = 1.0) -> int:
+        """The maximum number of used blocks in one group if `sequences` run at once and a step has `tokens` rows.
+
+        For a part of the lines: those that fill most blocks.
+        """
         assert self.blocks is not None
-        return self.blocks + self.at_once(sequences, tokens)
+        return self._filled(part) + min(self.at_once(sequences, tokens), self.sequences_of(part))
+
+    def sequences_of(self, part: float) -> int:
+        """The maximum number of sequences of a part of the lines."""
+        return self.sequences if part >= 1 else min(self._lines_of(part) * self.largest, self.sequences)
+
+    def _lines_of(self, part: float) -> int:
+        return math.ceil(part * self.lines - EXACT)
+
+    def _filled(self, part: float) -> int:
+        """The blocks of a part of the lines."""
+        assert self.blocks is not None
+        if part >= 1:
+            return self.blocks
+        found, lines = 0, self._lines_of(part)
+        for blocks, count in self.blocks_of_lines:
+            found += blocks * min(count, lines)
+            lines -= min(count, lines)
+        return found
 
     def at_once(self, sequences: int, tokens: int) -> int:
         """The maximum number of sequences that have blocks, if up to `sequences` run and a step has `tokens` rows.

@@ -126,7 +126,7 @@ def _smallest(planner: LayoutPlanner, shards: int) -> Replicas:
         if (end - first) % shards or end - first > maximum:
             continue
         one = Replica(first, (end - first) // shards, shards)
-        alone = planner.with_layers_by_speed(Chosen((one,), "", "f32")).replicas
+        alone = planner.with_layers_by_speed(Chosen((one,), "", "f32"))
         if planner.too_much(planner.plans(alone)) is None:
             found.append(one)
             first = end

@@ -15,6 +15,7 @@ from mpillm.planning.estimate import (
     demand_of,
     estimate,
     faster_wire,
+    replica_shares,
     stage_layers_by_speed,
 )
 from mpillm.planning.input_needs import InputNeeds
@@ -32,7 +33,8 @@ from mpillm.spec import Spec, shown_bytes
 class Chosen:
     """A layout, with the reasons for its number of replicas and for its wire, in a few words.
 
-    `compared` says how much longer the second best layout would take, if others were tried.
+    `compared` says how much longer the second best layout would take, if others were tried. If `shares_by_speed` is
+    empty, replicas compute equal parts of the requests.
     """
 
     replicas: Replicas
@@ -41,6 +43,12 @@ class Chosen:
     wire_reason: str = ""
     inexact: bool = False  # the wire is Q8_0 though the job does not ask for it
     compared: str = ""
+    shares_by_speed: tuple[float, ...] = ()
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The part of the requests that each replica is to compute."""
+        return self.shares_by_speed or (1 / len(self.replicas),) * len(self.replicas)
 
 
 @dataclass(frozen=True)
@@ -91,13 +99,15 @@ class LayoutPlanner:
         """The configuration of the model."""
         return self._planner.config
 
-    def plans(self, replicas: Replicas) -> Iterator[ReplicaPlan]:
+    def plans(self, chosen: Chosen) -> Iterator[ReplicaPlan]:
         """The plan of each replica: what its ranks will hold."""
-        return self._planner.replicas(self.spec, replicas, self._asked, self.machines, self._known)
+        return self._planner.replicas(
+            self.spec, chosen.replicas, self._asked, self.machines, chosen.shares, self._known
+        )
 
     def _placement(self, chosen: Chosen) -> Placement:
         """A layout with the plans of its replicas."""
-        plans, replicas = list(self.plans(chosen.replicas)), chosen.replicas
+        plans, replicas = list(self.plans(chosen)), chosen.replicas
         return Placement(self.spec, self.config, self.machines, replicas, plans).with_wire(chosen.wire)
 
     def too_much(self, plans: Iterable[ReplicaPlan]) -> str | None:
@@ -114,12 +124,16 @@ class LayoutPlanner:
         return None
 
     def found(self, chosen: Chosen) -> Found:
-        """Complete a layout with its wire and its layers by speed, and estimate its time."""
+        """Complete a layout with its wire, its layers by speed and its shares, and estimate its time."""
         if not chosen.wire_reason:
             chosen = self._with_wire(chosen)
-        chosen = self.with_layers_by_speed(chosen)
+        chosen, demand = self.with_layers_by_speed(chosen), demand_of(self._asked)
         placement = self._placement(chosen)
-        return Found(self.machines, chosen, placement.plans, estimate(placement, demand_of(self._asked)))
+        shares = tuple(replica_shares(placement, demand))
+        if shares != chosen.shares:
+            chosen = replace(chosen, shares_by_speed=shares)
+            placement = self._placement(chosen)
+        return Found(self.machines, chosen, placement.plans, estimate(placement, demand))
 
     def with_layers_by_speed(self, chosen: Chosen) -> Chosen:
         """Give faster stages more layers, within their memory, if the speeds of ranks are known."""

@@ -56,7 +56,7 @@ def _as_many_as_possible(
             found = replicas.choose(
                 planner.config, machines.ranks, number, stages, shards, machines.ranks_per_host
             )
-            too_much = planner.too_much(planner.plans(found))
+            too_much = planner.too_much(planner.plans(Chosen(found, "")))
             if too_much is None:
                 return found, f"each holds the whole model in memory{refusal and f'; {refusal}'}"
             refusal = f"with {number} {too_much}"

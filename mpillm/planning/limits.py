@@ -67,19 +67,21 @@ def limits(
     streamed: Sequence[int],
     kv: Sequence[int] | None = None,
     asked: InputNeeds = NO_INPUT,
+    part: float = 1.0,
 ) -> Limits:
     """The limits of steps and caches on ranks at `places`; JobError if the caches are too small for any request.
 
     For each rank, `layouts` has the layout of its cache, `streamed` the bytes of weights that it streams, and `kv` the
     budget of its cache (None: that of `spec` for all). `max_context` is the maximum number of tokens of a request, and
-    `asked` is what the input asks for.
+    `asked` is what the input asks for. `part` is the part of its lines that this replica is to compute; if it
+    computes more of them, it takes no more memory.
     """
     streams = any(streamed)
     step, stages, windows = step_size(spec, rows, places, streams), places[0].stages, layouts[0].windows
     capacity = cache_capacity(spec, layouts, streamed, step.sequences * stages, kv)
     if problem := capacity.problem(spec, layouts):
         raise JobError(problem)
-    n_blocks = cache_blocks(capacity, rows.config, step, windows, max_context, stages, asked)
+    n_blocks = cache_blocks(capacity, rows.config, step, windows, max_context, stages, asked, part)
     return Limits(
         n_blocks=n_blocks,
         blocks_in_memory=min(capacity.blocks_in_memory, n_blocks),
@@ -90,7 +92,7 @@ def limits(
         speculation=spec.batch.speculation,
         streams=streams,
         windows=windows,
-        n_slots=capacity.slots,
+        n_slots=capacity.slots_of(asked, part),
         n_saved=capacity.saved,
         whole_prompts=rows.config.whole_prompts,
         short_length=rows.config.short_length,
@@ -117,16 +119,22 @@ class CacheCapacity:
             maximum = min(maximum, max(self.blocks // len(windows), 1))
         return min(maximum, self.slots) if self.slots else maximum
 
-    def needed(self, groups: int, asked: InputNeeds, step: StepSize, stages: int) -> tuple[int, int]:
-        """The maximum number of blocks and states that an input uses; all of them if that is not known.
+    def needed(
+        self, groups: int, asked: InputNeeds, step: StepSize, stages: int, part: float = 1.0
+    ) -> tuple[int, int]:
+        """The maximum number of blocks and states that a part of an input uses; all of them if that is not known.
 
         Full blocks are kept after their sequence has ended. The blocks that are not full are those of the sequences
         that run at once.
         """
         if not asked.lines or asked.blocks is None:
             return self.blocks, self.states
-        blocks = groups * asked.blocks_at_once(step.sequences * stages, step.tokens * stages)
-        return min(self.blocks, blocks), min(self.slots, asked.sequences) + min(self.saved, asked.alike)
+        blocks = groups * asked.blocks_at_once(step.sequences * stages, step.tokens * stages, part)
+        return min(self.blocks, blocks), self.slots_of(asked, part) + min(self.saved, asked.alike)
+
+    def slots_of(self, asked: InputNeeds, part: float) -> int:
+        """Slots that a part of an input can come to use."""
+        return min(self.slots, max(asked.sequences_of(part), 1)) if asked.lines else self.slots
 
     def problem(self, spec: Spec, layouts: Sequence[CacheLayout]) -> str | None:
         """Why nothing can run; None if something can."""
@@ -179,13 +187,14 @@ def cache_blocks(
     max_context: int,
     stages: int,
     asked: InputNeeds,
+    part: float = 1.0,
 ) -> int:
-    """The number of blocks of a cache: no more than steps or the input can use, but enough for the longest request."""
+    """The number of blocks of a cache: those that steps and a part of the input use, enough for the longest request."""
     longest = useful_blocks(max_context, windows, step.tokens)
     useful = longest * step.sequences
     if config.whole_prompts:  # the blocks of the steps under way; each sequence has one that is not full
         useful = blocks_for(step.tokens) + step.sequences
-    needed, _ = capacity.needed(len(windows), asked, step, stages)
+    needed, _ = capacity.needed(len(windows), asked, step, stages, part)
     return min(capacity.blocks, useful * stages, max(needed, longest))
 
 

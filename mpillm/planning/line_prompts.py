@@ -10,7 +10,7 @@ import msgspec
 
 from mpillm.kernels import KV_BLOCK
 from mpillm.planning.grammar_memory import Asked
-from mpillm.planning.token_count import Tokens
+from mpillm.planning.token_count import IDS, Tokens
 from mpillm.spec import SamplingSection
 
 TOLD_APART = 1 << 16  # different first blocks of prompts of ids that are told apart
@@ -21,7 +21,6 @@ ADJUSTS = re.compile(
     rb'"(?:logit_bias|bad_words|min_tokens|allowed_token_ids|\w+_penalty|response_format|structured_outputs|guided_\w+'
     rb'|tools)"'
 )
-IDS = re.compile(rb"\s*\[[\[\s]*[-0-9]")
 
 
 class Body(Asked):
@@ -64,7 +63,7 @@ def prompts_in(raw: bytes) -> int:
 
 
 def lengths(body: Body, count: int, prompts: Tokens) -> Counter[int]:
-    """Lower bounds of the tokens of a line's prompts, with the number of prompts for each.
+    """Lower bounds of the tokens that are computed of a line's prompts, with the number of prompts for each.
 
     The bound of a chat is half of its tokens, because templates leave some out.
     """
@@ -72,9 +71,9 @@ def lengths(body: Body, count: int, prompts: Tokens) -> Counter[int]:
     if body.choices:  # they are computed after their prompt, one after the other
         found = Counter({prompts.likely // count: count})
     elif len(prompts.texts) == count and not body.messages:
-        found = Counter(prompts.texts)
+        found = Counter(prompts.own)
     elif count == 1:
-        found = Counter([prompts.likely // 2])
+        found = Counter([(prompts.likely - prompts.shared) // 2])
     elif not IDS.match(given) or prompts_in(given) != count:  # texts, or choices that share a prompt
         found = Counter({1: count})
     else:
@@ -93,10 +92,9 @@ def alike(body: Body, count: int, prompts: Tokens, begun: set[int]) -> int:
     `begun` has the hashes of the first blocks of earlier prompts of ids; those of this line are added.
     """
     given = bytes(body.input or body.prompt)
-    if prompts.texts and not body.messages:
-        return count - len(prompts.texts) + prompts.alike
     if not IDS.match(given):
-        return count
+        counted = bool(prompts.texts) and not body.messages
+        return count - len(prompts.texts) + prompts.alike if counted else count
     lists = prompts_in(given) > 1 or given.replace(b" ", b"").startswith(b"[[")
     several = list(map(bytes, msgspec.json.decode(given, type=list[msgspec.Raw]))) if lists else [given]
     found = 0

@@ -53,21 +53,24 @@ class Planner:
         replicas: Sequence[Replica],
         asked: InputNeeds,
         machines: Machines,
+        shares: Sequence[float],
         known: dict[tuple[Any, ...], ReplicaPlan] | None = None,
     ) -> Iterator[ReplicaPlan]:
         """The plans of all replicas. Equal replicas are planned once, and their plans are kept in `known`.
 
-        `asked` is what the input asks for. The plans in `known` are those of one job, on any machines.
+        `asked` is what the input asks for, and `shares` has the part of its lines that each replica is to compute. The
+        plans in `known` are those of one job, on any machines.
         """
         hosts = machines.names
         known = {} if known is None else known
         alike = spec.on_rank(0, hosts[0] if hosts else "") is spec  # all ranks have the same budgets
-        for number, replica in enumerate(replicas):
+        for number, (replica, part) in enumerate(zip(replicas, shares, strict=True)):
             # The first replica differs, because its rank 0 holds the input too.
             where = () if alike else (replica.first, *(hosts[rank] for rank in replica.ranks if hosts))
-            key = number == 0, replica.stages, replica.shards, replica.layers, where, machines.several_hosts
+            several = machines.several_hosts
+            key = number == 0, replica.stages, replica.shards, replica.layers, where, several, part
             if key not in known:
-                known[key] = self._replica(spec, number, replica, asked, machines)
+                known[key] = self._replica(spec, number, replica, asked, machines, part)
             found = known[key]
             ranks = [
                 msgspec.structs.replace(plan, rank=rank, replica=number)
@@ -82,6 +85,7 @@ class Planner:
         replica: Replica,
         asked: InputNeeds,
         machines: Machines,
+        part: float,
     ) -> ReplicaPlan:
         config, places, hosts = self.config, replica.places, machines.names
         specs = [spec.on_rank(rank, hosts[rank] if hosts else "") for rank in replica.ranks]
@@ -95,11 +99,14 @@ class Planner:
         step = step_size(spec, self._rows, places if config.adapters else places[: replica.shards], any(read))
         budgets = [one.memory.kv_bytes for one in specs]
         capacity = cache_capacity(spec, caches, read, step.sequences * replica.stages, budgets)
-        needed = capacity.needed(len(caches[0].windows), asked, step, replica.stages)
+        windows, stages = caches[0].windows, replica.stages
         max_context = spec.memory.context(config.max_position)
-        n_blocks = cache_blocks(capacity, config, step, caches[0].windows, max_context, replica.stages, asked)
+        n_blocks = cache_blocks(capacity, config, step, windows, max_context, stages, asked, part)
+        blocks, _ = capacity.needed(len(windows), asked, step, stages)  # if it had to compute all
+        _, slots = capacity.needed(len(windows), asked, step, stages, part)
+        needed = min(blocks, n_blocks), slots
         kept = 0 if number else asked.kept(step.sequences * replica.stages, config.vocab)
-        cached = capacity, n_blocks, caches[0].windows
+        cached = capacity, n_blocks, windows
         rows = memory.step_rows(asked, spec, config, step, cached, replica.stages, any(read))
         drafting = draft.nbytes(spec, config, asked, replica.stages)
         plans = [

@@ -1,7 +1,11 @@
-"""Count the tokens of an input's texts: those of its first part; the rest is bounded by its bytes."""
+"""Count the tokens of an input's texts: those of its first part; the rest is bounded by its bytes.
+
+All token ids of prompts are counted. In the first part, blocks that prompts have in common are counted too.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -15,13 +19,14 @@ from mpillm.text import Tokenizer
 COUNTED = 1 << 20  # the first bytes of the input, which are tokenized; that takes some tenths of a second
 BYTES_PER_TOKEN = 4  # an estimate for models without a tokenizer
 SPECIAL = 4  # tokens that a tokenizer puts around a text
+IDS = re.compile(rb"\s*\[[\[\s]*[-0-9]")  # the begin of a prompt of token ids, or of several
 
 
 class Tokens(NamedTuple):
     """The likely and the maximum number of tokens, and the tokens of each text, if all were counted.
 
     `shared` of the likely tokens are in blocks of the KV cache that earlier texts have too. `alike` texts have such
-    blocks.
+    blocks, and `own` has the tokens of each text after its shared blocks.
     """
 
     likely: int
@@ -29,6 +34,7 @@ class Tokens(NamedTuple):
     texts: tuple[int, ...] = ()
     shared: int = 0
     alike: int = 0
+    own: tuple[int, ...] = ()
 
 
 class Around(NamedTuple):
@@ -70,6 +76,21 @@ class TokenCounter:
                 found = self._found([self._tokenizer.encode(text) for text in texts], chat)
         except (RequestError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return Tokens(0, len(value))  # the line gets an error in the run
+        return self._noted(value, found)
+
+    def count_ids(self, value: bytes) -> Tokens:
+        """The tokens of all lists of token ids in a JSON value."""
+        tokens = value.count(b",") + 1
+        if self._bytes + len(value) > COUNTED:
+            return Tokens(tokens, tokens, shared=tokens * self._shared // max(self._tokens, 1))
+        try:
+            lists: Any = msgspec.json.decode(value)
+            found = self._found(lists if isinstance(lists[0], list) else [lists], chat=False)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, TypeError):
+            return Tokens(tokens, tokens)  # the line gets an error in the run
+        return self._noted(value, found)
+
+    def _noted(self, value: bytes, found: Tokens) -> Tokens:
         self._bytes, self._tokens = self._bytes + len(value), self._tokens + found.likely
         self._shared += found.shared
         return found
@@ -82,15 +103,19 @@ class TokenCounter:
     def _found(self, texts: list[list[int]], chat: bool) -> Tokens:
         lengths = tuple(map(len, texts))
         whole = [[id for ids in texts for id in ids]] if chat else texts
-        known = list(map(self._known_blocks, whole))
-        return Tokens(sum(lengths), sum(lengths), lengths, KV_BLOCK * sum(known), sum(map(bool, known)))
+        known = [KV_BLOCK * self._known_blocks(ids) for ids in whole]
+        own = tuple(len(ids) - tokens for ids, tokens in zip(whole, known, strict=True))
+        return Tokens(sum(lengths), sum(lengths), lengths, sum(known), sum(map(bool, known)), own)
 
     def _known_blocks(self, ids: list[int]) -> int:
-        """The number of blocks of a text that were seen before, after the same tokens; the others are remembered."""
+        """The number of blocks of a text that were seen before, after the same tokens; the others are remembered.
+
+        The block of the last token does not count, because that token is computed in any case.
+        """
         before, known = 0, 0
         for start in range(0, len(ids) - KV_BLOCK + 1, KV_BLOCK):
             before = hash((before, *ids[start : start + KV_BLOCK]))
-            known += before in self._begun
+            known += before in self._begun and start + KV_BLOCK < len(ids)
             self._begun.add(before)
         return known
 

@@ -67,7 +67,7 @@ class Balance:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._machines = session.machines if session.machines.speeds else _assumed(session.machines)
-        self._planned = session.choice.rank_seconds(self._machines, session.replicas)
+        self._planned = session.choice.rank_seconds(self._machines, session.chosen)
         self._busy: dict[int, float] = {}  # the last report of each rank
         self._before: dict[int, float] = {}  # the reports at the beginning of the window
         self._since = time.monotonic()

@@ -41,9 +41,9 @@ class Computation:
         """`totals` are new, or those of the computation that this one continues."""
         self.job, self.session, self.journal = job, session, journal
         journal.counted = self._counted
-        choice, machines, chosen = session.choice, session.machines, session.chosen
-        steps = choice.replica_steps(machines, chosen) if len(session.replicas) > 1 else []
-        sharing = Sharing(steps, choice.shares(machines, chosen))
+        chosen, several = session.chosen, len(session.replicas) > 1
+        steps = session.choice.replica_steps(session.machines, chosen) if several else []
+        sharing = Sharing(steps, chosen.shares)
         self._balance = Balance(session) if watched(session) else None
         self._leader = Leader(session, job.spec, lambda: job.model, self._keep, totals)
         lines = (Unfinished(line, journal.partial(line)) for line in job.input.unanswered(journal.done))

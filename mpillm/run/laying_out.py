@@ -14,9 +14,8 @@ import msgspec
 from mpillm import kernels, version
 from mpillm.comm.world import World
 from mpillm.errors import JobError, LayoutError, MpillmError
-from mpillm.partition.replicas import Replicas
 from mpillm.planning import hosts, measure, pace
-from mpillm.planning.estimate import TYPICAL, demand_of, estimate, rank_seconds, replica_shares
+from mpillm.planning.estimate import TYPICAL, demand_of, estimate, rank_seconds
 from mpillm.planning.input_needs import NO_INPUT, InputNeeds
 from mpillm.planning.layout import Layouts
 from mpillm.planning.layout_plans import Chosen
@@ -190,32 +189,27 @@ class LayoutChoice:
 
     # The methods below are for rank 0 only.
 
-    def rank_seconds(self, machines: Machines, replicas: Replicas) -> list[float]:
-        """Return `estimate.rank_seconds` of replicas on these machines."""
-        return rank_seconds(self._placement(machines, replicas), demand_of(self.asked))
-
-    def shares(self, machines: Machines, chosen: Chosen) -> list[float]:
-        """Return `estimate.replica_shares` of a layout's replicas on these machines."""
-        placement = self._placement(machines, chosen.replicas).with_wire(chosen.wire)
-        return replica_shares(placement, demand_of(self.asked))
+    def rank_seconds(self, machines: Machines, chosen: Chosen) -> list[float]:
+        """Return `estimate.rank_seconds` of a layout's replicas on these machines."""
+        return rank_seconds(self._placement(machines, chosen), demand_of(self.asked))
 
     def replica_steps(self, machines: Machines, chosen: Chosen) -> list[ReplicaSteps]:
         """Return `replica_steps` of a layout's replicas on these machines."""
-        placement = self._placement(machines, chosen.replicas).with_wire(chosen.wire)
-        return replica_steps(placement, demand_of(self.asked) or TYPICAL)
+        return replica_steps(self._placement(machines, chosen), demand_of(self.asked) or TYPICAL)
 
     def gain(self, machines: Machines, chosen: Chosen) -> float:
         """Return the time of the job with `chosen` divided by its time with the best layout on these machines."""
-        placement = self._placement(machines, chosen.replicas).with_wire(chosen.wire)
+        placement = self._placement(machines, chosen)
         now = estimate(placement, demand_of(self.asked))
         with suppress(LayoutError):
             return now.seconds / self._search(placement.spec, machines).seconds
         return 1.0
 
-    def _placement(self, machines: Machines, replicas: Replicas) -> Placement:
+    def _placement(self, machines: Machines, chosen: Chosen) -> Placement:
         planner = self._open_model()
-        plans = planner.replicas(self._spec, replicas, self.asked, machines)
-        return Placement(self._spec, planner.config, machines, replicas, list(plans))
+        plans = planner.replicas(self._spec, chosen.replicas, self.asked, machines, chosen.shares)
+        placement = Placement(self._spec, planner.config, machines, chosen.replicas, list(plans))
+        return placement.with_wire(chosen.wire)
 
     def _layouts(self, spec: Spec) -> Layouts:
         count = spec.layout.replicas if self._replicated else 1

@@ -228,7 +228,8 @@ class Session:
 
     def _plans(self) -> Iterator[ReplicaPlan]:
         """The plan of each replica: what its ranks will hold."""
-        return self._open_model().replicas(self.job, self.replicas, self.needs, self.machines)
+        planner, chosen = self._open_model(), self.chosen
+        return planner.replicas(self.job, chosen.replicas, self.needs, self.machines, chosen.shares)
 
     def estimate(self, demand: Demand | None) -> Estimate:
         """Estimate the time of `demand`, or of the input if it is None, from the machines' speeds."""
@@ -341,4 +342,5 @@ class Session:
             self.streamed,
             kv,
             self.needs,
+            self.chosen.shares[self.replica],
         )

@@ -177,6 +177,32 @@ def test_the_cache_is_planned_for_what_the_input_can_need() -> None:
     assert not replace(short, tokens=21 * KV_BLOCK).fill(50, 2, 8, 20), "where nothing is shared"
 
 
+def test_a_part_of_the_lines_needs_the_blocks_of_those_that_need_most() -> None:
+    capacity, step = CacheCapacity(blocks=1000, blocks_in_memory=1000, slots=100, saved=0), StepSize(64, 512)
+    asked = InputNeeds(lines=5, sequences=10, largest=2, blocks=26, blocks_of_lines=((9, 2), (3, 1), (1, 5)))
+    needed = [capacity.needed(1, asked, step, 1, part) for part in (0.0, 0.2, 0.4, 0.6, 1.0)]
+    assert needed == [(0, 1), (9 + 2, 2), (18 + 4, 4), (21 + 6, 6), (26 + 10, 10)]
+    assert capacity.needed(1, asked, step, 1, 0.5) == needed[3], "two or three of five lines"
+
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_blocks_that_prompts_have_in_common_are_counted_once(ids: bool, tmp_path: Path) -> None:
+    """Each computes its last token, and runs beside others as it computes little else."""
+    job = spec.load(None, input=str(tmp_path / "in.jsonl"), output=str(tmp_path / "out"))
+
+    def needs(*prompts: str) -> InputNeeds:
+        bodies = [{"prompt": list(text.encode()) if ids else text, "max_tokens": 1} for text in prompts]
+        (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, bodies)))
+        return input_needs(job, 64, load=Bytes)  # type: ignore[arg-type, unused-ignore]
+
+    common = "a" * 2 * KV_BLOCK
+    asked = needs(common, common + "b", common + "c" * KV_BLOCK, "d" * 5)
+    assert (asked.blocks, asked.blocks_of_lines) == (2 + 0 + 1 + 0, ((2, 1), (1, 1), (0, 2)))
+    assert asked.lengths == ((1, 1), (5, 1), (KV_BLOCK, 1), (2 * KV_BLOCK, 1))
+    assert needs(common, common).blocks_of_lines == ((2, 1), (1, 1)), "the second computes its last block too"
+    assert needs(common, common).prompt_tokens == 4 * KV_BLOCK
+
+
 def test_sequences_that_run_leave_less_room_for_others() -> None:
     asked = InputNeeds(lines=99, sequences=99, blocks=0, lengths=((10, 99),), longest_answer=3)
     at_once = [replace(asked, longest_answer=steps).at_once(64, 50) for steps in (0, 1, 2, 3, 99)]

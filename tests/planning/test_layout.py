@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from mpillm.planning.input_needs import InputNeeds
 from mpillm.planning.layout_plans import Chosen
 from mpillm.planning.machines import Machines
 from mpillm.planning.planner import Planner
+from mpillm.planning.speed import ASSUMED, Speed
 from tests.model.golden import model_path
 
 MODEL = model_path("llama3")
@@ -89,6 +91,23 @@ def test_shards_of_an_earlier_run_are_kept_where_they_work() -> None:
         chosen([7])
 
 
+@pytest.mark.parametrize("times", [1.0, 3.0])
+def test_the_cache_of_a_replica_is_planned_for_its_share(times: float, tmp_path: Path) -> None:
+    """Of 40 alike lines, each with blocks of its own; the second host is so many times as slow."""
+
+    def held(count: int, settings: tuple[str, ...] = (), speeds: tuple[Speed, ...] = ()) -> list[int]:
+        (tmp_path / "in").write_text("".join(f'{{"prompt": {[n + 5] * 40}}}\n' for n in range(count)))
+        job = spec.load(None, settings, model=str(MODEL), input=str(tmp_path / "in"), output="out")
+        ranks = len(speeds) or 1
+        machines = Machines([1] * ranks, [sys.maxsize] * ranks, speeds=speeds)
+        return [rank.kv_held for rank in plan.make(job, ranks, machines).ranks]
+
+    settings = "layout.replicas=2", "memory.max_context=200", "sampling.max_tokens=20"
+    first, second = held(40, settings, (ASSUMED, ASSUMED.slowed(times)))
+    assert [first + second] == held(40, settings[1:])
+    assert first == second if times == 1 else first > 2 * second
+
+
 def test_hosts_on_paper(tmp_path: Path) -> None:
     path = tmp_path / "hosts.toml"
     path.write_text(
@@ -147,6 +166,6 @@ def test_layers_that_are_one_operation(model: str, settings: tuple[str, ...], st
     with closing(open_source(model_path(model))) as source:
         replicas = (Replica(0, 1, 2),)
         [made] = Planner(source, config_of(source)).replicas(
-            asked, replicas, InputNeeds(), Machines([2], [0, 0])
+            asked, replicas, InputNeeds(), Machines([2], [0, 0]), [1.0]
         )
     assert [work.stacked for work in made.works] == [stacked] * 2

@@ -11,9 +11,10 @@ from mpillm.model.activations import Activations
 from mpillm.model.cache_layout import CacheLayout, cache_layout, groups_of, rank_layouts
 from mpillm.model.cache_spec import SequenceState, TokenCache
 from mpillm.partition.grid import Place
-from mpillm.planning.input_needs import InputNeeds
+from mpillm.planning.input_needs import NO_INPUT, InputNeeds
 from mpillm.planning.limits import (
     MAX_TOKENS,
+    CacheCapacity,
     cache_capacity,
     cache_in_memory,
     limits,
@@ -67,6 +68,19 @@ def test_a_cache_has_the_blocks_that_its_input_needs_and_those_of_the_longest_re
     longest = blocks(InputNeeds(lines=1, sequences=1, blocks=1))
     assert longest == 4096 // KV_BLOCK, "which lines are refused does not depend on other lines"
     assert blocks(InputNeeds(lines=9, blocks=None)) == blocks(InputNeeds()) == 256 * 4096 // KV_BLOCK
+
+
+@pytest.mark.parametrize("part", [0.0, 0.25, 0.5, 1.0])
+def test_a_replica_has_the_blocks_and_slots_of_its_part(part: float) -> None:
+    """If it computes more of the lines, fewer of them run at once; a request of the maximum length always fits."""
+    asked = InputNeeds(lines=200, sequences=200, largest=1, blocks=2000, blocks_of_lines=((10, 200),))
+    found = limits(spec(kv=10**15), ROWS, ALONE, layouts(), 512, [0], asked=asked, part=part)
+    assert found.n_blocks == max(part * 2200, 512 // KV_BLOCK)
+    states = CacheCapacity(blocks=1, blocks_in_memory=1, slots=256, saved=4)
+    assert states.slots_of(asked, part) == max(part * 200, 1), (
+        "0 slots would mean that the model has no states"
+    )
+    assert states.slots_of(NO_INPUT, 1.0) == 256
 
 
 def test_streamed_weights_take_all_that_the_kv_cache_holds() -> None:
