@@ -204,8 +204,8 @@ class _RankLayer:
 
     @property
     def stackable(self) -> bool:
-        """Whether `kernels.LayerStack` takes it: shards exchange nothing inside its parts."""
-        return self.spec.fused and not _attention(self).norms_shards(self._rank.place)
+        """Whether `kernels.LayerStack` takes it."""
+        return self.spec.stackable(self._rank.place)
 
     @property
     def operations(self) -> tuple[Any, ...]:

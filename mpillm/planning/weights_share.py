@@ -63,7 +63,7 @@ def _work(
     attention = Counter[int]()
     for layer in filter(None, cache.tokens):
         attention[cache.windows[layer.group]] += 1
-    layers = max(sum(attention.values()), 1)
+    layers, stackable = max(sum(attention.values()), 1), all(layer.stackable(place) for layer in config.layers)
     # For each row and each token that it attends to: 2 operations for each value of all heads, for keys and for values.
     operations, nbytes = 4 * attended // layers, cache.token_nbytes // layers
     return RankWork(
@@ -80,9 +80,9 @@ def _work(
         head_values=values["head"],
         page=page,
         made=made,
-        apart=bool(streamed or counts["expert"] or place.shards > 1),
+        apart=bool(streamed or counts["expert"]) or not stackable,
         streamed_part=0.0 if counts["expert"] else min(streamed / max(page * len(pages), 1.0), 1.0),
-        stacked=not (streamed or config.whole_prompts) and all(layer.fused for layer in config.layers),
+        stacked=not (streamed or config.whole_prompts) and stackable,
     )
 
 

@@ -82,7 +82,9 @@ class Cluster:
         source, output = self.folder / "in.jsonl", self.folder / f"out{time.monotonic_ns()}"
         source.write_text("".join(json.dumps(body | {"prompt": [n + 1] * 16}) + "\n" for n in range(lines)))
         words = ["--model", model, "--input", source, "--output", output]
-        words += [f"--set={one}" for one in ("layout.threads=1", "memory.max_context=512", *settings)]
+        # How many tokens are guessed is not known before: random models repeat themselves.
+        own = "layout.threads=1", "memory.max_context=512", "batch.speculation=off"
+        words += [f"--set={one}" for one in (*own, *settings)]
         self.start(ranks, "mpillm", "run", *words)
         report = json.loads((output / "report.json").read_text())
         layout = f"{report['replicas']} x {report['stages']} x {report['shards']}"

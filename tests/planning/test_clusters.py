@@ -64,10 +64,10 @@ def planner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         yield Planner(source, config_of(source))
 
 
-def layouts(planner: Planner, requests: int, *settings: str) -> Layouts:
+def layouts(planner: Planner, requests: int, *settings: str, answer: int = 64) -> Layouts:
     job = spec.load(None, ("memory.kv=1GiB", *settings), model="model", input="in", output="out")
     asked = InputNeeds(
-        requests, requests, prompt_tokens=64 * requests, generated_tokens=64 * requests, blocks=None
+        requests, requests, prompt_tokens=64 * requests, generated_tokens=answer * requests, blocks=None
     )
     return Layouts(job, planner, job.layout.replicas, requests, asked=asked)
 
@@ -80,9 +80,11 @@ def parts(machines: Machines) -> Iterator[Machines]:
             yield machines.without(without)
 
 
-def each_alone(planner: Planner, requests: int, machines: Machines) -> Iterator[float]:
+def each_alone(
+    planner: Planner, requests: int, machines: Machines, cuts: Sequence[int] = (1, 2, 4)
+) -> Iterator[float]:
     """The cost of each number of replicas and shards that a user can ask for."""
-    for replicas, shards in itertools.product(range(1, len(machines.ranks_per_host) + 1), (1, 2, 4)):
+    for replicas, shards in itertools.product(range(1, len(machines.ranks_per_host) + 1), cuts):
         settings = f"layout.replicas={replicas}", f"layout.shards={shards}"
         with suppress(LayoutError):
             found = layouts(planner, requests, *settings).choose(machines)
@@ -129,7 +131,7 @@ def test_a_short_run_looks_how_fast_cores_are(
         found, without, _ = for_run(layouts(planner, requests), machines, 1.15)
         assert len(hosts) - len(without) == count
         assert {replica.shards for replica in found.chosen.replicas} == {1}  # the network is not known
-        best = min(cost for part in parts(machines) for cost in each_alone(planner, requests, part))
+        best = min(cost for part in parts(machines) for cost in each_alone(planner, requests, part, (1,)))
         assert found.cost <= (1.15 if paces[0] == max(paces) or count > 1 else 2.0) * best
 
 
@@ -150,7 +152,7 @@ def test_hosts_with_a_quota_compute_one_answer_as_stages(planner: Planner) -> No
     """
     slow = host(0.25, mbit=94.0, latency_us=100.0, core=0.1)
     quotas, cores = (machines_of([msgspec.structs.replace(slow, part=part)] * 4) for part in (0.25, 1.0))
-    one, small = layouts(planner, 1), planner.config.n_layers == MODELS["0.1B"][0]
+    one, small = layouts(planner, 1, answer=256), planner.config.n_layers == MODELS["0.1B"][0]
     found, _, _ = for_run(one, quotas)
     assert shape(found) == ((4, 1) if small else (1, 4))
     if small:

@@ -158,6 +158,7 @@ def test_free_memory_is_what_every_group_above_allows(version: int, tmp_path: Pa
         ("llama3", ("memory.weights=90KiB",), False),
         ("qwen3_moe", (), False),
         ("falcon_h1", (), False),
+        ("olmo2", (), False),  # q and k are normalised over the heads of both shards
     ],
 )
 def test_layers_that_are_one_operation(model: str, settings: tuple[str, ...], stacked: bool) -> None:
@@ -169,3 +170,4 @@ def test_layers_that_are_one_operation(model: str, settings: tuple[str, ...], st
             asked, replicas, InputNeeds(), Machines([2], [0, 0]), [1.0]
         )
     assert [work.stacked for work in made.works] == [stacked] * 2
+    assert [work.apart for work in made.works] == [not stacked] * 2

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mpillm.model.cache_spec import LayerCache
+from mpillm.model.layers.attention import AttentionSpec
 from mpillm.model.layers.entry import EntrySpec
 from mpillm.model.layers.experts import ExpertsSpec
 from mpillm.model.layers.mixer import Mixer
@@ -44,10 +45,11 @@ class LayerSpec:
         """The parts of the layer: its mixer and its MLP, or only one of them."""
         return tuple(part for part in (self.mixer, self.mlp) if part)
 
-    @property
-    def fused(self) -> bool:
-        """Whether it may be part of a `kernels.LayerStack`."""
+    def stackable(self, place: Place) -> bool:
+        """Whether it may be part of a `kernels.LayerStack`: shards exchange nothing inside its parts."""
         whole = len(self.parts) == 2 and all(part.fused for part in self.parts)
+        if isinstance(self.mixer, AttentionSpec) and self.mixer.norms_shards(place):
+            return False
         sums = self.mixer_norms.of_sum or self.mlp_norms.of_sum
         return whole and not (self.parallel or self.scaled or self.entry or sums)
 
