@@ -36,8 +36,11 @@ def mpi_library() -> Library:
     return Library(*MPI.get_vendor(), MPI.Get_library_version(), loaded_library_path())
 
 
-def links(world: World) -> list[LinkTiming]:
-    """Collective: what the first ranks of hosts measured with each other; on one host the first two ranks."""
+def links(world: World, effort: float = 1.0) -> list[LinkTiming]:
+    """Collective: what the first ranks of hosts measured with each other; on one host the first two ranks.
+
+    Each timing takes `effort` times the usual seconds, but at least two round trips.
+    """
     numbers = world.nodes.numbers
     firsts = [numbers.index(number) for number in range(max(numbers) + 1)]
     if len(firsts) == 1:
@@ -48,7 +51,7 @@ def links(world: World) -> list[LinkTiming]:
         for first, second in pairs:
             ranks = firsts[first], firsts[second]
             if world.rank == ranks[0]:
-                found.append(LinkTiming(ranks, *_time_link(world, ranks[1])))
+                found.append(LinkTiming(ranks, *_time_link(world, ranks[1], effort * PATIENCE)))
             elif world.rank == ranks[1]:
                 _echo(world, ranks[0])
     return [link for own in world.gather(found) for link in own]
@@ -65,21 +68,21 @@ def tournament(players: int) -> list[list[tuple[int, int]]]:
     return rounds
 
 
-def _time_link(world: World, other: int) -> tuple[float, float]:
+def _time_link(world: World, other: int, patience: float = PATIENCE) -> tuple[float, float]:
     """Latency in seconds and bandwidth in bytes/s to a rank that calls `_echo`."""
-    small = _round_trip(world, other, SMALL, SMALL_ROUNDS)
-    nbytes, large = MIDDLE, _round_trip(world, other, MIDDLE, 1)
+    small = _round_trip(world, other, SMALL, SMALL_ROUNDS, patience)
+    nbytes, large = MIDDLE, _round_trip(world, other, MIDDLE, 1, patience)
     if large <= SLOW:  # else once is enough, and all ranks wait for it
-        nbytes, large = LARGE, _round_trip(world, other, LARGE, LARGE_ROUNDS)
+        nbytes, large = LARGE, _round_trip(world, other, LARGE, LARGE_ROUNDS, patience)
     _wait(world, world.comm.Isend([_END, MPI.BYTE], other, _TAG))
     return small / 2, 2 * nbytes / large
 
 
-def _round_trip(world: World, other: int, nbytes: int, rounds: int) -> float:
-    """Median seconds of a message to a rank that echoes it, and back, without the first."""
+def _round_trip(world: World, other: int, nbytes: int, rounds: int, patience: float) -> float:
+    """Median seconds of a message to a rank that echoes it, and back, without the first; for `patience` seconds."""
     data, back, times = np.zeros(nbytes, np.uint8), np.empty(nbytes, np.uint8), list[float]()
     began = time.perf_counter()
-    while len(times) < 2 or (len(times) <= rounds and time.perf_counter() - began < PATIENCE):
+    while len(times) < 2 or (len(times) <= rounds and time.perf_counter() - began < patience):
         start = time.perf_counter()
         _wait(world, world.comm.Isend([data, MPI.BYTE], other, _TAG))
         _wait(world, world.comm.Irecv([back, MPI.BYTE], other, _TAG))

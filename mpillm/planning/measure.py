@@ -88,7 +88,7 @@ def speeds(
     # No more than the run itself takes. Tiny models have few weights, but loading takes memory besides them.
     memory = min(WITHIN_RUN, most + loading(source, most) + LATER)
     ranks = everyone(world, sorted(kinds), threads, file, memory, effort, most)
-    numbers, found = world.nodes.numbers, hosts(world, ranks, probe.links(world))
+    numbers, found = world.nodes.numbers, hosts(world, ranks, probe.links(world, effort))
     return [
         replace(
             found[number].speed,

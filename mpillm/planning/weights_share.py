@@ -63,7 +63,8 @@ def _work(
     attention = Counter[int]()
     for layer in filter(None, cache.tokens):
         attention[cache.windows[layer.group]] += 1
-    layers, stackable = max(sum(attention.values()), 1), all(layer.stackable(place) for layer in config.layers)
+    layers = max(sum(attention.values()), 1)
+    stackable = all(layer.stackable(place) for layer in config.layers)
     # For each row and each token that it attends to: 2 operations for each value of all heads, for keys and for values.
     operations, nbytes = 4 * attended // layers, cache.token_nbytes // layers
     return RankWork(

@@ -155,7 +155,7 @@ def test_slow_links_are_measured_with_smaller_messages(
     """One of a MiB takes two seconds there and back at 10 Mbit/s, and all ranks wait for it."""
     sizes: list[int] = []
 
-    def round_trip(world: Any, other: int, nbytes: int, rounds: int) -> float:
+    def round_trip(world: Any, other: int, nbytes: int, rounds: int, patience: float) -> float:
         sizes.append(nbytes)
         return 2 * nbytes / (mbit * 125_000)
 
@@ -164,6 +164,25 @@ def test_slow_links_are_measured_with_smaller_messages(
     world: Any = SimpleNamespace(comm=SimpleNamespace(Isend=lambda *_: None))
     assert probe._time_link(world, 1)[1] == pytest.approx(mbit * 125_000)
     assert sizes == [probe.SMALL, probe.MIDDLE, *larger]
+
+
+@pytest.mark.parametrize(("patience", "rounds"), [(0.0, 2), (0.0045, 5), (1.0, 10)])
+def test_links_are_measured_for_as_long_as_there_is_time(
+    monkeypatch: pytest.MonkeyPatch, patience: float, rounds: int
+) -> None:
+    """Each message takes half a millisecond; of two round trips at least, the first does not count."""
+    sent, clock = list[int](), [0.0]
+
+    def wait(world: Any, request: None) -> None:
+        clock[0] += 0.5e-3
+
+    monkeypatch.setattr(probe, "_wait", wait)
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: clock[0])
+    world: Any = SimpleNamespace(
+        comm=SimpleNamespace(Isend=lambda *of: sent.append(1), Irecv=lambda *_: None)
+    )
+    assert probe._round_trip(world, 1, 4, 9, patience) == pytest.approx(1e-3)
+    assert len(sent) == rounds
 
 
 def test_a_host_with_a_quota_measures_as_slow_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
