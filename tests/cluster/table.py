@@ -21,6 +21,7 @@ from tests.cluster import peer
 from tests.cluster.hosts import Hosts, missing
 from tests.cluster.ranks import Measured
 from tests.conftest import FINDERS, MISSING, ROOT, Mpi, run_bounded
+from tests.planning.times import fetch_memory
 
 PROMPT, TOKENS = 64, 24
 LIMIT = 240  # seconds of a run
@@ -76,6 +77,7 @@ class Cluster:
         With the layout are the seconds that were planned, if speeds were measured.
         """
         body = {"max_tokens": 32 if lines > 1 else 256, "ignore_eos": True}
+        fetch_memory()
         with model.open("rb") as file:
             while file.read(1 << 24):  # each layout finds the file in memory
                 pass
