@@ -4,18 +4,17 @@
 
 Each text is one sequence. For each form it prints the mean change of a token's negative log-likelihood, its standard
 error over the texts, the Kullback-Leibler divergence from the model's own probabilities (which varies less), and the
-bits of a stored value. The first block of 32 tokens is always in Q8_0.
+bits of a stored value. The first block of 32 tokens is always in Q8_0. "Measured" forms have constants of the model
+(`kv_measured`), from the texts that --measure names.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import math
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import gguf
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from mpillm.catalogue.models import resolve
 from mpillm.model.opening import open_source
 from mpillm.text import load_tokenizer
+from tests.model.kv_measured import Measured, best_levels, hadamard, rotated_on_trellis
 
 F32 = NDArray[np.float32]
 BLOCK = 32
@@ -32,28 +32,6 @@ BLOCK = 32
 # constant range). For heads of 64 dimensions: 4.5 bits.
 CLASSES = ((2, 8, 0), (2, 6, 4), (4, 5, 8), (24, 4, 16))
 WIDE_RANGE = 16.0
-
-
-@functools.cache
-def best_levels(count: int) -> F32:
-    """The levels with the least squared error for a normal distribution (Lloyd's algorithm)."""
-    x = np.linspace(-8, 8, 64001)
-    weight = np.exp(-x * x / 2)
-    mass, moment = (np.concatenate(([0], np.cumsum(y))) for y in (weight, weight * x))
-    levels = np.array([NormalDist(0, math.sqrt(3)).inv_cdf((i + 0.5) / count) for i in range(count)])
-    for _ in range(500):
-        edges = np.concatenate(([0], np.searchsorted(x, (levels[1:] + levels[:-1]) / 2), [len(x)]))
-        levels = np.diff(moment[edges]) / np.diff(mass[edges])
-    return levels.astype(np.float32)
-
-
-@functools.cache
-def hadamard(n: int) -> F32:
-    """An orthogonal matrix of n rows, a power of two, that is its own inverse."""
-    matrix = np.ones((1, 1), np.float32)
-    while len(matrix) < n:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return (matrix / math.sqrt(n)).astype(np.float32)
 
 
 def by_pair(x: F32) -> F32:
@@ -145,15 +123,46 @@ def _head(x: F32, variance: F32, queries: F32) -> F32:
     return out
 
 
-Keys = Callable[[F32, float], F32]
-Values = Callable[[F32], F32]
-FORMS: dict[str, tuple[Keys | None, Values | None, float, float]] = {  # of keys and values, and their bits
-    "Q8_0": (lambda k, base: q8_0(k), q8_0, 8.5, 8.5),
-    "values rotated": (None, rotated, 32, 4.125),
-    "keys and values rotated": (lambda k, base: rotated(k), rotated, 4.125, 4.125),
-    "keys by pair": (keys_by_pair, None, 4.625, 32),
-    "keys by pair, values rotated": (keys_by_pair, rotated, 4.625, 4.125),
-}
+Stored = Callable[
+    [int, F32], F32
+]  # the layer; keys after RoPE or values [kv heads, tokens, dim]; what is read back
+Form = tuple[Stored | None, Stored | None, float, float]  # of keys and values, and their bits
+NAMES = (
+    "Q8_0",
+    "values rotated",
+    "keys and values rotated",
+    "keys by pair",
+    "keys by pair, values rotated",
+    "values on a trellis",
+    "keys measured",
+    "keys and values measured",
+)
+
+
+def forms(base: float, measured: Measured) -> dict[str, Form]:
+    def all_q8(_: int, x: F32) -> F32:
+        return q8_0(x)
+
+    def turned(_: int, x: F32) -> F32:
+        return rotated(x)
+
+    def trellis(_: int, x: F32) -> F32:
+        return rotated_on_trellis(x)
+
+    def pairs(_: int, k: F32) -> F32:
+        return keys_by_pair(k, base)
+
+    found: list[Form] = [
+        (all_q8, all_q8, 8.5, 8.5),
+        (None, turned, 32, 4.125),
+        (turned, turned, 4.125, 4.125),
+        (pairs, None, 4.625, 32),
+        (pairs, turned, 4.625, 4.125),
+        (None, trellis, 32, 4.125),
+        (measured.keys, None, 4.375, 32),
+        (measured.keys, measured.values, 4.375, 4.375),
+    ]
+    return dict(zip(NAMES, found, strict=True))
 
 
 class Llama:
@@ -177,8 +186,17 @@ class Llama:
     def _norm(self, x: F32, name: str) -> F32:
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + self.epsilon) * self.weights[f"{name}.weight"]
 
-    def log_probs(self, ids: NDArray[np.int64], keys: Keys | None, values: Values | None) -> F32:
-        """Log-probabilities of the tokens after each of `ids`, with keys and values as a cache stores them."""
+    def log_probs(
+        self,
+        ids: NDArray[np.int64],
+        keys: Stored | None,
+        values: Stored | None,
+        measured: Measured | None = None,
+    ) -> F32:
+        """Log-probabilities of the tokens after each of `ids`, with keys and values as a cache stores them.
+
+        What attention reads is added to `measured`.
+        """
         x = self.weights["token_embd.weight"][ids]
         for layer in range(self._field("block_count")):
             name = f"blk.{layer}"
@@ -187,7 +205,14 @@ class Llama:
                 for part in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
             )
             h = self._norm(x, f"{name}.attn_norm")
-            x = x + self._attention(h @ q, h @ k, h @ v, keys, values) @ output
+            q, k, v = self._heads(h @ q, h @ k, h @ v)
+            if measured:
+                measured.add(layer, q, k, v, output)
+            if keys:
+                k = np.concatenate((q8_0(k[:, :BLOCK]), keys(layer, k)[:, BLOCK:]), 1)
+            if values:
+                v = np.concatenate((q8_0(v[:, :BLOCK]), values(layer, v)[:, BLOCK:]), 1)
+            x = x + self._attention(q, k, v) @ output
             h = self._norm(x, f"{name}.ffn_norm")
             gated = h @ gate
             x = x + (gated / (1 + np.exp(-gated)) * (h @ up)) @ down
@@ -197,15 +222,17 @@ class Llama:
         logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
         return logits
 
-    def _attention(self, q: F32, k: F32, v: F32, keys: Keys | None, values: Values | None) -> F32:
+    def _heads(self, q: F32, k: F32, v: F32) -> list[F32]:
+        """Queries and keys after RoPE, and values: [heads, tokens, dim]."""
         tokens = len(q)
         q, k, v = (
             x.reshape(tokens, heads, -1).swapaxes(0, 1)
             for x, heads in ((q, self.heads), (k, self.kv_heads), (v, self.kv_heads))
         )
-        q, k = (rope(x, np.arange(tokens), self.base) for x in (q, k))
-        k = np.concatenate((q8_0(k[:, :BLOCK]), keys(k, self.base)[:, BLOCK:]), 1) if keys else k
-        v = np.concatenate((q8_0(v[:, :BLOCK]), values(v)[:, BLOCK:]), 1) if values else v
+        return [*(rope(x, np.arange(tokens), self.base) for x in (q, k)), v]
+
+    def _attention(self, q: F32, k: F32, v: F32) -> F32:
+        tokens = q.shape[1]
         out, later = np.empty_like(q), np.triu(np.ones((tokens, tokens), bool), 1)
         for head in range(self.heads):
             of = head * self.kv_heads // self.heads
@@ -223,26 +250,44 @@ def main() -> None:
     parser.add_argument("model", help="a GGUF file of a Llama model with heads of 64 dimensions, or its name")
     parser.add_argument("texts", type=Path, nargs="+", metavar="TEXT")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of each text that are used")
-    parser.add_argument("--form", action="append", choices=FORMS, help="all of them if none is named")
+    parser.add_argument("--form", action="append", choices=NAMES, help="all of them if none is named")
+    parser.add_argument(
+        "--measure",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="texts for the constants of a model",
+    )
     args = parser.parse_args()
     path = resolve(args.model)
     with closing(open_source(path)) as source:
         tokenizer = load_tokenizer(source.tokenizer)
     assert tokenizer is not None, "the file has no tokenizer"
     model = Llama(path)
-    names, found = args.form or list(FORMS), []
+    measured = Measured(lambda x, positions: rope(x, positions, model.base))
+
+    def ids_of(path: Path) -> NDArray[np.int64]:
+        return np.array(tokenizer.encode(path.read_text(errors="replace"))[: args.tokens])
+
+    for path in args.measure:
+        model.log_probs(ids_of(path), None, None, measured)
+    possible = [name for name in NAMES if args.measure or "measured" not in name]
+    names, found, table = args.form or possible, [], forms(model.base, measured)
+    if unknown := [name for name in names if name not in possible]:
+        parser.error(f"--form {unknown[0]!r} needs --measure TEXT")
     for path in args.texts:
-        ids = np.array(tokenizer.encode(path.read_text(errors="replace"))[: args.tokens])
+        ids = ids_of(path)
         own, of_text = model.log_probs(ids, None, None)[:-1], []
         for name in names:
-            difference = own - model.log_probs(ids, *FORMS[name][:2])[:-1]
+            difference = own - model.log_probs(ids, *table[name][:2])[:-1]
             change = difference[np.arange(len(ids) - 1), ids[1:]].mean()
             of_text.append((change, (np.exp(own) * difference).sum(-1).mean()))
         found.append(of_text)
         print(f"{path}: {len(ids)} tokens", flush=True)
     print(f"{'form':32}{'bits of keys, values':>22}{'perplexity':>22}{'divergence':>12}")
     for name, of_form in zip(names, np.array(found).swapaxes(0, 1), strict=True):
-        bits = f"{FORMS[name][2]}, {FORMS[name][3]}"
+        bits = f"{table[name][2]}, {table[name][3]}"
         error = of_form[:, 0].std(ddof=1) / math.sqrt(len(of_form)) if len(of_form) > 1 else math.nan
         change = f"{math.expm1(of_form[:, 0].mean()):+.2%} +- {error:.2%}"
         print(f"{name:32}{bits:>22}{change:>22}{of_form[:, 1].mean():>12.5f}")
