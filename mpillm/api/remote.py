@@ -29,7 +29,7 @@ from mpillm.api.messages import (
     send,
 )
 from mpillm.errors import Interrupted, JobError, MpillmError
-from mpillm.launching.mpiexec import AS_ROOT, end_session
+from mpillm.launching.mpiexec import as_root, end_session
 from mpillm.spec import Spec
 from mpillm.store.records import Result
 
@@ -162,7 +162,7 @@ class Remote:
 def _environment() -> dict[str, str]:
     """This process's environment without what a launcher has left there, and with what mpiexec asks of root."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
-    return {**kept, **AS_ROOT} if os.geteuid() == 0 else kept
+    return {**kept, **as_root()}
 
 
 @dataclass

@@ -22,6 +22,8 @@ from mpillm.weights.packed.files import Writer
 from mpillm.weights.packed.layout import layer_file
 
 CHUNK = 16 * 2**20
+# What no GGUF file has, and what it is made of.
+MADE = {"w8a8": "bf16"}
 
 
 def create(shape: str, weights: str, threads: int) -> Path:
@@ -29,7 +31,7 @@ def create(shape: str, weights: str, threads: int) -> Path:
 
     Of a published model, whose layers differ, it is the GGUF file.
     """
-    found = synthetic_shapes.shape_named(shape, weights)
+    found = synthetic_shapes.shape_named(shape, MADE.get(weights, weights))
     if not isinstance(found, synthetic_shapes.Shape):
         return synthetic.create(shape, weights)  # the model's layers are not all equal
     path = synthetic.folder() / f"{shape}.{weights}.packed"
@@ -57,10 +59,11 @@ def _write(
     part: Path, path: Path, name: str, shape: synthetic_shapes.Shape, weights: str, threads: int
 ) -> None:
     one = part / "one.gguf"
-    synthetic.write(one, name, replace(shape, layers=1), weights)
-    with contextlib.closing(open_unpacked(one)) as source:
+    synthetic.write(one, name, replace(shape, layers=1), MADE.get(weights, weights))
+    with contextlib.closing(open_unpacked(one, weights if weights in MADE else "none")) as source:
         size, digest = fingerprint(source)
-        about = {"source": path.name, "source_bytes": str(size), "source_hash": digest, "weights": "source"}
+        made = weights if weights in MADE else "source"
+        about = {"source": path.name, "source_bytes": str(size), "source_hash": digest, "weights": made}
         whole = source.repeated(shape.layers)
         plans = plan_files(whole, config_of(whole), about)
         synthetic.require_room(path, sum(plan.nbytes for plan in plans))

@@ -57,6 +57,10 @@ class BenchCommand:
                 )
         if self.weights and not self.synthetic:
             raise JobError("--weights is only for --synthetic; leave it out.")
+        if self.weights in packed.MADE and self.against:
+            raise JobError(
+                f"No other program reads {self.weights}; leave out --against, or choose --weights q8_0."
+            )
         if not binary and name != LLAMA_CPP:
             raise JobError(
                 f"mpillm bench cannot run against {name}; give {LLAMA_CPP}, or NAME=PATH of another program's "
@@ -126,9 +130,9 @@ def _model(world: World, asked: BenchCommand, progress: Progress) -> Path:
 
 
 def _synthetic(shape: str, asked: BenchCommand) -> Path:
-    """The path of a synthetic model: packed if it is to be paged, because paging is fastest then; else a GGUF file."""
+    """The path of a synthetic model: packed if it is to be paged, which is fastest then, or if GGUF lacks its type."""
     weights = asked.weights or "q4_0"
-    if "paging" in asked.options.what:
+    if "paging" in asked.options.what or weights in packed.MADE:
         return packed.create(shape, weights, os.cpu_count() or 1)
     return synthetic.create(shape, weights)
 

@@ -27,7 +27,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
         help="block type of the synthetic model's weights: q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k, "
-        "iq4_nl, iq4_xs, mxfp4, q4_k_m, q5_k_m, bf16, f16 or f32 (q4_0)",
+        "iq4_nl, iq4_xs, mxfp4, q4_k_m, q5_k_m, w8a8, bf16, f16 or f32 (q4_0)",
     )
     parser.add_argument(
         "--what",

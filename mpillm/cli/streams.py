@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from typing import TextIO
 
-from mpillm.cli.terminal import fitted, terminal_of_launcher
+from mpillm.cli.terminal import blank, fitted, terminal_of_launcher
 
 # Control characters (C0, DEL, C1), line and paragraph separators, marks that reorder text, and surrogates: what acts on
 # a terminal instead of being shown.
@@ -40,11 +40,13 @@ def visible(text: str, keep: str = "") -> str:
 class Unfailing(io.TextIOBase):
     """Writes to a stream until that fails, and to nowhere from then on; controls nothing but lines.
 
-    On a terminal it breaks sentences of mpillm between words.
+    On a terminal each sentence of mpillm has its own lines, broken between words.
     """
 
-    def __init__(self, stream: TextIO | None) -> None:
-        self._stream, self._last = stream, "\n"  # the stream, and the last character that was written
+    def __init__(self, stream: TextIO | None, beside: Unfailing | None = None) -> None:
+        """`beside` is another one, on the same terminal."""
+        self._stream, self._beside = stream, beside
+        self._last = "\n"  # the last character that was written
         self._encoding = getattr(stream, "encoding", None) or "utf-8"
 
     @property
@@ -63,8 +65,9 @@ class Unfailing(io.TextIOBase):
         shown = visible(text, keep="\n\r\t").encode(self._encoding, "replace").decode(self._encoding)
         if self._stream is not None and _OURS.match(shown):
             shown = fitted(shown, self._stream)
-            if self._last not in "\n\r":  # a live line, which another thread has drawn
-                self._try("write", "\n")
+            begun = self._last + (self._beside._last if self._beside else "")
+            # A live line, which another thread has drawn, or an answer stays; the `^C` of who stops a command goes.
+            self._try("write", blank(self._stream) if begun.strip("\n\r") == "" else "\n")
         self._last = shown[-1:] or self._last
         self._try("write", shown)
         return len(text)
@@ -105,7 +108,7 @@ def unfailing() -> Iterator[None]:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
     before = sys.stdout, sys.stderr
     out = Unfailing(terminal_of_launcher(1) or sys.stdout)
-    error = Unfailing(terminal_of_launcher(2) or sys.stderr)
+    error = Unfailing(terminal_of_launcher(2) or sys.stderr, beside=out)
     sys.stdout, sys.stderr = out, error
     try:
         yield

@@ -60,13 +60,15 @@ def run(
     read: Callable[[list[str]], Spec],
     started: Launch | None,
 ) -> int:
-    """Run the supervisor and return the exit code, or become mpiexec if the command is no run.
+    """Start the ranks and return the exit code, or become mpiexec for a chat.
 
     `check` parses the words after `launch`, and `read` makes a job of them. `started` says what has started this
     process as one of several.
     """
     # Imported here, because ranks must not load this before their threads are known.
     from mpillm.launching import mpiexec, reach
+    from mpillm.launching.once import once
+    from mpillm.launching.remarks import Remarks
     from mpillm.launching.supervisor import Supervisor
 
     if started is not None and started.size > 1:
@@ -94,9 +96,12 @@ def run(
         if command != ["run"]:
             check(options.words)
             hosts = reach.answering(settings, _say)
-            sys.stderr.flush()
+            if command == ["chat"]:
+                sys.stderr.flush()
+                mpiexec.become(library(), settings, hosts, program)
             # Without requests a server would not notice that it has lost a rank.
-            mpiexec.become(library(), settings, hosts, program, survivors=command != ["serve"])
+            survivors = command != ["serve"]
+            return once(library(), settings, hosts, program, survivors, _say, Remarks(_show, _show_error))
         return Supervisor(read(options.words), library(), settings, program, _say, _show, _show_error).run()
     except MpillmError as error:
         _say(str(error))
@@ -135,9 +140,7 @@ def _say(line: str) -> None:
 
 
 def _show_error(line: str) -> None:
-    if (width := terminal.columns(sys.stderr)) is not None:  # ranks that were killed have left a live line
-        sys.stderr.write(f"\r{' ' * (width - 1)}\r")
-    sys.stderr.write(f"{line}\n")
+    sys.stderr.write(f"{terminal.blank(sys.stderr)}{line}\n")  # ranks that were killed have left a live line
     sys.stderr.flush()
 
 

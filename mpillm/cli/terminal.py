@@ -104,6 +104,12 @@ def columns(stream: TextIO) -> int | None:
     return USUAL if shown.startswith(("/dev/pts/", "/dev/tty")) else None
 
 
+def blank(stream: TextIO) -> str:
+    """What empties the last line of a stream's terminal, which may be a live line or `^C`; else ""."""
+    width = columns(stream)
+    return "" if width is None else f"\r{' ' * (width - 1)}\r"
+
+
 def fitted(text: str, stream: TextIO) -> str:
     """The text, its lines broken between words where the stream's terminal would break them inside one."""
     width = columns(stream)

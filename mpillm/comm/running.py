@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -48,7 +49,7 @@ def run(world: World, program: Callable[[World], int]) -> int:
             if world.is_loss(bug):
                 world.abort("A rank was lost; run the same command again to continue.", Interrupted.exit_code)
             log.debug("%s", "".join(traceback.format_exception(bug)))
-            if (error := of_system(bug)) is None:
+            if (error := _interruption(bug) or of_system(bug)) is None:
                 world.abort(_in_a_line(bug), CRASHED)
         return _leave(world, code, error)
 
@@ -63,7 +64,7 @@ def run_alone(program: Callable[[], int]) -> int:
             return error.exit_code
         except Exception as bug:
             log.debug("%s", "".join(traceback.format_exception(bug)))
-            told = of_system(bug)
+            told = _interruption(bug) or of_system(bug)
             say(f"mpillm: {told or _in_a_line(bug)}")
             return CRASHED if told is None else told.exit_code
 
@@ -133,6 +134,14 @@ def _interruptible() -> Iterator[None]:
         for name, handler in zip(STOPS, before, strict=True):
             if signal.getsignal(name) is interrupt:
                 signal.signal(name, handler)
+
+
+def _interruption(bug: BaseException) -> Interrupted | None:
+    """The Interrupted that came while a thread was being started: Python's clean-up then fails with a KeyError."""
+    within, frames = bug.__context__, traceback.extract_tb(bug.__traceback__)
+    if isinstance(within, Interrupted) and frames and frames[-1].filename == threading.__file__:
+        return within
+    return None
 
 
 def _ignore_signals() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,10 +15,12 @@ from typing import NoReturn
 
 import psutil
 
-from mpillm.comm.launch import Library
+from mpillm.comm.launch import SUPERVISED, Library
 from mpillm.launching.hostfile import HostSlots
+from mpillm.launching.remarks import Remarks
 
-AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+_AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 
 @dataclass(frozen=True)
@@ -57,25 +61,40 @@ def command(
     return [*words, *settings.mpi_options, "-n", str(ranks)]
 
 
-def become(
-    library: Library,
-    settings: Settings,
-    hosts: Sequence[HostSlots],
-    program: Sequence[str],
-    survivors: bool = True,
-) -> NoReturn:
-    """Become mpiexec, which has this process's terminal and signals: nothing starts its ranks again.
+def start(words: Sequence[str], remarks: Remarks) -> subprocess.Popen[bytes]:
+    """Start mpiexec in a session of its own, supervised by this process: `remarks` takes what it writes."""
+    with remarks.pipes() as (out, error):
+        return subprocess.Popen(
+            words,
+            stdout=out,
+            stderr=error,
+            env={**os.environ, SUPERVISED: str(os.getpid()), **as_root()},
+            start_new_session=True,
+            preexec_fn=_end_with_parent,  # noqa: PLW1509 (there is no other thread at this moment)
+        )
 
-    Without `survivors` all ranks end with the first that dies, and Open MPI prints a banner below what it has said.
-    """
-    ranks = sum(host.slots for host in hosts) or settings.ranks or 1
-    words = command(library, settings, ranks, None, None, survivors)
+
+def tell_to_stop(launcher: subprocess.Popen[bytes]) -> None:
+    """Have all ranks stop in order: both MPIs pass SIGUSR1 on; on SIGTERM they kill at once."""
+    launcher.send_signal(signal.SIGUSR1)
+
+
+def become(
+    library: Library, settings: Settings, hosts: Sequence[HostSlots], program: Sequence[str]
+) -> NoReturn:
+    """Become mpiexec, which has this process's terminal: what is typed on it reaches rank 0."""
+    ranks = ranks_of(settings, hosts)
+    words = command(library, settings, ranks, None, None)
     if hosts:
         named = ",".join(f"{host.name}:{host.slots}" for host in hosts)
         words[1:1] = ["-hosts" if library.name == "MPICH" else "--host", named]
-    if os.geteuid() == 0:
-        os.environ.update(AS_ROOT)
+    os.environ.update(as_root())
     os.execvp(words[0], [*words, *program])
+
+
+def ranks_of(settings: Settings, hosts: Sequence[HostSlots]) -> int:
+    """The number of ranks on these hosts; without any, of those on this machine."""
+    return sum(host.slots for host in hosts) or settings.ranks or 1
 
 
 def program(arguments: Sequence[str]) -> list[str]:
@@ -90,3 +109,13 @@ def end_session(launcher: subprocess.Popen[bytes]) -> None:
             if process.pid == launcher.pid or os.getsid(process.pid) == launcher.pid:
                 process.kill()
     launcher.wait()
+
+
+def as_root() -> dict[str, str]:
+    """What Open MPI wants to see before it starts ranks for root."""
+    return _AS_ROOT if os.geteuid() == 0 else {}
+
+
+def _end_with_parent() -> None:
+    """In the child before it becomes mpiexec: it shall end when the supervisor is gone, and its ranks with it."""
+    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)

@@ -6,11 +6,8 @@ It takes no part in MPI and trusts nothing that mpiexec says: a run is complete 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
-import os
 import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,10 +16,10 @@ from types import FrameType
 
 import psutil
 
-from mpillm.comm.launch import STOPS, SUPERVISED, Library
+from mpillm.comm.launch import STOPS, Library
 from mpillm.errors import Interrupted, JobError, LayoutError
 from mpillm.launching.hostfile import HostSlots, hostfile_text, read_hosts, write_hosts
-from mpillm.launching.mpiexec import AS_ROOT, Settings, command, end_session
+from mpillm.launching.mpiexec import Settings, command, end_session, ranks_of, start, tell_to_stop
 from mpillm.launching.reach import NoHostError, answering, silent_hosts
 from mpillm.launching.remarks import Remarks
 from mpillm.planning import plan
@@ -40,7 +37,6 @@ ASK = 15.0  # seconds between two questions to the hosts, while no rank runs yet
 STOPPING = 30.0  # seconds for the ranks to end when they are told to
 LINGER = 10.0  # seconds for mpiexec to end when no rank runs here and the journal does not grow
 BACK_OFF = (1.0, 5.0, 20.0, 60.0)  # seconds before the next start, by the number of starts without progress
-_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
 def ranks_that_work(spec: Spec, maximum: int) -> int:
@@ -94,7 +90,7 @@ class Supervisor:
     def _tell(self, number: int, _frame: FrameType | None) -> None:
         self._told = signal.Signals(number)
         if self._plans:
-            raise Interrupted(_stopped_by(self._told))
+            raise Interrupted(stopped_by(self._told))
 
     def _open_output(self, stack: contextlib.ExitStack) -> None:
         """Make and open the output directory; where that fails, rank 0 says why. What stays empty is removed."""
@@ -116,7 +112,7 @@ class Supervisor:
         while True:
             hosts = self._hosts(first)
             self._plans = True
-            ranks = ranks_that_work(self._spec, sum(host.slots for host in hosts) if hosts else self._ranks)
+            ranks = ranks_that_work(self._spec, ranks_of(self._settings, hosts))
             self._plans = False
             size, written = self._journal_size(), self._journal_written()
             remarks = Remarks(self._out, self._error)
@@ -130,7 +126,7 @@ class Supervisor:
                     self._say(f"The run is complete; the results are in {self._spec.output_path / JSONL}.")
                 return complete
             if self._told:
-                self._say(_stopped_by(self._told))
+                self._say(stopped_by(self._told))
                 return Interrupted.exit_code
             if first and code == JobError.exit_code:
                 return code  # rank 0 has said why
@@ -165,10 +161,6 @@ class Supervisor:
                 raise
             return read_hosts(self._settings.hostfile)
 
-    @property
-    def _ranks(self) -> int:
-        return self._settings.ranks or 1
-
     def _journal_size(self) -> int:
         with contextlib.suppress(OSError):
             return (self._spec.output_path / JOURNAL).stat().st_size
@@ -186,15 +178,9 @@ class Supervisor:
         hostfile = folder / "hosts" if hosts else None
         if hostfile:
             write_hosts(hostfile, hosts, self._library)
-        with remarks.pipes() as (out, error):
-            launcher = subprocess.Popen(
-                [*command(self._library, self._settings, ranks, hostfile, folder), *self._program],
-                stdout=out,
-                stderr=error,
-                env={**os.environ, SUPERVISED: str(os.getpid()), **(AS_ROOT if os.geteuid() == 0 else {})},
-                start_new_session=True,
-                preexec_fn=_end_with_parent,  # noqa: PLW1509 (there is no other thread at this moment)
-            )
+        launcher = start(
+            [*command(self._library, self._settings, ranks, hostfile, folder), *self._program], remarks
+        )
         log.info("started %d ranks", ranks)
         give_up = float("inf")  # when mpiexec is ended by force
         looked = asked = active = time.monotonic()
@@ -221,7 +207,7 @@ class Supervisor:
                     if not self._told:
                         grown = True
                         self._say("The hostfile has changed; the run starts again with its hosts.")
-                    launcher.send_signal(signal.SIGUSR1)  # both MPIs pass it on; on SIGTERM they kill at once
+                    tell_to_stop(launcher)
                     give_up = now + STOPPING
             remarks.waits = launcher.poll() is None and not self._told and not grown
         finally:
@@ -254,15 +240,10 @@ def _ranks_below(pid: int) -> bool:
     return False
 
 
-def _stopped_by(told: signal.Signals) -> str:
+def stopped_by(told: signal.Signals) -> str:
     return f"Stopped by {told.name}; run the same command again to continue."
 
 
 def _how(code: int) -> str:
     """A clause on the end of mpiexec. `code` is that of subprocess: minus the signal if one ended it."""
     return f"exit code {code} of mpiexec" if code >= 0 else f"{signal.Signals(-code).name} ended mpiexec"
-
-
-def _end_with_parent() -> None:
-    """In the child before it becomes mpiexec: it shall end when the supervisor is gone, and its ranks with it."""
-    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)

@@ -6,12 +6,14 @@ import contextlib
 import signal
 from collections.abc import Callable, Iterator
 
+from mpillm.comm.launch import STOPS
+
 
 @contextlib.contextmanager
 def first_signal_calls(
     function: Callable[[], object], on_sigint: Callable[[], object] | None = None
 ) -> Iterator[None]:
-    """Within the block the first SIGINT or SIGTERM calls `function`; the next one does what it did before.
+    """Within the block the first signal that stops a command calls `function`; the next one does what it did before.
 
     With `on_sigint` every SIGINT calls that instead.
     """
@@ -27,7 +29,7 @@ def first_signal_calls(
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handle) for number in STOPS}
     try:
         yield
     finally:

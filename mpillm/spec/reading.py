@@ -24,6 +24,7 @@ from mpillm.spec.job import Spec, known_keys
 from mpillm.spec.messages import explain, instead_of, nearest, other_job
 
 LINE = "The command line"
+PYTHON = ("Job", "LLM")  # callers whose keys are arguments
 ADDRESS = "://"  # what no path has
 UNREAD = "-"  # standard input, which no plan reads
 
@@ -64,7 +65,8 @@ def load(
         values.setdefault("output", {}).setdefault("path", "out")
     for key, given in (("input", "input" in values), ("output", "path" in values.get("output", {}))):
         if not given:
-            raise JobError(f'{where} does not say where its {key} is; add {key} = "..." or --{key} PATH.')
+            add = f'{key}="..."' if caller in PYTHON else f'{key} = "..." or --{key} PATH'
+            raise JobError(f"{where} does not say where its {key} is; add {add}.")
     blamed = dict[str, str]()
     for override in overrides:
         key = ".".join(_keys(override.partition("=")[0]))
@@ -247,7 +249,7 @@ def _refuse_unknown(values: dict[str, Any], where: str, arguments: Set[str] = fr
     for key in given:
         if key not in known:
             instead = nearest(key, known | tables | arguments)
-            if arguments:  # as Python writes a key of a table
+            if where in PYTHON:  # as Python writes a key of a table
                 instead = re.sub(r"'(\w+)\.(\w+)'", r"\1={'\2': ...}", instead)
             raise JobError(f"{where} has an unknown key {key!r}; {instead}")
 

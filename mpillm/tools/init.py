@@ -10,6 +10,7 @@ from pathlib import Path
 import mpillm
 from mpillm.errors import JobError, OutputError
 from mpillm.store.directory import make, replacing
+from mpillm.store.output import JOURNAL
 
 # What is written: directories of the package, and where they go below the target.
 SETS = {
@@ -52,8 +53,10 @@ def init(what: str, target: Path) -> list[str]:
     Raises
     ------
     OutputError
-        If a file is there already; nothing is written then.
+        If a file is there already, or `target` has the results of a run; nothing is written then.
     """
+    if (target / JOURNAL).exists():
+        raise OutputError(f"{target} is the output directory of a run; give another directory.")
     files = {
         target / to / path.name: path
         for name, to in SETS[what].items()

@@ -106,6 +106,10 @@ def test_rows_are_counted_from_either_end() -> None:
     ("keys", "said"),
     [
         ({"inputs": "a"}, "Job has an unknown key 'inputs'; did you mean 'input'"),
+        (
+            {"max_tokens": 5},
+            r"Job has an unknown key 'max_tokens'; did you mean sampling=\{'max_tokens': \.\.\.\}\?$",
+        ),
         ({"ranks": 2}, r"given to run: Job\(\.\.\.\)\.run\(ranks=2\)"),
         ({"memory": "4GiB"}, "memory: expected a table, with keys such as memory.weights, not '4GiB'"),
         ({"input": [{"prompt": "a"}]}, r"input: expected a path \(requests in a list are for LLM"),
@@ -116,6 +120,8 @@ def test_rows_are_counted_from_either_end() -> None:
 def test_wrong_keys_of_a_job(keys: dict[str, Any], said: str) -> None:
     with pytest.raises(JobError, match=said):
         Job(**{"model": str(CHAT), "input": "a", "output": "b", **keys})
+    with pytest.raises(JobError, match=r'^Job does not say where its input is; add input="\.\.\."\.$'):
+        Job(output="b")
 
 
 def test_what_json_has_no_form_for() -> None:

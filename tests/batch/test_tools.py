@@ -19,7 +19,7 @@ from mpillm.api.answers import Generation, answer_of
 from mpillm.batch.streaming import ChatStream
 from mpillm.batch.work import Work
 from mpillm.store.records import Choice, Result
-from mpillm.text import load_tokenizer
+from mpillm.text import constrain, load_tokenizer
 from tests.batch.test_answers import answer
 from tests.job_helpers import CHAT, END, WITH_TEXT, errors, works
 from tests.model.engine_harness import run_engine
@@ -264,11 +264,29 @@ BAD = [
     ({"tool_choice": "required"}, "tool_choice is 'required' and there are no tools"),
     ({"tools": [WEATHER], "tool_choice": "always"}, "tool_choice: "),
     ({"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {"type": "obj"}}}]}, "Invalid type: obj"),
+    ({"tools": [STRICT], "guided_json": {"type": "obj"}}, "guided_json: it cannot be enforced"),
+    ({"tools": [WEATHER], "tool_choice": "required", "guided_json": {"type": "obj"}}, "guided_json: it cannot be enforced"),
     ({"tools": [WEATHER], "tool_choice": "required", "min_tokens": 3}, "min_tokens and a grammar"),
     ({"messages": [*ASK, {"role": "assistant", "tool_calls": [{"id": "a"}]}]}, "messages[1].tool_calls[0] needs a function with a name"),
     ({"messages": [*ASK, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}, "messages[1].tool_calls[0].function.arguments is not JSON"),
     ({"messages": [*ASK, {"role": "assistant", "tool_calls": "f"}]}, "messages[1].tool_calls must be a list"),
 ]  # fmt: skip
+
+
+def test_a_schema_beside_tools_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the grammar of the format: compiling takes up to a second."""
+    compiled: list[str] = []
+    compile = constrain.Grammars._compile
+
+    def counted(self: constrain.Grammars, grammar: str) -> Any:
+        compiled.append(grammar)
+        return compile(self, grammar)
+
+    monkeypatch.setattr(constrain.Grammars, "_compile", counted)
+    schema = {"type": "object", "properties": {"of this test alone": {"type": "integer"}}}
+    model = with_template(tmp_path / "model", TEMPLATE)
+    works(tmp_path, {"messages": ASK, "tools": [STRICT], "guided_json": schema}, model=model)
+    assert len(compiled) == 1
 
 
 def test_mistakes(model: Any, tmp_path: Path) -> None:

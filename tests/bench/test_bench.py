@@ -94,17 +94,21 @@ def test_sizes_are_those_of_the_models_they_are_named_after() -> None:
     assert gib("qwen3-30b-a3b", "q8_0") == pytest.approx(30.25, rel=0.01)
 
 
-@pytest.mark.parametrize("shape", ["tiny-llama", "tiny-moe"])
-def test_a_synthetic_model_in_packed_form_is_a_whole_model(cache: Path, shape: str) -> None:
+@pytest.mark.parametrize(
+    ("shape", "weights"), [("tiny-llama", "q4_0"), ("tiny-moe", "q4_0"), ("tiny-llama", "w8a8")]
+)
+def test_a_synthetic_model_in_packed_form_is_a_whole_model(cache: Path, shape: str, weights: str) -> None:
     """Every layer is there, with bytes of its own on the disk; the hashes are right, so packing would keep them."""
-    path = packed.create(shape, "q4_0", 1)
+    path = packed.create(shape, weights, 1)
     assert [file.name for file in (cache / "synthetic").iterdir()] == [path.name]
-    assert packed.create(shape, "q4_0", 1) == path
+    assert packed.create(shape, weights, 1) == path
     sizes = synthetic_shapes.SHAPES[shape]
     with closing(open_source(path)) as source:
         config = config_of(source)
         check_tensors(source, config)
         assert (config.n_layers, config.layers[0].mlp.count) == (sizes.layers, sizes.experts)
+        queries = {info.type.name for key, info in source.tensors.items() if key.role == "q"}
+        assert queries == {weights.upper()}
     index = json.loads((path / "packed.json").read_text())
     layers = 0
     for entry in index["files"]:

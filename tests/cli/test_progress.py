@@ -125,6 +125,19 @@ def test_a_sentence_does_not_go_on_with_a_live_line() -> None:
     assert shown.getvalue() == "\r1/9 requests\nmpillm: A rank was lost.\n\r2/9\rmpillm: Again.\nmpillm: b\n"
 
 
+def test_a_sentence_does_not_go_on_with_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the same terminal; only a line without output, as that of `^C`, is emptied."""
+    monkeypatch.setattr(terminal, "columns", lambda stream: 10)
+    screen = io.StringIO()
+    out = Unfailing(screen)
+    error = Unfailing(screen, beside=out)
+    out.write("The sea")
+    error.write("mpillm: a\n")
+    out.write("\n")
+    error.write("mpillm: b\n")
+    assert screen.getvalue() == f"The sea\nmpillm: a\n\n\r{' ' * 9}\rmpillm: b\n"
+
+
 class Pipe(io.StringIO):
     """A pipe to a launcher."""
 
@@ -138,16 +151,19 @@ def test_sentences_break_between_words(tmp_path: Path, monkeypatch: pytest.Monke
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 24, 60, 0, 0))
     with open(follower, "w") as stream:
+        stream.write("^C")  # of the terminal
         Unfailing(stream).write(f"{sentence}\n")
         Unfailing(stream).flush()
         (tmp_path / "2").symlink_to(os.ttyname(follower))  # as /proc shows the launcher's
         shown = os.read(leader, 1 << 16).decode()
     os.close(leader)
+    assert shown.startswith(f"^C\r{' ' * 59}\rmpillm run: "), "a line of its own"
     monkeypatch.setattr(terminal, "_launcher_streams", lambda: str(tmp_path))
     pipe = Pipe()
     Unfailing(pipe).write(sentence)
     Unfailing(pipe).write(other)
     for lines, width in ((shown.splitlines(), 60), (pipe.getvalue().removesuffix(other).splitlines(), 80)):
+        lines = [line for line in lines if line.strip(" ^C")]
         assert " ".join(map(str.strip, lines)).startswith(sentence)
         assert max(map(len, lines)) <= width
         assert len(lines[0]) > width - 10

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ from mpillm.cli import main, supervise
 from mpillm.comm.launch import Library
 from mpillm.comm.program import library
 from mpillm.errors import Interrupted, JobError, LayoutError
-from mpillm.launching import mpiexec, reach, supervisor
+from mpillm.launching import mpiexec, once, reach, supervisor
 from mpillm.launching.hostfile import HostSlots, read_hosts, write_hosts
 from mpillm.launching.mpiexec import Settings
 from mpillm.launching.reach import why_silent
@@ -73,7 +75,7 @@ def test_the_words_for_each_mpi() -> None:
 
 
 @pytest.mark.parametrize(("library", "named"), [(OPENMPI, "--host"), (MPICH, "-hosts")])
-def test_other_commands_become_mpiexec(
+def test_a_chat_becomes_mpiexec(
     library: Library, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     became: list[list[str]] = []
@@ -87,27 +89,50 @@ def test_other_commands_become_mpiexec(
     assert there[-4:] == ["-n", "3", "python", "chat"]
     assert "prte_local_tmpdir_base" not in there  # nobody would remove it
     assert ("ulfm" in there) == (library is OPENMPI)
-    mpiexec.become(library, Settings(ranks=2), [], ["python", "serve"], survivors=False)
-    assert "ulfm" not in became[-1]
 
 
-@pytest.mark.parametrize(("name", "goes_on"), [("serve", False), ("chat", True)])
+@pytest.mark.parametrize(("name", "goes_on"), [("serve", False), ("bench", True)])
 def test_a_server_ends_with_the_first_rank_that_dies(
     name: str, goes_on: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An idle one with a lost rank would seem well until the next request."""
-    became: list[list[str]] = []
+    started: list[Sequence[str]] = []
 
-    def execvp(file: str, words: list[str]) -> None:
-        became.append(words)
-        raise SystemExit
+    def start(words: Sequence[str], remarks: Remarks) -> subprocess.Popen[bytes]:
+        started.append(words)
+        return mpiexec.start(["true"], remarks)
 
-    monkeypatch.setattr(mpiexec.os, "execvp", execvp)
-    monkeypatch.setattr(mpiexec.os, "geteuid", lambda: 1)
+    monkeypatch.setattr(once, "start", start)
     monkeypatch.setattr(supervise, "library", lambda: OPENMPI)
-    with pytest.raises(SystemExit):
-        main(["launch", "-n", "2", name])
-    assert ("ulfm" in became[0]) == goes_on
+    assert main(["launch", "-n", "2", name]) == 0
+    assert ("ulfm" in started[0]) == goes_on
+
+
+LOST = "prterun noticed that process rank 1 with PID 7 on node pi exited on\nsignal 9 (Killed)."
+BANNER = f"{'-' * 74}\n{LOST}\n{'-' * 74}"
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "shown"),
+    [
+        ("exit 0", 0, ""),
+        ("echo 'mpillm: No such model.' >&2; exit 2", 2, "mpillm: No such model.\n"),
+        (f"echo '{BANNER}' >&2; exit 137", 75, "The ranks ended (a rank on pi was ended by SIGKILL); run the same"),
+        (f"echo '{'-' * 74}' >&2; echo No slots. >&2; exit 1", 1, f"{'-' * 74}\nNo slots.\n"),
+        ("trap 'exit 3' USR1; kill -INT $PPID; while :; do sleep 0.1; done", 75, "Stopped by SIGINT; run the same"),
+        ("trap 'exit 0' USR1; kill -TERM $PPID; while :; do sleep 0.1; done", 0, ""),
+    ],
+)  # fmt: skip
+def test_how_a_command_that_is_started_once_ends(
+    script: str, code: int, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(once, "command", lambda *words: ["sh", "-c", script])
+    monkeypatch.setattr(supervise, "library", lambda: OPENMPI)
+    assert main(["launch", "-n", "2", "doctor"]) == code
+    said = capsys.readouterr().err
+    assert shown in said
+    assert bool(shown) == bool(said)
+    assert "Killed" not in said
 
 
 @pytest.mark.parametrize(

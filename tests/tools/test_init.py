@@ -34,6 +34,13 @@ def test_the_files_of_the_package_are_written(what: str, tmp_path: Path) -> None
     assert [path for path in target.rglob("*") if path.is_file()] == [first]
 
 
+def test_nothing_is_written_beside_results(tmp_path: Path) -> None:
+    (tmp_path / "journal").touch()
+    with pytest.raises(OutputError, match=r"is the output directory of a run; give another directory\.$"):
+        init.init("slurm", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["journal"]
+
+
 @pytest.mark.parametrize("kind", ["venv", "conda", "set by hand", "none"])
 def test_the_script_finds_the_environment(tmp_path: Path, kind: str) -> None:
     """site.sh names the environment that has mpillm; a conda environment has no `activate`."""

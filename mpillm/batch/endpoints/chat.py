@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta
 
-from mpillm.batch.endpoints.constraints import grammar_of
+from mpillm.batch.endpoints.constraints import Held, grammar_of
 from mpillm.batch.endpoints.detokenizer import Detokenizer, finite
 from mpillm.batch.endpoints.generate import Generate, Logprobs
 from mpillm.batch.endpoints.prompts import encoded
@@ -186,7 +186,7 @@ class ChatCompletionsEndpoint(Generate, frozen=True, kw_only=True):
             return found.continued(content if isinstance(content, str) else "")
         return found.state(text.decode(prompt[-PROMPT_END:], skip_special=False))
 
-    def _grammar(self, prompt: Sequence[int], spec: Spec, model: Model) -> str | None:
+    def _grammar(self, prompt: Sequence[int], spec: Spec, model: Model) -> Held | None:
         """The grammar that the answer is held to: that of its content behind what the model thinks, and of calls."""
         assert model.text is not None
         content = grammar_of(self, spec, model)
@@ -206,8 +206,11 @@ class ChatCompletionsEndpoint(Generate, frozen=True, kw_only=True):
             return content
         one = self.parallel_tool_calls is False or isinstance(self.tool_choice, NamedChoice)
         lark = Lark(model.text.control)
-        held = None if content is None or choice == "required" else lark.embedded(content)
-        return lark.whole(found.expression(lark, state, AnswerRule(held, tools, choice, not one)))
+        if content is not None and choice == "required":  # the grammar of calls has no part of it
+            content.check(model.text.grammars(model.vocab, model.end_ids))
+        held = None if content is None or choice == "required" else lark.embedded(content.grammar)
+        whole = lark.whole(found.expression(lark, state, AnswerRule(held, tools, choice, not one)))
+        return Held(whole) if content is None else replace(content, grammar=whole)
 
 
 def _logprobs(completion: FinishedCompletion, detokenizer: Detokenizer) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -21,10 +22,31 @@ GUIDED = {
 KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
-def grammar_of(body: Any, spec: Spec, model: Model) -> str | None:
+@dataclass(frozen=True)
+class Held:
+    """The grammar that an answer is held to."""
+
+    grammar: str
+    asked: str | None = None  # the part of it that a key of the body or the job asks for
+    key: str = ""
+
+    def check(self, grammars: constrain.Grammars) -> None:
+        """RequestError if it cannot be enforced, which names the key if that is why."""
+        try:
+            grammars.check(self.grammar)
+        except RequestError as error:
+            if self.asked is not None and self.asked != self.grammar:
+                replace(self, grammar=self.asked).check(grammars)
+            elif self.asked is not None:
+                raise RequestError(f"{self.key}: {error}") from None
+            raise
+
+
+def grammar_of(body: Any, spec: Spec, model: Model) -> Held | None:
     """The grammar that a body asks for, or the job if the body asks for none; None if neither does.
 
-    RequestError if they ask for several, or if what they ask for is malformed.
+    RequestError if they ask for several, or if what they ask for is malformed. `Held.check` tells whether it can be
+    enforced.
     """
     own = {key: getattr(body, key) for key in ("response_format", "structured_outputs", *GUIDED)}
     asked = {key: value for key, value in own.items() if value is not None}
@@ -42,9 +64,7 @@ def grammar_of(body: Any, spec: Spec, model: Model) -> str | None:
     for key, value in asked.items():
         try:
             grammar = _grammar(key, value, model)
-            if grammar is not None and model.text is not None:
-                model.text.grammars(model.vocab, model.end_ids).check(grammar)
-            return grammar
+            return None if grammar is None else Held(grammar, grammar, key)
         except RequestError as error:
             raise RequestError(f"{key}: {error}") from None
     return None

@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta
 from numpy.typing import ArrayLike
 
+from mpillm.batch.endpoints.constraints import Held
 from mpillm.batch.endpoints.detokenizer import Detokenizer, finite
 from mpillm.batch.endpoints.prompts import (
     Cut,
@@ -147,7 +148,7 @@ class Generate(Sampled, frozen=True, kw_only=True):
         model: Model,
         logprobs: int | None,
         prompt_logprobs: int | None,
-        grammar: str | None,
+        grammar: Held | None,
     ) -> tuple[Request, ...]:
         """`n` requests for each prompt; `asked` is the body's own maximum of tokens, None if it has none."""
         stops = self.stops(spec)
@@ -186,8 +187,8 @@ class Generate(Sampled, frozen=True, kw_only=True):
         generated = spec.sampling.max_tokens if asked is None else asked
         return cut_of(self.truncate_prompt_tokens, generated, self.truncation_side or "left", spec, model)
 
-    def _constraint(self, grammar: str | None, model: Model) -> Callable[[], Constraint] | None:
-        if grammar is None:
+    def _constraint(self, held: Held | None, model: Model) -> Callable[[], Constraint] | None:
+        if held is None:
             return None
         if model.text is None:
             raise UnsuitedError("a grammar needs a tokenizer, and the model has none")
@@ -195,8 +196,8 @@ class Generate(Sampled, frozen=True, kw_only=True):
             if getattr(self, key):
                 raise RequestError(f"{key} and a grammar (or a schema, or choices) cannot be used together")
         grammars = model.text.grammars(model.vocab, model.end_ids)
-        grammars.check(grammar)
-        return partial(grammars.matcher, grammar)
+        held.check(grammars)
+        return partial(grammars.matcher, held.grammar)
 
     def stops(self, spec: Spec) -> tuple[str, ...]:
         """The stop strings: the body's own, or the job's."""

@@ -223,7 +223,9 @@ class TensorSource:
             if key.layer == 0:
                 extents.update((key._replace(layer=layer), extent) for layer in range(layers))
         config = {**self.config, "num_hidden_layers": layers}
-        return TensorSource(self.path, self.mapped, (), extents, config, self.tokenizer)
+        made = TensorSource(self.path, self.mapped, (), extents, config, self.tokenizer)
+        made.tensors = {key: self.tensors[key._replace(layer=min(key.layer, 0))] for key in extents}
+        return made
 
     def keep_as_stored(self, keys: Collection[Key]) -> None:
         """From now on deliver these matrices with the type that they have in their files."""
