@@ -141,6 +141,8 @@ def pull(name: str, progress: DownloadProgress | None = None) -> Path:
     if entry is None:
         if web := _repository_of(name):
             raise JobError(f"{name!r} is a URL; type mpillm pull {web}.")
+        if Path(name).exists():
+            raise JobError(f"{name} is on this machine already; type --model {name}.")
         repository = f"hf:{name}" if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) else "hf:owner/name"
         raise JobError(
             f"The catalogue has no model {name!r}; it has {known()}, and {repository} works too.{_meant(name)}"

@@ -48,6 +48,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
         _log(options.verbose, "mpillm:", quiet=False)
         return supervise.run(options, command_parser().parse_args, job_of, launch.launched_by(os.environ))
     if options.command == "lm-eval":
+        if (started := launch.launched_by(os.environ)) is not None:
+            return supervise.refused(
+                started,
+                "lm-eval starts its ranks by itself, without mpiexec: --model_args model=...,ranks=4.",
+            )
         return run_alone(lambda: _lm_eval(options))
     alone = {
         "plan": _plan, "pull": _pull, "models": _models, "init": _init, "report": _report, "merge": _merge,
@@ -275,8 +280,6 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _lm_eval(options: argparse.Namespace) -> int:
-    if launch.launched_by(os.environ) is not None:
-        raise JobError("lm-eval starts its ranks by itself, without mpiexec: --model_args model=...,ranks=4.")
     try:
         from mpillm.api import lm_eval
     except ImportError as error:

@@ -18,6 +18,8 @@ OF_SLURM = {
     "--job-name", "--mem", "--mem-per-cpu", "--nodelist", "--nodes",
     "--ntasks", "--ntasks-per-node", "--partition", "--qos", "--time",
 }  # fmt: skip
+# What other launchers call the number of ranks, as `launch` has it.
+RANKS_AT_LAUNCH = ("-c", "-N", "--ntasks", "--ranks", "--nproc")
 # Words for which other programs have a command, by the command that does it here.
 COMMANDS = {
     "pull": ("add", "download", "fetch", "get"),
@@ -67,7 +69,23 @@ ELSEWHERE = {
     "--dry-run": "mpillm plan says what a run would take",
     "--interval": "type --every SECONDS",
     "--nodes": "--ranks N plans one rank on each of N hosts; --ranks-per-host M puts M ranks on each",
+    **dict.fromkeys(
+        ("--chat-template", "--template"), "the template of a model is the file chat_template.jinja in its directory"
+    ),
+    **dict.fromkeys(("--adapter", "--lora", "--lora-modules"), "type --set adapters.NAME=DIRECTORY"),
+    "--trust-remote-code": "mpillm runs no code of models; leave it out",
+    "--enable-prefix-caching": "prompts that begin alike always share their cache; leave it out",
+    **dict.fromkeys(("--background", "--daemon", "--detach"), "type nohup before the command, and & behind it"),
+    **dict.fromkeys(("--base-url", "--url"), "chat loads a model itself; a server has a chat on its web page"),
+    "--prompt-file": "run answers a file of requests: --input requests.jsonl",
+    "--revision": "type mpillm pull hf:OWNER/NAME@REVISION",
     "--workers": "one process serves all clients; for more speed type mpillm launch -n N serve",
+}  # fmt: skip
+# The same, where it depends on the command.
+AT_COMMAND = {
+    **{(command, "--input"): f"{command} reads none; type mpillm run --input FILE" for command in ("chat", "serve")},
+    **{("pack", name): "type --weights TYPE" for name in ("--dtype", "--outtype", "--quantize", "--type")},
+    **{("pack", name): "the directory needs none: mpillm pack SRC DST" for name in ("--output", "-o")},
 }  # fmt: skip
 
 
@@ -107,8 +125,10 @@ def sentence(
             return f"there is no option {name}; type {option} {value or 'VALUE'}"
         if name in HOSTS and command == "launch":
             return f"there is no option {name}; write the hosts into a file, one in a line, and type --hostfile FILE"
-        if name in ELSEWHERE:
-            return f"there is no option {name}: {ELSEWHERE[name]}"
+        if name in RANKS_AT_LAUNCH and command == "launch":
+            return f"there is no option {name}; type -n {value or 'N'}"
+        if found := AT_COMMAND.get((command, name)) or ELSEWHERE.get(name):
+            return f"there is no option {name}: {found}"
         if not word.startswith("-"):
             if " " in word and command == "chat":
                 return f"{word!r} is not an option; run mpillm chat, and type it there"
@@ -132,6 +152,8 @@ def sentence(
         names = {option.lstrip("-"): option for option in known}
         if close := difflib.get_close_matches(name.lstrip("-"), names, n=1, cutoff=0.65):
             return f"there is no option {name}; did you mean {names[close[0]]}?"
+        if command == "launch":
+            return f"there is no option {name}; if it is mpiexec's, type --mpi-option={word}"
         if settable and (key := _key_like(name[2:])):
             return f"there is no option {name}; did you mean --set {key}={value or 'VALUE'}?"
     return None

@@ -21,7 +21,16 @@ class CommandParser(argparse.ArgumentParser):
         options, unknown = self.parse_known_args(words)
         if unknown:
             self.error(self._instead(options.command, unknown, words))
+        self._refuse_twice(options.command, words)
         return options
+
+    def _refuse_twice(self, command: str | None, words: Sequence[str]) -> None:
+        """Refuse an option that is given twice, of which only the last value would count."""
+        for action in self._commands().get(command or "", self)._actions:
+            names = action.option_strings
+            given = [word for word in words if word.partition("=")[0] in names]
+            if isinstance(action, argparse._StoreAction) and len(given) > 1:
+                self.error(f"{given[0].partition('=')[0]} is given twice; type it once")
 
     def _instead(self, command: str | None, unknown: list[str], words: Sequence[str]) -> str:
         """A sentence on the words that mean nothing; the first one that can be explained decides."""
@@ -53,6 +62,8 @@ class CommandParser(argparse.ArgumentParser):
             message = f"{given[1]}: {given[3]} is not a {kind}"
             if given[0].startswith("argument -n: ") and given[3] == "'p'":  # -np, as mpiexec has it
                 message = "there is no option -np; type -n N, or mpiexec -np N python -m mpillm"
+        elif message == "argument --mpi-option: expected one argument":  # and an option is no argument
+            message = f"{message}; type --mpi-option=WORD"
         elif message.startswith("the following arguments are required"):
             wanted = [action for action in self._actions if action.required]
             shown = [" ".join([*action.option_strings[:1], _shown(action)]) for action in wanted]

@@ -26,6 +26,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=_port, default=8000, help="port to listen on (8000)")
     parser.add_argument(
         "--api-key",
+        type=_key,
         metavar="KEY",
         default=None,
         help=f"API key that clients must send (${KEY}, or none)",
@@ -47,6 +48,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-waiting", type=positive, default=1024, help="maximum number of waiting requests (1024)"
     )
+
+
+def _key(text: str) -> str:
+    if text.strip():
+        return text
+    raise argparse.ArgumentTypeError("the key is empty; leave out --api-key for a server without one")
 
 
 def _origin(text: str) -> str:

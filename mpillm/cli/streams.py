@@ -64,10 +64,10 @@ class Unfailing(io.TextIOBase):
     def write(self, text: str, /) -> int:
         shown = visible(text, keep="\n\r\t").encode(self._encoding, "replace").decode(self._encoding)
         if self._stream is not None and _OURS.match(shown):
-            shown = fitted(shown, self._stream)
             begun = self._last + (self._beside._last if self._beside else "")
             # A live line, which another thread has drawn, or an answer stays; the `^C` of who stops a command goes.
-            self._try("write", blank(self._stream) if begun.strip("\n\r") == "" else "\n")
+            before = "\n" if begun.strip("\n\r") else blank(self._stream)
+            shown = before + fitted(shown, self._stream)
         self._last = shown[-1:] or self._last
         self._try("write", shown)
         return len(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import shlex
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpillm.cli import terminal
-from mpillm.comm.launch import Launch
+from mpillm.comm.launch import STARTERS, Launch
 from mpillm.comm.program import library
 from mpillm.errors import JobError, MpillmError
 from mpillm.words import listed
@@ -72,29 +73,27 @@ def run(
     from mpillm.launching.supervisor import Supervisor
 
     if started is not None and started.size > 1:
-        if started.rank:
-            time.sleep(HEARD)
-        else:
-            _say(
-                f"launch starts mpiexec by itself; type mpillm launch ... without {started.launcher} before it."
-            )
-        return 2
+        return refused(
+            started,
+            f"launch starts mpiexec by itself; type mpillm launch ... without {started.launcher} before it.",
+        )
     try:
-        command = options.words[:1]
+        words = [word for word in options.words if word != "--"]
+        command = words[:1]
         if command not in (["run"], *([name] for name in ONCE)):
-            raise JobError(_no_command(options.words, options.ranks or 2))
+            raise JobError(_no_command(words, options.ranks or 2))
         if options.ranks is not None and options.hostfile is not None:
             raise JobError(
                 f"{options.hostfile} says how many ranks each machine takes; change its slots, or leave out -n."
             )
         if options.ranks is None and options.hostfile is None:
-            raise JobError(_no_ranks(options.words))
+            raise JobError(_no_ranks(words))
         if options.ranks is not None and options.ranks < 1:
             raise JobError(f"-n {options.ranks} is not a number of ranks; write 1 or more.")
         settings = mpiexec.Settings(options.ranks, options.hostfile, options.agent, tuple(options.mpi_option))
-        program = mpiexec.program(options.words)
+        program = mpiexec.program(words)
         if command != ["run"]:
-            check(options.words)
+            check(words)
             hosts = reach.answering(settings, _say)
             if command == ["chat"]:
                 sys.stderr.flush()
@@ -102,10 +101,19 @@ def run(
             # Without requests a server would not notice that it has lost a rank.
             survivors = command != ["serve"]
             return once(library(), settings, hosts, program, survivors, _say, Remarks(_show, _show_error))
-        return Supervisor(read(options.words), library(), settings, program, _say, _show, _show_error).run()
+        return Supervisor(read(words), library(), settings, program, _say, _show, _show_error).run()
     except MpillmError as error:
         _say(str(error))
         return error.exit_code
+
+
+def refused(started: Launch, why: str) -> int:
+    """The exit code of a command that no launcher may start, after the first process has said why."""
+    if started.rank:
+        time.sleep(HEARD)
+    else:
+        _say(why)
+    return JobError.exit_code
 
 
 def _no_ranks(words: list[str]) -> str:
@@ -124,12 +132,18 @@ def _no_ranks(words: list[str]) -> str:
 
 def _no_command(words: list[str], ranks: int) -> str:
     """A sentence on words that do not begin with a command that launch starts."""
+    if words[1:] and words[0].isdecimal():
+        return f"the number of ranks needs -n: mpillm launch -n {shlex.join(words)}."
+    if words[1:] and words[0] in STARTERS:
+        return f"launch starts {words[0]} by itself; type mpillm launch -n {ranks} {shlex.join(words[1:])}."
     if words and words[0].endswith(".toml"):
         return f"launch needs the command before the job: mpillm launch -n {ranks} run {words[0]}."
     if words[1:] and words[1] in ("run", *ONCE):
         return f"{words[0]} is no command; if it is a hostfile, type mpillm launch --hostfile {shlex.join(words)}."
     if words and words[0] == "python":
         return f"launch starts commands of mpillm alone; type mpiexec -n {ranks} {shlex.join(words)}."
+    if words and (close := difflib.get_close_matches(words[0], ("run", *ONCE), n=1)):
+        return f"launch cannot start {words[0]!r}; did you mean {close[0]}?"
     if words and not words[0].startswith("-"):
         return f"launch starts {listed(('run', *ONCE), 'and')}; type mpillm {shlex.join(words)} without it."
     return "launch needs a command: mpillm launch -n 2 run JOB.toml."

@@ -46,7 +46,9 @@ def read_hosts(path: Path) -> list[HostSlots]:
             )
         hosts.append(HostSlots(found[1], slots))
     if not hosts:
-        raise JobError(f"The hostfile {path} names no host.")
+        raise JobError(
+            f"The hostfile {path} names no host; write 'node1 slots=2' into it, a line for each host."
+        )
     return hosts
 
 

@@ -142,7 +142,8 @@ def _listen(options: ServeOptions) -> socket.socket:
         family = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((options.host, options.port), family=family, backlog=1024)
     except OSError as error:
+        reason = str(error.strerror).partition(" (while")[0]  # Python adds the address
         raise JobError(
-            f"The server cannot listen on {options.host} port {options.port}: {error.strerror}; "
+            f"The server cannot listen on {options.host} port {options.port}: {reason}; "
             "give another --host or --port."
         ) from None

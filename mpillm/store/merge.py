@@ -112,7 +112,8 @@ def _parts(given: Sequence[Path]) -> list[Path]:
                 )
             )
     if len({part.resolve() for part in found}) < len(found):
-        raise JobError("A part is given twice.")
+        twice = next(part for part in given if [other.resolve() for other in given].count(part.resolve()) > 1)
+        raise JobError(f"The part {twice} is given twice; leave one out.")
     return found
 
 

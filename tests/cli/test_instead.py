@@ -211,6 +211,32 @@ MISTAKES = {
     "a token": ("serve --token abc", "there is no option --token: type --api-key KEY"),
     "a directory for measurements": ("doctor --output .", "argument --output: . is a directory; give a file"),
     "nobody may wait": ("serve --max-waiting 0", "argument --max-waiting: 0 is not a positive number"),
+    "ranks without -n": ("launch 2 run a.toml", "the number of ranks needs -n: mpillm launch -n 2 run a.toml."),
+    "srun's ranks": ("launch --ntasks 4 run", "there is no option --ntasks; type -n 4"),
+    "mpiexec at launch": ("launch -n 2 mpiexec run a.toml", "type mpillm launch -n 2 run a.toml."),
+    "an option of mpiexec": ("launch -n 2 --oversubscribe run", "is mpiexec's, type --mpi-option=--oversubscribe"),
+    "mpiexec's option after a blank": ("launch -n 2 --mpi-option --tag-output run", "type --mpi-option=WORD"),
+    "a command's letters at launch": ("launch -n 2 srve", "launch cannot start 'srve'; did you mean serve?"),
+    "ranks behind a dash": ("launch run -- -n 2", "mpillm launch -n 2 run"),
+    "hosts of nothing": ("launch --hostfile taken run", "taken names no host; write 'node1 slots=2' into it, a line"),
+    "an input of a chat": ("chat --input a.jsonl", "chat reads none; type mpillm run --input FILE"),
+    "an input of a server": ("serve --input a.jsonl", "serve reads none; type mpillm run --input FILE"),
+    "an adapter": ("chat --lora x", "type --set adapters.NAME=DIRECTORY"),
+    "a template": ("serve --chat-template x", "is the file chat_template.jinja in its directory"),
+    "another server": ("chat --base-url http://a", "chat loads a model itself; a server has a chat on its web page"),
+    "a background": ("serve --daemon", "type nohup before the command, and & behind it"),
+    "an empty key": ("serve --api-key ''", "the key is empty; leave out --api-key for a server without one"),
+    "code of a model": ("serve --trust-remote-code", "mpillm runs no code of models; leave it out"),
+    "a shared beginning": ("serve --enable-prefix-caching", "prompts that begin alike always share their cache"),
+    "two models": ("serve --model a --model=b", "--model is given twice; type it once"),
+    "two inputs": ("run --input a.jsonl --input b.jsonl", "--input is given twice; type it once"),
+    "no file of hosts": ("plan --hosts nosuch.toml", "(No such file or directory); mpillm doctor --output FILE"),
+    "a part twice": ("merge run run --output m", "The part run is given twice; leave one out."),
+    "a revision": ("pull hf:a/b --revision main", "type mpillm pull hf:OWNER/NAME@REVISION"),
+    "a file that is there": ("pull taken", "taken is on this machine already; type --model taken."),
+    "a type to pack": ("pack tiny out --quantize q8_0", "there is no option --quantize: type --weights TYPE"),
+    "a target to pack": ("pack tiny --output out", "the directory needs none: mpillm pack SRC DST"),
+    "init into a run": ("init job run", "run is the output directory of a run; give another directory."),
 }  # fmt: skip
 
 
@@ -220,6 +246,9 @@ def test_a_mistake(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").touch()
+    (tmp_path / "run").mkdir()
+    for file in ("journal", "results.jsonl", "results.h5", "timings.h5", "report.json"):
+        (tmp_path / "run" / file).touch()
     (tmp_path / "bare.toml").write_text("model = smollm2-135m\n")
     (tmp_path / "yaml.toml").write_text("model: smollm2-135m\n")
     (tmp_path / "twice.toml").write_text('model = "a"\nmodel = "b"\n')
