@@ -33,6 +33,7 @@ class Console:
         self._live = sys.stderr.isatty()
         self._download: tqdm | None = None
         self._said = time.monotonic()
+        self._rates: Rates | None = None  # of the run, which begins again after a lost rank
 
     def say(self, line: str) -> None:
         """Print a line on stderr, on rank 0 only."""
@@ -77,13 +78,15 @@ class Console:
     @contextmanager
     def requests(self, total: int, done: int, tokens: int) -> Iterator[Bar]:
         """A line of requests, with rates and the time left; `done` and `tokens` are not of this time."""
+        self._rates = rates = self._rates or Rates(tokens)
         if not (total and self._live and self._speaks()):  # a live line of no requests would tell nothing
-            yield ProgressLines(total, self.say, done, Rates(tokens))
+            yield ProgressLines(total, self.say, done, rates)
             return
         with tqdm(
             total=total, initial=done, bar_format=BEFORE, smoothing=0, file=sys.stderr, ncols=width()
         ) as bar:
-            yield Live(bar, Rates(tokens))
+            bar.start_t -= rates.age
+            yield Live(bar, rates)
 
     def finish(self, made: report.Report, directory: Path) -> None:
         """Print the answers (the first ones, if there are many), the summary, and where the results are."""

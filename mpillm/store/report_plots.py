@@ -7,6 +7,7 @@ import io
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ MESSAGES = {
     "all_reduce": "sums over shards", "pipe": "activations to the next stage", "step": "steps", "reply": "replies",
     "requests": "requests and answers",
 }  # fmt: skip
+ELSE = "everything else"  # that a rank does while the run computes, such as reading lines and drawing tokens
 USES = {"hits": "found in memory", "misses": "loaded"}
 UNITS = ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)
 BINS = 30  # bins of a histogram
@@ -47,6 +49,13 @@ class Plot:
     draw: Callable[[Axes, Plot], None]
     unit: str = ""
     height: float = 2.6  # inches
+
+    @property
+    def header(self) -> Sequence[str]:
+        """The columns of its table, with the unit where no column names it."""
+        if self.columns[0] != "rank":
+            return self.columns
+        return ["rank", *(f"{name} ({self.unit})" for name in self.columns[1:])]
 
     def figure(self) -> Any:
         """A figure of matplotlib; ImportError without it."""
@@ -80,7 +89,11 @@ def plots(report: Report, directory: Path) -> Iterator[Plot]:
     seconds = dict(SECONDS)
     if report.replicas == 1:
         del seconds["requests"]
-    yield from _by_rank("seconds", "Time of each rank", seconds, report, _seconds_of, unit="seconds")
+    if any(rank.seconds.get("compute") for rank in report.ranks):
+        seconds[ELSE] = ELSE
+    yield from _by_rank(
+        "seconds", "Time of each rank", seconds, report, partial(_seconds_of, report), unit="seconds"
+    )
     yield from _by_rank("bytes", "Sent by each rank", MESSAGES, report, _sent, unit="bytes")
     if report.batch.streamed:  # else each page is loaded once
         yield from _by_rank(
@@ -121,7 +134,7 @@ def write_figures(drawn: Sequence[Plot], folder: Path) -> list[Path]:
         path = folder / f"{plot.name}.csv"
         with replacing(path) as file:
             text = io.StringIO()
-            csv.writer(text, lineterminator="\n").writerows([plot.columns, *plot.rows])
+            csv.writer(text, lineterminator="\n").writerows([plot.header, *plot.rows])
             file.write(text.getvalue().encode())
         written.append(path)
         for kind in ("svg", "pdf") if available() else ():
@@ -156,7 +169,9 @@ def _rates(counted: Sequence[tuple[float, int]]) -> Iterator[Row]:
         yield round(since, 3), round(now, 3), round((has - had) / (now - since), 3)
 
 
-def _seconds_of(rank: RankStatistics, kind: str) -> float:
+def _seconds_of(report: Report, rank: RankStatistics, kind: str) -> float:
+    if kind == ELSE:
+        return max(0.0, round(report.computing - sum(rank.seconds.values()), 6))
     return rank.seconds.get(kind, 0.0)
 
 

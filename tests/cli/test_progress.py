@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,6 +108,23 @@ def test_no_live_line_of_no_requests(capsys: pytest.CaptureFixture[str]) -> None
         with console.requests(total, 0, 0) as bar:
             bar.update(total, lambda: state(5))
         assert ("requests" in capsys.readouterr().err) == (total > 0)
+
+
+def test_after_a_lost_rank_the_time_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And so does the rate over all of the run."""
+    console = Console()
+    console._live = True
+    now = time.monotonic()
+    with console.requests(9, 0, 100):
+        monkeypatch.setattr(time, "monotonic", lambda: now + 100)
+    with console.requests(9, 3, 500) as bar:
+        bar.update(1, lambda: state(1100))
+    shown = capsys.readouterr().err.split("\r")[-1]
+    assert "4/9 requests" in shown
+    assert "[01:40" in shown
+    assert " 10 tokens/s" in shown
 
 
 def test_a_sentence_does_not_go_on_with_a_live_line() -> None:

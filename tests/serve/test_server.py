@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import re
@@ -16,7 +17,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.conftest import Mpi, clean_environment, run_bounded
+from tests.conftest import HANGS, Mpi, clean_environment, run_bounded
 from tests.job_helpers import CHAT, without_tokenizer
 from tests.model.golden import FIXTURES
 from tests.serve import load
@@ -271,6 +272,51 @@ def test_64_clients_half_of_which_vanish(client: openai.OpenAI, server: str, tmp
     assert [text for text in found if text is not None] == expected[::2]
     load.wait_until_idle(client, server)
     assert load.measure_other(client, bodies[:2]) > 0, "what --against asks of another server"
+
+
+def test_streams_that_are_dropped_in_the_middle(client: openai.OpenAI, server: str) -> None:
+    """By 60 asynchronous clients at once: the other 30 get what each would get alone, and the engine is idle soon."""
+    bodies: list[dict[str, Any]] = [
+        {"messages": [{"role": "user", "content": f"the fox {n}"}], "max_tokens": 20 + n % 7}
+        for n in range(90)
+    ]
+
+    async def ask(asked: openai.AsyncOpenAI, body: dict[str, Any], dropped_at: int | None = None) -> str:
+        text, chunks = "", 0
+        more = {"ignore_eos": True}
+        async with await asked.chat.completions.create(
+            model="chat", stream=True, extra_body=more, **body
+        ) as stream:
+            async for chunk in stream:
+                text += "".join(choice.delta.content or "" for choice in chunk.choices)
+                chunks += 1
+                if chunks == dropped_at:
+                    break
+        return text
+
+    async def ask_all() -> None:
+        longer = {"max_tokens": 400}
+        async with openai.AsyncOpenAI(
+            base_url=f"{server}/v1", api_key=KEY, max_retries=0, timeout=HANGS
+        ) as asked:
+            alone = [await ask(asked, body) for body in bodies[::3]]
+            stay = [asyncio.create_task(ask(asked, body)) for body in bodies[::3]]
+            drop = [
+                asyncio.create_task(ask(asked, body | longer, n % 9 + 1))
+                for n, body in enumerate(bodies[1::3])
+            ]
+            cancelled = [asyncio.create_task(ask(asked, body | longer)) for body in bodies[2::3]]
+            for task in cancelled:
+                await asyncio.sleep(0.01)
+                task.cancel()
+            assert await asyncio.gather(*stay) == alone
+            await asyncio.gather(*drop)
+            gone = await asyncio.gather(*cancelled, return_exceptions=True)
+            assert not any(isinstance(one, Exception) for one in gone)
+            assert any(isinstance(one, asyncio.CancelledError) for one in gone)
+
+    asyncio.run(ask_all())
+    load.wait_until_idle(client, server)
 
 
 def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:

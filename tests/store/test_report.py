@@ -83,12 +83,16 @@ def test_a_legend_names_what_can_be_seen(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the plots are matplotlib's, an extra")
     run = made()
     for rank in run.ranks:
-        rank.seconds |= {"reply": 1e-4, "step": 0.1}
+        rank.seconds = {"compute": 1.5, "reply": 1e-4, "step": 0.1}
     plot = next(plot for plot in report_plots.plots(run, tmp_path) if plot.name == "seconds")
     shown = {text.get_text() for text in plot.figure().axes[0].get_legend().get_texts()}
     assert {"computing", "waiting for a step"} <= shown
     assert "waiting for replies" in plot.columns
     assert "waiting for replies" not in shown
+    assert plot.columns[-1] == "everything else"
+    assert [sum(row[1:]) for row in plot.rows] == [pytest.approx(run.computing)] * 2, (
+        "where all of the time went"
+    )
 
 
 def test_nothing_of_a_figure_is_cut_off(tmp_path: Path) -> None:
@@ -319,7 +323,7 @@ def test_each_plot_is_a_table(tmp_path: Path) -> None:
     with (tmp_path / "figures/bytes.csv").open() as file:
         rows = list(csv.reader(file))
     assert rows == [
-        ["rank", "sums over shards"],
+        ["rank", "sums over shards (bytes)"],
         ["rank 0", "300.0"],
         ["rank 1", "600.0"],
     ]
