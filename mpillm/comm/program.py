@@ -132,7 +132,8 @@ def _import_mpi() -> ModuleType:
             said = f"{given} needs an mpi4py that is made for it"
             if not os.path.exists(given):
                 said = f"correct MPI4PY_LIBMPI, which is {given!r}, or make mpi4py for that library"
-            remedy = f"{said}, with its mpicc in PATH: pip install --force-reinstall --no-deps --no-binary=mpi4py mpi4py"
+            make = "pip install --force-reinstall --no-deps --no-binary=mpi4py mpi4py"
+            remedy = f"{said}, with its mpicc in PATH: {make}"
         raise JobError(f"No MPI library can be loaded ({reason}): {remedy}.") from error
     return MPI
 
