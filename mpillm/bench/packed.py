@@ -22,7 +22,7 @@ from mpillm.weights.packed.files import Writer
 from mpillm.weights.packed.layout import layer_file
 
 CHUNK = 16 * 2**20
-# What no GGUF file has, and what it is made of.
+# Types that no GGUF file has, and the type that each is made of.
 MADE = {"w8a8": "bf16"}
 
 

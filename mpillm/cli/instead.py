@@ -18,7 +18,7 @@ OF_SLURM = {
     "--job-name", "--mem", "--mem-per-cpu", "--nodelist", "--nodes",
     "--ntasks", "--ntasks-per-node", "--partition", "--qos", "--time",
 }  # fmt: skip
-# What other launchers call the number of ranks, as `launch` has it.
+# Names that other launchers have for `launch -n`.
 RANKS_AT_LAUNCH = ("-c", "-N", "--ntasks", "--ranks", "--nproc")
 # Words for which other programs have a command, by the command that does it here.
 COMMANDS = {

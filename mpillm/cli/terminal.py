@@ -105,7 +105,7 @@ def columns(stream: TextIO) -> int | None:
 
 
 def blank(stream: TextIO) -> str:
-    """What empties the last line of a stream's terminal, which may be a live line or `^C`; else ""."""
+    """The text that empties the last line of a stream's terminal (a live line, or `^C`); "" for other streams."""
     width = columns(stream)
     return "" if width is None else f"\r{' ' * (width - 1)}\r"
 

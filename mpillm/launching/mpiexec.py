@@ -112,7 +112,7 @@ def end_session(launcher: subprocess.Popen[bytes]) -> None:
 
 
 def as_root() -> dict[str, str]:
-    """What Open MPI wants to see before it starts ranks for root."""
+    """The variables without which Open MPI starts no ranks for root; empty for other users."""
     return _AS_ROOT if os.geteuid() == 0 else {}
 
 

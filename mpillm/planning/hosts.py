@@ -113,7 +113,7 @@ def read(path: Path, ranks: int | None = None) -> Machines:
         raise JobError(
             f"The file of hosts {path} cannot be read ({error.strerror}); mpillm doctor --output FILE writes one."
         ) from None
-    except ValueError as error:  # msgspec's and TOML's are such
+    except ValueError as error:  # the errors of msgspec and TOML are ValueErrors
         raise JobError(
             f"The file of hosts {path} is wrong: {error}. mpillm doctor --output writes such a file; a "
             "hostfile for mpiexec belongs to launch --hostfile."
