@@ -35,8 +35,8 @@ static inline uint32_t rounded(float x) {
     return (u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u;
 }
 
-/* A step of `count` columns of a row of x. */
-static void float_step(int type, int bytes, const float *x, long count, uint8_t *out) {
+/* A step of `count` columns of a row of x.  halves: 0, or how far even columns of BF16 lie behind the odd ones. */
+static void float_step(int type, long halves, const float *x, long count, uint8_t *out) {
     float values[32] = {0};
     uint32_t words[32];
     memcpy(values, x, (size_t)count * sizeof *values);
@@ -47,7 +47,7 @@ static void float_step(int type, int bytes, const float *x, long count, uint8_t 
     for (int i = 0; i < 32; i++) words[i] = rounded(values[i]);
     for (int i = 0; i < 16; i++) {
         const uint32_t even = words[2 * i], odd = words[2 * i + 1], pair = even >> 16 | odd;
-        if (bytes == MK_BF16_HALVES) memcpy(out + 4 * i, &odd, 4), memcpy(out + 64 + 4 * i, &even, 4);
+        if (halves) memcpy(out + 4 * i, &odd, 4), memcpy(out + halves + 4 * i, &even, 4);
         else memcpy(out + 4 * i, &pair, 4);
     }
 }
@@ -59,10 +59,11 @@ static void float_rows(const void *argument, long begin, long end) {
     for (long row = begin; row < end; row++) {
         const float *x = job->x + (job->at ? job->at[row] : row) * job->stride;
         long first = row / MK_GROUP * MK_GROUP, rows = job->n - first < MK_GROUP ? job->n - first : MK_GROUP;
-        uint8_t *out = job->out + first * job->out_bytes + (row - first) * bytes;
+        uint8_t *out = job->out + first * job->out_bytes + (row - first) * 64;
+        const long halves = bytes == MK_BF16_HALVES ? rows * 64 : 0;
         for (int p = 0; p < job->panels; p++)
             for (long i = job->bounds[p], last = job->bounds[p + 1]; i < last; i += step, out += rows * bytes)
-                float_step(type, bytes, x + i, last - i < step ? last - i : step, out);
+                float_step(type, halves, x + i, last - i < step ? last - i : step, out);
     }
 }
 

@@ -45,7 +45,7 @@ MK_INLINE vf float_row(const int type, const int halves, const int half, const u
  * registers for four of them and their sums. */
 MK_INLINE void float_step(const int type, const int R, const int T, const uint8_t *const *w, const uint8_t *x,
                           long x_stride, vf *acc) {
-    const int bytes = type == MK_BF16 ? BF16_STEP : 64, halves = bytes / 64;
+    const int halves = type == MK_BF16 ? BF16_STEP / 64 : 1;
     UNROLL
     for (int half = 0; half < halves; half++) {
         vf rows[MAX_STREAMS];
@@ -54,7 +54,7 @@ MK_INLINE void float_step(const int type, const int R, const int T, const uint8_
             if (T > 1) rows[r] = float_row(type, halves, half, w[r]);
         UNROLL
         for (int t = 0; t < T; t++) {
-            vf values = vf_load((const void *)(ROW(T, t, x, x_stride, bytes) + 64 * half));
+            vf values = vf_load((const void *)(ROW(T, t, x, x_stride, 64) + 64 * GROUP(T) * half));
             if (R > 1) values = vf_keep(values);
             UNROLL
             for (int r = 0; r < R; r++) {
@@ -90,7 +90,7 @@ MK_INLINE void float_steps(const int type, const int R, const int T, const uint8
  * spills sums where its body has two. */
 MK_INLINE void half_steps(const int type, const int R, const uint8_t **rows, long ahead, const uint8_t *x, long steps,
                           vf *sums) {
-    const unsigned bytes = type == MK_F16 ? 32 : 64, x_bytes = type == MK_BF16 ? BF16_STEP : 64, parts = x_bytes / 64;
+    const unsigned bytes = type == MK_F16 ? 32 : 64, parts = type == MK_BF16 ? 2 : 1;
     UNROLL
     for (int half = 0; half < 2; half++) {
         vh acc[MAX_STREAMS * MK_GROUP];
@@ -108,11 +108,11 @@ MK_INLINE void half_steps(const int type, const int R, const uint8_t **rows, lon
             }
             UNROLL
             for (int t = 0; t < MK_GROUP; t++) {
-                const vh value = vh_keep(vh_load((const void *)(values + t * x_bytes)));
+                const vh value = vh_keep(vh_load((const void *)(values + t * 64)));
                 UNROLL
                 for (int r = 0; r < R; r++) acc[r * MK_GROUP + t] = vh_fma(w[r], value, acc[r * MK_GROUP + t]);
             }
-            values += parts == 1 ? MK_GROUP * x_bytes : 64 + part * (MK_GROUP * x_bytes - 128);
+            values += MK_GROUP * 64;
             at += parts == 1 ? bytes : part * bytes;
             part ^= parts - 1;
             if (parts > 1) __asm__("" : "+r"(part)); /* else gcc knows it, and makes two bodies after all */

@@ -8,6 +8,7 @@
 
 #include "body_float.h"
 #include "body_coded.h"
+#include "body_wide.h"
 #include "body_plain.h"
 #include "body_super.h"
 #include "body_tiles.h"
@@ -102,26 +103,35 @@ static void product(const mk_matmul_job *job, panel_function panel, vf *pending,
 
 /* How many of so many rows of x are computed at once. */
 static int rows_at_once(int type, long rows) {
+    const int wide = wide_rows(type, rows);
+    if (wide) return wide;
     if (mk_is_coded(type)) return coded_rows(rows);
     const int most = mk_is_float(type) ? FLOAT_ROWS : unpacked_rows(rows);
     return most && rows >= most ? most : rows < MK_GROUP ? (int)rows : MK_GROUP;
 }
 
+/* What computes so many at once. */
+static panel_function panel_of(int type, int rows) {
+    if (wide_rows(type, rows)) return wide_panel;
+    if (mk_is_coded(type)) return coded_panel;
+    if (mk_is_float(type)) return float_panel;
+    if (mk_is_panel(type)) return whole_panel;
+    return rows > MK_GROUP ? unpacked_panel : panel;
+}
+
 /* Compute rows row .. limit - 1 of up to `tiles` tiles, as many as the sums on the stack allow; return how many. */
 static int some_tiles(const mk_matmul_job *job, long tile, long tiles, long row, long limit) {
-    const int floats = mk_is_float(job->type), coded = mk_is_coded(job->type);
     vf pending[MK_MAX_LEVELS][RUN_SUMS];
     int rows = rows_at_once(job->type, limit - row);
     if (tiles > RUN_SUMS / rows) tiles = RUN_SUMS / rows;
-    if (floats) { /* they pass by again for the next rows of x */
+    if (mk_is_float(job->type)) { /* they pass by again for the next rows of x */
         const long bytes = MK_TILE * mk_row_bytes(job->type, job->bounds[job->panels] - job->bounds[0]);
         if (tiles * bytes > TILES_CACHE) tiles = bytes < TILES_CACHE ? TILES_CACHE / bytes : 1;
     }
     if (side_by_side(job)) tiles = 1;
     for (; row < limit; row += rows) {
         rows = rows_at_once(job->type, limit - row);
-        const panel_function quantised = mk_is_panel(job->type) ? whole_panel : rows > MK_GROUP ? unpacked_panel : panel;
-        product(job, coded ? coded_panel : floats ? float_panel : quantised, *pending, RUN_SUMS, rows, tile, (int)tiles, row);
+        product(job, panel_of(job->type, rows), *pending, RUN_SUMS, rows, tile, (int)tiles, row);
     }
     return (int)tiles;
 }

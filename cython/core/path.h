@@ -201,7 +201,8 @@ enum { MK_ROWS = 16 /* a multiple of every path's rows of x in a tile */ };
 
 enum { MK_IN_TILES = 9 };
 
-/* Bytes of 32 values of x for BF16 weights: 16 floats of odd and 16 of even columns, or BF16 in the order of columns. */
+/* Bytes of 32 values of x for BF16 weights: 16 floats of odd columns (of all rows of a group), then 16 of even ones, or BF16
+ * in the order of columns. */
 enum { MK_BF16_HALVES = 128, MK_BF16_PAIRS = 64 };
 
 /* If pairs of products of bytes are summed in 16 bits: whether group g of 4 columns begins such a sum, or ends it.  The

@@ -64,6 +64,11 @@ MK_INLINE vh vh_bf16(const uint16_t *p, const long even) { /* of 16 BF16 the odd
     const __m256i of = _mm256_loadu_si256((const void *)places[even]);
     return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_loadu_si256((const void *)p), of));
 }
+MK_INLINE vh vh_zero(void) { return _mm256_setzero_ps(); }
+MK_INLINE vh vh_odd(const uint16_t *p) { return ymm_odd(p); }
+MK_INLINE vh vh_even(const uint16_t *p) { return ymm_even(p); }
+MK_INLINE vh vh_add(vh a, vh b) { return _mm256_add_ps(a, b); }
+MK_INLINE vf vh_sums(const vh *a) { return (vf){ymm_sums(a), ymm_sums(a + 8)}; }
 MK_INLINE vh vh_fma(vh a, vh b, vh c) { return _mm256_fmadd_ps(a, b, c); }
 MK_INLINE vf vf_from(vi a) { return (vf){_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 MK_INLINE vi vi_trunc(vf a) { return (vi){_mm256_cvttps_epi32(a.lo), _mm256_cvttps_epi32(a.hi)}; }

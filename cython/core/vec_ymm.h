@@ -52,12 +52,16 @@ MK_INLINE vf vf_add_halves(vf sum, vf a) { return (vf){_mm256_add_ps(sum.lo, _mm
 
 /* Lane r is vf_hadd(a[r * step]): 16 of them share their shuffles. */
 #define YMM_ADD(shuffle, a, b, low, high) _mm256_add_ps(shuffle(a, b, low), shuffle(a, b, high))
-MK_INLINE __m256 ymm_sums(const vf *a, const int step) {
-    __m256 halves[8], quarters[4], low, high;
-    for (int r = 0; r < 8; r++) halves[r] = _mm256_add_ps(a[r * step].lo, a[r * step].hi);
-    for (int r = 0; r < 4; r++) quarters[r] = YMM_ADD(_mm256_permute2f128_ps, halves[r], halves[r + 4], 0x20, 0x31);
+MK_INLINE __m256 ymm_sums(const __m256 *a) { /* of 8 vectors, in which lanes j and j + 8 are added */
+    __m256 quarters[4], low, high;
+    for (int r = 0; r < 4; r++)
+        quarters[r] = YMM_ADD(_mm256_permute2f128_ps, a[r], a[r + 4], 0x20, 0x31);
     low = YMM_ADD(_mm256_shuffle_ps, quarters[0], quarters[1], 0x44, 0xee);
     high = YMM_ADD(_mm256_shuffle_ps, quarters[2], quarters[3], 0x44, 0xee);
     return YMM_ADD(_mm256_shuffle_ps, low, high, 0x88, 0xdd);
 }
-MK_INLINE vf vf_sums(const vf *a, const int step) { return (vf){ymm_sums(a, step), ymm_sums(a + 8 * step, step)}; }
+MK_INLINE vf vf_sums(const vf *a, const int step) {
+    __m256 halves[16];
+    for (int r = 0; r < 16; r++) halves[r] = _mm256_add_ps(a[r * step].lo, a[r * step].hi);
+    return (vf){ymm_sums(halves), ymm_sums(halves + 8)};
+}
