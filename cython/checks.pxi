@@ -115,7 +115,7 @@ cdef Pools pools_of(int kv_type, kpool, vpool, int kvh, int hd, int vd) except *
     cdef const uint8_t[:, :, ::1] kbytes, vbytes
     cdef Pools pools
     if kv_type != MK_F32 and kv_type != MK_F16 and not mk_is_kv_int8(kv_type):
-        raise ValueError(f"the KV cache holds F32, F16, Q8_0 or W8A8, not block type {kv_type}")
+        raise ValueError(f"the KV cache holds F32, F16, Q8_0 or Q8_0_INT8, not block type {kv_type}")
     for dim in (hd, vd):
         if not 0 < dim <= MK_MAX_HEAD_DIM:
             raise ValueError(f"a head has 1 to {MK_MAX_HEAD_DIM} dimensions, not {dim}")

@@ -1,20 +1,22 @@
 /* Products of BF16 weights with many rows of x, on the tiles of AMX, with the bits of body_float.h.
  *
- * For lanes j and j + 8 a tile of W has, row by row, what their chains take of a block of columns: the odd and then the
- * even column of each 32, of lane j in the lower half of a word and of lane j + 8 in the upper.  TDPBF16PS forms both
- * chains from zero, and adds them to the sums of these lanes.  x is laid out so from the start (tile_rows), with rows side
- * by side; W is transposed on its way, once for all rows of x that pass by. */
+ * There is a tile for each pair of lanes j and j + 8.  A row of the tile has the columns of a block that the chains of these
+ * lanes take, of one row of W: the odd column of the first 32, the even one, those of the next 32, and so on.  A word of 32 bits
+ * has the column of lane j in its lower half and that of lane j + 8 in its upper half.  TDPBF16PS computes both chains from zero
+ * and adds them to the sum.  tile_rows writes x in this layout, with the rows of x side by side.  The rows of W are rearranged
+ * during the product, once for all rows of x that are multiplied with them. */
 
 #include "body_amx_tiles.h"
 
-enum { LANE_PAIRS = 8, RUNS = 8 /* of 32 columns, in a block */ };
-enum { APART = 1088 /* bytes from a transposed tile to the next, which so lies in other sets of a cache */ };
-enum { WIDE = 2 /* tiles of W, and groups of x, at once */, TRANSPOSED = 16 /* blocks of W */, MAX_ROWS = 256 /* of x */ };
+enum { LANE_PAIRS = 8, RUNS = 8 /* a block has so many times 32 columns */ };
+enum { APART = 1088 /* bytes from a tile to the next one, so that they do not share the sets of a cache */ };
+enum { WIDE = 2 /* tiles of W, and of x, that are multiplied at a time */ };
+enum { TRANSPOSED = 16 /* blocks of W that are rearranged at a time */, MAX_ROWS = 256 /* rows of x, at a time */ };
 
 typedef uint8_t transposed_blocks[TRANSPOSED][APART] __attribute__((aligned(64)));
 typedef float pair_sums[WIDE][WIDE][MK_TILE][MK_TILE] __attribute__((aligned(64))); /* [W][x][row of W][row of x] */
 
-/* Word i of row r goes to word r of row i; words have 64 bits. */
+/* Transpose a matrix of 8 x 8 words of 64 bits: word i of row r becomes word r of row i. */
 MK_INLINE void transpose_8(__m512i *a) {
     __m512i b[8];
     UNROLL
@@ -32,7 +34,7 @@ MK_INLINE void transpose_8(__m512i *a) {
     }
 }
 
-/* The same for 16 rows of 16 words of 32 bits. */
+/* Transpose a matrix of 16 x 16 words of 32 bits. */
 MK_INLINE void transpose_16(__m512i *a) {
     __m512i low[8], high[8];
     UNROLL
@@ -46,7 +48,7 @@ MK_INLINE void transpose_16(__m512i *a) {
     for (int i = 0; i < 16; i++) a[i] = (i % 4 < 2 ? low : high)[i / 4 * 2 + i % 2];
 }
 
-/* 32 columns: of each pair of lanes the odd columns, and the even ones. */
+/* Put 32 columns into the order of the pairs of lanes: for each pair the two odd columns, then the two even ones. */
 MK_INLINE __m512i lane_pairs(__m512i columns) {
     static const uint16_t ORDER[32] = {1, 17, 0, 16, 3,  19, 2,  18, 5,  21, 4,  20, 7,  23, 6,  22,
                                        9, 25, 8, 24, 11, 27, 10, 26, 13, 29, 12, 28, 15, 31, 14, 30};
@@ -90,7 +92,7 @@ static void tile_rows(const void *argument, long begin, long end) {
     }
 }
 
-/* A block of a row of W, of which so many columns are there. */
+/* Write a block of a row of W to the tiles of the pairs of lanes.  columns: how many the row still has; absent ones are zero. */
 MK_INLINE void transpose_block(const uint8_t *from, long columns, uint8_t *out) {
     uint8_t padded[MK_BF16_BLOCK * 2];
     __m512i words[RUNS];
@@ -105,8 +107,8 @@ MK_INLINE void transpose_block(const uint8_t *from, long columns, uint8_t *out) 
     for (int t = 0; t < LANE_PAIRS; t++) _mm512_store_si512(out + t * (long)sizeof(transposed_blocks), words[t]);
 }
 
-/* Up to TRANSPOSED blocks of `rows` rows of W with so many columns.  Some rows side by side are streams that the processor
- * fetches ahead, and the rows that follow are fetched too, because each may have a page of its own. */
+/* The same for up to TRANSPOSED blocks of `rows` rows of W.  MAX_STREAMS rows are read at a time, which the processor prefetches
+ * as streams.  The following rows are prefetched here, because each row may be in its own page. */
 static void transpose_rows(const uint8_t *w, long stride, int rows, long columns, transposed_blocks *out) {
     for (int first = 0; first < rows; first += MAX_STREAMS)
         for (long b = 0; b < TRANSPOSED && b * MK_BF16_BLOCK < columns; b++)
@@ -117,7 +119,7 @@ static void transpose_rows(const uint8_t *w, long stride, int rows, long columns
             }
 }
 
-/* The same of a tile of BF12. */
+/* The same for a tile of BF12. */
 static void transpose_coded(const uint8_t *w, long columns, transposed_blocks *out) {
     decoded_rows decoded;
     for (long b = 0; b < TRANSPOSED && columns > 0; b++, columns -= MK_BF16_BLOCK) {
@@ -135,7 +137,8 @@ static void transpose_coded(const uint8_t *w, long columns, transposed_blocks *o
 #define LOAD_TILE(c, at) "tileloadd " at "(%0,%1,1), %%tmm" c "\n\t"
 #define STORE_TILE(c, at) "tilestored %%tmm" c ", " at "(%0,%1,1)\n\t"
 
-/* The sums of one pair of lanes (rows of W in tiles 4 and 5, of x in 6 and 7) go on over `count` blocks, or begin with them. */
+/* Add the products of `count` blocks to the sums of one pair of lanes.  begin: the sums are zero before.  Registers tmm4 and tmm5
+ * have rows of W, tmm6 and tmm7 rows of x. */
 static void add_pairs(const uint8_t *w0, const uint8_t *w1, const uint8_t *x0, const uint8_t *x1, long count, int begin,
                       pair_sums sums) {
     if (begin) FOUR_TILES(ZERO_TILE);
@@ -149,7 +152,8 @@ static void add_pairs(const uint8_t *w0, const uint8_t *w1, const uint8_t *x0, c
     FOUR_TILES(STORE_TILE);
 }
 
-/* The tree over 8 sums of pairs of lanes, of 16 rows of W and `rows` of x: a vector for each row of x. */
+/* Add the sums of the 8 pairs of lanes in the tree, for 16 rows of W and `rows` rows of x; `out` gets a vector for each of
+ * these. */
 static void add_lanes(pair_sums *sums, int i, int g, int rows, vf *out) {
     __m512i words[MK_TILE];
     UNROLL
@@ -163,7 +167,7 @@ static void add_lanes(pair_sums *sums, int i, int g, int rows, vf *out) {
     for (int t = 0; t < rows; t++) out[t] = _mm512_castsi512_ps(words[t]);
 }
 
-/* A panel, like `float_panel`, of up to WIDE tiles, for rows in tiles. */
+/* The panel function (see float_panel) for up to WIDE tiles of W and rows of x in tiles. */
 static void bf16_panel(const mk_matmul_job *job, int rows, int p, long tile, int tiles, int again, const uint8_t *x,
                            vf *sums) {
     (void)again;

@@ -26,7 +26,7 @@ typedef struct {
     int count, shape; /* the number of queries; tiles have QUERIES[shape] queries, of which the last may use fewer */
     long lanes;
     long first, last; /* the positions to which all of the queries attend */
-    float q[MK_ATTENTION_SUMS];    /* tiles [hd][Q], scaled; for W8A8 mk_activation [hd / 32][Q] */
+    float q[MK_ATTENTION_SUMS];    /* tiles [hd][Q], scaled; for Q8_0_INT8 mk_activation [hd / 32][Q] */
     float sums[MK_ATTENTION_SUMS]; /* tiles [Q][lanes] */
     float p[MK_QUERY_TILE][MK_KV_BLOCK]; /* of the tile that is computed */
     query queries[MK_MAX_QUERIES];
@@ -96,7 +96,7 @@ static void visit(query_group *group, int tile, int type, int value_type, long s
     query *queries = group->queries + tile * Q;
     float *p = group->p[0], *sums = group->sums + tile * Q * lanes;
     const float *q = group->q + (long)tile * Q * hd;
-    if (type == MK_W8A8) mk_active->int8_scores[group->shape]((const mk_activation *)(const void *)q, keys, next_keys, hd, p);
+    if (type == MK_Q8_0_INT8) mk_active->int8_scores[group->shape]((const mk_activation *)(const void *)q, keys, next_keys, hd, p);
     else QUERY_TILE_FUNCTIONS[type][group->shape].scores(q, keys, next_keys, hd, p);
     if (start >= group->first && start + MK_KV_BLOCK <= group->last + 1 && !(group->job->softcap > 0.0f)) {
         int j = 0;
@@ -176,7 +176,7 @@ static void gather(query_group *group, const mk_query_group *item, long *low, lo
             if (job->tuning.length) scale *= tuned(&job->tuning, at);
             const float *from = job->q + row * job->q_stride + head * hd;
             float *to = group->q + (long)(count / Q) * Q * hd;
-            if (job->type == MK_W8A8) round_query(from, hd, scale, Q, (mk_activation *)(void *)to + count % Q);
+            if (job->type == MK_Q8_0_INT8) round_query(from, hd, scale, Q, (mk_activation *)(void *)to + count % Q);
             else
                 for (int i = 0; i < hd; i++) to[(long)i * Q + count % Q] = from[i] * scale;
             group->queries[count] = (query){.first = first, .last = last,
@@ -209,7 +209,7 @@ static void attend(const mk_attention_job *job, const mk_query_group *item) {
         const uint8_t *keys = (const uint8_t *)job->kpool + at * key_bytes;
         const uint8_t *next_keys = (const uint8_t *)job->kpool + ahead * key_bytes;
         const uint8_t *values = NULL, *next_values = NULL;
-        int type = job->type, value_type = type == MK_W8A8 ? MK_Q8_0 : type;
+        int type = job->type, value_type = type == MK_Q8_0_INT8 ? MK_Q8_0 : type;
         if (shared) {
             values_of_keys(type, keys, job->hd, job->vd, value_floats);
             values = next_values = (const uint8_t *)value_floats;
@@ -219,7 +219,7 @@ static void attend(const mk_attention_job *job, const mk_query_group *item) {
             next_values = (const uint8_t *)job->vpool + ahead * value_bytes;
         }
         if (floats) {
-            if (type != MK_W8A8) {
+            if (type != MK_Q8_0_INT8) {
                 to_floats(type, 1, keys, next_keys, job->hd, key_floats);
                 keys = next_keys = (const uint8_t *)key_floats;
                 type = MK_F32;

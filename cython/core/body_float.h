@@ -1,18 +1,20 @@
-/* Products with float weights, which lie row by row as in files: lanes run over the columns.
+/* Products with float weights, whose rows lie as in files.  The 16 lanes of a vector are columns.
  *
- * Lane j of 16 is one chain of fma over columns j, j + 16, ... of a panel, at whose end lanes are folded in the fixed
- * tree.  With BF16 weights x is rounded to BF16 as well, denormals are zeros, and columns come in blocks of 256: in each
- * a lane's chain begins at zero and takes columns 2 j + 1 and 2 j of 32 after 32, lane j + 8 is added to lane j, and that
- * to the sums so far, which are folded like the other types'.  So VDPBF16PS can form it, whose lanes are such chains, and
- * so can AMX's TDPBF16PS, which adds two chains of 16 to its sum (both: Intel's manual), and any fma, for a product of two
- * BF16 is exact.
+ * Lane j sums columns j, j + 16, ... of a panel with one chain of fma.  At the end of the panel the lanes are added in the fixed
+ * tree.
  *
- * In blocks with scales (body_scaled.h) a lane's chain begins at zero too, and at a block's end its scale times the chain is
- * added to the sums so far, which one fma rounds. */
+ * With BF16 weights x is rounded to BF16 too, and denormals are zeros.  The columns are divided into blocks of 256.  In each
+ * block the chain of lane j begins at zero.  It takes columns 2 j + 1 and 2 j of the first 32, then of the next 32, and so on.
+ * At the end of a block lane j + 8 is added to lane j, and the result is added to the sums of the blocks before it.  At the end
+ * of the panel these 8 sums are added in the tree.  VDPBF16PS computes such chains in its lanes, and AMX's TDPBF16PS adds two
+ * chains of 16 to its sum (both: Intel's manual).  Any fma computes them as well, because a product of two BF16 is exact.
+ *
+ * With weights in blocks with scales (body_scaled.h) a lane's chain begins at zero in each block.  At the end of a block one fma
+ * adds the chain times the block's scale to the lane's sum. */
 
-/* w: `rows` (1..16) rows, `stride` bytes apart, and what follows so many bytes `ahead` (0: the rows after them; FETCHED:
- * nothing, W is in the cache); x: T rows of columns in steps, as api.c's float_rows has made them, whose groups are
- * x_stride bytes apart; sums [T]: lane r is row r's. */
+/* w: `rows` (1..16) rows of W, at a distance of `stride` bytes.  ahead: how many bytes after each line of W the line begins that
+ * is prefetched (0: that of the next rows; FETCHED: none, because W is in the cache).  x: T rows, as float_rows of api.c has
+ * made them; their groups have a distance of x_stride bytes.  sums [T]: lane r is the product with row r of W. */
 typedef void (*float_function)(const uint8_t *w, long stride, long ahead, int rows, const uint8_t *x, long x_stride,
                                long columns, vf *sums);
 
@@ -21,14 +23,14 @@ enum { BF16_STEP = MK_BF16_PAIRS };
 #else
 enum { BF16_STEP = MK_BF16_HALVES };
 #endif
-enum { DEPTH = 1024 /* columns of several rows of x that stay in the first cache while rows of W pass by */ };
+enum { DEPTH = 1024 /* columns: so much of a few rows of x fits into the first-level cache */ };
 enum { FETCHED = -1 };
-enum { MAX_STREAMS = 4 /* rows of W at a time */, MAX_FLOAT_SUMS = 24 /* of theirs and rows of x */ };
-enum { FLOAT_ROWS = VEC_ROWS > 4 ? 8 : 4 /* of x at a time, at most */ };
+enum { MAX_STREAMS = 4 /* rows of W that are read at a time */, MAX_FLOAT_SUMS = 24 /* sums of these rows and rows of x */ };
+enum { FLOAT_ROWS = VEC_ROWS > 4 ? 8 : 4 /* rows of x that are computed at a time, at most */ };
 
-/* Rows of W beside T rows of x, so that VEC_SUMS sums are under way. */
+/* How many rows of W are multiplied with T rows of x at a time, so that there are VEC_SUMS sums. */
 #define STREAMS(T) (VEC_SUMS / (T) < 1 ? 1 : VEC_SUMS / (T) > MAX_STREAMS ? (int)MAX_STREAMS : VEC_SUMS / (T))
-#ifdef VEC_HALF_ROWS /* as many, of halves of vectors, beside a group of x */
+#ifdef VEC_HALF_ROWS /* with a group of rows of x, in halves of vectors (half_steps) */
 #define STREAMS_OF(type, T) ((T) == MK_GROUP && !mk_is_scaled(type) ? VEC_HALF_ROWS : STREAMS(T))
 #else
 #define STREAMS_OF(type, T) STREAMS(T)
@@ -41,8 +43,8 @@ MK_INLINE vf float_row(const int type, const int halves, const int half, const u
                           : vf_odd((const void *)w);
 }
 
-/* A step of the columns: 32 of BF16, else 16. Beside one row of x, a row of W is loaded where it is used: NEON has no
- * registers for four of them and their sums. */
+/* One step of the columns: 32 for BF16, 16 for other types.  With one row of x, a row of W is loaded where it is used, because
+ * NEON has too few registers for four rows of W and their sums. */
 MK_INLINE void float_step(const int type, const int R, const int T, const uint8_t *const *w, const uint8_t *x,
                           long x_stride, vf *acc) {
     const int halves = type == MK_BF16 ? BF16_STEP / 64 : 1;
@@ -70,7 +72,7 @@ MK_INLINE void float_step(const int type, const int R, const int T, const uint8_
     }
 }
 
-/* So many steps of R rows of W, which are moved on; acc [R][T] go on. */
+/* `steps` steps of R rows of W.  The pointers to the rows are advanced, and the products are added to acc [R][T]. */
 MK_INLINE void float_steps(const int type, const int R, const int T, const uint8_t **rows, long ahead, const uint8_t *x,
                            long x_stride, long steps, vf *acc) {
     const int bytes = type == MK_F16 ? 32 : 64, x_bytes = (type == MK_BF16 ? BF16_STEP : 64) * GROUP(T);
@@ -78,16 +80,16 @@ MK_INLINE void float_steps(const int type, const int R, const int T, const uint8
         float_step(type, R, T, rows, x, x_stride, acc);
         UNROLL
         for (int r = 0; r < R; r++) {
-            __builtin_prefetch(rows[r] + ahead); /* pages of a file's map are small, and a row may have its own */
+            __builtin_prefetch(rows[r] + ahead); /* the pages of a mapped file are small, so each row may be in its own page */
             rows[r] += bytes;
         }
     }
 }
 
 #ifdef VEC_HALF_ROWS
-/* The same for a group of x, one half of the lanes after the other: R * 4 sums, R vectors of W and one of x are what there
- * are registers for, and loads no longer take longer than products.  Parts of a step are turns of one loop, for gcc
- * spills sums where its body has two. */
+/* The same for a group of rows of x, one half of the lanes after the other.  The registers hold R * 4 sums, R vectors of W and
+ * one of x, so loads take no longer than products.  The odd and the even columns of a step are two iterations of one loop,
+ * because gcc keeps sums in memory if the body of the loop has both. */
 MK_INLINE void half_steps(const int type, const int R, const uint8_t **rows, long ahead, const uint8_t *x, long steps,
                           vf *sums) {
     const unsigned bytes = type == MK_F16 ? 32 : 64, parts = type == MK_BF16 ? 2 : 1;
@@ -115,7 +117,7 @@ MK_INLINE void half_steps(const int type, const int R, const uint8_t **rows, lon
             values += MK_GROUP * 64;
             at += parts == 1 ? bytes : part * bytes;
             part ^= parts - 1;
-            if (parts > 1) __asm__("" : "+r"(part)); /* else gcc knows it, and makes two bodies after all */
+            if (parts > 1) __asm__("" : "+r"(part)); /* gcc must not know its value, or it unrolls the loop */
         }
         UNROLL
         for (int i = 0; i < R * MK_GROUP; i++) *vh_of(sums + i, half) = acc[i];
@@ -130,7 +132,7 @@ MK_INLINE void half_steps(const int type, const int R, const uint8_t **rows, lon
 #define FLOAT_STEPS float_steps
 #endif
 
-/* Columns of R rows of W, for BF16 at most a block of them; sums [R][T] go on. */
+/* Add the products of `columns` columns of R rows of W to sums [R][T]; for BF16 these are at most one block. */
 HOT void float_run(const int type, const int R, const int T, const uint8_t **rows, long ahead, const uint8_t *x,
                    long x_stride, long columns, vf *sums) {
     const int x_bytes = (type == MK_BF16 ? BF16_STEP : 64) * GROUP(T);
@@ -152,7 +154,7 @@ HOT void float_run(const int type, const int R, const int T, const uint8_t **row
     for (int i = 0; i < R * T; i++) sums[i] = type == MK_BF16 ? vf_add_halves(sums[i], acc[i]) : acc[i];
 }
 
-/* Columns of R rows of W in blocks with scales; sums [R][T] go on. */
+/* The same for weights in blocks with scales. */
 HOT void scaled_run(const int type, const int R, const int T, const uint8_t **rows, long ahead, const uint8_t *x,
                     long x_stride, long columns, vf *sums) {
     const int block = mk_block(type), bytes = mk_block_bytes(type);
@@ -210,7 +212,7 @@ HOT void float_rows(const int type, const int R, const int T, const uint8_t *w, 
 HOT void float_tile(const int type, const int R, const int T, const uint8_t *w, long stride, long ahead, int rows,
                     const uint8_t *x, long x_stride, long columns, vf *sums) {
     const int step = mk_float_step(type);
-    const long depth = T < MK_GROUP ? columns : DEPTH; /* few rows of x: those of W should be read to their ends */
+    const long depth = T < MK_GROUP ? columns : DEPTH; /* with few rows of x, a row of W is read from its beginning to its end */
     vf acc[MK_TILE * FLOAT_ROWS];
     if (!ahead) ahead = R * stride;
     for (int i = 0; i < MK_TILE * T; i++) acc[i] = vf_set1(0.0f);

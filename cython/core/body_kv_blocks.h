@@ -9,7 +9,7 @@ MK_INLINE vf load_keys(const int type, const uint8_t *keys, int hd, long i, int 
     long at = i * MK_KV_BLOCK + vector * MK_TILE;
     if (type == MK_F32) return vf_load((const float *)keys + at);
     if (type == MK_F16) return vf_load_f16((const uint16_t *)keys + at);
-    if (type == MK_W8A8) { /* every fourth byte */
+    if (type == MK_Q8_0_INT8) { /* every fourth byte */
         uint8_t bytes[MK_TILE];
         for (int t = 0; t < MK_TILE; t++) bytes[t] = keys[2 * hd + i / 4 * 4 * MK_KV_BLOCK + (vector * MK_TILE + t) * 4 + i % 4];
         return vf_mul(scale, vf_load_i8(bytes));
@@ -80,7 +80,7 @@ static void values_of_keys(int type, const uint8_t *keys, int hd, int vd, float 
     if (type == MK_F32) keys_as_values(MK_F32, keys, hd, vd, out);
     else if (type == MK_F16) keys_as_values(MK_F16, keys, hd, vd, out);
     else if (type == MK_Q8_0) keys_as_values(MK_Q8_0, keys, hd, vd, out);
-    else keys_as_values(MK_W8A8, keys, hd, vd, out);
+    else keys_as_values(MK_Q8_0_INT8, keys, hd, vd, out);
 }
 
 static void to_f16(const float *x, uint16_t *out, long count) {

@@ -22,10 +22,10 @@ enum { QUERY_SHAPES = 3 };
 #define QUERY_COUNT(type, Q) Q,
 static const int QUERIES[QUERY_SHAPES] = {EACH_SHAPE(QUERY_COUNT, )};
 
-/* p [Q][32] = the scores of a block of W8A8 keys and of queries x [hd / 32][Q]: exact sums of 32 dimensions, times both
+/* p [Q][32] = the scores of a block of Q8_0_INT8 keys and of queries x [hd / 32][Q]: exact sums of 32 dimensions, times both
  * scales.  Prefetches `next`. */
 HOT void int8_scores(const int Q, const mk_activation *x, const uint8_t *keys, const uint8_t *next, int hd, float *p) {
-    const int V = Q > 4 ? 1 : KEY_VECTORS, line = mk_kv_bytes(MK_W8A8, MK_BLOCK);
+    const int V = Q > 4 ? 1 : KEY_VECTORS, line = mk_kv_bytes(MK_Q8_0_INT8, MK_BLOCK);
     for (int vector = 0; vector < MK_KV_BLOCK / MK_TILE; vector += V) {
         vf acc[VEC_QUERIES * KEY_VECTORS];
         UNROLL

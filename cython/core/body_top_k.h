@@ -1,6 +1,7 @@
-/* The k likeliest of a row: the highest values, and of equal values the lowest ids. */
+/* Finds the k largest values of a row, and their ids.  Of equal values, those with the lowest ids are taken. */
 
-/* The k best so far are a heap whose root is the worst: the lowest value, and of equal values the highest id. */
+/* The k best values so far are in a heap.  Its root is the worst of them: the lowest value, or of equal values the one with the
+ * highest id. */
 MK_INLINE int worse(float a, int32_t i, float b, int32_t j) { return a < b || (a == b && i > j); }
 
 static void sift(float *values, int32_t *ids, long size, long at) {
@@ -26,9 +27,9 @@ static void replace_worst(float *values, int32_t *ids, long size, float value, l
     sift(values, ids, size, 0);
 }
 
-/* Sort a heap: the best first. */
+/* Sort a heap so that the best value comes first. */
 static void sort_heap(float *values, int32_t *ids, long size) {
-    for (long last = size; --last > 0;) { /* the worst goes to the end */
+    for (long last = size; --last > 0;) { /* the worst of the remaining ones goes to their end */
         float value = values[0];
         int32_t id = ids[0];
         values[0] = values[last], ids[0] = ids[last];
@@ -37,7 +38,7 @@ static void sort_heap(float *values, int32_t *ids, long size) {
     }
 }
 
-/* A heap of the `size` best of d values; NaN counts as -inf. */
+/* Make a heap of the `size` best of d values.  NaN counts as -inf. */
 static void heap_best(const float *x, long d, long size, float *values, int32_t *ids) {
     for (long i = 0; i < size; i++) {
         values[i] = x[i] == x[i] ? x[i] : -INFINITY;
@@ -52,10 +53,12 @@ static void heap_best(const float *x, long d, long size, float *values, int32_t 
     }
 }
 
-enum { PEAKS = 1 << 14, FEW = 8 /* for so few the heap alone is faster */, LONGEST = 48, SHORTEST = 4 /* groups */ };
+enum { PEAKS = 1 << 14 /* groups of values, at most */, FEW = 8 /* for fewer values heap_best is faster */ };
+enum { LONGEST = 48, SHORTEST = 4 /* values of a group, at most and at least */ };
 
-/* The same, faster for few of many: `size` of the peaks of groups of values are at least as high as the lowest of those,
- * so what is lower need not be looked at.  Returns 0, with no heap, where this does not help. */
+/* The same, faster if `size` is small beside d.  The values are divided into groups, and the largest value of each group is its
+ * peak.  The `size` highest peaks are values of the row, so at least `size` values are not lower than the lowest of these peaks.
+ * Lower values, and groups whose peak is lower, are skipped.  Returns 0 and makes no heap if this would not be faster. */
 static int heap_of_high(const float *x, long d, long size, float *values, int32_t *ids) {
     long each = d / (8 * size), count = 0; /* values of a group */
     if (each > LONGEST) each = LONGEST;
@@ -63,7 +66,7 @@ static int heap_of_high(const float *x, long d, long size, float *values, int32_
     if (size < FEW || each < SHORTEST || each * size > d / 4) return 0;
     const long step = each * MK_TILE;
     float peaks[PEAKS];
-    do { /* a peak of each lane */
+    do { /* each lane of a vector has the peak of its own group */
         const long i = count * each;
         vf peak = vf_set1(-INFINITY);
         for (long j = i; j < i + step && j < d; j += MK_TILE) {
@@ -96,9 +99,9 @@ static int heap_of_high(const float *x, long d, long size, float *values, int32_
     return 1;
 }
 
-enum { RADIX = 11, LONG = 256 /* from here on this is faster */, MOST = 1 << 14 };
+enum { RADIX = 11 /* bits */, LONG = 256 /* for fewer values a heap is faster */, MOST = 1 << 14 };
 
-/* The order as an integer: the lower, the better.  NaN counts as -inf, and -0 as 0. */
+/* An integer that is lower for a better value.  NaN counts as -inf, and -0 as 0. */
 MK_INLINE uint32_t order_of(float value) {
     uint32_t bits;
     value = value == value ? value + 0.0f : -INFINITY;
@@ -106,7 +109,8 @@ MK_INLINE uint32_t order_of(float value) {
     return bits >> 31 ? bits : ~bits & 0x7fffffffu;
 }
 
-/* Sort items, the order in their upper half; those of equal order stay as they are.  `other` has space for as many. */
+/* Sort items by their upper halves; items with equal upper halves keep their order.  `other` has space for as many items.
+ * Returns the one of both arrays that has the sorted items. */
 static uint64_t *radix_sort(uint64_t *items, uint64_t *other, long count) {
     for (int shift = 32; shift < 64; shift += RADIX) {
         uint32_t places[1 << RADIX] = {0}, before = 0;
@@ -137,8 +141,8 @@ static long count_above(const float *x, long d, float bound) {
     return (long)vf_hadd(count); /* exact, for d < 2^24 */
 }
 
-/* The `size` best of d values, sorted, for many of them: a bound is searched that nearly as many exceed.  Returns 0 where
- * there is none. */
+/* Find the `size` best of d values, sorted, if `size` is large.  It searches for a bound that not many more values exceed, and
+ * sorts these.  Returns 0 if it finds no such bound. */
 static int best_of_many(const float *x, long d, long size, float *values, int32_t *ids) {
     if (size < LONG || size > MOST || d >= 1 << 24) return 0;
     uint32_t few = order_of(row_max(x, d)), enough = order_of(-INFINITY);

@@ -25,7 +25,7 @@ static void store(const void *argument, long begin, long end) {
             const float *key = job->k + row * job->k_stride + (long)head * hd;
             uint8_t *keys = (uint8_t *)job->kpool + at * mk_kv_bytes(job->type, hd);
             if (mk_is_kv_int8(job->type)) {
-                const int together = job->type == MK_W8A8 ? 4 : 1;
+                const int together = job->type == MK_Q8_0_INT8 ? 4 : 1;
                 put_q8(key, keys, hd, offset, offset * together, together, MK_KV_BLOCK * together);
             } else if (job->type == MK_F16) {
                 uint16_t *to = (uint16_t *)keys + offset;

@@ -125,10 +125,13 @@ static inline int mk_float_step(int type) { return mk_is_bf16(type) ? 32 : 16; }
     X(0.24611230194568634f) X(0.33791524171829224f) X(0.44070982933044434f) X(0.5626170039176941f)                   \
     X(0.7229568362236023f) X(1.0f)
 
-static inline int mk_is_kv_int8(int type) { return type == MK_Q8_0 || type == MK_W8A8; }
+/* A KV cache has the types F32, F16, Q8_0 and this one, which is Q8_0 whose keys are multiplied with queries that are rounded
+ * to int8 too: four dimensions of a token lie together. */
+enum { MK_Q8_0_INT8 = MK_TYPES };
+static inline int mk_is_kv_int8(int type) { return type == MK_Q8_0 || type == MK_Q8_0_INT8; }
 
-/* Bytes of one head's keys or values in a block.  A Q8_0 block has first the scales, [hd / 32][token], then the integers.
- * W8A8 is Q8_0 whose keys are multiplied with queries that are rounded to int8 too: four dimensions of a token lie together. */
+/* Bytes of one head's keys or values in a block.  A block of int8 has first the scales,
+ * [hd / 32][token], then the integers. */
 static inline long mk_kv_bytes(int type, int hd) { return (long)hd * (type == MK_F32 ? 128 : type == MK_F16 ? 64 : 34); }
 
 static inline long mk_blocks(long columns, int block) { return (columns + block - 1) / block; }

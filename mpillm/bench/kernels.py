@@ -13,7 +13,7 @@ from mpillm import kernels
 from mpillm.bench.machine import seconds
 from mpillm.bench.random_blocks import random_blocks, random_scaled
 from mpillm.bench.result import Kernel, Machine
-from mpillm.kernels import KV_BLOCK, BlockType
+from mpillm.kernels import KV_BLOCK, BlockType, KvType
 from mpillm.weights.plan import panels_of_rows
 
 ROWS = (1, 32, 512)
@@ -218,7 +218,7 @@ def _attention(random: np.random.Generator, sizes: KernelSizes, m: int) -> Case:
 
     def call(threads: int) -> None:
         kernels.attention(
-            BlockType.F16, q, out, keys, values, positions, table, start, kv_of_head, kv_heads, hd, hd**-0.5, 0,
+            KvType.F16, q, out, keys, values, positions, table, start, kv_of_head, kv_heads, hd, hd**-0.5, 0,
             threads,
         )  # fmt: skip
 

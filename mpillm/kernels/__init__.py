@@ -63,6 +63,7 @@ from mpillm.kernels.types import (
     TILE_ROWS,
     Activation,
     BlockType,
+    KvType,
     Norm,
     delta_floats,
     kv_pools,
@@ -70,8 +71,8 @@ from mpillm.kernels.types import (
 
 __all__ = [
     "ACTIVATION_BLOCK_BYTES", "KV_BLOCK", "QUANT_BLOCK", "TILE_ROWS", "Activation", "Attention", "BlockType",
-    "Expert", "Experts", "GatedConvolution", "GatedDeltaNet", "LatentAttention", "LayerStack", "Mamba2", "Mlp", "Norm",
-    "Products", "Residual",
+    "Expert", "Experts", "GatedConvolution", "GatedDeltaNet", "KvType", "LatentAttention", "LayerStack", "Mamba2",
+    "Mlp", "Norm", "Products", "Residual",
     "activate", "activation_nbytes", "attention", "available", "compute", "decays", "delta_floats", "delta_rule",
     "dequantize", "first_touch", "fold", "kv_pools", "kv_store", "layer_norm", "lse_parts", "matmul", "pack",
     "packed_nbytes", "path", "quantize", "quantize_rows", "rms_norm", "rope", "selective_scan", "set_path",

@@ -13,6 +13,7 @@ from mpillm.kernels.types import (
     Activation,
     BlockType,
     Bounds,
+    KvType,
     activation_nbytes,
     check_bounds,
     kv_pools,
@@ -71,7 +72,7 @@ def require_activations(type: BlockType, x: Array, k: int, edges: npt.NDArray[np
         require_rows("x", x, width=k, dtype=np.float32)
 
 
-def require_pools(kv_type: BlockType, kpool: Array, vpool: Array | None, kvh: int, hd: int, vd: int) -> None:
+def require_pools(kv_type: KvType, kpool: Array, vpool: Array | None, kvh: int, hd: int, vd: int) -> None:
     """Check the pools (see `kv_pools`); if vpool is None, the values are the first vd dimensions of the keys."""
     keys, values = kv_pools(kv_type, len(kpool), kvh, hd, vd)
     require("kpool", kpool, *keys)

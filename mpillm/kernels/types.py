@@ -269,24 +269,34 @@ def check_whole(k: int) -> None:
         raise ValueError(f"the columns of a K-quant matrix must be a multiple of {SUPER_BLOCK}, not {k}")
 
 
-KV_INT8 = (BlockType.Q8_0, BlockType.W8A8)  # types of a KV cache whose numbers are int8
+class KvType(IntEnum):
+    """The types of a KV cache. Q8_0_INT8 is Q8_0 whose queries are rounded to int8 too (MK_Q8_0_INT8)."""
+
+    F32 = BlockType.F32
+    F16 = BlockType.F16
+    Q8_0 = BlockType.Q8_0
+    Q8_0_INT8 = len(BlockType)
+
+    @property
+    def int8(self) -> bool:
+        """Whether its numbers are int8 with scales."""
+        return self in (KvType.Q8_0, KvType.Q8_0_INT8)
 
 
 def kv_pools(
-    kv_type: BlockType, blocks: int, heads: int, head_dim: int, value_dim: int = 0
+    kv_type: KvType, blocks: int, heads: int, head_dim: int, value_dim: int = 0
 ) -> tuple[tuple[tuple[int, ...], type], tuple[tuple[int, ...], type]]:
     """Return shape and element type of the pool of keys and of the pool of values, for `blocks` KV blocks.
 
     A block has `KV_BLOCK` tokens. A head's keys have `head_dim` dimensions, its values `value_dim` (0: `head_dim`).
     F32 and F16 (as uint16): keys [block, head, dim, token] and values [block, head, token, dim]. Q8_0: bytes
-    [block, head, 34 * dim]; F16 scales [dim / 32, token] come first, then the integers in the order of F32. W8A8 is
-    Q8_0 whose queries are rounded to int8 too; its keys are [dim / 4, token, 4]. Raises ValueError if a cache cannot
-    have this type or these dimensions.
+    [block, head, 34 * dim]; F16 scales [dim / 32, token] come first, then the integers in the order of F32. The
+    keys of Q8_0_INT8 are [dim / 4, token, 4]. Raises ValueError if a cache cannot have this type or these dimensions.
     """
     value_dim = value_dim or head_dim
-    if kv_type not in (BlockType.F32, BlockType.F16, *KV_INT8):
-        raise ValueError(f"the KV cache holds F32, F16, Q8_0 or W8A8, not {BlockType(kv_type).name}")
-    if kv_type in KV_INT8:
+    if kv_type not in tuple(KvType):
+        raise ValueError(f"the KV cache holds F32, F16, Q8_0 or Q8_0_INT8, not {BlockType(kv_type).name}")
+    if KvType(kv_type).int8:
         for dim in (head_dim, value_dim):
             if dim % QUANT_BLOCK:
                 raise ValueError(
@@ -296,5 +306,5 @@ def kv_pools(
             (blocks, heads, BlockType.Q8_0.row_bytes(dim) * KV_BLOCK) for dim in (head_dim, value_dim)
         )
         return (keys, np.uint8), (values, np.uint8)
-    dtype = np.float32 if kv_type == BlockType.F32 else np.uint16
+    dtype = np.float32 if kv_type == KvType.F32 else np.uint16
     return ((blocks, heads, head_dim, KV_BLOCK), dtype), ((blocks, heads, KV_BLOCK, value_dim), dtype)

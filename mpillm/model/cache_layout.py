@@ -22,15 +22,12 @@ from typing import Protocol
 import numpy as np
 
 from mpillm.errors import JobError
-from mpillm.kernels import KV_BLOCK, QUANT_BLOCK, BlockType, kv_pools
-from mpillm.kernels.types import KV_INT8
+from mpillm.kernels import KV_BLOCK, QUANT_BLOCK, KvType, kv_pools
 from mpillm.model.cache_spec import LayerCache, SequenceState, TokenCache
 from mpillm.partition import grid
 from mpillm.partition.grid import Place
 
 ArrayType = tuple[tuple[int, ...], type]  # shape and element type
-# The types of memory.kv_type. A cache of W8A8 is one of Q8_0 whose queries are rounded to int8 too.
-KV_TYPES = {"f32": BlockType.F32, "f16": BlockType.F16, "q8_0": BlockType.Q8_0, "q8_0_int8": BlockType.W8A8}
 SPLIT = 1.25  # sorts of layers whose numbers differ by less form one group each
 
 
@@ -125,7 +122,7 @@ class CacheLayout:
     rank's layers where its keys and values are, and the bytes of its state: None and 0 where it has none.
     """
 
-    kv_type: BlockType
+    kv_type: KvType
     windows: tuple[int, ...]
     pools: tuple[tuple[int, int], ...]
     tokens: tuple[TokenLayer | None, ...]
@@ -149,7 +146,7 @@ class CacheLayout:
 
 
 def cache_layout(
-    caches: Sequence[Sequence[LayerCache]], groups: Groups, layers: range, kv_type: BlockType
+    caches: Sequence[Sequence[LayerCache]], groups: Groups, layers: range, kv_type: KvType
 ) -> CacheLayout:
     """The layout of a rank that has `layers`; `caches` has what each of the model's layers keeps on that rank."""
     pools: dict[
@@ -181,15 +178,15 @@ def token_cache(specs: Sequence[LayerCache]) -> TokenCache | None:
     return found[0] if found else None
 
 
-def stored_type(asked: str, caches: Sequence[Sequence[LayerCache]], quantised: bool) -> BlockType:
+def stored_type(asked: str, caches: Sequence[Sequence[LayerCache]], quantised: bool) -> KvType:
     """The number type that `memory.kv_type` means; "auto" is f16 where the weights are quantised, else f32.
 
     JobError if these layers' keys and values cannot be kept in it.
     """
     if asked == "auto":
-        return BlockType.F16 if quantised else BlockType.F32
-    type = KV_TYPES[asked]
-    if type in KV_INT8:
+        return KvType.F16 if quantised else KvType.F32
+    type = KvType[asked.upper()]
+    if type.int8:
         tokens = [spec for specs in caches if (spec := token_cache(specs))]
         for dim in (dim for spec in tokens for dim in (spec.k_dim, spec.v_dim)):
             if dim % QUANT_BLOCK:
@@ -200,9 +197,9 @@ def stored_type(asked: str, caches: Sequence[Sequence[LayerCache]], quantised: b
     return type
 
 
-def name_of(type: BlockType) -> str:
+def name_of(type: KvType) -> str:
     """The name of a type in `memory.kv_type`."""
-    return next(name for name, each in KV_TYPES.items() if each is type)
+    return type.name.lower()
 
 
 def blocks_needed(tokens: int, windows: Sequence[int]) -> int:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mpillm import kernels
 from mpillm.comm.core_speed import LOOK_TURNS, WHOLE, core_speed, plain_code, typical
-from mpillm.kernels import KV_BLOCK, Activation, BlockType
+from mpillm.kernels import KV_BLOCK, Activation, BlockType, KvType
 from mpillm.planning.speed import ROWS, WIDTH, Products
 from mpillm.weights.io.reading import new_buffer
 from mpillm.weights.plan import ALIGNMENT, aligned, panels_of_rows
@@ -182,7 +182,7 @@ def _attention(context: int, threads: int, seconds: float) -> tuple[float, float
 
         def call(_: int) -> None:
             kernels.attention(
-                BlockType.F16, q, out, keys, values, positions, table, starts, of_head, KV_HEADS, HEAD_DIM,
+                KvType.F16, q, out, keys, values, positions, table, starts, of_head, KV_HEADS, HEAD_DIM,
                 HEAD_DIM**-0.5, 0, threads,
             )  # fmt: skip
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from mpillm import kernels
-from mpillm.kernels import Activation, BlockType
+from mpillm.kernels import Activation, BlockType, KvType
 from mpillm.kernels.blocks import CANONICAL
 from mpillm.kernels.scaled_blocks import BLOCKS
 
 Array = np.ndarray[Any, Any]
-KV_TYPES = (BlockType.F32, BlockType.F16, BlockType.Q8_0, BlockType.W8A8)
+KV_TYPES = tuple(KvType)
 OPS = ("product", "quantize", "dequantize", "rms_norm", "rope", "activate", "softmax", "top_k", "lse_parts",
        "attention", "fold", "layer_norm", "square_sums", "softcap", "decays", "short_conv", "delta_rule",
        "selective_scan")  # fmt: skip
@@ -148,7 +148,7 @@ def _lse_parts(
 def _attention(threads: int, kv_type: int, stored: int, rows: int, heads: int, kvh: int, hd: int, window: int,
                pool: int, vd: int, k: Array, v: Array, block: Array, offset: Array, q: Array, pos: Array, table: Array,
                table_start: Array, kv_of_head: Array, scale: Array, sinks: Array) -> list[Array]:  # fmt: skip
-    kind = BlockType(kv_type)
+    kind = KvType(kv_type)
     kpool, vpool = (np.empty(shape, dtype) for shape, dtype in kernels.kv_pools(kind, pool, kvh, hd, vd))
     if shared := not v.size:
         vpool = vpool[:0]
@@ -319,7 +319,7 @@ def product(
     return Case("product", [int(type), n, k, m, fold], arrays, threads, type.name)
 
 
-def attention(rng: np.random.Generator, kv_type: BlockType, hd: int, heads: int, kvh: int, window: int, rows: int = 9,
+def attention(rng: np.random.Generator, kv_type: KvType, hd: int, heads: int, kvh: int, window: int, rows: int = 9,
               threads: int = 1, vd: int = 0, sinks: bool = False, softcap: float = 0.0,
               shared: bool = False, tuning: float = 0.0, bidirectional: bool = False,
               spread: float = 3.0) -> Case:  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mpillm import kernels
-from mpillm.kernels import Activation, BlockType, Norm
+from mpillm.kernels import Activation, BlockType, KvType, Norm
 from tests.kernels import cases
 from tests.kernels.random_parts import BLOCKS, FFN, HD, HEADS, HIDDEN, KVH, fitting, matrix, norm_of, vector
 
@@ -54,10 +54,10 @@ def attention_results(make: Any, seed: int, m: int, threads: int, cut: bool) -> 
     results = []
     parts = tuple(vector(rng, m * n).reshape(m, n) for n in (q.n, k.n, v.n))
     for inputs in ((x,),) if gated or seed == 4 else ((x,), parts):
-        pools = [np.zeros(*one) for one in kernels.kv_pools(BlockType.F16, BLOCKS, KVH, HD, vd)]
+        pools = [np.zeros(*one) for one in kernels.kv_pools(KvType.F16, BLOCKS, KVH, HD, vd)]
         out = np.empty((m, d), np.float32)
         call = work if len(inputs) == 1 else work.attend
-        call(*inputs, cos, sin, BlockType.F16, *pools, *rows, out, threads)
+        call(*inputs, cos, sin, KvType.F16, *pools, *rows, out, threads)
         results += [out, *pools]
     return results
 
@@ -165,7 +165,7 @@ def latent_results(make: Any, seed: int, m: int, threads: int, cut: bool) -> lis
         kv_norm=Norm(latent, 1e-6, vector(rng, latent)), q_norm=Norm(rank, 1e-6, vector(rng, rank)) if low else None,
         interleaved=seed % 4 != 2,
     )  # fmt: skip
-    kv_type = BlockType.F16 if seed % 4 else BlockType.F32
+    kv_type = KvType.F16 if seed % 4 else KvType.F32
     pool, none = (np.zeros(*one) for one in kernels.kv_pools(kv_type, BLOCKS, 1, kv_a.n))
     row = np.arange(m, dtype=np.int32)
     pos, start = np.concatenate([row[::2] // 2, row[1::2] // 2]), np.repeat([0, 2], [(m + 1) // 2, m // 2])

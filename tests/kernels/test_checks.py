@@ -161,7 +161,7 @@ WRONG: list[tuple[str, Callable[[], None]]] = [
      lambda: kernels.top_k(f4(1, 8), 3, f4(1, 3), np.zeros((1, 4), np.int32))),
     (r"bounds must rise within 0..8: \[0, 9\]", lambda: kernels.lse_parts(f4(1, 8), f4(1), i4(0, 9), f4(1, 1, 3))),
     (r"out must have shape \[1, 1, 3\]", lambda: kernels.lse_parts(f4(1, 8), f4(1), i4(0, 8), f4(1, 1, 2))),
-    (r"the KV cache holds F32, F16, Q8_0 or W8A8, not", lambda: attend(i4(0), i4(0), kv_type=Q4_K)),
+    (r"the KV cache holds F32, F16, Q8_0 or Q8_0_INT8, not", lambda: attend(i4(0), i4(0), kv_type=Q4_K)),
     (r"a KV cache of int8 needs heads of a multiple of 32 dimensions, not 8", lambda: attend(i4(0), i4(0), kv_type=Q8)),
     (r"vpool must have shape \[4, 1, 1088\], not \[4, 1, 1024\]",
      lambda: kernels.kv_store(Q8, f4(1, 32), f4(1, 32), i4(0), i4(0), u8(4, 1, 1088), u8(4, 1, 1024), 1, 32)),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mpillm import kernels
-from mpillm.kernels import Activation, BlockType, Norm, fused
+from mpillm.kernels import Activation, BlockType, KvType, Norm, fused
 from mpillm.kernels.types import MIXED_ROWS
 from tests.kernels import cases
 from tests.kernels.fused_results import RESULTS, mlp_results
@@ -198,10 +198,10 @@ def test_a_stack_is_its_layers_in_turn(m: int, regions: int) -> None:
     x = rng.standard_normal((m, d)).astype(np.float32)
     results = []
     for module in (kernels, fused):
-        pools = [tuple(np.zeros(*one) for one in kernels.kv_pools(BlockType.F16, 2, KVH, hd)) for hd in dims]
+        pools = [tuple(np.zeros(*one) for one in kernels.kv_pools(KvType.F16, 2, KVH, hd)) for hd in dims]
         mine, before = x.copy(), kernels._compiled.regions()
         calls: list[int] = []
-        module.LayerStack(made, BlockType.F16, pools, [0, 0, 1, 1])(
+        module.LayerStack(made, KvType.F16, pools, [0, 0, 1, 1])(
             mine, rows, lambda calls=calls: calls.append(1), None, 2
         )
         if module is kernels:
@@ -214,28 +214,26 @@ def test_a_stack_is_its_layers_in_turn(m: int, regions: int) -> None:
     assert np.isfinite(results[0][0]).all()
     assert not cases.same(results[0][0], x)
     # Without messages to look after there are fewer regions still.
-    pools = [tuple(np.zeros(*one) for one in kernels.kv_pools(BlockType.F16, 2, KVH, hd)) for hd in dims]
+    pools = [tuple(np.zeros(*one) for one in kernels.kv_pools(KvType.F16, 2, KVH, hd)) for hd in dims]
     mine, before = x.copy(), kernels._compiled.regions()
-    kernels.LayerStack(made, BlockType.F16, pools, [0, 0, 1, 1])(mine, rows, None, None, 2)
+    kernels.LayerStack(made, KvType.F16, pools, [0, 0, 1, 1])(mine, rows, None, None, 2)
     assert kernels._compiled.regions() - before == 1
     assert cases.same(mine, results[0][0])
     # With two shards that make the same, the sum comes between the parts and what is done with them.
     sums = []
     for module in (kernels, fused):
-        pools = [tuple(np.zeros(*one) for one in kernels.kv_pools(BlockType.F16, 2, KVH, hd)) for hd in dims]
+        pools = [tuple(np.zeros(*one) for one in kernels.kv_pools(KvType.F16, 2, KVH, hd)) for hd in dims]
         mine = x.copy()
-        module.LayerStack(made, BlockType.F16, pools, [0, 0, 1, 1])(mine, rows, lambda: None, _double, 2)
+        module.LayerStack(made, KvType.F16, pools, [0, 0, 1, 1])(mine, rows, lambda: None, _double, 2)
         sums.append(mine)
     assert cases.same(*sums)
     assert not cases.same(sums[0], results[0][0])
     # In lanes too, each of whose sums ends when it is needed, in the order in which they began.
     for module in (kernels, fused) if m > 1 else ():
-        pools = [tuple(np.zeros(*one) for one in kernels.kv_pools(BlockType.F16, 2, KVH, hd)) for hd in dims]
+        pools = [tuple(np.zeros(*one) for one in kernels.kv_pools(KvType.F16, 2, KVH, hd)) for hd in dims]
         mine, said = x.copy(), list[str]()
         later = partial(_later, said)
-        module.LayerStack(made, BlockType.F16, pools, [0, 0, 1, 1])(
-            mine, rows, None, later, 2, [0, m // 2, m]
-        )
+        module.LayerStack(made, KvType.F16, pools, [0, 0, 1, 1])(mine, rows, None, later, 2, [0, m // 2, m])
         assert cases.same(mine, sums[0])
         assert said == [
             "begin 0",
@@ -244,17 +242,17 @@ def test_a_stack_is_its_layers_in_turn(m: int, regions: int) -> None:
             "end 0",
             "end 1",
         ]
-    pools = [tuple(np.zeros(*one) for one in kernels.kv_pools(BlockType.F16, 2, KVH, hd)) for hd in dims]
+    pools = [tuple(np.zeros(*one) for one in kernels.kv_pools(KvType.F16, 2, KVH, hd)) for hd in dims]
     for places, words in (
         ([0, 1, 1, 1], "layers of one place rotate 16 and 32"),
         ([0, 0, 1, 2], "use places .* there are 2"),
         ([0, 0, 0], "4 layers have as many pools and places, not 4 and 3"),
     ):
         with pytest.raises(ValueError, match=words):
-            kernels.LayerStack(made, BlockType.F16, pools, places)(x, rows, lambda: None, None)
+            kernels.LayerStack(made, KvType.F16, pools, places)(x, rows, lambda: None, None)
     for lanes, reduce in (([0, m + 1], _double), ([0], _double), ([0, 0, m], _double), ([0, 1, m], None)):
         with pytest.raises(ValueError, match=f"lanes are rows .* of {m} rows, not"):
-            kernels.LayerStack(made, BlockType.F16, pools, [0, 0, 1, 1])(x, rows, None, reduce, 1, lanes)
+            kernels.LayerStack(made, KvType.F16, pools, [0, 0, 1, 1])(x, rows, None, reduce, 1, lanes)
 
 
 def _double(part: Any, lane: int) -> Callable[[], None]:
@@ -378,7 +376,7 @@ def test_attention_of_about_sixty_pieces(counts: tuple[int, ...]) -> None:
     x, (cos, sin) = vector(rng, m * d).reshape(m, d), vector(rng, 2 * m * HD // 2).reshape(2, m, HD // 2)
     row, results = np.arange(m, dtype=np.int32), []
     for q, k, v, o in (whole, pieces):
-        pools = [np.zeros(*one) for one in kernels.kv_pools(BlockType.F16, 1, KVH, HD)]
+        pools = [np.zeros(*one) for one in kernels.kv_pools(KvType.F16, 1, KVH, HD)]
         kv_of_head = np.arange(HEADS, dtype=np.int32) // (HEADS // KVH)
         work = kernels.Attention(
             q, k, v, o, kv_of_head, KVH, HD, 0.25, norm=Norm(d, 1e-5, vector(rng, d) * 0 + 1)

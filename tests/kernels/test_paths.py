@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mpillm import kernels
-from mpillm.kernels import BlockType
+from mpillm.kernels import BlockType, KvType
 from tests.kernels import cases
 
 COMPILED = [name for name in kernels.available() if name != "numpy"]
@@ -156,7 +156,7 @@ def test_attention_depends_on_positions_alone(path: str) -> None:
 @pytest.mark.parametrize("path", COMPILED)
 @pytest.mark.parametrize("kv_type", cases.KV_TYPES)
 def test_values_that_are_a_part_of_the_keys_give_the_bits_of_values_that_are_stored(
-    path: str, kv_type: BlockType
+    path: str, kv_type: KvType
 ) -> None:
     kernels.set_path(path)
     for hd, vd, heads in ((96, 64, 1), (576, 512, 20), (1056, 1024, 3)):
@@ -191,7 +191,7 @@ def test_float32_rounds_to_f16_as_ieee_says(path: str) -> None:
     kernels.set_path(path)
     k, v = np.zeros((len(x), 1, 64, 32), np.uint16), np.zeros((len(x), 1, 32, 64), np.uint16)
     rows = np.arange(len(x), dtype=np.int32)
-    kernels.kv_store(BlockType.F16, x, x, rows, rows % 32, k, v, 1, 64)
+    kernels.kv_store(KvType.F16, x, x, rows, rows % 32, k, v, 1, 64)
     with np.errstate(over="ignore", invalid="ignore"):
         want = x.astype(np.float16)
     for got in (k[rows, 0, :, rows % 32], v[rows, 0, rows % 32]):

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 from mpillm import kernels
-from mpillm.kernels import Activation, BlockType, lanes, reference
+from mpillm.kernels import Activation, BlockType, KvType, lanes, reference
 from mpillm.kernels.blocks import quantise_q8
 from mpillm.kernels.scaled_blocks import BLOCKS, NF4
-from mpillm.kernels.types import KV_INT8
 from tests.kernels import cases
 
 
@@ -199,11 +198,11 @@ SHAPES = [
 
 @pytest.mark.parametrize(
     ("kv_type", "hd", "heads", "kvh", "window", "bidirectional"),
-    [(kind, *shape) for kind in cases.KV_TYPES for shape in SHAPES if kind not in KV_INT8 or shape[0] >= 32],
+    [(kind, *shape) for kind in cases.KV_TYPES for shape in SHAPES if not kind.int8 or shape[0] >= 32],
 )
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 def test_attention(
-    kv_type: BlockType, hd: int, heads: int, kvh: int, window: int, bidirectional: bool, softcap: float
+    kv_type: KvType, hd: int, heads: int, kvh: int, window: int, bidirectional: bool, softcap: float
 ) -> None:
     """Softmax attention in float64 over the rows that were stored: half of them with sinks and narrower values."""
     tuning = 0.4 if window < 0 else 0.0
@@ -224,11 +223,11 @@ def test_attention(
     _, _, got = case.run()
     k, v, block, offset, q, pos, table, table_start, kv_of_head, scale, sink = case.arrays
     place = {(b, o): i for i, (b, o) in enumerate(zip(block.tolist(), offset.tolist(), strict=True))}
-    if kv_type == BlockType.F16:
+    if kv_type == KvType.F16:
         k, v = k.astype(np.float16), v.astype(np.float16)
-    elif kv_type in KV_INT8:
+    elif kv_type.int8:
         k, v = (rounded(x) for x in (k, v))
-    if kv_type == BlockType.W8A8:  # the scales of the queries stay float32
+    if kv_type == KvType.Q8_0_INT8:  # the scales of the queries stay float32
         scales, integers = quantise_q8(q.reshape(-1, 32))
         q = (scales[:, None].astype(np.float64) * integers).reshape(q.shape)
     for row, at in enumerate(pos.tolist()):

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpillm.kernels.fused.products import Fused, Packed
-from mpillm.kernels.types import F32, I32, Activation, BlockType, Norm
+from mpillm.kernels.types import F32, I32, Activation, KvType, Norm
 
 Pool = npt.NDArray[Any]
 
@@ -44,7 +44,7 @@ class Attention(Fused):
         self._biases, self._qk_norms = biases or (None, None, None), qk_norms or (None, None)
         self._rotary, self._interleaved = hd if rotary is None else rotary, interleaved
 
-    def __call__(self, x: F32, cos: F32 | None, sin: F32 | None, kv_type: BlockType, kpool: Pool, vpool: Pool,
+    def __call__(self, x: F32, cos: F32 | None, sin: F32 | None, kv_type: KvType, kpool: Pool, vpool: Pool,
                  block: I32, offset: I32, pos: I32, table: I32, table_start: I32, out: F32,
                  threads: int = 1) -> None:  # fmt: skip
         rows = self._norm(x, self._norm_before, threads)
@@ -58,7 +58,7 @@ class Attention(Fused):
         self._attend(q, k, v, gate, cos, sin, kv_type, kpool, vpool, block, offset, pos, table, table_start, out,
                      threads)  # fmt: skip
 
-    def attend(self, q: F32, k: F32, v: F32, cos: F32 | None, sin: F32 | None, kv_type: BlockType, kpool: Pool,
+    def attend(self, q: F32, k: F32, v: F32, cos: F32 | None, sin: F32 | None, kv_type: KvType, kpool: Pool,
                vpool: Pool, block: I32, offset: I32, pos: I32, table: I32, table_start: I32, out: F32,
                threads: int = 1) -> None:  # fmt: skip
         """Compute attention from the caller's q [m, heads * hd], k and v; rotates q and k in place."""
@@ -76,7 +76,7 @@ class Attention(Fused):
             self._norm_heads(k, k_norm, self._kvh, threads),
         )
 
-    def _attend(self, q: F32, k: F32, v: F32, gate: F32 | None, cos: F32 | None, sin: F32 | None, kv_type: BlockType,
+    def _attend(self, q: F32, k: F32, v: F32, gate: F32 | None, cos: F32 | None, sin: F32 | None, kv_type: KvType,
                 kpool: Pool, vpool: Pool, block: I32, offset: I32, pos: I32, table: I32, table_start: I32, out: F32,
                 threads: int) -> None:  # fmt: skip
         ops = self.ops
@@ -118,7 +118,7 @@ class LatentAttention(Fused):
         self._latent, self._nope, self._value_dim = k_b[0].n, k_b[0].k, v_b[0].n
         self._rotary = kv_a.n - self._latent
 
-    def __call__(self, x: F32, cos: F32, sin: F32, kv_type: BlockType, kpool: Pool, vpool: object, block: I32,
+    def __call__(self, x: F32, cos: F32, sin: F32, kv_type: KvType, kpool: Pool, vpool: object, block: I32,
                  offset: I32, pos: I32, table: I32, table_start: I32, out: F32, threads: int = 1) -> None:  # fmt: skip
         """`vpool` is ignored: the values are a part of the keys."""
         ops, m, heads, latent, nope = self.ops, len(x), len(self._k_b), self._latent, self._nope

@@ -10,7 +10,7 @@ import numpy as np
 from mpillm.kernels.fused.attention import Attention, Pool
 from mpillm.kernels.fused.mlp import Mlp
 from mpillm.kernels.fused.products import Fused
-from mpillm.kernels.types import F32, I32, BlockType, Norm
+from mpillm.kernels.types import F32, I32, KvType, Norm
 
 # The arguments of a step's rows: cos, sin, block, offset, pos, table, table_start.
 Where = tuple[F32, F32, I32, I32, I32, I32, I32]
@@ -39,7 +39,7 @@ class LayerStack:
     way the next lane is computed.
     """
 
-    def __init__(self, layers: Sequence[tuple[Attention, Residual, Mlp, Residual]], kv_type: BlockType,
+    def __init__(self, layers: Sequence[tuple[Attention, Residual, Mlp, Residual]], kv_type: KvType,
                  pools: Sequence[tuple[Pool, ...]], places: Sequence[int] | None = None) -> None:  # fmt: skip
         self._layers = list(zip(layers, pools, [0] * len(layers) if places is None else places, strict=True))
         self._kv_type = kv_type

@@ -24,15 +24,15 @@ from mpillm.kernels.types import (
     F32,
     I32,
     KV_BLOCK,
-    KV_INT8,
     QUANT_BLOCK,
     BlockType,
+    KvType,
 )
 
 Pool = npt.NDArray[Any]
 
 
-def kv_store(kv_type: BlockType, k: F32, v: F32 | None, block: I32, offset: I32, kpool: Pool, vpool: Pool | None,
+def kv_store(kv_type: KvType, k: F32, v: F32 | None, block: I32, offset: I32, kpool: Pool, vpool: Pool | None,
              kvh: int, hd: int, value_dim: int = 0) -> None:  # fmt: skip
     """Store row i of k [m, kvh * hd] and v [m, kvh * value_dim] at (block[i], offset[i]) of `types.kv_pools`.
 
@@ -54,7 +54,7 @@ def kv_store(kv_type: BlockType, k: F32, v: F32 | None, block: I32, offset: I32,
         stored.append((v.reshape(len(k), kvh, value_dim), vpool, False))
     for x, pool, is_keys in stored:
         dim = x.shape[2]
-        if kv_type in KV_INT8:
+        if kv_type.int8:
             q, scales = _q8_parts(pool, dim, is_keys)
             done = np.empty((len(k) * kvh, BlockType.Q8_0.row_bytes(dim)), np.uint8)
             quantize(BlockType.Q8_0, np.ascontiguousarray(x).reshape(-1, dim), done)
@@ -62,10 +62,10 @@ def kv_store(kv_type: BlockType, k: F32, v: F32 | None, block: I32, offset: I32,
             scales[block, :, :, offset] = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
             to, row = q, blocks[..., 2:].view(np.int8).reshape(len(k), kvh, dim)
         else:
-            element = np.float32 if kv_type == BlockType.F32 else np.float16
+            element = np.float32 if kv_type == KvType.F32 else np.float16
             with np.errstate(over="ignore"):
                 to, row = pool.view(element), x.astype(element)
-        if is_keys and kv_type == BlockType.W8A8:
+        if is_keys and kv_type == KvType.Q8_0_INT8:
             fours = to.reshape(*to.shape[:2], -1, KV_BLOCK, 4)
             fours[block, :, :, offset] = row.reshape(len(k), kvh, -1, 4)
         elif is_keys:
@@ -86,22 +86,20 @@ def _q8_parts(pool: Pool, hd: int, is_keys: bool) -> tuple[npt.NDArray[np.int8],
     return q, scales
 
 
-def _kv_floats(kv_type: BlockType, pool: Pool, used: I32, hd: int, is_keys: bool) -> F32:
+def _kv_floats(kv_type: KvType, pool: Pool, used: I32, hd: int, is_keys: bool) -> F32:
     """Return the blocks `used` of a pool as f32: keys [block, head, dim, token], values [block, head, token, dim]."""
-    if kv_type not in KV_INT8:
-        found: F32 = pool.view(np.float32 if kv_type == BlockType.F32 else np.float16)[used].astype(
-            np.float32
-        )
+    if not kv_type.int8:
+        found: F32 = pool.view(np.float32 if kv_type == KvType.F32 else np.float16)[used].astype(np.float32)
         return found
     q, scales = _q8_parts(pool[used], hd, is_keys)
-    if is_keys and kv_type == BlockType.W8A8:
+    if is_keys and kv_type == KvType.Q8_0_INT8:
         q = q.reshape(*q.shape[:2], -1, KV_BLOCK, 4).swapaxes(3, 4).reshape(q.shape)
     by_dim = np.repeat(scales.astype(np.float32), QUANT_BLOCK, axis=2)
     product: F32 = q.astype(np.float32) * (by_dim if is_keys else by_dim.swapaxes(2, 3))
     return product
 
 
-def attention(kv_type: BlockType, q: F32, out: F32, kpool: Pool, vpool: Pool | None, pos: I32,
+def attention(kv_type: KvType, q: F32, out: F32, kpool: Pool, vpool: Pool | None, pos: I32,
               table: I32, table_start: I32, kv_of_head: I32, kvh: int, hd: int, scale: float, window: int,
               threads: int = 1, value_dim: int = 0, sinks: F32 | None = None,
               softcap: float = 0.0, chunked: bool = False,
@@ -157,7 +155,7 @@ def attention(kv_type: BlockType, q: F32, out: F32, kpool: Pool, vpool: Pool | N
         span = slice(skip, skip + last - begin + 1)
         for head, g in enumerate(kv_of_head.tolist()):
             mine = q[i, head * hd : (head + 1) * hd] * (np.float32(scale) * np.float32(_tuned(tuning, at)))
-            if kv_type == BlockType.W8A8:
+            if kv_type == KvType.Q8_0_INT8:
                 scales, integers = quantise_q8(mine.reshape(-1, QUANT_BLOCK))
                 mine = (scales[:, None] * integers).astype(np.float32).reshape(-1)
             sink = np.float32(-np.inf) if sinks is None else sinks[head]
