@@ -23,6 +23,7 @@ TYPES = [type for type in BlockType if type.quantised or type.multiplied_as == B
 # Those with tiles of their own, whose emulated products are counted.
 TILED = ("BF16", "BF12", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "W8A8")
 HERE = "amx" in kernels.available()
+pytestmark = pytest.mark.timeout(3 * programs.SLOW)  # the first test compiles the harness
 native = pytest.mark.skipif(not HERE, reason="no AMX here, or no leave to use it")
 
 # Linux as it would answer where tiles are forbidden: arch_prctl(ARCH_REQ_XCOMP_PERM) fails with EPERM.
