@@ -4,11 +4,11 @@
 #include "active.h"
 #include "half.h"
 
-/* The rows of x that one tile of W is multiplied with take about so many bytes, so that they stay in the cache; but at
- * least FEW_ROWS go together whatever they take, so that W is read once for a batch that decodes. */
+/* The rows of x that one tile of W is multiplied with take about CACHE bytes (FLOAT_CACHE for float weights), so that they
+ * stay in the cache.  At least FEW_ROWS go together, so that W is read once for a batch that decodes. */
 enum { CACHE = 1 << 18, FLOAT_CACHE = 1 << 22, FEW_ROWS = 4 * MK_ROWS, FEW_TILES = 32 };
 
-/* A part reads so many bytes, times rows of x; what it prefetches beyond its end is then a small share. */
+/* A part reads at least MINIMUM bytes, times rows of x, so that the bytes prefetched beyond its end are a small share. */
 enum { MINIMUM = 1 << 17 };
 
 #define ADD(range, items, kind, ...) \

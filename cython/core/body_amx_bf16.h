@@ -8,7 +8,7 @@
 
 #include "body_amx_tiles.h"
 
-enum { LANE_PAIRS = 8, RUNS = 8 /* a block has so many times 32 columns */ };
+enum { LANE_PAIRS = 8, RUNS = 8 /* runs of 32 columns of a block */ };
 enum { APART = 1088 /* bytes from a tile to the next one, so that they do not share the sets of a cache */ };
 enum { WIDE = 2 /* tiles of W, and of x, that are multiplied at a time */ };
 enum { TRANSPOSED = 16 /* blocks of W that are rearranged at a time */, MAX_ROWS = 256 /* rows of x, at a time */ };

@@ -22,7 +22,7 @@ static int panel_rows(const mk_matmul_job *job, long left) {
     return rows < MK_IN_TILES ? 0 : (int)rows;
 }
 
-/* Copy `blocks` blocks of a group of so many rows of x.  After the last block of an odd number are zeros. */
+/* Copy `blocks` blocks of a group of `rows` rows of x.  If their number is odd, zeros follow the last block. */
 static void copy_group(const int8_t *q, int rows, long blocks, copied_step *to, int first) {
     const long block = (long)rows * MK_BLOCK;
     for (long b = 0; b < blocks; b += STEP_BLOCKS, q += STEP_BLOCKS * block, to++)
@@ -70,7 +70,7 @@ MK_INLINE void add_step(const int R, const int G, const uint8_t *w, long stride,
     }
 }
 
-/* The products of a whole panel.  With each step so many bytes from `ahead` on are fetched into the second-level cache. */
+/* The products of a whole panel.  Each step fetches `fetched` bytes from `ahead` on into the second-level cache. */
 HOT void amx_panel_tile(const int R, const int G, const uint8_t *w, long stride, const copied_step *x, long blocks,
                         const uint8_t *ahead, long fetched, dot_products *dots) {
     const long steps = mk_blocks(blocks, STEP_BLOCKS);

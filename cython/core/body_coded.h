@@ -12,7 +12,7 @@ MK_INLINE void decode_pair(const uint8_t *table, const uint8_t *from, const int 
     vb_zip(vb_load(from + 64 * pair), high, a, b);
 }
 
-/* A block's rows first ... first + 3, of so many steps of 32 columns, one behind the other. */
+/* A block's rows first ... first + 3, each of `steps` steps of 32 columns, one after the other. */
 static void decode_four(const uint8_t *block, int first, long steps, uint8_t *rows) {
     const uint8_t *from = block + MK_CODED_HEAD + first * steps * (MK_CODED_FOUR / 4), *listed = block + MK_CODED_LIST;
     for (long s = 0; s < steps; s++, from += MK_CODED_FOUR, rows += 64) {
@@ -55,8 +55,8 @@ static void decode_block(const uint8_t *block, long steps, uint8_t *rows) {
     for (int r = 0; r < MK_TILE; r += 4) decode_four(block, r, steps, rows + r * steps * 64);
 }
 
-/* `count` rows that decode_four has made, times T rows of x, while as much is fetched from so many bytes `ahead`; sums
- * [row][T] go on. */
+/* `count` rows that decode_four has made, times T rows of x, added to sums [row][T].  As many bytes are fetched, `ahead` bytes
+ * after the rows. */
 HOT void decoded_times(const int R, const int T, int count, const uint8_t *rows, long ahead, const uint8_t *x,
                        long x_stride, long columns, vf *sums) {
     const long stride = mk_blocks(columns, 32) * 64;
@@ -103,7 +103,7 @@ static void decoded_pairs(const uint8_t *rows, long ahead, const uint8_t *x, lon
 #define CODED_SUMS(pairs, a, T) vf_sums(a, T)
 #endif
 
-/* A block of so many columns times one row of x; sums [row] go on. */
+/* A block of `columns` columns times one row of x, added to sums [row]. */
 static void block_times_one(const uint8_t *block, long columns, const uint8_t *x, vf *sums) {
     uint8_t four[4 * MK_BF16_BLOCK * 2] __attribute__((aligned(64)));
     const long steps = mk_blocks(columns, 32);
@@ -117,7 +117,7 @@ static void block_times_one(const uint8_t *block, long columns, const uint8_t *x
         }
 }
 
-/* How many of so many rows of x pass by together: whole groups, or the last one. */
+/* The number of `rows` rows of x that are computed together: whole groups, or the last one. */
 static int coded_rows(long rows) {
     if (rows >= CODED_ROWS) return CODED_ROWS;
     const int group = rows >= CODED_GROUP ? CODED_GROUP : rows >= MK_GROUP ? MK_GROUP : 1;

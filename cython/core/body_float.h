@@ -23,7 +23,7 @@ enum { BF16_STEP = MK_BF16_PAIRS };
 #else
 enum { BF16_STEP = MK_BF16_HALVES };
 #endif
-enum { DEPTH = 1024 /* columns: so much of a few rows of x fits into the first-level cache */ };
+enum { DEPTH = 1024 /* columns of a few rows of x that fit into the first-level cache */ };
 enum { FETCHED = -1 };
 enum { MAX_STREAMS = 4 /* rows of W that are read at a time */, MAX_FLOAT_SUMS = 24 /* sums of these rows and rows of x */ };
 enum { FLOAT_ROWS = VEC_ROWS > 4 ? 8 : 4 /* rows of x that are computed at a time, at most */ };

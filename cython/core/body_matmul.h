@@ -15,7 +15,7 @@
 #include "body_unpacked.h"
 #include "body_panel.h"
 
-enum { RUN_SUMS = 128 /* of tiles that lie one after the other: so many tiles with one row, fewer with more */ };
+enum { RUN_SUMS = 128 /* sums of consecutive tiles: RUN_SUMS tiles with one row, fewer with more rows */ };
 enum { TILES_CACHE = 3 << 17 /* bytes of float tiles that stay in the second cache */ };
 
 static void store_tiles(const mk_matmul_job *job, const vf *sums, long tile, int tiles, long row, int rows, float *out) {
@@ -101,7 +101,7 @@ static void product(const mk_matmul_job *job, panel_function panel, vf *pending,
     if (!job->panel_stride) store_tiles(job, pending, tile, tiles, row, rows, job->out);
 }
 
-/* How many of so many rows of x are computed at once. */
+/* The number of `rows` rows of x that are computed together. */
 static int rows_at_once(int type, long rows) {
     const int wide = wide_rows(type, rows);
     if (wide) return wide;
@@ -110,7 +110,7 @@ static int rows_at_once(int type, long rows) {
     return most && rows >= most ? most : rows < MK_GROUP ? (int)rows : MK_GROUP;
 }
 
-/* What computes so many at once. */
+/* The function that computes a panel of `rows` rows together. */
 static panel_function panel_of(int type, int rows) {
     if (wide_rows(type, rows)) return wide_panel;
     if (mk_is_coded(type)) return coded_panel;

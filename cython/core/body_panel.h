@@ -22,8 +22,8 @@ MK_INLINE vf scale_dots(const uint8_t *tile, const mk_panel_row *of, vi dots) {
 }
 
 /* The products of T rows of x with `count` blocks of R tiles, `stride` bytes apart, from block `block` of `blocks` on: sums
- * [R][rows] if these are the last ones, before that dots [R][rows], from which the next blocks go on.  With each block so many
- * bytes from `ahead` on are fetched into the second-level cache. */
+ * [R][rows] if these are the last ones, before that dots [R][rows], from which the next blocks go on.  Each block fetches
+ * `fetched` bytes from `ahead` on into the second-level cache. */
 HOT void panel_tile(const int R, const int T, const uint8_t *w, long stride, const uint8_t *x, long x_stride, long block,
                     long count, long blocks, const uint8_t *ahead, long fetched, vi *dots, vf *sums, int rows) {
     const int few = R * T <= MK_GROUP, chains = few ? 2 : 1; /* one chain of products would wait for each */

@@ -62,7 +62,7 @@ MK_INLINE int32_t start_of(int type, const mk_activation *a) {
     return is_signed(type) && VEC_Q8_BIAS ? a->offset128 : 0;
 }
 
-/* start + products of so many groups of values of so many bits (vb_multiply). */
+/* start + the products of `count` groups of values of `bits` bits (vb_multiply). */
 MK_INLINE vi dot_of_groups(const int bits, const int count, vi start, const vb *groups, const int8_t *q) {
     vp pairs;
     UNROLL

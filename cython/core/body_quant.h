@@ -161,7 +161,7 @@ static void quantise_whole(const float *x, long begin, long limit, mk_panel_row 
     of->offset128 = -128 * (vi_sum(total) - 128 * high);
 }
 
-/* The panels of row number `row` of a group of so many rows. */
+/* The panels of row number `row` of a group of `rows` rows. */
 static void quantise_panels(const mk_rows_job *job, const float *x, long row, long rows, uint8_t *out) {
     for (int p = 0; p < job->panels; p++) {
         const long begin = job->bounds[p], limit = job->bounds[p + 1];

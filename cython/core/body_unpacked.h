@@ -70,7 +70,7 @@ MK_INLINE void unpack_groups(const int type, const uint8_t *w, unpacked *to) {
     }
 }
 
-/* So many parts, which for K-quants are those of a block. */
+/* Unpack `count` parts, which for K-quants are those of a block. */
 HOT void unpack(const int type, const uint8_t *w, long count, unpacked *to) {
     if (!mk_is_super(type)) {
         for (; count--; to++, w += mk_packed_bytes(type) * MK_TILE) {
@@ -91,8 +91,8 @@ HOT void unpack(const int type, const uint8_t *w, long count, unpacked *to) {
 #ifdef VEC_TILE
 #define unpacked_tile VEC_TILE
 #else
-/* sums [R][rows] go on for T rows of x over `count` parts of R tiles of W, and with each so many bytes from `ahead` on are
- * fetched into the second-level cache. */
+/* The products of T rows of x with `count` parts of R tiles of W, added to sums [R][rows].  Each part fetches `fetched` bytes
+ * from `ahead` on into the second-level cache. */
 HOT void unpacked_tile(const int form, const int bits, const int R, const int T, const unpacked *w, long count,
                        const uint8_t *x, const uint8_t *ahead, long fetched, vf *sums, int rows) {
     const int halves = form == HALVED || form == MINIMA ? 2 : 1, last = 8 / halves - 1;
@@ -181,7 +181,7 @@ static const unpack_function UNPACK_FUNCTIONS[MK_TYPES] = {MK_BLOCK_TYPES(UNPACK
 UNPACKED_SHAPES(UNPACKED_BOTH)
 static const unpacked_function UNPACKED_FUNCTIONS[4][3][UNPACKED_TILES] = {UNPACKED_SHAPES(UNPACKED_ROW)};
 
-/* How many of so many rows of x pass by together; 0 where they are too few. */
+/* The number of `rows` rows of x that are computed together; 0 if there are too few. */
 static int unpacked_rows(long rows) {
     if (rows < UNPACKED_FROM) return 0;
     return rows < UNPACKED_ROWS ? (int)rows / MK_GROUP * MK_GROUP : UNPACKED_ROWS;

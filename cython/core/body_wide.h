@@ -12,7 +12,7 @@ enum { WIDE_ROWS = 96, WIDE_FROM = 16 /* fewer rows take less time in body_float
 typedef vh wide_block[2][WIDE_FOURS][WIDE_STEPS][WIDE_W];
 typedef vh wide_sums[MK_TILE]; /* of a row of x */
 
-/* How many of so many rows of x pass by together; 0 where they are too few, or the type is another one. */
+/* The number of `rows` rows of x that are computed together; 0 if there are too few, or if the type is another one. */
 static int wide_rows(int type, long rows) {
     if (!mk_is_bf16(type) || rows < WIDE_FROM) return 0;
     return rows < WIDE_ROWS ? (int)rows / MK_GROUP * MK_GROUP : WIDE_ROWS;
@@ -77,7 +77,7 @@ HOT void wide_tile(const int T, const wide_block w, const uint8_t *const *x, lon
     }
 WIDE_TILE(1) WIDE_TILE(2) WIDE_TILE(3)
 
-/* A block of W times `rows` rows of x, while so many bytes of each of the next block's rows are fetched. */
+/* A block of W times `rows` rows of x, while `bytes` bytes of each of the next block's rows are fetched. */
 static void wide_times(const wide_block w, long steps, const uint8_t *x, long x_stride, int rows, const uint8_t *next,
                        long stride, long bytes, wide_sums *sums) {
     static void (*const of_rows[])(const wide_block, const uint8_t *const *, long, wide_sums *) = {

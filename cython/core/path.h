@@ -41,7 +41,7 @@ struct mk_product {
     float *out;
     long out_stride, panel_stride;
     const int32_t *rows;  /* NULL, or row i is added to this row of out, */
-    const float *weights; /* so many times */
+    const float *weights; /* times its weight */
     const float *bias;    /* NULL, or [n]: added likewise, to the first panel */
 };
 typedef mk_product mk_matmul_job;
