@@ -21,16 +21,7 @@ class CommandParser(argparse.ArgumentParser):
         options, unknown = self.parse_known_args(words)
         if unknown:
             self.error(self._instead(options.command, unknown, words))
-        self._refuse_twice(options.command, words)
         return options
-
-    def _refuse_twice(self, command: str | None, words: Sequence[str]) -> None:
-        """Refuse an option that is given twice, of which only the last value would count."""
-        for action in self._commands().get(command or "", self)._actions:
-            names = action.option_strings
-            given = [word for word in words if word.partition("=")[0] in names]
-            if isinstance(action, argparse._StoreAction) and len(given) > 1:
-                self.error(f"{given[0].partition('=')[0]} is given twice; type it once")
 
     def _instead(self, command: str | None, unknown: list[str], words: Sequence[str]) -> str:
         """A sentence on the words that mean nothing; the first one that can be explained decides."""

@@ -228,8 +228,6 @@ MISTAKES = {
     "an empty key": ("serve --api-key ''", "the key is empty; leave out --api-key for a server without one"),
     "code of a model": ("serve --trust-remote-code", "mpillm runs no code of models; leave it out"),
     "a shared beginning": ("serve --enable-prefix-caching", "prompts that begin alike always share their cache"),
-    "two models": ("serve --model a --model=b", "--model is given twice; type it once"),
-    "two inputs": ("run --input a.jsonl --input b.jsonl", "--input is given twice; type it once"),
     "no file of hosts": ("plan --hosts nosuch.toml", "(No such file or directory); mpillm doctor --output FILE"),
     "a part twice": ("merge run run --output m", "The part run is given twice; leave one out."),
     "a revision": ("pull hf:a/b --revision main", "type mpillm pull hf:OWNER/NAME@REVISION"),
