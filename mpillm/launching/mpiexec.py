@@ -19,6 +19,8 @@ from mpillm.comm.launch import SUPERVISED, Library
 from mpillm.launching.hostfile import HostSlots
 from mpillm.launching.remarks import Remarks
 
+LOOK = 0.2  # seconds between two looks at what runs
+STOPPING = 30.0  # seconds for the ranks to end when they are told to
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 _AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
@@ -77,6 +79,11 @@ def start(words: Sequence[str], remarks: Remarks) -> subprocess.Popen[bytes]:
 def tell_to_stop(launcher: subprocess.Popen[bytes]) -> None:
     """Have all ranks stop in order: both MPIs pass SIGUSR1 on; on SIGTERM they kill at once."""
     launcher.send_signal(signal.SIGUSR1)
+
+
+def stopped_by(told: signal.Signals) -> str:
+    """The sentence for the user after a signal has stopped the ranks."""
+    return f"Stopped by {told.name}; run the same command again to continue."
 
 
 def become(

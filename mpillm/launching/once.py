@@ -12,9 +12,18 @@ from types import FrameType
 from mpillm.comm.launch import STOPS, Library
 from mpillm.errors import Interrupted
 from mpillm.launching.hostfile import HostSlots, write_hosts
-from mpillm.launching.mpiexec import Settings, command, end_session, ranks_of, start, tell_to_stop
+from mpillm.launching.mpiexec import (
+    LOOK,
+    STOPPING,
+    Settings,
+    command,
+    end_session,
+    ranks_of,
+    start,
+    stopped_by,
+    tell_to_stop,
+)
 from mpillm.launching.remarks import Remarks
-from mpillm.launching.supervisor import LOOK, STOPPING, stopped_by
 
 
 def once(

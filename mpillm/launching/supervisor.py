@@ -19,7 +19,17 @@ import psutil
 from mpillm.comm.launch import STOPS, Library
 from mpillm.errors import Interrupted, JobError, LayoutError
 from mpillm.launching.hostfile import HostSlots, hostfile_text, read_hosts, write_hosts
-from mpillm.launching.mpiexec import Settings, command, end_session, ranks_of, start, tell_to_stop
+from mpillm.launching.mpiexec import (
+    LOOK,
+    STOPPING,
+    Settings,
+    command,
+    end_session,
+    ranks_of,
+    start,
+    stopped_by,
+    tell_to_stop,
+)
 from mpillm.launching.reach import NoHostError, answering, silent_hosts
 from mpillm.launching.remarks import Remarks
 from mpillm.planning import plan
@@ -31,10 +41,8 @@ from mpillm.store.results import JSONL
 
 log = logging.getLogger(__name__)
 
-LOOK = 0.2  # seconds between two looks at what runs
 WATCH = 2.0  # seconds between two looks at the hostfile
 ASK = 15.0  # seconds between two questions to the hosts, while no rank runs yet
-STOPPING = 30.0  # seconds for the ranks to end when they are told to
 LINGER = 10.0  # seconds for mpiexec to end when no rank runs here and the journal does not grow
 BACK_OFF = (1.0, 5.0, 20.0, 60.0)  # seconds before the next start, by the number of starts without progress
 
@@ -238,10 +246,6 @@ def _ranks_below(pid: int) -> bool:
         below = psutil.Process(pid).children(recursive=True)
         return any("mpillm" in process.cmdline() for process in below)
     return False
-
-
-def stopped_by(told: signal.Signals) -> str:
-    return f"Stopped by {told.name}; run the same command again to continue."
 
 
 def _how(code: int) -> str:
