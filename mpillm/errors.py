@@ -30,6 +30,11 @@ class LayoutError(MpillmError):
     """The model cannot be laid out on this number of ranks."""
 
 
+# The errors that say that something is impossible. Code that then tries something else catches these, not MpillmError:
+# a signal may raise Interrupted anywhere, and that must end the process.
+IMPOSSIBLE = (JobError, ModelError, LayoutError)
+
+
 class OutputError(MpillmError):
     """The output directory cannot be written, or belongs to another job."""
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mpillm.comm.launch import STOPS
-from mpillm.errors import Interrupted, JobError, MpillmError
+from mpillm.errors import Interrupted, JobError, MpillmError, OutputError
 from mpillm.model.families import gguf_family
 from mpillm.model.opening import judge
 from mpillm.store.directory import replacing
@@ -86,7 +86,7 @@ def pull_hf(name: str, notes: Path) -> Path:
         note.parent.mkdir(parents=True, exist_ok=True)
         with replacing(note) as out:
             out.write(os.fsencode(path))
-    except (OSError, MpillmError) as error:  # the model is there all the same
+    except (OSError, OutputError) as error:  # the model is there all the same
         log.warning("no note of %s in %s: %s", name, note.parent, error)
     return path
 

@@ -10,7 +10,7 @@ from socket import gethostname
 import msgspec
 
 from mpillm.catalogue import models
-from mpillm.errors import MpillmError
+from mpillm.errors import IMPOSSIBLE
 from mpillm.kernels import BlockType
 from mpillm.model.adapters import with_adapters
 from mpillm.model.cache_layout import name_of
@@ -200,7 +200,7 @@ def _gains(
         if changed is memory and on is machines:
             yield name, 1.0
             continue
-        with suppress(MpillmError):
+        with suppress(*IMPOSSIBLE):
             job = msgspec.structs.replace(spec, memory=changed)
             yield name, now.seconds / laid_out(job, planner, on, asked).time.seconds
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from mpillm.errors import LayoutError, MpillmError
+from mpillm.errors import IMPOSSIBLE, LayoutError
 from mpillm.planning.layout import Layouts
 from mpillm.planning.layout_plans import Found
 from mpillm.planning.machines import Machines
@@ -78,7 +78,7 @@ def shards_may_save(layouts: Layouts, machines: Machines) -> float:
     hopeful, found = replace(machines.with_faster_network(2, latency=0.5), glimpsed=False), [alone]
     for count in (1 << power for power in range(1, hosts.bit_length())):
         part = hopeful.without(range(count, hosts))
-        with suppress(MpillmError):
+        with suppress(*IMPOSSIBLE):
             found.append(layouts.of_one(part, 1, part.ranks).cost)
     return alone - min(found)
 
@@ -92,7 +92,7 @@ def _tried(layouts: Layouts, machines: Machines, needed: int) -> _Tried:
         tried.look(tried.alone)
         if tried.alone in tried.found and tried.found[tried.alone].fits:
             most = min(hosts, layouts.requests + 1)
-    refused: MpillmError | None = None
+    refused: LayoutError | None = None
     if most == hosts:
         try:
             tried.add(frozenset())
@@ -155,7 +155,7 @@ class _Tried:
 
     def look(self, without: Hosts) -> None:
         """Find the layout without these hosts, if one is possible."""
-        with suppress(MpillmError):
+        with suppress(*IMPOSSIBLE):
             self.add(without)
 
     def best(self, worth: float) -> Hosts:

@@ -13,7 +13,7 @@ import msgspec
 
 from mpillm import kernels, version
 from mpillm.comm.world import World
-from mpillm.errors import JobError, LayoutError, MpillmError
+from mpillm.errors import IMPOSSIBLE, JobError, LayoutError
 from mpillm.planning import hosts, measure, pace
 from mpillm.planning.estimate import TYPICAL, demand_of, estimate, rank_seconds
 from mpillm.planning.input_needs import NO_INPUT, InputNeeds
@@ -137,7 +137,7 @@ class LayoutChoice:
         """
         world, several = self._world, len(self._world.nodes.ranks_per_host) > 1
         if world.rank and not (self._leave_out and several and world.nodes.crowded([world.rank])):
-            with suppress(MpillmError):
+            with suppress(*IMPOSSIBLE):
                 self._open_model()
         self.asked = world.on_rank_0(self._ask)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from mpillm.catalogue.models import cache_dir
-from mpillm.errors import MpillmError
+from mpillm.errors import JobError, OutputError
 from mpillm.planning import pace
 from mpillm.planning.speed import Speed
 from mpillm.store.directory import replacing
@@ -33,7 +33,7 @@ def find(places: Sequence[str], effort: float, paces: Sequence[float]) -> Sequen
 
     They count only if all ranks still have about the paces that they had then.
     """
-    with contextlib.suppress(OSError, MpillmError, msgspec.DecodeError):
+    with contextlib.suppress(OSError, JobError, msgspec.DecodeError):
         path = _path(places)
         if _age(path) < KEPT:
             noted = msgspec.json.decode(path.read_bytes(), type=_Noted)
@@ -43,7 +43,7 @@ def find(places: Sequence[str], effort: float, paces: Sequence[float]) -> Sequen
 
 def keep(places: Sequence[str], effort: float, speeds: Sequence[Speed], paces: Sequence[float]) -> None:
     """Note what was measured, if that is possible; what is too old to be used goes."""
-    with contextlib.suppress(OSError, MpillmError):
+    with contextlib.suppress(OSError, JobError, OutputError):
         path = _path(places)
         path.parent.mkdir(parents=True, exist_ok=True)
         for old in path.parent.iterdir():

@@ -13,7 +13,7 @@ from mpillm.catalogue import models
 from mpillm.comm import probe
 from mpillm.comm.probe import LinkTiming
 from mpillm.comm.world import World
-from mpillm.errors import Interrupted, JobError, MpillmError
+from mpillm.errors import IMPOSSIBLE, JobError
 from mpillm.model.opening import open_source
 from mpillm.planning import measure
 from mpillm.planning.hosts import Host
@@ -114,9 +114,7 @@ def _look(world: World, path: Path | None, threads: int) -> tuple[_RankFindings,
             model = fingerprint(source)
             file = max(source.files, key=lambda file: file.stat().st_size)
             source.close()
-        except Interrupted:
-            raise
-        except (MpillmError, OSError) as error:
+        except (*IMPOSSIBLE, OSError) as error:
             trouble = str(error)
     found = _RankFindings(
         cores=world.nodes.cores_here,

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpillm import spec
-from mpillm.errors import LayoutError
+from mpillm.errors import Interrupted, LayoutError
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition.replicas import Replica
 from mpillm.planning import step_time
@@ -311,3 +311,18 @@ def test_a_layout_that_is_hardly_faster_is_not_said_to_be_slower() -> None:
     best, other = found(1.0, 1), found(0.99, 2)
     assert _compared(best, [best, other]).endswith("2 stages x 1 shard would take about as long")
     assert _compared(other, [best, other]).endswith("would take 1.01 times as long")
+
+
+def test_a_stop_is_not_taken_for_a_layout_that_is_impossible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal may come while hosts are left out on trial."""
+
+    def choose(of: Layouts, machines: Machines) -> Found:
+        if len(machines.ranks_per_host) < 3:
+            raise Interrupted("Stopped by SIGINT.")
+        return found(of, machines)
+
+    found = Layouts.choose
+    monkeypatch.setattr(Layouts, "choose", choose)
+    hosts = machines_of([Host(memory=PLENTY, count=3, products={"q4_0": list(FAST)}, **LAN)])
+    with pytest.raises(Interrupted):
+        search(layouts(), hosts)
