@@ -12,11 +12,11 @@ from mpi4py import MPI
 from mpillm.comm.launch import Library, loaded_library_path
 from mpillm.comm.world import World
 
-# Bytes of a message that shows latency, and of those that show bandwidth: MIDDLE ones where one takes more than SLOW
-# seconds there and back.
-SMALL, MIDDLE, LARGE, SLOW = 4, 2**16, 2**20, 0.01
+# Bytes of a message that shows latency, and of those that show bandwidth: MIDDLE ones if one takes more than SLOW of
+# the seconds of a timing there and back, else LARGE ones. If the effort is less than 1, both are a quarter as large.
+SMALL, MIDDLE, LARGE, SLOW = 4, 2**16, 2**20, 0.1
 SMALL_ROUNDS, LARGE_ROUNDS = 100, 5
-PATIENCE = 0.1  # seconds after which a slow link is measured no more
+PATIENCE = 0.1  # seconds of a timing
 PARTNERS = 8  # with which each host is measured, at most
 _TAG = 99
 _END = np.ones(1, np.uint8)  # what is timed is zeros
@@ -39,7 +39,7 @@ def mpi_library() -> Library:
 def links(world: World, effort: float = 1.0) -> list[LinkTiming]:
     """Collective: what the first ranks of hosts measured with each other; on one host the first two ranks.
 
-    Each timing takes `effort` times the usual seconds, but at least two round trips.
+    Each timing takes up to `effort` times PATIENCE, but at least two round trips.
     """
     numbers = world.nodes.numbers
     firsts = [numbers.index(number) for number in range(max(numbers) + 1)]
@@ -51,7 +51,7 @@ def links(world: World, effort: float = 1.0) -> list[LinkTiming]:
         for first, second in pairs:
             ranks = firsts[first], firsts[second]
             if world.rank == ranks[0]:
-                found.append(LinkTiming(ranks, *_time_link(world, ranks[1], effort * PATIENCE)))
+                found.append(LinkTiming(ranks, *_time_link(world, ranks[1], effort)))
             elif world.rank == ranks[1]:
                 _echo(world, ranks[0])
     return [link for own in world.gather(found) for link in own]
@@ -68,14 +68,15 @@ def tournament(players: int) -> list[list[tuple[int, int]]]:
     return rounds
 
 
-def _time_link(world: World, other: int, patience: float = PATIENCE) -> tuple[float, float]:
+def _time_link(world: World, other: int, effort: float = 1.0) -> tuple[float, float]:
     """Latency in seconds and bandwidth in bytes/s to a rank that calls `_echo`."""
-    small = _round_trip(world, other, SMALL, SMALL_ROUNDS, patience)
-    nbytes, large = MIDDLE, _round_trip(world, other, MIDDLE, 1, patience)
-    if large <= SLOW:  # else once is enough, and all ranks wait for it
-        nbytes, large = LARGE, _round_trip(world, other, LARGE, LARGE_ROUNDS, patience)
+    patience, part = effort * PATIENCE, 1 if effort >= 1 else 4
+    small = _round_trip(world, other, SMALL, SMALL_ROUNDS // part, patience)
+    nbytes, large = MIDDLE // part, _round_trip(world, other, MIDDLE // part, 1, patience)
+    if large <= SLOW * patience:  # else once is enough, and all ranks wait for it
+        nbytes, large = LARGE // part, _round_trip(world, other, LARGE // part, LARGE_ROUNDS, patience)
     _wait(world, world.comm.Isend([_END, MPI.BYTE], other, _TAG))
-    return small / 2, 2 * nbytes / large
+    return small / 2, 2 * nbytes / max(large - small, large / 2)
 
 
 def _round_trip(world: World, other: int, nbytes: int, rounds: int, patience: float) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpillm import kernels
-from mpillm.comm.core_speed import LOOK_TURNS, WHOLE, core_speed, plain_code, typical
+from mpillm.comm.core_speed import LOOK_TURNS, TURNS, WHOLE, core_speed, plain_code, typical
 from mpillm.kernels import KV_BLOCK, Activation, BlockType, KvType
 from mpillm.planning.speed import ROWS, WIDTH, Products
 from mpillm.weights.io.reading import new_buffer
@@ -27,8 +27,9 @@ MEMORY = 128 * 2**20  # bytes of memory and of matrices that are read; few cache
 PIECE = 4 * 2**20  # bytes that one call reads or writes
 SECONDS = 0.06  # seconds of each timing
 HEADS, KV_HEADS, HEAD_DIM = 16, 8, 128
-# Attention: sequences with a row each, and the tokens that a row attends to; or the rows of a prompt.
-SEQUENCES, CONTEXT = 8, 512
+# Attention: sequences with a row each, and the tokens that a row attends to; or the rows of a prompt. There are fewer
+# tokens if the effort is less than 1.
+SEQUENCES, CONTEXT, SHORT_CONTEXT = 8, 512, 128
 VALUE_ROWS = 64
 FILLING = 0.04  # seconds for writing new memory
 PERIODS = 0.2  # seconds of two periods of a control group's quota
@@ -57,21 +58,23 @@ def kernel_rates(
 ) -> KernelRates:
     """Measure the rates of this rank, in about a second times `effort`.
 
-    `kinds` names the block types whose products are measured. Timings read `nbytes` bytes of memory, and up to `most`
-    bytes of new memory are written. All ranks call `meet` before they measure which part of a core each thread has;
-    it is at most `quota`.
+    `kinds` names the block types whose products are measured, without those of the most rows if `effort` is less than
+    1. Timings read `nbytes` bytes of memory, and up to `most` bytes of new memory are written. All ranks call `meet`
+    before they measure which part of a core each thread has; it is at most `quota`.
     """
-    seconds = SECONDS * effort
+    seconds, brief = SECONDS * effort, effort < 1
     began, used = time.perf_counter(), time.thread_time()
     compiled = kernels.path() != "numpy"
     # Timings follow each other, so that they never hold more than `nbytes` bytes.
-    attention = _attention(_context(nbytes) if compiled else KV_BLOCK, threads, seconds)
+    tokens = _context(nbytes, SHORT_CONTEXT if brief else CONTEXT) if compiled else KV_BLOCK
+    attention = _attention(tokens, threads, seconds)
     values = _values(threads, seconds)
-    core = core_speed(seconds)
+    core = core_speed(seconds, LOOK_TURNS if brief else TURNS)
     everything = new_buffer(max(nbytes, most) if compiled else PIECE, ALIGNMENT)
     fill = threads * _fill(everything, nbytes)
     memory = everything[:nbytes]
-    products = {name: _products(BlockType[name.upper()], memory, threads, seconds) for name in kinds}
+    sizes = ROWS[:-1] if brief else ROWS
+    products = {name: _products(BlockType[name.upper()], sizes, memory, threads, seconds) for name in kinds}
     read = _memory(memory, threads, seconds)
     used, passed = time.thread_time() - used, time.perf_counter() - began
     meet()
@@ -120,8 +123,10 @@ def _fill(memory: Bytes, least: int) -> float:
     return min(done, len(memory)) / max(time.thread_time() - used, 1e-9)
 
 
-def _products(kind: BlockType, memory: Bytes, threads: int, seconds: float) -> list[float]:
-    """Operations/s of products with each number of rows in ROWS; the matrices are side by side in `memory`."""
+def _products(
+    kind: BlockType, sizes: Sequence[int], memory: Bytes, threads: int, seconds: float
+) -> list[float]:
+    """Operations/s of products with each number of rows in `sizes`; the matrices are side by side in `memory`."""
     height = width = NUMPY_WIDTH if kernels.path() == "numpy" else WIDTH
     bounds = np.array(panels_of_rows(kind, width), np.int32)
     # The matrices fill the memory. If it is too small for one, the matrix has fewer rows.
@@ -132,7 +137,7 @@ def _products(kind: BlockType, memory: Bytes, threads: int, seconds: float) -> l
     for matrix in matrices[1:]:
         matrix[:] = matrices[0]
     rates = []
-    for rows in ROWS:
+    for rows in sizes:
         values = np.zeros((rows, width), np.float32)
         x: NDArray[np.generic] = values
         if kind.quantised:
@@ -156,10 +161,10 @@ def _memory(memory: Bytes, threads: int, seconds: float) -> float:
     return 0.0
 
 
-def _context(nbytes: int) -> int:
-    """The tokens with which attention is measured: whole blocks, whose keys and values take at most `nbytes` bytes."""
+def _context(nbytes: int, tokens: int = CONTEXT) -> int:
+    """Up to `tokens` tokens for measuring attention: whole blocks, whose keys and values take at most `nbytes`."""
     token = 2 * SEQUENCES * KV_HEADS * HEAD_DIM * np.dtype(np.uint16).itemsize
-    return max(min(CONTEXT, nbytes // token // KV_BLOCK * KV_BLOCK), KV_BLOCK)
+    return max(min(tokens, nbytes // token // KV_BLOCK * KV_BLOCK), KV_BLOCK)
 
 
 def _attention(context: int, threads: int, seconds: float) -> tuple[float, float]:

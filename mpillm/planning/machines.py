@@ -26,7 +26,9 @@ class Machines:
     names: Sequence[str] = field(default=(), compare=False)
     speeds: Sequence[Speed] = field(default=(), compare=False)
     measured: bool = field(default=False, compare=False)  # all speeds were measured
-    glimpsed: bool = field(default=False, compare=False)  # speeds come from `pace` alone; links are not known
+    # Speeds come from `pace` alone, without the links unless those were measured (`linked`).
+    glimpsed: bool = field(default=False, compare=False)
+    linked: bool = field(default=False, compare=False)
     # Each rank's machine, and the part of the machine's cores that the rank keeps busy. Several hosts, such as
     # containers, may share a machine. `speeds` are those while all ranks work.
     loads: Sequence[tuple[str, float]] = field(default=(), compare=False)
@@ -39,9 +41,14 @@ class Machines:
         return len(self.ranks_per_host) > 1
 
     @property
-    def links_known(self) -> bool:
-        """Whether the speeds are known, with those of the network."""
+    def speeds_known(self) -> bool:
+        """Whether more is known of the speeds of ranks than their paces."""
         return bool(self.speeds) and not self.glimpsed
+
+    @property
+    def links_known(self) -> bool:
+        """Whether the speeds of the network are known, with some speeds of the ranks."""
+        return self.speeds_known or self.linked
 
     @property
     def ranks(self) -> int:

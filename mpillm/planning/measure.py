@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -12,13 +14,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mpillm.comm import probe
 from mpillm.comm.probe import LinkTiming
 from mpillm.comm.world import World
 from mpillm.planning.hosts import Host
 from mpillm.planning.kernel_rates import MEMORY, KernelRates, kernel_rates
 from mpillm.planning.memory import loading
-from mpillm.planning.speed import ASSUMED, KINDS, LARGE, SMALL, Speed, stand_in
+from mpillm.planning.speed import ASSUMED, KINDS, LARGE, SMALL, Products, Speed, stand_in
+from mpillm.weights.io.filesystem import cached
 from mpillm.weights.io.reading import SECTOR, new_buffer, open_direct, read_direct
 from mpillm.weights.source import Source
 
@@ -57,11 +59,13 @@ def everyone(
     memory: int = MEMORY,
     effort: float = 1.0,
     most: int = MOST,
+    kept: bool = False,
 ) -> list[Measured]:
     """Measure on all ranks at the same time (collective); return the results in rank order.
 
-    `file` is that of the model (None: no disk is measured). A rank takes `memory` bytes, and up to `most` for a moment.
-    Each timing takes `effort` times its usual seconds.
+    `file` is that of the model (None: no disk is measured); if it is to be `kept` in memory, a brief measurement only
+    looks whether it is in the page cache. A rank takes `memory` bytes, and up to `most` for a moment. Each timing takes
+    `effort` times its usual seconds.
     """
     numbers = world.nodes.numbers
     here = [rank for rank, number in enumerate(numbers) if number == numbers[world.rank]]
@@ -70,29 +74,41 @@ def everyone(
     quota = world.nodes.part_by_quota(threads)
     rates = kernel_rates(kinds, threads, memory, effort, most, world.barrier, quota)
     world.barrier()
-    disk = DiskRate() if file is None else _disk_rate(file, here.index(world.rank), len(here), effort)
+    disk = DiskRate()
+    if file is not None and kept and effort < 1 and _cached(file):
+        disk = DiskRate(rates.memory, "the page cache has it")
+    elif file is not None:
+        disk = _disk_rate(file, here.index(world.rank), len(here), effort)
     return world.gather(Measured(rates, disk, quota))
 
 
 def speeds(
-    world: World, source: Source, threads: int, effort: float = 1.0, budget: int | None = None
+    world: World,
+    source: Source,
+    threads: int,
+    effort: float = 1.0,
+    budget: int | None = None,
 ) -> list[Speed]:
-    """Measure the speeds of all ranks for this model (collective), in about a second times `effort`.
+    """Measure the speeds of all ranks for this model, but not their links (collective).
 
-    `budget` is the maximum number of bytes of weights that this rank will hold; measuring takes little more.
+    That takes about a second times `effort`. `budget` is the maximum number of bytes of weights that this rank will
+    hold (None: all); measuring takes little more. With an effort less than 1, the products of the block type of most
+    weights are measured, and those of other types follow from them.
     """
-    kinds = {stand_in(info.type, KINDS) for info in source.tensors.values() if len(info.shape) == 2}
+    weights = Counter[str]()
+    for info in source.tensors.values():
+        if len(info.shape) == 2:
+            weights[stand_in(info.type, KINDS)] += math.prod(info.shape)
+    kinds = [kind for kind, _ in weights.most_common(1 if effort < 1 else None)]
     file = max(source.files, key=lambda file: file.stat().st_size)
     share = sum(file.stat().st_size for file in source.files) // world.size
     most = min(share, MOST if budget is None else budget)
     # No more than the run itself takes. Tiny models have few weights, but loading takes memory besides them.
     memory = min(WITHIN_RUN, most + loading(source, most) + LATER)
-    ranks = everyone(world, sorted(kinds), threads, file, memory, effort, most)
-    numbers, found = world.nodes.numbers, hosts(world, ranks, probe.links(world, effort))
+    ranks = everyone(world, kinds, threads, file, memory, effort, most, kept=budget is None)
     return [
-        replace(
-            found[number].speed,
-            products=rank.rates.products,
+        Speed(
+            products=_with_others(rank.rates.products, kinds[0], list(weights)),
             memory=rank.rates.memory or ASSUMED.memory,
             attention=rank.rates.attention,
             values=rank.rates.values,
@@ -101,9 +117,44 @@ def speeds(
             part=rank.part,
             disk=rank.disk.rate or ASSUMED.disk,
             pages=rank.disk.pages,
+            latency=ASSUMED.latency,
+            wire=ASSUMED.wire,
         )
-        for number, rank in zip(numbers, ranks, strict=True)
+        for rank in ranks
     ]
+
+
+def linked(world: World, speeds: Sequence[Speed], links: Sequence[LinkTiming]) -> list[Speed]:
+    """The speeds of ranks, with the measured links of their hosts to other hosts; equal speeds are one object."""
+    found, known = list[Speed](), dict[tuple[int, int], Speed]()
+    for speed, number in zip(speeds, world.nodes.numbers, strict=True):
+        outward = _outward(world, links, number)
+        own = replace(
+            speed,
+            latency=min(link.latency for link in outward),
+            wire=max(link.bandwidth for link in outward),
+        )
+        found.append(known.setdefault((id(speed), number), own))
+    return found
+
+
+def _outward(world: World, links: Sequence[LinkTiming], number: int) -> list[LinkTiming]:
+    """The links of the host with this number to other hosts."""
+    numbers = world.nodes.numbers
+    return [link for link in links if number in (of := [numbers[r] for r in link.ranks]) and of[0] != of[1]]
+
+
+def _with_others(measured: Products, main: str, kinds: Sequence[str]) -> Products:
+    """The rates of products of all `kinds`: of those that were not measured, in proportion to those of type `main`."""
+    assumed = ASSUMED.products
+    return {
+        kind: measured.get(kind)
+        or [
+            rate * other / own
+            for rate, other, own in zip(measured[main], assumed[kind], assumed[main], strict=True)
+        ]
+        for kind in kinds
+    }
 
 
 def hosts(world: World, ranks: Sequence[Measured], links: Sequence[LinkTiming]) -> list[Host]:
@@ -111,9 +162,7 @@ def hosts(world: World, ranks: Sequence[Measured], links: Sequence[LinkTiming]) 
     numbers, free, found = world.nodes.numbers, world.nodes.free, []
     for number in range(max(numbers) + 1):
         own = [rank for rank, other in enumerate(numbers) if other == number]
-        outward = [
-            link for link in links if number in (of := [numbers[r] for r in link.ranks]) and of[0] != of[1]
-        ]
+        outward = _outward(world, links, number)
         found.append(
             Host(
                 memory=sum(free[rank] for rank in own),
@@ -146,6 +195,12 @@ def summed(rates: Sequence[Sequence[float]]) -> list[float]:
 
 def _or_none(rate: float) -> float | None:
     return round(rate, 3) or None
+
+
+def _cached(path: Path) -> bool:
+    """Whether the page cache has a file, most likely."""
+    with path.open("rb", buffering=0) as file:
+        return cached(file.fileno(), 0, path.stat().st_size)
 
 
 def _disk_rate(path: Path, part: int = 0, parts: int = 1, effort: float = 1.0) -> DiskRate:

@@ -71,11 +71,13 @@ def for_run(layouts: Layouts, machines: Machines, worth: float = 1.0) -> tuple[F
 def shards_may_save(layouts: Layouts, machines: Machines) -> float:
     """The seconds that shards on several hosts may save beside rank 0's host alone.
 
-    The network is taken to be twice as good as the assumed one.
+    A network that is not known is taken to be twice as good as the assumed one.
     """
     hosts = len(machines.ranks_per_host)
     alone = layouts.choose(machines.without(range(1, hosts))).cost
-    hopeful, found = replace(machines.with_faster_network(2, latency=0.5), glimpsed=False), [alone]
+    hopeful, found = machines, [alone]
+    if not machines.links_known:
+        hopeful = replace(machines.with_faster_network(2, latency=0.5), linked=True)
     for count in (1 << power for power in range(1, hosts.bit_length())):
         part = hopeful.without(range(count, hosts))
         with suppress(*IMPOSSIBLE):
@@ -168,7 +170,7 @@ class _Tried:
 
     def _fastest(self) -> Hosts:
         """The hosts to leave out for the fastest run; of about equally fast choices, the one that leaves out fewest."""
-        hand_over = HAND_OVER if self._machines.links_known else HAND_OVER_UNSEEN
+        hand_over = HAND_OVER if self._machines.speeds_known else HAND_OVER_UNSEEN
 
         def cost(found: Found) -> tuple[bool, bool, float]:
             idle = found.time.idle

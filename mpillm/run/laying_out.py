@@ -12,6 +12,8 @@ from typing import cast
 import msgspec
 
 from mpillm import kernels, version
+from mpillm.comm import probe
+from mpillm.comm.probe import LinkTiming
 from mpillm.comm.world import World
 from mpillm.errors import IMPOSSIBLE, JobError, LayoutError
 from mpillm.planning import hosts, measure, pace
@@ -31,12 +33,12 @@ from mpillm.run.origin import Origin
 from mpillm.spec import Spec
 from mpillm.words import count_of
 
-# The seconds of a job from which on hosts are measured: briefly (a quarter of a second), for the shares of
-# replicas alone, and thoroughly: that takes up to two seconds where a host is slow.
+# The seconds of a job from which on hosts are measured: briefly (a tenth of a second), for the shares of replicas
+# alone, and thoroughly: that takes up to two seconds where a host is slow.
 SHORT, MEASURED, LONG = 1.0, 3.0, 120.0
 # Seconds that a brief measurement takes on a core of pace 1, and how many times as much it must be able to save: the
-# times of short jobs are mostly assumed, and often too long.
-MEASURING, SAVES = 0.25, 4.0
+# times of short jobs are mostly assumed, and often too long. Links are timed first, which takes less.
+MEASURING, SAVES = 0.06, 4.0
 # After a brief measurement, other hosts are used if they make the run faster by this factor: plans may be off by 15 %,
 # and rank 0's host alone is the safe choice.
 WORTH = 1.15
@@ -80,6 +82,7 @@ class LayoutChoice:
         self._paces = nodes.paces if several else []
         asked = [cast(int | str, spec.on_rank(*rank).layout.threads) for rank in enumerate(world.hosts)]
         self._loads = nodes.loads(asked) if several else []
+        self._links, self._links_effort = list[LinkTiming](), 0.0
 
     def first(self, threads: int) -> LaidOut:
         """Return the layout of a new run; measures the machines with `threads` threads if that may change it."""
@@ -93,6 +96,10 @@ class LayoutChoice:
         machines = self._at_first(threads)
         worth = WORTH if spec.layout.hosts == "auto" else 1.0
         found = world.on_rank_0(partial(self._search, spec, machines, worth))
+        if machines.glimpsed and found.seconds > SHORT and self._worth_measuring(found):
+            # With the links alone, it is often clear that one host is the best choice.
+            machines = replace(self._with_links(machines, measure.QUICKLY), linked=True)
+            found = world.on_rank_0(partial(self._search, spec, machines, worth))
         if self._worth_measuring(found):
             for effort, least in ((measure.QUICKLY, SHORT), (1.0, LONG))[machines.measured :]:
                 if found.seconds > least:
@@ -164,9 +171,16 @@ class LayoutChoice:
         with world.together():
             source = self._open_model().source
         speeds = measure.speeds(world, source, threads, effort, budget)
+        machines = self._with_links(replace(self._machines(), speeds=speeds, measured=True), effort)
         if world.rank == 0:
-            speed_notes.keep(self._places(threads), effort, speeds, self._paces)
-        return replace(self._machines(), speeds=speeds, measured=True)
+            speed_notes.keep(self._places(threads), effort, machines.speeds, self._paces)
+        return machines
+
+    def _with_links(self, machines: Machines, effort: float) -> Machines:
+        """The machines with their links, which are timed unless they were with as great an effort (collective)."""
+        if effort > self._links_effort:
+            self._links, self._links_effort = probe.links(self._world, effort), effort
+        return replace(machines, speeds=measure.linked(self._world, machines.speeds, self._links))
 
     def _noted(self, threads: int, effort: float) -> Machines | None:
         """The machines with speeds that were measured with such an effort by a run before, if they are kept."""

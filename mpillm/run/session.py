@@ -145,7 +145,7 @@ class Session:
         chosen, machines = found.chosen, found.machines
         self.chosen, self.needs = chosen, self.choice.asked
         self._left_out += [found.left_out] if found.left_out else []
-        self.speed = machines.speeds[world.rank] if machines.links_known else None
+        self.speed = machines.speeds[world.rank] if machines.speeds_known else None
         self.machines, self.replicas, self.wire = machines.of_ranks(found.ranks), chosen.replicas, chosen.wire
         #: the reason for this layout
         self.reason = "; ".join(filter(None, (chosen.reason, chosen.compared)))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from mpillm import spec
+from mpillm.comm import probe
 from mpillm.partition.replicas import Replica
 from mpillm.planning import measure
 from mpillm.planning.input_needs import NO_INPUT
@@ -43,6 +44,15 @@ class World:
 
     def together(self) -> Any:
         return nullcontext()
+
+
+@pytest.fixture(autouse=True)
+def timed_links(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The efforts with which links were timed; speeds stay as they are."""
+    efforts: list[float] = []
+    monkeypatch.setattr(probe, "links", lambda world, effort: efforts.append(effort) or [])
+    monkeypatch.setattr(measure, "linked", lambda world, speeds, links: speeds)
+    return efforts
 
 
 def choice(world: Any, job: spec.Spec, source: Any) -> LayoutChoice:
@@ -89,22 +99,26 @@ def test_short_jobs_are_measured_briefly(
 
 
 @pytest.mark.parametrize(
-    ("seconds", "saved", "paces", "measures"),
+    ("seconds", "saved", "paces", "times_links", "measures"),
     [
-        (4.0, 2.0, (1.0, 1.0), True),
-        (4.0, 0.9, (1.0, 1.0), False),  # less than measuring may cost
-        (4.0, 2.0, (0.3, 0.3), False),  # where that takes longer, too
-        (0.9, 5.0, (1.0, 1.0), False),
+        (4.0, (2.0, 2.0), (1.0, 1.0), True, True),
+        (4.0, (2.0, 0.1), (1.0, 1.0), True, False),  # the network is not as good as that
+        (4.0, (0.2, 0.2), (1.0, 1.0), False, False),  # less than measuring may cost
+        (4.0, (0.5, 0.5), (0.3, 0.3), False, False),  # where that takes longer, too
+        (0.9, (5.0, 5.0), (1.0, 1.0), False, False),
     ],
 )
 def test_a_job_for_one_host_is_measured_only_if_shards_may_save_more(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
+    timed_links: list[float],
     seconds: float,
-    saved: float,
+    saved: tuple[float, float],
     paces: tuple[float, float],
+    times_links: bool,
     measures: bool,
 ) -> None:
+    """`saved` is what shards may save on a network that is assumed, and on the one that is there."""
     made: list[float] = []
 
     def searched(self: LayoutChoice, job: spec.Spec, machines: Machines, worth: float = 1.0) -> LaidOut:
@@ -115,12 +129,13 @@ def test_a_job_for_one_host_is_measured_only_if_shards_may_save_more(
         return [ASSUMED, ASSUMED]
 
     monkeypatch.setattr(LayoutChoice, "_search", searched)
-    monkeypatch.setattr(laying_out, "shards_may_save", lambda layouts, machines: saved)
+    monkeypatch.setattr(laying_out, "shards_may_save", lambda layouts, machines: saved[machines.linked])
     monkeypatch.setenv("MPILLM_CACHE", str(tmp_path))
     monkeypatch.setattr(measure, "speeds", speeds)
     job: Any = spec.load(None, (), model="model", input="in", output="out")
     choice(World("a", "b", paces=paces), job, SimpleNamespace(path=tmp_path / "model")).first(1)
-    assert bool(made) == measures
+    assert (bool(timed_links), bool(made)) == (times_links, measures)
+    assert len(timed_links) <= 1  # the brief measurement does not time them again
 
 
 def test_a_rank_from_the_reserve_is_as_fast_as_another_one_of_its_host(

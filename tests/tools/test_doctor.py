@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -118,6 +119,64 @@ def test_a_disk_is_read_past_the_page_cache_or_its_pages_are_dropped(
     assert measure._disk_rate(file, 1, 4).how == "the file is too small"
 
 
+def _world() -> Any:
+    """Rank 0 of two ranks on a host each; it measures alone."""
+    nodes = SimpleNamespace(numbers=[0, 1], free=[2**30] * 2, part_by_quota=lambda threads: 1.0)
+    return SimpleNamespace(rank=0, size=2, nodes=nodes, barrier=lambda: None, gather=lambda own: [own])
+
+
+@pytest.mark.parametrize(
+    ("kept", "effort", "read"), [(True, 0.08, False), (True, 1.0, True), (False, 0.08, True)]
+)
+def test_a_brief_measurement_reads_no_disk_if_the_page_cache_has_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool, effort: float, read: bool
+) -> None:
+    """Weights that do not stay in memory are read again, which may push the file out of the page cache."""
+    file = tmp_path / "model"
+    file.write_bytes(bytes(3 * LARGE))
+    rates = kernel_rates.KernelRates({}, 7e9, (1.0, 1.0), 1.0, 1.0, 1.0)
+    monkeypatch.setattr(measure, "kernel_rates", lambda *_: rates)
+    monkeypatch.setattr(measure, "_disk_rate", lambda *_: measure.DiskRate(1e9))
+    for known in (True, False):
+        monkeypatch.setattr(measure, "cached", lambda *_, known=known: known)
+        (found,) = measure.everyone(_world(), ["q4_0"], 1, file, effort=effort, kept=kept)
+        assert found.disk.rate == (1e9 if read or not known else 7e9)
+
+
+def test_a_brief_measurement_is_of_the_type_of_most_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Products of other types are as much faster or slower as they are assumed to be."""
+    file = tmp_path / "model"
+    file.write_bytes(bytes(LARGE))
+    tensors = {
+        number: SimpleNamespace(type=kind, shape=shape)
+        for number, (kind, shape) in enumerate(
+            [
+                (BlockType.Q8_0, (100, 50)),
+                (BlockType.Q4_0, (100, 100)),
+                (BlockType.Q4_1, (100, 100)),
+                (BlockType.F32, (10**6,)),
+            ]
+        )
+    }
+    source: Any = SimpleNamespace(tensors=tensors, files=[file], loading_nbytes=0)
+    rates = kernel_rates.KernelRates({"q4_0": [7e9, 15e9, 20e9]}, 7e9, (1.0, 1.0), 1.0, 1.0, 1.0)
+    asked: list[Sequence[str]] = []
+
+    def measured(kinds: Sequence[str], *_: Any) -> kernel_rates.KernelRates:
+        asked.append(kinds)
+        return rates
+
+    monkeypatch.setattr(measure, "kernel_rates", measured)
+    (speed,) = measure.speeds(_world(), source, 1, measure.QUICKLY)
+    assert asked == [["q4_0"]]
+    assert speed.products == {"q4_0": [7e9, 15e9, 20e9], "q8_0": pytest.approx([3.6e9, 10e9, 15e9])}
+    links = [probe.LinkTiming((0, 1), 1e-4, 1e7)]
+    for found in measure.linked(_world(), [speed, speed], links):
+        assert (found.latency, found.wire, found.memory) == (1e-4, 1e7, 7e9)
+
+
 def test_a_timing_ends_however_short_its_call_is(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(10**6))  # each look at the time takes a millisecond
     for name in ("perf_counter", "thread_time"):
@@ -148,22 +207,24 @@ def test_little_memory_is_enough_to_measure_with(kind: str) -> None:
     assert kernel_rates._context(measure.WITHIN_RUN) == kernel_rates.CONTEXT
 
 
-@pytest.mark.parametrize(("mbit", "larger"), [(10, []), (1000, [probe.LARGE])])
+@pytest.mark.parametrize(("mbit", "large"), [(10, False), (1000, True)])
+@pytest.mark.parametrize(("effort", "part"), [(1.0, 1), (measure.QUICKLY, 4)])
 def test_slow_links_are_measured_with_smaller_messages(
-    monkeypatch: pytest.MonkeyPatch, mbit: int, larger: list[int]
+    monkeypatch: pytest.MonkeyPatch, mbit: int, large: bool, effort: float, part: int
 ) -> None:
     """One of a MiB takes two seconds there and back at 10 Mbit/s, and all ranks wait for it."""
     sizes: list[int] = []
 
     def round_trip(world: Any, other: int, nbytes: int, rounds: int, patience: float) -> float:
         sizes.append(nbytes)
-        return 2 * nbytes / (mbit * 125_000)
+        return 2 * (60e-6 + nbytes / (mbit * 125_000))
 
     monkeypatch.setattr(probe, "_round_trip", round_trip)
     monkeypatch.setattr(probe, "_wait", lambda world, request: None)
     world: Any = SimpleNamespace(comm=SimpleNamespace(Isend=lambda *_: None))
-    assert probe._time_link(world, 1)[1] == pytest.approx(mbit * 125_000)
-    assert sizes == [probe.SMALL, probe.MIDDLE, *larger]
+    latency, bandwidth = probe._time_link(world, 1, effort)
+    assert (latency, bandwidth) == (pytest.approx(60e-6, rel=0.1), pytest.approx(mbit * 125_000, rel=0.001))
+    assert sizes == [probe.SMALL, probe.MIDDLE // part, *([probe.LARGE // part] if large else [])]
 
 
 @pytest.mark.parametrize(("patience", "rounds"), [(0.0, 2), (0.0045, 5), (1.0, 10)])
