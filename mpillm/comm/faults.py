@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 # Seconds after a failed message in which MPI must know of a lost rank, if that is the reason.
-CONFIRMATION = 1.0
+CONFIRMATION = 5.0
 WATCHED = 4  # neighbours; if more ranks stop at once, the deadline ends the world
 STOPPED = 3  # consecutive beats in which a neighbour must be stopped before it is killed
 
@@ -54,7 +54,7 @@ def is_loss(error: BaseException, comm: MPI.Intracomm) -> bool:
 
 
 def known(comm: MPI.Intracomm) -> bool:
-    """Return whether MPI knows of a loss, or learns of it within a second: the failed message may arrive earlier."""
+    """Return whether MPI knows of a loss or learns of it soon: the failed message may arrive before the news."""
     until = time.monotonic() + CONFIRMATION
     while not (comm.Is_revoked() or comm.Get_failed().Get_size() > 0):
         if time.monotonic() > until:

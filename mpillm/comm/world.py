@@ -208,13 +208,17 @@ class World(Exchange):
     # The end.
 
     def abort(self, message: str, code: int) -> NoReturn:
-        """Write `[rank@host] message` to stderr, if there is one, and end all ranks at once with exit code `code`."""
+        """Write `[rank@host] message` to stderr, if there is one, and end all ranks at once with exit code `code`.
+
+        Where ranks may be lost, the heartbeat ends the others: mpiexec of Open MPI 5 may hang there when several ranks
+        call MPI_Abort.
+        """
         sys.stdout.flush()
         if message:
             say(f"{self} {message}")
-        if self._heartbeat is not None and self.survives:  # who sees this rank end would go on without it
+        if self.survives and self._heartbeat is not None:
             self._heartbeat.end_all(code)
-        if self._all.Get_size() > 1:
+        elif self._all.Get_size() > 1:
             self._all.Abort(code)
         os._exit(code)
 

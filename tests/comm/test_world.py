@@ -69,6 +69,15 @@ def test_an_error_is_no_lost_rank(openmpi: Mpi) -> None:
     assert "lost" not in done.stderr
 
 
+def test_ranks_that_may_be_lost_end_together(openmpi: Mpi) -> None:
+    """Open MPI's mpiexec hung in a quarter of such ends, because each rank called MPI_Abort."""
+    words = [openmpi.mpiexec, "--with-ft", "ulfm", "-n", "4", sys.executable, PROGRAM, "all_bug"]
+    for _ in range(5):
+        done = run_bounded(words, env=openmpi.environment())
+        assert done.returncode == 70, done.stderr
+        assert "ValueError: boom" in done.stderr
+
+
 def test_a_rank_that_is_lost_when_rank_0_is_done_keeps_nobody_waiting(openmpi: Mpi) -> None:
     """It leaves at once: a spare rank that wants to agree with it how to go on would wait until the deadline."""
     words = [openmpi.mpiexec, "--with-ft", "ulfm", "-n", "3", sys.executable, PROGRAM, "lost_at_last"]
