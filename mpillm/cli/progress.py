@@ -54,10 +54,12 @@ class Rates:
 
 
 def _waits_and_drafts(state: ProgressState, capacity: float = float("inf")) -> str:
-    """The waits of the run and the gain of drafts, as far as there is room; empty if they are negligible."""
+    """The waits of the run, the slowest rank and the gain of drafts, as far as there is room; "" if all is well."""
     parts = [] if state.hits is None else [f"hits {100 * state.hits:.0f} %"]
     if (state.per_pass or 0.0) >= 1.05:  # else it reads 1.0
         parts.append(f"{state.per_pass:.1f} tokens/pass")
+    if state.slowest is not None:
+        parts.append(f"slowest: {state.slowest.name} (busy {100 * state.slowest.busy:.0f} %)")
     for what, part in (("waits for disk", state.stalled), ("waits for ranks", state.waited)):
         if part >= 0.005:
             parts.append(f"{what} {100 * part:.0f} %")

@@ -21,11 +21,14 @@ from mpillm.partition import grid
 from mpillm.planning.layout import replicas_in_words
 from mpillm.planning.machines import Machines
 from mpillm.planning.speed import Speed
+from mpillm.run.progress import Slowest
 from mpillm.run.session import Session
+from mpillm.store import report
 
 AGAIN = 256  # sent to the other ranks instead of an exit code if the layout changes
 WINDOW = 10.0  # seconds over which ranks are compared
 TELL_EVERY = 1.0  # seconds between two reports of a rank
+SOON = 3.0  # seconds of a window after which its slowest rank is named
 UNEVEN = 1.5  # a rank is slow if it takes this multiple of its planned time, relative to the others
 BUSY = 0.3  # and if it computes for at least this share of the time; else the others do not wait for it
 GAIN = 1.2  # the layout changes if the remaining work becomes faster by this factor
@@ -68,30 +71,30 @@ class Balance:
         self._session = session
         self._machines = session.machines if session.machines.speeds else _assumed(session.machines)
         self._planned = session.choice.rank_seconds(self._machines, session.chosen)
-        self._busy: dict[int, float] = {}  # the last report of each rank
-        self._before: dict[int, float] = {}  # the reports at the beginning of the window
         self._since = time.monotonic()
+        # The time and the computed seconds of each rank's last report, and of the last one before the window.
+        self._reports: dict[int, tuple[float, float]] = {}
+        self._before: dict[int, tuple[float, float]] = {}
         self._suspected: int | None = None  # the rank that was slow in the last window
+        self._slowest: Slowest | None = None
 
     def note(self, rank: int, busy: Busy) -> None:
         """Note the report of a rank."""
-        self._busy[rank] = busy.seconds
-        self._before.setdefault(rank, busy.seconds)
+        self._before.setdefault(rank, (self._since, 0.0))
+        self._reports[rank] = (time.monotonic(), busy.seconds)
 
     def look(self, left: Callable[[], float]) -> Slowed | None:
         """Return the slow rank if the layout should change, else None; `left` gives the seconds of remaining work."""
         passed = time.monotonic() - self._since
         if passed < WINDOW:
             return None
-        ranks = range(self._session.world.size)
-        self.note(0, Busy(busy_seconds(self._session)))
-        done = [self._busy.get(rank, 0.0) - self._before.get(rank, 0.0) for rank in ranks]
-        self._before, self._since = dict(self._busy), time.monotonic()
-        if min(done) <= 0:
+        ranks, busy = range(self._session.world.size), self._busy()
+        self._before, self._since = dict(self._reports), time.monotonic()
+        if min(busy) <= 0:
             return None
-        ratios = self._beside_others(done)
+        ratios = self._beside_others(busy)
         slowest = max(ranks, key=ratios.__getitem__)
-        stands_out = ratios[slowest] > UNEVEN and done[slowest] > BUSY * passed
+        stands_out = ratios[slowest] > UNEVEN and busy[slowest] > BUSY
         before, self._suspected = self._suspected, slowest if stands_out else None
         if not stands_out or before != slowest:
             return None
@@ -100,17 +103,38 @@ class Balance:
         gain = self._session.choice.gain(replace(self._machines, speeds=speeds), self._session.chosen)
         if gain < GAIN or left() * (1 - 1 / gain) < COST:
             return None
-        others = statistics.mean(done[rank] for rank in ranks if rank != slowest)
+        others = statistics.mean(busy[rank] for rank in ranks if rank != slowest)
         return Slowed(
-            f"Rank {slowest} on {self._session.world.hosts[slowest]} computed for {done[slowest] / passed:.0%} of "
-            f"the last {passed:.0f} s, the others for {others / passed:.0%}",
+            f"Rank {slowest} on {self._session.world.hosts[slowest]} computed for {busy[slowest]:.0%} of "
+            f"the last {passed:.0f} s, the others for {others:.0%}",
             known,
             ratios,
         )
 
-    def _beside_others(self, done: Sequence[float]) -> list[float]:
+    def slowest(self) -> Slowest | None:
+        """Return the rank for which the others wait in this window, or waited in the last one if it has just begun."""
+        if time.monotonic() - self._since > SOON:
+            busy, hosts = self._busy(), self._session.world.hosts
+            rank = report.slowest(busy)
+            self._slowest = None
+            if rank is not None:
+                name = f"rank {rank} on {hosts[rank]}" if len(set(hosts)) > 1 else f"rank {rank}"
+                self._slowest = Slowest(name, busy[rank])
+        return self._slowest
+
+    def _busy(self) -> list[float]:
+        """Return the share of the time in which each rank computed, from the window's beginning to its last report."""
+        self.note(0, Busy(busy_seconds(self._session)))
+        shares = []
+        for rank in range(self._session.world.size):
+            then, had = self._before.get(rank, (self._since, 0.0))
+            now, has = self._reports.get(rank, (then, had))
+            shares.append((has - had) / (now - then) if now > then else 0.0)
+        return shares
+
+    def _beside_others(self, busy: Sequence[float]) -> list[float]:
         """Return, for each rank, its time divided by the planned time, relative to the fastest rank of its replica."""
-        ratios = [seconds / planned for seconds, planned in zip(done, self._planned, strict=True)]
+        ratios = [share / planned for share, planned in zip(busy, self._planned, strict=True)]
         return [
             ratios[rank] / min(ratios[other] for other in replica.ranks)
             for replica in self._session.replicas

@@ -225,6 +225,7 @@ class Computation:
             waited=sum(count["seconds"] for count in session.counters.as_dict().values()) / elapsed,
             per_pass=totals.generated_tokens / totals.turns if totals.accepted_tokens else None,
             left=self._time_left(),
+            slowest=self._balance.slowest() if self._balance is not None else None,
         )
 
     def _time_left(self) -> float | None:

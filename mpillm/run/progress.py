@@ -9,6 +9,14 @@ from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
+class Slowest:
+    """The rank that the others wait for."""
+
+    name: str  # such as "rank 2 on pi3"
+    busy: float  # the share of the last seconds in which it computed or waited for its disk
+
+
+@dataclass(frozen=True, slots=True)
 class ProgressState:
     """The progress of a run, as rank 0 knows it. Shares are between 0 and 1."""
 
@@ -20,6 +28,7 @@ class ProgressState:
     # The mean number of tokens that a step draws for a sequence; None if no drafts helped.
     per_pass: float | None = None
     left: float | None = None  # the seconds that it still needs; None as long as nothing tells them
+    slowest: Slowest | None = None  # None if no rank is clearly slower than the others
 
 
 class Bar(Protocol):

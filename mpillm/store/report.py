@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,9 +169,7 @@ class Report(msgspec.Struct, kw_only=True):
     def slowest(self) -> tuple[RankStatistics, str] | None:
         """The rank for which the others wait, and what takes most of its time; None if no rank is clearly slower."""
         busy = [sum(rank.seconds.get(key, 0.0) for key in BUSY) for rank in self.ranks]
-        at = max(range(len(busy)), key=busy.__getitem__, default=0)
-        others = sorted(busy[:at] + busy[at + 1 :])
-        if not others or busy[at] < STANDS_OUT * others[len(others) // 2]:
+        if (at := slowest(busy)) is None:
             return None
         rank = self.ranks[at]
         return rank, BUSY[max(BUSY, key=lambda key: rank.seconds.get(key, 0.0))]
@@ -201,6 +200,15 @@ class Report(msgspec.Struct, kw_only=True):
         """The bytes on the wire, divided by all tokens that went through the model."""
         tokens = self.tokens.computed
         return {kind: count / tokens if tokens else 0.0 for kind, count in self.wire_bytes().items()}
+
+
+def slowest(busy: Sequence[float]) -> int | None:
+    """The rank with the longest busy time; None if no rank is clearly slower than the others."""
+    at = max(range(len(busy)), key=busy.__getitem__, default=0)
+    others = sorted([*busy[:at], *busy[at + 1 :]])
+    if not others or busy[at] < STANDS_OUT * others[len(others) // 2]:
+        return None
+    return at
 
 
 def write(directory: Directory, report: Report) -> None:

@@ -22,7 +22,7 @@ from mpillm import cli
 from mpillm.cli import progress, terminal
 from mpillm.cli.console import Console
 from mpillm.cli.streams import Unfailing
-from mpillm.run.progress import ProgressState
+from mpillm.run.progress import ProgressState, Slowest
 from tests.conftest import Mpi, clean_environment, run_bounded
 from tests.e2e.jobs import CHAT, command, mixed_lines, write_lines
 
@@ -99,6 +99,13 @@ def test_few_accepted_drafts_are_not_told() -> None:
     assert [progress._waits_and_drafts(one) for one in per_pass] == [
         plain, plain, plain.replace(", waits", ", 1.2 tokens/pass, waits"),
     ]  # fmt: skip
+
+
+def test_the_slowest_rank_is_named() -> None:
+    slowed = replace(state(1), slowest=Slowest("rank 2 on pi3", 0.93))
+    assert progress._waits_and_drafts(slowed) == (
+        ", hits 50 %, slowest: rank 2 on pi3 (busy 93 %), waits for disk 25 %"
+    )
 
 
 def test_no_live_line_of_no_requests(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import time
 import weakref
 from typing import Any
 
-from mpillm.cli import main
+from mpillm.cli import main, progress
 from mpillm.comm.world import World
 
 STEPS, LAYER = 20, 0.03
@@ -25,6 +25,7 @@ def run(world: World, *args: Any) -> Any:
     from mpillm.run import balance
 
     balance.WINDOW, balance.TELL_EVERY, balance.COST = 0.5, 0.1, 0.0
+    balance.SOON = progress.LINES = 0.2
     forward, steps, in_memory = Decoder.forward, 0, weakref.WeakSet[Any]()
     victim = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK")) == sys.argv[1]
 

@@ -59,6 +59,7 @@ def test_it_gets_fewer_layers(library: str, victim: str, tmp_path: Path) -> None
     )
     assert said, done.stderr
     assert said[1] == ("3-1" if victim == "1" else "1-3")
+    assert f", slowest: rank {victim} (busy " in done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert any(said[0] in warning for warning in report["warnings"])
     alone = run_bounded([sys.executable, *command(source, tmp_path / "alone", model=MODEL)])
