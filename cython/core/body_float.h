@@ -95,24 +95,24 @@ MK_INLINE void half_steps(const int type, const int R, const uint8_t **rows, lon
     const unsigned bytes = type == MK_F16 ? 32 : 64, parts = type == MK_BF16 ? 2 : 1;
     UNROLL
     for (int half = 0; half < 2; half++) {
-        vh acc[MAX_STREAMS * MK_GROUP];
+        vr acc[MAX_STREAMS * MK_GROUP];
         UNROLL
-        for (int i = 0; i < R * MK_GROUP; i++) acc[i] = *vh_of(sums + i, half);
+        for (int i = 0; i < R * MK_GROUP; i++) acc[i] = *vr_of(sums + i, half);
         const uint8_t *values = x + half * 32;
         long at = half * bytes / 2;
         for (unsigned long turn = 0, part = 0; turn < (unsigned long)steps * parts; turn++) {
-            vh w[MAX_STREAMS];
+            vr w[MAX_STREAMS];
             UNROLL
             for (int r = 0; r < R; r++) {
                 const void *from = rows[r] + at;
-                w[r] = type == MK_F16 ? vh_load_f16(from) : type == MK_F32 ? vh_load(from) : vh_bf16(from, part);
+                w[r] = type == MK_F16 ? vr_load_f16(from) : type == MK_F32 ? vr_load(from) : vr_bf16(from, part);
                 if (!half) __builtin_prefetch(rows[r] + at + ahead);
             }
             UNROLL
             for (int t = 0; t < MK_GROUP; t++) {
-                const vh value = vh_keep(vh_load((const void *)(values + t * 64)));
+                const vr value = vr_keep(vr_load((const void *)(values + t * 64)));
                 UNROLL
-                for (int r = 0; r < R; r++) acc[r * MK_GROUP + t] = vh_fma(w[r], value, acc[r * MK_GROUP + t]);
+                for (int r = 0; r < R; r++) acc[r * MK_GROUP + t] = vr_fma(w[r], value, acc[r * MK_GROUP + t]);
             }
             values += MK_GROUP * 64;
             at += parts == 1 ? bytes : part * bytes;
@@ -120,7 +120,7 @@ MK_INLINE void half_steps(const int type, const int R, const uint8_t **rows, lon
             if (parts > 1) __asm__("" : "+r"(part)); /* gcc must not know its value, or it unrolls the loop */
         }
         UNROLL
-        for (int i = 0; i < R * MK_GROUP; i++) *vh_of(sums + i, half) = acc[i];
+        for (int i = 0; i < R * MK_GROUP; i++) *vr_of(sums + i, half) = acc[i];
     }
     UNROLL
     for (int r = 0; r < R; r++) rows[r] += steps * bytes;

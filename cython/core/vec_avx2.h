@@ -52,24 +52,21 @@ MK_INLINE vf vf_even(const uint16_t *p) { return (vf){ymm_even(p), ymm_even(p + 
 MK_INLINE vf vf_fma(vf a, vf b, vf c) {
     return (vf){_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }
-/* Half a vector: 8 of the 16 lanes. */
-typedef __m256 vh;
-MK_INLINE vh *vh_of(vf *a, const int half) { return half ? &a->hi : &a->lo; }
-MK_INLINE vh vh_load(const float *p) { return _mm256_loadu_ps(p); }
-MK_INLINE vh vh_load_f16(const uint16_t *p) { return _mm256_cvtph_ps(ymm_load(p)); }
-MK_INLINE vh vh_keep(vh a) { __asm__("" : "+x"(a)); return a; } /* in a register: one load serves several uses */
-MK_INLINE vh vh_bf16(const uint16_t *p, const long even) { /* of 16 BF16 the odd ones or the even ones */
+#define VEC_PARTS 2 /* of a vector, each in a register */
+typedef __m256 vr;
+MK_INLINE vr *vr_of(vf *a, const int part) { return part ? &a->hi : &a->lo; }
+MK_INLINE vr vr_zero(void) { return _mm256_setzero_ps(); }
+MK_INLINE vr vr_set1(float x) { return _mm256_set1_ps(x); }
+MK_INLINE vr vr_load(const float *p) { return _mm256_loadu_ps(p); }
+MK_INLINE vr vr_keep(vr a) { __asm__("" : "+x"(a)); return a; } /* in a register: one load serves several uses */
+MK_INLINE vr vr_fma(vr a, vr b, vr c) { return _mm256_fmadd_ps(a, b, c); }
+MK_INLINE vr vr_load_f16(const uint16_t *p) { return _mm256_cvtph_ps(ymm_load(p)); }
+MK_INLINE vr vr_bf16(const uint16_t *p, const long even) { /* of 16 BF16 the odd ones or the even ones */
 #define YMM_PLACES(a, b) -1, -1, a, b, -1, -1, 4 + a, 4 + b, -1, -1, 8 + a, 8 + b, -1, -1, 12 + a, 12 + b
     static const int8_t places[2][32] = {{YMM_PLACES(2, 3), YMM_PLACES(2, 3)}, {YMM_PLACES(0, 1), YMM_PLACES(0, 1)}};
     const __m256i of = _mm256_loadu_si256((const void *)places[even]);
     return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_loadu_si256((const void *)p), of));
 }
-MK_INLINE vh vh_zero(void) { return _mm256_setzero_ps(); }
-MK_INLINE vh vh_odd(const uint16_t *p) { return ymm_odd(p); }
-MK_INLINE vh vh_even(const uint16_t *p) { return ymm_even(p); }
-MK_INLINE vh vh_add(vh a, vh b) { return _mm256_add_ps(a, b); }
-MK_INLINE vf vh_sums(const vh *a) { return (vf){ymm_sums(a), ymm_sums(a + 8)}; }
-MK_INLINE vh vh_fma(vh a, vh b, vh c) { return _mm256_fmadd_ps(a, b, c); }
 MK_INLINE vf vf_from(vi a) { return (vf){_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 MK_INLINE vi vi_trunc(vf a) { return (vi){_mm256_cvttps_epi32(a.lo), _mm256_cvttps_epi32(a.hi)}; }
 MK_INLINE vi vi_bits(vf a) { return (vi){_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)}; }

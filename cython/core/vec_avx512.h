@@ -64,6 +64,14 @@ MK_INLINE vf vf_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
 MK_INLINE vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 MK_INLINE vf vf_div(vf a, vf b) { return _mm512_div_ps(a, b); }
 MK_INLINE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+#define VEC_PARTS 1 /* of a vector, each in a register */
+typedef __m512 vr;
+MK_INLINE vr *vr_of(vf *a, const int part) { (void)part; return a; }
+MK_INLINE vr vr_zero(void) { return _mm512_setzero_ps(); }
+MK_INLINE vr vr_set1(float x) { return vf_set1(x); }
+MK_INLINE vr vr_load(const float *p) { return vf_load(p); }
+MK_INLINE vr vr_keep(vr a) { return vf_keep(a); }
+MK_INLINE vr vr_fma(vr a, vr b, vr c) { return vf_fma(a, b, c); }
 MK_INLINE vf vf_abs(vf a) { return _mm512_abs_ps(a); }
 MK_INLINE vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
 MK_INLINE vf vf_min(vf a, vf b) { return _mm512_min_ps(a, b); }
@@ -96,29 +104,13 @@ MK_INLINE vf vf_add_halves(vf sum, vf a) {
     return _mm512_zextps256_ps512(_mm256_add_ps(_mm512_castps512_ps256(sum), halves));
 }
 
+/* The steps of vf_sums (vec_common.h): the lanes of vectors are added, and one vector has what remains of several. */
+#define VEC_FOLDS
 #define ZMM_ADD(shuffle, a, b, low, high) _mm512_add_ps(shuffle(a, b, low), shuffle(a, b, high))
-MK_INLINE vf vf_both_halves(vf a, vf b) { /* lanes j + (j + 8) of a and, above, of b */
-    return ZMM_ADD(_mm512_shuffle_f32x4, a, b, 0x44, 0xee);
-}
-
-/* vf_sums where a[i * step] already has both halves of vectors r and r + 4, r = i / 4 * 8 + i % 4. */
-MK_INLINE vf vf_sums_of_pairs(const vf *a, const int step) {
-    vf quarters[4], pairs[2];
-    for (int i = 0; i < 4; i++)
-        quarters[i] = ZMM_ADD(_mm512_shuffle_f32x4, a[i * step], a[(i + 4) * step], 0x88, 0xdd);
-    for (int i = 0; i < 2; i++) pairs[i] = ZMM_ADD(_mm512_shuffle_ps, quarters[2 * i], quarters[2 * i + 1], 0x44, 0xee);
-    return ZMM_ADD(_mm512_shuffle_ps, pairs[0], pairs[1], 0x88, 0xdd);
-}
-
-/* Lane r is vf_hadd(a[r * step]): 16 of them share their shuffles. */
-MK_INLINE vf vf_sums(const vf *a, const int step) {
-    vf both[8];
-    for (int i = 0; i < 8; i++) {
-        const int r = i / 4 * 8 + i % 4;
-        both[i] = vf_both_halves(a[r * step], a[(r + 4) * step]);
-    }
-    return vf_sums_of_pairs(both, 1);
-}
+MK_INLINE vf vf_both_halves(vf a, vf b) { return ZMM_ADD(_mm512_shuffle_f32x4, a, b, 0x44, 0xee); } /* 8 of each */
+MK_INLINE vf vf_quarters(vf a, vf b) { return ZMM_ADD(_mm512_shuffle_f32x4, a, b, 0x88, 0xdd); } /* of two such: 4 of each */
+MK_INLINE vf vf_eighths(vf a, vf b) { return ZMM_ADD(_mm512_shuffle_ps, a, b, 0x44, 0xee); } /* of two such: 2 of each */
+MK_INLINE vf vf_sixteenths(vf a, vf b) { return ZMM_ADD(_mm512_shuffle_ps, a, b, 0x88, 0xdd); }
 
 MK_INLINE vb vb_load(const uint8_t *p) { return _mm512_loadu_si512(p); }
 MK_INLINE vb vb_bits(vb a, const int from, const int mask, const int to) {

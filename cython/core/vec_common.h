@@ -23,6 +23,27 @@ static inline void vf_store_part(float *p, vf a, long count) {
 MK_INLINE vb vb_size(vb a) { return a; }
 #endif
 
+#ifdef VEC_FOLDS
+/* Lane r is vf_hadd(a[r * step]): 16 vectors share their shuffles.  a [4]: what vf_quarters makes of 4 vectors r, r + 4, ... */
+MK_INLINE vf vf_sums_of_quarters(const vf *a, const int step) {
+    return vf_sixteenths(vf_eighths(a[0], a[step]), vf_eighths(a[2 * step], a[3 * step]));
+}
+/* a [8]: what vf_both_halves makes of vectors r and r + 4, r = i / 4 * 8 + i % 4. */
+MK_INLINE vf vf_sums_of_pairs(const vf *a, const int step) {
+    vf quarters[4];
+    for (int i = 0; i < 4; i++) quarters[i] = vf_quarters(a[i * step], a[(i + 4) * step]);
+    return vf_sums_of_quarters(quarters, 1);
+}
+MK_INLINE vf vf_sums(const vf *a, const int step) {
+    vf both[8];
+    for (int i = 0; i < 8; i++) {
+        const int r = i / 4 * 8 + i % 4;
+        both[i] = vf_both_halves(a[r * step], a[(r + 4) * step]);
+    }
+    return vf_sums_of_pairs(both, 1);
+}
+#endif
+
 #ifndef VEC_LOOKUP /* of 16 bytes the halves from bit `shift` on (0, 4) as places in a table of 16 */
 MK_INLINE vf vf_lookup(const float *table, const uint8_t *p, const int shift) {
     float found[MK_TILE];

@@ -9,7 +9,7 @@ typedef struct { __m256 lo, hi; } vf;
 enum { VEC_FETCHES = 1 };
 enum { VEC_SUMS = 4 };
 
-MK_INLINE vf vf_keep(vf a) { return a; }
+MK_INLINE vf vf_keep(vf a) { __asm__("" : "+x"(a.lo), "+x"(a.hi)); return a; }
 #define YMM(name, op) MK_INLINE vf name(vf a, vf b) { return (vf){op(a.lo, b.lo), op(a.hi, b.hi)}; }
 
 MK_INLINE vf vf_load(const float *p) { return (vf){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -50,18 +50,17 @@ MK_INLINE float vf_hmax(vf a) { YMM_FOLD(max) }
 /* sum, whose upper half is zero, plus lanes j + (j + 8) of a: the first step of vf_hadd. */
 MK_INLINE vf vf_add_halves(vf sum, vf a) { return (vf){_mm256_add_ps(sum.lo, _mm256_add_ps(a.lo, a.hi)), sum.hi}; }
 
-/* Lane r is vf_hadd(a[r * step]): 16 of them share their shuffles. */
+/* The steps of vf_sums (vec_common.h): the lanes of vectors are added, and one vector has what remains of several. */
+#define VEC_FOLDS
 #define YMM_ADD(shuffle, a, b, low, high) _mm256_add_ps(shuffle(a, b, low), shuffle(a, b, high))
-MK_INLINE __m256 ymm_sums(const __m256 *a) { /* of 8 vectors, in which lanes j and j + 8 are added */
-    __m256 quarters[4], low, high;
-    for (int r = 0; r < 4; r++)
-        quarters[r] = YMM_ADD(_mm256_permute2f128_ps, a[r], a[r + 4], 0x20, 0x31);
-    low = YMM_ADD(_mm256_shuffle_ps, quarters[0], quarters[1], 0x44, 0xee);
-    high = YMM_ADD(_mm256_shuffle_ps, quarters[2], quarters[3], 0x44, 0xee);
-    return YMM_ADD(_mm256_shuffle_ps, low, high, 0x88, 0xdd);
+MK_INLINE vf vf_both_halves(vf a, vf b) { /* 8 of each */
+    return (vf){_mm256_add_ps(a.lo, a.hi), _mm256_add_ps(b.lo, b.hi)};
 }
-MK_INLINE vf vf_sums(const vf *a, const int step) {
-    __m256 halves[16];
-    for (int r = 0; r < 16; r++) halves[r] = _mm256_add_ps(a[r * step].lo, a[r * step].hi);
-    return (vf){ymm_sums(halves), ymm_sums(halves + 8)};
+MK_INLINE vf vf_quarters(vf a, vf b) { /* of two such vectors: 4 of each */
+    return (vf){YMM_ADD(_mm256_permute2f128_ps, a.lo, a.hi, 0x20, 0x31),
+                YMM_ADD(_mm256_permute2f128_ps, b.lo, b.hi, 0x20, 0x31)};
 }
+#define YMM_BOTH(a, b, low, high) \
+    (vf) { YMM_ADD(_mm256_shuffle_ps, a.lo, b.lo, low, high), YMM_ADD(_mm256_shuffle_ps, a.hi, b.hi, low, high) }
+MK_INLINE vf vf_eighths(vf a, vf b) { return YMM_BOTH(a, b, 0x44, 0xee); } /* of two such vectors: 2 of each */
+MK_INLINE vf vf_sixteenths(vf a, vf b) { return YMM_BOTH(a, b, 0x88, 0xdd); }
