@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Pipe:
-    """Activations from a shard of one stage to the same shard of the next."""
+    """Sends activations from a shard of one stage to the same shard of the next."""
 
     def __init__(
         self, world: World, place: Place, wire: Wire, counters: MessageCounters, threads: int = 1
@@ -27,14 +27,14 @@ class Pipe:
         self._outbox = Outbox(world, counters.pipe)
 
     def send(self, x: F32) -> None:
-        """Send f32 [m, d] to the next stage; x may be changed at once."""
+        """Send x, f32 [m, d], to the next stage; the caller may change x afterwards."""
         assert not self._place.is_last_stage
         data = np.empty((len(x), self._codec.type.row_bytes(x.shape[1])), np.uint8)
         self._codec.encode(x, data)
         self._outbox.send(data.reshape(-1), [self._rank + self._place.shards], Tag.PIPE)
 
     def recv(self, m: int, d: int) -> F32:
-        """Return the f32 [m, d] that the previous stage sent next; it belongs to the caller."""
+        """Return the next f32 [m, d] from the previous stage; it belongs to the caller."""
         assert not self._place.is_first_stage
         data = np.empty((m, self._codec.type.row_bytes(d)), np.uint8)
         request = self._world.comm.Irecv(data, self._rank - self._place.shards, Tag.PIPE)
@@ -42,12 +42,12 @@ class Pipe:
         return self._codec.decode(data, d)
 
     def progress(self) -> None:
-        """Move what is under way on. Large messages need it now and then while this rank computes."""
+        """Let MPI progress messages under way. Large messages need this now and then while this rank computes."""
         self._outbox.progress()
 
 
 class Channel:
-    """Orders from a replica's leader to its other ranks, and replies to the leader, as bytes of any length."""
+    """Carries orders from a replica's leader to its other ranks, and replies to the leader, as bytes of any length."""
 
     def __init__(self, world: World, counters: MessageCounters, ranks: range | None = None) -> None:
         """`ranks` are those of the replica, the leader first; all of the world if it is the only one."""
@@ -56,21 +56,21 @@ class Channel:
         self._orders, self._replies = Outbox(world, counters.step), Outbox(world, counters.reply)
 
     def post(self, order: bytes) -> None:
-        """The leader: send an order to every other rank."""
+        """Send an order to every other rank. Only the leader calls this."""
         assert self._world.rank == self._ranks[0]
         self._orders.send(order, list(self._ranks[1:]), Tag.STEP)
 
     def take(self) -> bytes:
-        """Every other rank: return the next order."""
+        """Return the leader's next order. Every rank but the leader calls this."""
         return self._receive(self._ranks[0], Tag.STEP, self._counters.step)
 
     def reply(self, answer: bytes) -> None:
-        """Every other rank: send an answer to the leader."""
+        """Send an answer to the leader. Every rank but the leader calls this."""
         assert self._world.rank in self._ranks[1:]
         self._replies.send(answer, [self._ranks[0]], Tag.REPLY)
 
     def collect(self, source: int) -> bytes:
-        """The leader: return the next answer of the replica's rank number `source`."""
+        """Return the next answer of the replica's rank number `source`. Only the leader calls this."""
         return self._receive(self._ranks[source], Tag.REPLY, self._counters.reply)
 
     def _receive(self, source: int, tag: Tag, count: Count) -> bytes:

@@ -22,7 +22,7 @@ from mpillm.partition.grid import Place
 
 
 class Group:
-    """The shards of one stage, which sum what each has computed of it."""
+    """The shards of one stage and their collective operations."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Group:
         self.begin(x)()
 
     def begin(self, x: F32, lane: int = 0) -> Callable[[], None]:
-        """Begin `all_reduce`, and return what ends it; until then x is not to be used.
+        """Begin `all_reduce` and return a function that ends it. Do not use x before that.
 
         Each lane, numbered from 0, may have one under way. They end in the order in which they began.
         """
@@ -92,7 +92,7 @@ class Group:
         return partial(self._end_pieces, pieces, x, lane)
 
     def lanes(self, m: int, d: int) -> list[int]:
-        """The first rows of the lanes in which rows [m, d] are summed best, and m."""
+        """Return the first row of each lane in which rows [m, d] are summed fastest, followed by m."""
         kind, shards = self._codec.type, self._place.shards
         of_sums = self._sums.block_bytes if shards > 2 else kind.block_bytes
         nbytes = m * kind.row_bytes(d) * (1 + of_sums / kind.block_bytes) / 2
@@ -117,7 +117,7 @@ class Group:
         x[...] = values.reshape(m, -1)[:, :d]
 
     def _pieces_of(self, lane: int, blocks: int) -> Pieces:
-        """Buffers and messages for `blocks` blocks; the lane's last ones if they have that size."""
+        """Return buffers and messages for `blocks` blocks; the lane's previous ones if they have that size."""
         pieces = self._pieces.get(lane)
         if pieces is None or pieces.bounds[-1] != blocks:
             if pieces is not None:
@@ -157,7 +157,7 @@ class Group:
             kernels.fold(parts, piece, self._codec.threads)
 
     def all_gather(self, x: F32) -> F32:
-        """Every shard's x, f32 [m, d], exactly as it is: f32 [shards, m, d]. It is valid until the next call."""
+        """Return every shard's x, f32 [m, d], without rounding: f32 [shards, m, d], valid until the next call."""
         copies = self._copies_of(self._gathered, 0, len(x), x.shape[1] * x.itemsize)
         values: F32 = copies.data.view(np.float32)
         values[self._place.shard] = x
@@ -166,7 +166,7 @@ class Group:
         return values
 
     def _copies_of(self, known: dict[int, Copies], lane: int, m: int, nbytes: int) -> Copies:
-        """Buffers and messages for parts of `m` rows; the lane's last ones if they have that size."""
+        """Return buffers and messages for parts of `m` rows; the lane's previous ones if they have that size."""
         copies = known.get(lane)
         if copies is None or copies.own.shape != (m, nbytes):
             if copies is not None:
@@ -177,4 +177,4 @@ class Group:
 
 
 def _nothing() -> None:
-    """A sum that has ended."""
+    """The end of a sum that needs no messages."""

@@ -19,12 +19,12 @@ WAITED = Path("/proc/self/schedstat")  # the nanoseconds that this thread has ru
 
 
 def pace() -> float:
-    """How fast a core runs this rank's plain code, as `Speed.core`; of a core that others use too, its part."""
+    """Return how fast a core runs this rank's plain code, as `Speed.core`, times the part of the core that it gets."""
     return core_speed(LOOK, LOOK_TURNS) * part_so_far(WAITED)
 
 
 def part_so_far(waited: Path) -> float:
-    """The part of a core that this process has got since it started (mostly while it imported modules).
+    """Return the part of a core that this process has got since it started (mostly while it imported modules).
 
     It is less than 1 if a control group has a quota, which a container may hide, or if other programs compute.
     """
@@ -37,12 +37,12 @@ def part_so_far(waited: Path) -> float:
 
 
 def core_speed(seconds: float, turns: int = TURNS) -> float:
-    """How fast one core runs plain code, as `Speed.core`, measured for about `seconds` with calls of `turns` turns."""
+    """Return how fast one core runs plain code, as `Speed.core`: calls of `turns` turns for about `seconds`."""
     return TURN / typical(plain_code, [turns], seconds) * turns
 
 
 def typical(call: Callable[[T], object], data: Sequence[T], for_seconds: float) -> float:
-    """Seconds of a call on a core of its own: the median of this thread's, with each of `data` in turn.
+    """Return the seconds of a call on a core of its own: the median of this thread's, with each of `data` in turn.
 
     The fastest one is that whose data happened to be in a cache, and other programs disturb the slowest ones.
     """

@@ -42,7 +42,7 @@ class Cores:
 
     @classmethod
     def of_this_process(cls) -> Cores:
-        """The cores of this process, without second threads of a core."""
+        """Return the cores of this process, without second threads of a core."""
         root = Path("/")
         if not hasattr(os, "sched_getaffinity"):
             return cls(frozenset(range(os.cpu_count() or 1)))
@@ -51,7 +51,7 @@ class Cores:
 
 
 def physical(cpus: Iterable[int], root: Path) -> frozenset[int]:
-    """The cores that these logical CPUs lie on, each named by its first one."""
+    """Return the cores of these logical CPUs, each named by its first one."""
     return frozenset(_first_sibling(cpu, root) for cpu in cpus)
 
 
@@ -104,12 +104,12 @@ def _quota_of(group: Path) -> float:
 
 
 def node_cores(ranks: list[Cores]) -> int:
-    """The number of whole cores that the ranks of one node have together, at least 1."""
+    """Return the number of whole cores that the ranks of one node have together, at least 1."""
     return max(1, int(cores_of_time(ranks)))
 
 
 def cores_of_time(ranks: list[Cores]) -> float:
-    """The time that the ranks of one node may compute, all together, in cores: a quota may be less than one.
+    """Return the time that the ranks of one node may compute together, in cores: a quota may be less than one.
 
     Ranks bound to cores of their own count each of them; a quota that several share counts once.
     """
@@ -120,7 +120,7 @@ def cores_of_time(ranks: list[Cores]) -> float:
 
 
 def with_cores(ranks: int, cores: int, one_thread: bool) -> int:
-    """The number of a node's ranks that compute if the layout is automatic and there are fewer cores than ranks.
+    """Return the number of a node's ranks that compute if the layout is automatic and cores are fewer than ranks.
 
     A power of two, for they may be shards: the one that leaves the fewest cores idle, and the larger of two such ones.
     With `one_thread` a rank has a thread, whatever cores are left.
@@ -132,14 +132,14 @@ def with_cores(ranks: int, cores: int, one_thread: bool) -> int:
 
 
 def reserve_in_words(ranks: int, cores: int, used: int) -> str:
-    """A clause about the ranks of a node that are kept in reserve."""
+    """Return a clause about the ranks of a node that are kept in reserve."""
     surplus = ranks - used
     are, there = ("is" if count == 1 else "are" for count in (surplus, cores))
     return f"{surplus} of {ranks} ranks {are} kept in reserve, because there {there} only {count_of(cores, 'core')}"
 
 
 def binding(ranks: list[Cores]) -> str:
-    """A sentence if mpiexec, without being told to, has left cores of the node without one of these ranks; else empty.
+    """Return a sentence if mpiexec, without being told to, has left cores of the node without a rank; else "".
 
     Open MPI binds each of up to two ranks to one core, and a rank's threads with it.
     """
@@ -156,7 +156,7 @@ def binding(ranks: list[Cores]) -> str:
 
 
 def threads_per_rank(asked: int | str, cores: int, ranks: int, environ: Mapping[str, str]) -> int:
-    """Threads for a rank: what the job says, else OMP_NUM_THREADS, SLURM_CPUS_PER_TASK, or its share of the node."""
+    """Return a rank's threads: the job's value, else OMP_NUM_THREADS, SLURM_CPUS_PER_TASK, or its share of the node."""
     if asked != "auto":
         return _positive("layout.threads", asked)
     for name in THREADS:

@@ -18,7 +18,7 @@ WAITED_FOR = {
 
 @dataclass
 class Count:
-    """One kind of message on one rank."""
+    """The counts of one kind of message on one rank."""
 
     kind: str
     messages: int = 0  # sent: the sum over ranks is what the network has carried
@@ -39,7 +39,7 @@ class Count:
 
 @dataclass
 class MessageCounters:
-    """All kinds; a rank's report has them as `as_dict()`."""
+    """The counts of all kinds; a rank's report has them as `as_dict()`."""
 
     all_reduce: Count = field(default_factory=lambda: Count("all_reduce"))  # between the shards of a stage
     pipe: Count = field(default_factory=lambda: Count("pipe"))  # activations, from stage to stage
@@ -51,6 +51,6 @@ class MessageCounters:
     requests: Count = field(default_factory=lambda: Count("requests"))
 
     def as_dict(self) -> dict[str, dict[str, int | float]]:
-        """The counts by kind and by what is counted."""
+        """Return the counts by kind and by name."""
         counts = (asdict(getattr(self, each.name)) for each in fields(self))
         return {count.pop("kind"): count for count in counts}

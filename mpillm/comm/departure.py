@@ -20,7 +20,7 @@ class Departure:
         self._arrival = comm.Iallgather(self._own, self._all)
 
     def arrived(self) -> bool:
-        """Whether all ranks leave."""
+        """Return whether all ranks leave."""
         return self._arrival.Test()
 
     @property

@@ -28,12 +28,12 @@ _begun = threading.Event()
 
 
 def ours() -> None:
-    """This process has started MPI, and ends it."""
+    """Let this process, which has started MPI, end it at exit."""
     atexit.register(_finalize)
 
 
 def world_ended(code: int, orderly: bool, limit: float) -> None:
-    """A world of several ranks has ended with this exit code; `orderly` says that no message is under way.
+    """Note that a world of several ranks has ended with this exit code; `orderly`: no message is under way.
 
     MPI may wait for ever for messages that nobody will take.
     """

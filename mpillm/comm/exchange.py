@@ -39,7 +39,7 @@ class Exchange:
         raise NotImplementedError
 
     def check_losses(self) -> None:
-        """RankLost if another rank has noticed a loss, or a heartbeat has stopped, before MPI reports it here."""
+        """Raise RankLost if another rank has noticed a loss, or a heartbeat has stopped, before MPI reports it here."""
         raise NotImplementedError
 
     def keep_alive(self, messages: object) -> None:
@@ -98,7 +98,7 @@ class Exchange:
             raise
 
     def _exchanged(self, exchange: Callable[[], T]) -> T:
-        """The result of an exchange. RankLost if it received something that no rank sent.
+        """Return the result of an exchange. Raises RankLost if it received something that no rank sent.
 
         Open MPI 5 with ULFM may report success for a collective in which a rank was killed and leave the buffer
         unfilled, which then cannot be unpickled.
@@ -148,7 +148,7 @@ class Exchange:
 
 
 def _packed(value: object) -> tuple[U8, bytes]:
-    """A value's first message, uint8 [HEAD], and all of its bytes."""
+    """Return a value's first message, uint8 [HEAD], and all of its bytes."""
     data, head = pickle.dumps(value, pickle.HIGHEST_PROTOCOL), np.zeros(HEAD, np.uint8)
     head[:LENGTH].view(np.uint64)[0] = len(data)
     begin = data[: HEAD - LENGTH]

@@ -87,7 +87,7 @@ class Neighbours:
         self._stopped = {other: 0 for other in others[:WATCHED] if other.namespace == own.namespace}
 
     def look(self) -> None:
-        """Look once a beat. The kernel says which process is stopped; a debugger's stop is another state."""
+        """Kill neighbours that stay stopped; called once a beat. A process that a debugger stops has another state."""
         for process in self._stopped:
             with contextlib.suppress(psutil.Error):
                 found = psutil.Process(process.pid)

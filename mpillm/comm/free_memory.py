@@ -11,13 +11,13 @@ _CACHED = ("inactive_file", "active_file")  # pages of files, which the system t
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Bytes that this process can still get; `root` is where /proc and /sys are."""
+    """Return the bytes that this process can still get; `root` is where /proc and /sys are."""
     available: int = psutil.virtual_memory().available
     return max(0, min([available, *_left_in_groups(root)]))
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:
-    """The free bytes of each group of version 2 (memory.max) or 1 (memory.limit_in_bytes) above this process."""
+    """Return the free bytes of each group of version 2 (memory.max) or 1 (memory.limit_in_bytes) above this process."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -34,7 +34,7 @@ def _left_in_groups(root: Path) -> Iterator[int]:
 
 
 def _left(group: Path) -> int | None:
-    """The limit less what is used, without the pages of files; None if there is no limit."""
+    """Return the limit less the used bytes, without the pages of files; None if there is no limit."""
     try:
         second = (group / "memory.max").exists()
         limit = (group / ("memory.max" if second else "memory.limit_in_bytes")).read_text().strip()

@@ -30,7 +30,7 @@ class Mailbox:
         self._outbox.send(message, [rank], Tag.REQUESTS)
 
     def receive(self) -> tuple[int, bytes] | None:
-        """The next message that has arrived, and the rank that sent it; None if there is none now."""
+        """Return the next message that has arrived, and the rank that sent it; None if there is none now."""
         from mpi4py import MPI
 
         self._outbox.progress()
@@ -48,7 +48,7 @@ class Mailbox:
         return None
 
     def wait(self, seconds: float) -> tuple[int, bytes] | None:
-        """The next message; None if none arrives within `seconds` seconds."""
+        """Return the next message; None if none arrives within `seconds` seconds."""
         until = time.monotonic() + seconds
         found: list[tuple[int, bytes]] = []
 
@@ -61,6 +61,6 @@ class Mailbox:
         return found[0] if found else None
 
     def flush(self, seconds: float) -> None:
-        """Wait until everything that was sent has left, for at most `seconds` seconds."""
+        """Wait until all sent messages have left, for at most `seconds` seconds."""
         until = time.monotonic() + seconds
         self._world.wait(lambda: self._outbox.progress() or time.monotonic() > until)

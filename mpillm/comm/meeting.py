@@ -83,7 +83,7 @@ class _LocalRanks:
         self.look()
 
     def look(self) -> bool:
-        """Look once a beat; return whether one of them is stopped or gone."""
+        """Return whether one of them is stopped or gone; called once a beat."""
         if self._launcher is not None:
             with contextlib.suppress(psutil.Error):
                 self._see(self._launcher.children())

@@ -46,7 +46,7 @@ class RankInfo:
 
     @classmethod
     def of_this_process(cls) -> RankInfo:
-        """The facts about this process that it tells the others."""
+        """Return the facts about this process that it tells the others."""
         return cls(
             socket.gethostname(),
             _boot_id(),
@@ -90,7 +90,7 @@ class Nodes:
         self._rank, self._ranks = rank, ranks
 
     def oversubscribed(self, threads: int) -> bool:
-        """Whether threads may have to wait for a core if each rank has `threads` of them.
+        """Return whether threads may have to wait for a core if each rank has `threads` of them.
 
         This host, or the machine that it shares with other hosts, has fewer cores, or a quota allows less time of them.
         """
@@ -102,7 +102,7 @@ class Nodes:
         return any(len(ranks) * threads > cores_of_time(ranks) for ranks in together)
 
     def part_by_quota(self, threads: int) -> float:
-        """The part of a core that a quota leaves to each of this rank's threads; 1 if it leaves whole ones."""
+        """Return the part of a core that a quota leaves to each of this rank's threads; 1 if it leaves whole ones."""
         own = self._ranks[self._rank]
         sharing = sum(
             rank.node == own.node and rank.cores.quota_at == own.cores.quota_at for rank in self._ranks
@@ -116,7 +116,7 @@ class Nodes:
         return [rank.free // count[rank.node] for rank in self._ranks]
 
     def crowded(self, ranks: Collection[int]) -> bool:
-        """Whether the ranks of some machine, of which these use some, have fewer cores than they are.
+        """Return whether a machine of these ranks has fewer cores than ranks.
 
         Containers of one machine have names of their own, but share its cores.
         """
@@ -128,7 +128,7 @@ class Nodes:
         return any(len(own) > node_cores(own) for own in cores.values())
 
     def with_cores(self, threads: object) -> list[int]:
-        """The ranks that have cores of their own: of a machine with more ranks than cores the first ones.
+        """Return the ranks that have cores of their own: the first ones of a machine with more ranks than cores.
 
         `threads` are those that the job asks for. Ranks that are bound to different cores all have their own.
         """
@@ -136,7 +136,7 @@ class Nodes:
         return [rank for rank in range(len(self._ranks)) if rank not in surplus]
 
     def surplus_in_words(self, threads: object) -> list[str]:
-        """Sentences for the user about the other ranks."""
+        """Return sentences for the user about the other ranks."""
         said: dict[str, list[str]] = {}
         for node, surplus in self._surplus(threads).items():
             there = [rank for rank in self._ranks if rank.node == node]
@@ -159,7 +159,7 @@ class Nodes:
         ]
 
     def _surplus(self, threads: object) -> dict[tuple[str, str], list[int]]:
-        """The ranks of each machine that have no core of their own."""
+        """Return the ranks of each machine that have no core of their own."""
         here: dict[tuple[str, str], list[int]] = {}
         for number, rank in enumerate(self._ranks):
             here.setdefault(rank.node, []).append(number)
@@ -178,7 +178,7 @@ class Nodes:
         return [rank.pace for rank in self._ranks]
 
     def loads(self, asked: Sequence[int | str]) -> list[tuple[str, float]]:
-        """Each rank's machine, and the part of its cores that the rank's threads keep busy; `asked` is the job's.
+        """Return each rank's machine, and the part of its cores that the rank's threads use; `asked` is the job's.
 
         Containers of one machine have names of their own, but share its cores.
         """

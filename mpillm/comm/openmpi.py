@@ -16,7 +16,7 @@ DEBIAN = Path("/etc/openmpi")  # where Debian has it
 
 @contextmanager
 def starting(library: str, alone: bool, environ: MutableMapping[str, str] = os.environ) -> Iterator[None]:
-    """Within this, the Open MPI whose file `library` is starts as it should, in a process that may be `alone`.
+    """In the block, set the options with which Open MPI, in the file `library`, should start; `alone`: one process.
 
     The transport `btl/ofi` is left out: it serves one-sided messages over libfabric, which no rank sends, and where
     there is no such network it sleeps for a second in each start. Of a process that no mpiexec has started, nobody
@@ -41,7 +41,7 @@ def starting(library: str, alone: bool, environ: MutableMapping[str, str] = os.e
 
 
 def _chooses(file: Path) -> bool:
-    """Whether a file of parameters has the transports, or names other files."""
+    """Return whether a file of parameters sets the transports, or names other files."""
     try:
         text = file.read_text("utf-8", "replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""How the parts of a stage's shards travel as messages. The messages are persistent: a step has two exchanges for each
+"""The messages that carry the parts of a stage's shards. They are persistent: a step has two exchanges for each
 layer, nearly always of one size.
 """
 
@@ -57,13 +57,13 @@ class _Messages:
         self._transfers = Transfers(world, coming, going, [data.nbytes for data, *_ in inward])
 
     def begin(self, count: Count) -> None:
-        """Send them, and receive the others'."""
+        """Start all messages."""
         self._start(self._requests)
         for nbytes in self._sent:
             count.sent(1, nbytes)
 
     def end(self, count: Count) -> None:
-        """All have gone and come."""
+        """Wait until all messages have been sent and received."""
         self._transfers.finish(count)
 
     def free(self) -> None:
@@ -89,7 +89,7 @@ class Copies:
         self._messages.begin(count)
 
     def end(self, count: Count) -> None:
-        """All parts are here."""
+        """Wait until all parts are here."""
         self._messages.end(count)
 
     def free(self) -> None:
@@ -98,7 +98,7 @@ class Copies:
 
 
 class Pieces:
-    """Rows of which the first shards (`adders`) sum a piece each: a reduce-scatter and an all-gather.
+    """A reduce-scatter and an all-gather of rows: each of the first shards (`adders`) sums one piece of them.
 
     All together send 2 (shards - 1) times the rows, where copies of each part to all others are shards times that / 2.
     """
@@ -154,7 +154,7 @@ class Pieces:
             self._gather.begin(count)
 
     def end(self, fold: Callable[[U8, U8], None], count: Count) -> None:
-        """`sums` has a piece of each shard."""
+        """Take the last turn, and wait until `sums` has a piece of each shard."""
         self.turn(fold, count)
         self._gather.end(count)
 
@@ -165,7 +165,7 @@ class Pieces:
 
 
 def adders(shards: int, nbytes: float, rate: float, crowded: bool = False) -> int:
-    """How many of more than two shards sum a piece of the rows each; rows have `nbytes`, a wire carries `rate` bytes/s.
+    """Return how many of more than two shards sum a piece of the rows, of `nbytes`; a wire carries `rate` bytes/s.
 
     Each of them takes in and sends shards - 1 times its piece, so that more of them need their wires for less time, but
     exchange more messages: for few rows one shard sums alone. `crowded`: ranks share cores.
@@ -175,7 +175,7 @@ def adders(shards: int, nbytes: float, rate: float, crowded: bool = False) -> in
 
 
 def lanes(shards: int, m: int, nbytes: float, rate: float) -> int:
-    """In how many lanes m rows, of `nbytes` together, are summed: two if one lane travels while the other is computed.
+    """Return the number of lanes for m rows of `nbytes`: two if one lane travels while the other is computed.
 
     Weights are read once more for each lane, and products of fewer rows are slower: on a wire that is done sooner than
     this (`LANES`) nothing is gained.
@@ -185,7 +185,7 @@ def lanes(shards: int, m: int, nbytes: float, rate: float) -> int:
 
 
 def _eager(data: U8) -> list[U8]:
-    """Bytes in pieces that travel by themselves."""
+    """Return bytes in pieces that MPI sends without asking the receiver first."""
     return [data[at : at + EAGER] for at in range(0, len(data), EAGER)]
 
 

@@ -24,7 +24,7 @@ _END = np.ones(1, np.uint8)  # what is timed is zeros
 
 @dataclass(frozen=True)
 class LinkTiming:
-    """Between two ranks; medians of round trips."""
+    """The medians of round trips between two ranks."""
 
     ranks: tuple[int, int]
     latency: float  # seconds one way
@@ -32,12 +32,12 @@ class LinkTiming:
 
 
 def mpi_library() -> Library:
-    """The MPI library of this rank."""
+    """Return the MPI library of this rank."""
     return Library(*MPI.get_vendor(), MPI.Get_library_version(), loaded_library_path())
 
 
 def links(world: World, effort: float = 1.0) -> list[LinkTiming]:
-    """Collective: what the first ranks of hosts measured with each other; on one host the first two ranks.
+    """Return the timings of all pairs of hosts, by their first ranks; on one host of its first two ranks (collective).
 
     Each timing takes up to `effort` times PATIENCE, but at least two round trips.
     """
@@ -58,7 +58,7 @@ def links(world: World, effort: float = 1.0) -> list[LinkTiming]:
 
 
 def tournament(players: int) -> list[list[tuple[int, int]]]:
-    """Rounds of pairs in which everyone meets everyone else once, and nobody twice in a round (the circle method)."""
+    """Return rounds of pairs: each member meets every other once, and one a round (the circle method)."""
     circle = [*range(players), *([-1] if players % 2 else [])]  # -1: who is paired with it has a break
     rounds = []
     for _ in range(len(circle) - 1):
@@ -69,7 +69,7 @@ def tournament(players: int) -> list[list[tuple[int, int]]]:
 
 
 def _time_link(world: World, other: int, effort: float = 1.0) -> tuple[float, float]:
-    """Latency in seconds and bandwidth in bytes/s to a rank that calls `_echo`."""
+    """Return the latency in seconds and the bandwidth in bytes/s to a rank that calls `_echo`."""
     patience, part = effort * PATIENCE, 1 if effort >= 1 else 4
     small = _round_trip(world, other, SMALL, SMALL_ROUNDS // part, patience)
     nbytes, large = MIDDLE // part, _round_trip(world, other, MIDDLE // part, 1, patience)
@@ -80,7 +80,7 @@ def _time_link(world: World, other: int, effort: float = 1.0) -> tuple[float, fl
 
 
 def _round_trip(world: World, other: int, nbytes: int, rounds: int, patience: float) -> float:
-    """Median seconds of a message to a rank that echoes it, and back, without the first; for `patience` seconds."""
+    """Return the median seconds of a round trip, without the first one; measures for `patience` seconds."""
     data, back, times = np.zeros(nbytes, np.uint8), np.empty(nbytes, np.uint8), list[float]()
     began = time.perf_counter()
     while len(times) < 2 or (len(times) <= rounds and time.perf_counter() - began < patience):
@@ -92,7 +92,7 @@ def _round_trip(world: World, other: int, nbytes: int, rounds: int, patience: fl
 
 
 def _echo(world: World, other: int) -> None:
-    """Send back what `_time_link` sends, until it says that this was all."""
+    """Send back each message of `_time_link` until it says that it has ended."""
     data, status = np.zeros(LARGE, np.uint8), MPI.Status()
     while True:
         _wait(world, world.comm.Irecv([data, MPI.BYTE], other, _TAG), status)

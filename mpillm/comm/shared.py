@@ -46,7 +46,7 @@ class SharedRows:
         self.capacity = self._slots.shape[1] // shards
 
     def slot(self, m: int, d: int) -> F32:
-        """The array for the next pieces, f32 [shards, m, d]; it overwrites the pieces before the last ones."""
+        """Return the array for the next pieces, f32 [shards, m, d]; it overwrites the pieces before the last ones."""
         if self._views[0] != (m, d):
             views = [slot[: self._shards * m * d].reshape(self._shards, m, d) for slot in self._slots]
             self._views = (m, d), views
@@ -63,13 +63,13 @@ class SharedRows:
         return found
 
     def unlike(self) -> tuple[int, int] | None:
-        """A shard that has published another number of bytes than this one, and that number."""
+        """Return a shard that has published another number of bytes than this one, and that number."""
         found: tuple[int, int] | None = self._flags.unlike()
         return found
 
 
 def shared_rows(world: World, place: Place, nbytes: int) -> SharedRows | None:
-    """Memory for parts of `nbytes`, or less, of the stage's shards; None where they are on several hosts, or cannot.
+    """Return memory for parts of up to `nbytes` of the stage's shards; None if they are on several hosts, or cannot.
 
     Collective over the world. Containers of one machine with names of their own count as hosts, as in the plan.
     """
@@ -104,7 +104,7 @@ def shared_rows(world: World, place: Place, nbytes: int) -> SharedRows | None:
 
 
 def _mapped(path: str, token: bytes, size: int) -> mmap.mmap | None:
-    """The memory that another rank offers; None if the path leads to another one, as it may in a container."""
+    """Return the memory that another rank offers; None if the path leads to another one, as it may in a container."""
     with suppress(OSError, ValueError):
         file = os.open(path, os.O_RDWR)
         try:

@@ -1,4 +1,4 @@
-"""Detects a process that hangs: it lives, and its threads may send heartbeats, but it makes no progress.
+"""Detect a process that hangs: it lives, and its threads may send heartbeats, but it makes no progress.
 
 The kernel distinguishes it from a process that computes for long, waits for a slow disk, or gets no core on a crowded
 machine. A rank that computes uses processor time; so does a rank that waits for others, because it polls for messages;
@@ -32,18 +32,18 @@ class Stillness:
         return idle and not _waits_in_kernel()
 
     def _wanted_time(self) -> float:
-        """Seconds for which the other threads have computed, or have waited for a core."""
+        """Return the seconds for which the other threads have computed, or have waited for a core."""
         return time.process_time() - time.thread_time() + sum(_queued(thread) for thread in _others())
 
 
 def _others() -> Iterator[str]:
-    """The numbers of the other threads; none where they are not visible (not Linux)."""
+    """Return the numbers of the other threads; none where they are not visible (not Linux)."""
     with contextlib.suppress(OSError):
         yield from (thread for thread in os.listdir(_TASKS) if thread != str(threading.get_native_id()))
 
 
 def _queued(thread: str) -> float:
-    """Seconds that a thread has waited for a core (see schedstat in proc(5)); 0 where that is not known."""
+    """Return the seconds that a thread has waited for a core (see schedstat in proc(5)); 0 where that is not known."""
     with contextlib.suppress(OSError, ValueError, IndexError), open(f"{_TASKS}/{thread}/schedstat") as file:
         return int(file.read().split()[1]) / 1e9
     return 0.0

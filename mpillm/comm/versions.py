@@ -1,4 +1,4 @@
-"""Whether all ranks run the same version of mpillm: others fail later, in ways that do not name the cause."""
+"""Check that all ranks run the same version of mpillm: others fail later, in ways that do not name the cause."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from mpillm.errors import JobError
 
 
 def check(world: World) -> None:
-    """JobError, the same on every rank, if not all of them run the same version."""
+    """Raise the same JobError on every rank if not all of them run the same version."""
     first = world.versions[0]
     for rank, version in enumerate(world.versions):
         if version != first:

@@ -54,5 +54,5 @@ def wait_for_flags(arrived: Callable[[float, float], bool], crowded: bool, look:
 
 
 def pause_after(waited: float) -> float:
-    """Seconds of the pause after waiting for so long."""
+    """Return the seconds of the next pause after `waited` seconds."""
     return min(max(MIN_PAUSE, waited * PAUSE_RATIO), MAX_PAUSE)

@@ -76,7 +76,7 @@ class World(Exchange):
         return f"[{self.rank}@{self.host}]"
 
     def threads(self, asked: int | str = "auto") -> int:
-        """The number of threads that this rank computes with, if the job asks for `asked`."""
+        """Return the number of threads that this rank computes with, if the job asks for `asked`."""
         return cores.threads_per_rank(asked, self.nodes.cores_here, self.nodes.ranks_here, os.environ)
 
     def limit_threads(self, threads: int) -> None:
@@ -105,7 +105,7 @@ class World(Exchange):
         return wait_for_flags(arrived, self.oversubscribed, look)
 
     def check_losses(self) -> None:
-        """RankLost if a loss is known, of a spare rank too, where the others can go on."""
+        """Raise RankLost if a loss is known, also of a spare rank, and the others can go on."""
         if not self.survives:
             return
         revoked = self._ending.Is_revoked() or self.comm.Is_revoked()
@@ -127,7 +127,7 @@ class World(Exchange):
     # Lost ranks.
 
     def is_loss(self, error: BaseException) -> bool:
-        """Whether this error means that a rank was lost and the others can go on."""
+        """Return whether this error means that a rank was lost and the others can go on."""
         return self.survives and faults.is_loss(error, self.comm)
 
     @contextmanager
@@ -145,7 +145,7 @@ class World(Exchange):
         self._kept.append(messages)
 
     def go_on_with(self, ranks: Collection[int]) -> bool:
-        """Become the world of these ranks, in the same order (collective); False on the spare ones, the others.
+        """Become the world of these ranks, in the same order (collective). Returns False on the others, the spare ones.
 
         A spare rank then stands by. After a loss spare ranks are part of the world again, behind the others.
         """
@@ -161,7 +161,7 @@ class World(Exchange):
         return not self.spare
 
     def stand_by(self) -> None:
-        """Wait on a spare rank until all ranks leave; RankLost if the others want it to help after a loss."""
+        """Wait on a spare rank until all ranks leave. Raises RankLost if the others want it to help after a loss."""
         departure = self.depart(0, failed=False)
         while not departure.arrived():
             self.check_losses()
@@ -230,19 +230,19 @@ class World(Exchange):
             self.all_arrived()
 
     def all_arrived(self) -> None:
-        """The start is over: all ranks are here."""
+        """Note that the start is over: all ranks are here."""
         if self._meeting is not None:
             self._meeting.over()
             self._meeting = None
 
     def stop_heartbeat(self) -> None:
-        """This rank does not need the others any more."""
+        """Stop the heartbeat: this rank does not need the others any more."""
         if self._heartbeat is not None:
             self._heartbeat.stop()
             self._heartbeat = None
 
     def _new_heartbeat(self) -> heartbeat.Heartbeat | None:
-        """A running heartbeat of this world (collective); None if there is no deadline."""
+        """Return a running heartbeat of this world (collective); None if there is no deadline."""
         listener = rendezvous = None
         with self.together():
             if self.rank == 0 and self.size > 1 and (seconds := deadline.limit(os.environ)):

@@ -132,7 +132,7 @@ class Drafter:
 
     @property
     def of_model(self) -> float:
-        """Return the probability that a token of the draft model is right if those before it are."""
+        """The probability that a token of the draft model is right if those before it are."""
         return self._acceptance[OF_MODEL].value
 
     def take(self, drafted: list[int]) -> None:

@@ -19,7 +19,7 @@ class Constraint(Protocol):
 
     @property
     def forced(self) -> list[int]:
-        """Return the next tokens that the grammar determines; empty if there is a choice."""
+        """The next tokens that the grammar determines; empty if there is a choice."""
 
     @property
     def ended(self) -> bool:

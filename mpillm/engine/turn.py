@@ -34,7 +34,7 @@ class Turn:
 
     @property
     def row(self) -> Seq[int]:
-        """Return the row from which the next token is drawn; empty if there is none, or a draft before it was wrong."""
+        """The row from which the next token is drawn; empty if there is none, or a draft before it was wrong."""
         sequence = self.sequence
         at = len(sequence.tokens) - self.known
         if sequence.finish_reason is not None or not sequence.finite or at >= len(self.rows):

@@ -161,7 +161,7 @@ class Dispatcher:
 
     @property
     def begun(self) -> float:
-        """Return how much of the unanswered lines is computed, as a number of lines."""
+        """The computed part of the unanswered lines, as a number of lines."""
         return self._sharing.begun(self._own.standing())
 
     def _share_anew(self) -> None:
