@@ -28,7 +28,7 @@ _UTF_16 = re.compile(rb"(?:[\t\n\r -~]\0){4}|(?:\0[\t\n\r -~]){4}|[{\[]\0|\0[{\[
 
 
 def what_it_is(head: bytes) -> str | None:
-    """The kind of a file that begins with `head`, and what to do, to follow its name; None if the kind is unknown."""
+    """Return the kind of a file that begins with `head`, and what to do, after its name; None if unknown."""
     if _OFFICE.match(head):
         return "is a document of an office program; save its table as CSV"
     known = next((what for beginnings, what in _BEGINNINGS if head.startswith(beginnings)), None)
@@ -36,7 +36,7 @@ def what_it_is(head: bytes) -> str | None:
 
 
 def alike(path: Path) -> str | None:
-    """A question whether what is called like the missing `path` was meant; None if nothing beside it is."""
+    """Return a question whether a file with a name like that of the missing `path` was meant; None if there is none."""
     try:
         beside = [other.name for other in path.parent.iterdir()]
     except OSError:

@@ -152,7 +152,7 @@ class Classification(Answer):
 
 
 def answer_of(index: int, result: Result) -> Answer:
-    """The typed answer of a record; its type depends on the fields of the record."""
+    """Return the typed answer of a record; its type depends on the fields of the record."""
     body = msgspec.json.decode(result.line)["response"]["body"]
     common: dict[str, Any] = {"index": index, "custom_id": result.custom_id, "body": body}
     if result.status != 200:

@@ -54,7 +54,7 @@ class Comparison:
         return not (self.only_first or self.only_second or self.different)
 
     def lines(self) -> Iterator[str]:
-        """The comparison as text."""
+        """Yield the comparison as text."""
         yield from (f"setting    {line}" for line in self.settings)
         yield f"equal      {count_of(self.equal, 'request')}"
         yield f"different  {count_of(len(self.different), 'request')}"
@@ -90,13 +90,13 @@ def compare(first: Results, second: Results) -> Comparison:
 
 
 def _texts(run: Results, wanted: set[str]) -> dict[str, str | None]:
-    """The texts of some requests, by their custom_id."""
+    """Return the texts of some requests, by their custom_id."""
     rows = (row for row in run.rows() if row["custom_id"] in wanted)
     return {row["custom_id"]: row["text"] for row in itertools.islice(rows, len(wanted))}
 
 
 def _parting(a: str | None, b: str | None) -> str:
-    """The continuations of two texts from the first difference on; empty if the texts are equal."""
+    """Return the continuations of two texts from the first difference on; empty if the texts are equal."""
     if not a or not b or a == b:
         return ""
     pairs = enumerate(zip(a, b, strict=False))
@@ -113,7 +113,7 @@ def _settings(first: Results, second: Results) -> Iterator[str]:
 
 
 def _attributes(directory: Path) -> Iterator[tuple[str, str]]:
-    """The attributes of results.h5; those that are JSON objects key by key."""
+    """Yield the attributes of results.h5; those that are JSON objects key by key."""
     with h5py.File(directory / HDF5) as file:
         for name, value in file.attrs.items():
             text = str(value)
@@ -125,7 +125,7 @@ def _attributes(directory: Path) -> Iterator[tuple[str, str]]:
 
 
 def _answer(first: Results, i: int, second: Results, j: int, largest: dict[str, float]) -> str | None:
-    """A sentence on the difference between two answers; None if they are equal."""
+    """Return a sentence on the difference between two answers; None if they are equal."""
     status = first.status[i], second.status[j]
     if status[0] != status[1]:
         return f"status {status[0]} and {status[1]}"
@@ -152,7 +152,7 @@ def _answer(first: Results, i: int, second: Results, j: int, largest: dict[str, 
 
 
 def _first_difference(a: NDArray[Any], b: NDArray[Any]) -> int | None:
-    """The place of the first difference between two arrays; None if they are equal."""
+    """Return the place of the first difference between two arrays; None if they are equal."""
     length = min(len(a), len(b))
     unequal = np.flatnonzero(a[:length] != b[:length])
     if len(unequal):
@@ -175,7 +175,7 @@ def _values(
 
 
 def _distance(group: str, x: NDArray[Any], y: NDArray[Any], largest: dict[str, float]) -> float | None:
-    """The largest distance of two arrays' values, counted into `largest`; None if they are equal, or not as long."""
+    """Return the largest distance of two arrays' values, counted into `largest`; None if equal, or of other lengths."""
     if len(x) != len(y) or np.array_equal(x, y, equal_nan=True):
         return None
     unequal = (x != y) & ~(np.isnan(x) & np.isnan(y))  # infinities that are equal have no difference

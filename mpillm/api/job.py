@@ -94,5 +94,5 @@ def _settings(keys: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _quoted(key: str) -> str:
-    """A key as TOML quotes it, without a "=", which ends a name."""
+    """Return a key as TOML quotes it, without a "=", which ends a name."""
     return json.dumps(key, ensure_ascii=False).replace("=", "\\u003d")

@@ -166,7 +166,7 @@ class LLM:
         return _kind(Classification, self._answers(asked))
 
     def _one(self, kind: type[A], url: str, body: Mapping[str, Any]) -> A:
-        """The answer of one request."""
+        """Return the answer of one request."""
         return _kind(kind, self._answers([_line({"url": url, "body": body})]))[0]
 
     def stream(
@@ -204,7 +204,7 @@ class LLM:
                 self._asks = None
 
     def _answers(self, lines: Sequence[bytes]) -> list[Answer]:
-        """All answers, in the order of the lines."""
+        """Return all answers, in the order of the lines."""
         answers = list(self._stream(lines))
         return sorted(answers, key=lambda answer: answer.index)
 
@@ -239,7 +239,7 @@ class LLM:
 
 
 def _request(request: Prompt | Messages | Mapping[str, Any], body: Mapping[str, Any]) -> bytes:
-    """The line of a request of `stream`."""
+    """Return the line of a request of `stream`."""
     if isinstance(request, Mapping):
         return _line(request)
     if isinstance(request, Sequence) and request and isinstance(request[0], Mapping):
@@ -252,7 +252,7 @@ def _line(content: Mapping[str, Any]) -> bytes:
 
 
 def _kind(kind: type[A], answers: list[Answer]) -> list[A]:
-    """The answers as `kind`, which those that ended in an error are made."""
+    """Return the answers as `kind`; those that ended in an error are converted to it."""
     return [
         answer
         if isinstance(answer, kind)

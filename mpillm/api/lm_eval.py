@@ -211,7 +211,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         return texts
 
     def _said(self, tokens: list[int], stops: list[str]) -> str:
-        """The text of an answer behind what was thought, up to one of the `stops`."""
+        """Return the text of an answer behind what was thought, up to one of the `stops`."""
         end = self._think_end
         if not isinstance(end, int):
             return str(postprocess_generated_text(self._tokenizer.decode(tokens), stops, end))
@@ -230,7 +230,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         return found
 
     def _scored(self, requests: list[Scored], quiet: bool) -> Iterator[tuple[int, tuple[float, bool]]]:
-        """Each request's index, log-likelihood, and whether its tokens are the likeliest, when it is finished."""
+        """Yield each request's index, log-likelihood, and whether its tokens are the likeliest, when it is finished."""
         groups = list(self._grouped(requests))
         lines = [
             {"prompt": context, "choices": continuations, "is_greedy": True}
@@ -257,12 +257,12 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             yield first, context, held
 
     def _context(self, request: Scored) -> list[int]:
-        """The last tokens of a request's context, as many as a window has room for."""
+        """Return the last tokens of a request's context, as many as a window has room for."""
         _, context, continuation = request
         return context[-max(self.max_length + 1 - len(continuation), 1) :]
 
     def _answers(self, lines: Sequence[dict[str, Any]], what: str, quiet: bool) -> Iterator[Answer]:
-        """The answers as they are finished; RequestError for the first that there is none of."""
+        """Yield the answers as they are finished; RequestError for the first that there is none of."""
         shown = tqdm(self._llm.stream(lines), f"mpillm: {what}", len(lines), disable=quiet)
         for answer in shown:
             if answer.error is not None:

@@ -11,14 +11,14 @@ from mpillm.errors import JobError
 
 
 def ranks_of(given: Any) -> int:
-    """A number of ranks; JobError if it is none."""
+    """Return a number of ranks; JobError if it is none."""
     if isinstance(given, bool) or not isinstance(given, Integral) or int(given) < 1:
         raise JobError(f"ranks must be a whole number >= 1, not {given!r}.")
     return int(given)
 
 
 def json_of(value: Any) -> str:
-    """A value as JSON; TypeError if it is none."""
+    """Return a value as JSON; TypeError if it is none."""
     return json.dumps(value, ensure_ascii=False, default=_plain)
 
 
@@ -36,7 +36,7 @@ def _plain(value: Any) -> Any:
 
 
 def several(given: Any) -> list[Any]:
-    """A list of requests: of one alone, which is a text, token ids or a line, or of several.
+    """Return a list of requests: of one alone, which is a text, token ids or a line, or of several.
 
     TypeError if it is none of these.
     """
@@ -53,7 +53,7 @@ def several(given: Any) -> list[Any]:
 
 
 def chats_of(given: Any) -> list[Any]:
-    """A list of chats: of one alone, which is a list of messages, or of several. TypeError if it is neither."""
+    """Return a list of chats: of one alone, which is a list of messages, or of several. TypeError if it is neither."""
     chats = list(given) if _is_list(given) else [given]
     if _is_list(given) and chats and isinstance(chats[0], Mapping):
         return [chats]

@@ -144,7 +144,7 @@ class Remote:
         return message
 
     def _ended(self) -> MpillmError:
-        """The message of the ranks when they ended."""
+        """Return the message of the ranks when they ended."""
         if not self.open:
             return Interrupted("The LLM was closed before all answers had been read.")
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -141,7 +141,7 @@ class Results:
         return self._ragged("relevance", "values")
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """A row for each request, one by one, with the columns of `mpillm.store.table.row_of`: custom_id, status,
+        """Yield a row for each request, one by one, with the columns of `mpillm.store.table.row_of`: custom_id, status,
         error, text, and so on; None for fields that an answer does not have.
         """
         for line in self:
@@ -178,11 +178,11 @@ class Results:
 
 
 def read_results(directory: str | os.PathLike[str]) -> Results:
-    """The results of a finished run; raises JobError if `directory` has none."""
+    """Return the results of a finished run; raises JobError if `directory` has none."""
     return Results(directory)
 
 
 def _text(stored: bytes) -> str:
-    """A string of results.h5 (see `hdf5_text`)."""
+    """Return a string of results.h5 (see `hdf5_text`)."""
     text = stored.decode()
     return json.loads(text) if text.startswith('"') else text

@@ -25,7 +25,7 @@ def check_finite(completions: Sequence[FinishedCompletion]) -> None:
 
 
 def result_line(work: Work, completions: Sequence[FinishedCompletion], model: Model) -> bytes:
-    """The line of results.jsonl (without its newline) for a request that went well.
+    """Return the line of results.jsonl (without its newline) for a request that went well.
 
     `completions` are those of `work.requests`, in that order. NotFiniteError if the answer is not finite.
     """
@@ -34,7 +34,7 @@ def result_line(work: Work, completions: Sequence[FinishedCompletion], model: Mo
 
 
 def error_line(custom_id: str, message: str, status: int = 400, param: str | None = None) -> bytes:
-    """The line of results.jsonl for a request that ended in an error; `message` is one sentence.
+    """Return the line of results.jsonl for a request that ended in an error; `message` is one sentence.
 
     `param` is the key that is wrong.
     """
@@ -44,7 +44,7 @@ def error_line(custom_id: str, message: str, status: int = 400, param: str | Non
 
 
 def bad_line(line: Line) -> bytes:
-    """The line of results.jsonl for a line of the input that is wrong."""
+    """Return the line of results.jsonl for a line of the input that is wrong."""
     assert line.error is not None
     return error_line(line.custom_id, line.error, param=line.param)
 

@@ -83,7 +83,7 @@ def _first_bad_byte(raw: bytes) -> int | None:
 
 
 def custom_id_of(line: dict[str, Any]) -> str | None:
-    """The line's custom_id, None if it has none; RequestError if it is no name."""
+    """Return the line's custom_id, None if it has none; RequestError if it is no name."""
     name = line.get("custom_id")
     if name is None:
         return None
@@ -157,7 +157,7 @@ def _check(endpoint: type[Endpoint], body: dict[str, Any]) -> Endpoint:
 
 
 def converted(values: dict[str, Any], kind: type[T]) -> T:
-    """An object of JSON as `kind`; RequestError names the key that is missing or wrong."""
+    """Return an object of JSON as `kind`; RequestError names the key that is missing or wrong."""
     try:
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:

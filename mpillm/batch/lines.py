@@ -93,6 +93,6 @@ def _decoded(raw: bytes | bytearray, at: int) -> Line:
 
 
 def temporary_file() -> int:
-    """The descriptor of a new file without a name."""
+    """Return the descriptor of a new file without a name."""
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())

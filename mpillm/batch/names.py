@@ -25,12 +25,12 @@ class NumbersByName:
         return isinstance(name, str) and self.get(name) is not None
 
     def get(self, name: str) -> int | None:
-        """The number of a name; None if it has none."""
+        """Return the number of a name; None if it has none."""
         wanted = _hash(name)
         return self._parts[wanted % PARTS].get(wanted)
 
     def add(self, name: str, number: int) -> int:
-        """The number of a name, which is `number` if it has none yet."""
+        """Return the number of a name, which is `number` if it has none yet."""
         wanted = _hash(name)
         part = self._parts[wanted % PARTS]
         found = part.get(wanted)
@@ -40,7 +40,7 @@ class NumbersByName:
         return number
 
     def numbers(self) -> NDArray[np.int64]:
-        """All numbers, in ascending order."""
+        """Return all numbers, in ascending order."""
         found = np.concatenate([numbers for part in self._parts for numbers in part.numbers()])
         found.sort()
         return found

@@ -63,14 +63,14 @@ class Order:
             self.indices()
 
     def indices(self) -> NDArray[np.int32]:
-        """The numbers of the lines so far [lines], from 0, in the order in which to compute them; ends a piece."""
+        """Return the numbers of the lines so far [lines], from 0, in the order of computing; ends a piece."""
         if self._lengths:
             self._indices.frombytes((self._walk() + len(self._indices)).astype(np.int32).tobytes())
             self._begin()
         return np.frombuffer(self._indices, np.int32)
 
     def _walk(self) -> NDArray[np.int32]:
-        """The lines of a piece in the order of its tree."""
+        """Return the lines of a piece in the order of its tree."""
         hashes = np.frombuffer(self._hashes, np.uint16)
         ends, lengths = np.frombuffer(self._ends, np.int64), np.frombuffer(self._lengths, np.int64)
         place = np.zeros(len(lengths), np.int32)  # where the lines of each line's node begin
@@ -99,7 +99,7 @@ class Order:
         return order
 
     def _first_level(self, hashes: NDArray[np.uint16], ends: NDArray[np.int64]) -> int:
-        """The level up to which the cache can keep all that several lines begin with."""
+        """Return the level up to which the cache can keep all that several lines begin with."""
         counts, blocks, level = np.diff(ends), 0, 0
         for level, (begin, end) in enumerate(pairwise(_levels(self._kept))):
             found = hashes[ends[:-1][counts > level] + level]
@@ -120,7 +120,7 @@ def ordered(works: Iterable[Work], cached_tokens: int = 0) -> Iterator[Work]:
 
 
 def _hashes(prompt: tuple[int, ...]) -> Iterator[int]:
-    """A hash of what the prompt begins with up to each level."""
+    """Yield a hash of what the prompt begins with up to each level."""
     content, state = memoryview(array("i", prompt).tobytes()), blake2b(digest_size=2)
     for begin, end in pairwise(_levels(len(prompt) // KV_BLOCK)):
         state.update(content[4 * KV_BLOCK * begin : 4 * KV_BLOCK * end])
@@ -128,7 +128,7 @@ def _hashes(prompt: tuple[int, ...]) -> Iterator[int]:
 
 
 def _levels(blocks: int) -> Iterator[int]:
-    """The levels of a prompt of `blocks` full blocks, in blocks, from 0."""
+    """Yield the levels of a prompt of `blocks` full blocks, in blocks, from 0."""
     level = 0
     while level <= blocks:
         yield level
@@ -136,6 +136,6 @@ def _levels(blocks: int) -> Iterator[int]:
 
 
 def _changes(values: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """Whether each value differs from the one before it; true for the first."""
+    """Return whether each value differs from the one before it; true for the first."""
     changes: NDArray[np.bool_] = np.diff(values, prepend=values[:1] - 1) != 0
     return changes

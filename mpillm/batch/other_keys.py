@@ -138,6 +138,6 @@ def refuse(key: str, value: Any, body: dict[str, Any], known: Collection[str]) -
 
 
 def short(value: Any) -> str:
-    """A value of JSON as a message has it."""
+    """Return a value of JSON as a message has it."""
     text = repr(value) if isinstance(value, str) else msgspec.json.encode(value).decode()
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -68,11 +68,11 @@ class CheckedInput:
                 self.bad -= 1
 
     def unanswered(self, done: Container[str] = ()) -> Iterator[Line]:
-        """The good lines without the custom_ids in `done`, in the order in which they are best computed."""
+        """Return the good lines without the custom_ids in `done`, in the order in which they are best computed."""
         return self._without(done, self.order.indices())
 
     def works(self, done: Container[str] = ()) -> Iterator[Work]:
-        """The good lines' work in input order, read again line by line, without the custom_ids in `done`."""
+        """Return the good lines' work in input order, read again line by line, without the custom_ids in `done`."""
         return self._works(self._without(done, range(len(self))))
 
     def ordered_works(self, done: Container[str] = ()) -> Iterator[Work]:
@@ -89,12 +89,12 @@ class CheckedInput:
         return (line for line in lines if line.error is None and line.custom_id not in done)
 
     def work(self, line: Line) -> Work:
-        """One good line's work."""
+        """Return one good line's work."""
         with opened(self.path) as file:
             return self._work(file, line)
 
     def content(self, line: Line) -> bytes:
-        """The bytes of a line."""
+        """Return the bytes of a line."""
         with opened(self.path) as file:
             return self._content(file, line)
 
@@ -152,7 +152,7 @@ def check(
 
 
 def read_line(raw: bytes, spec: Spec) -> dict[str, Any]:
-    """The request of a line, or what the job asks of the row that it holds; RequestError if there is none."""
+    """Return the request of a line, or what the job asks of the row that it holds; RequestError if there is none."""
     row = bodies.decode_line(raw)
     if ROW_ERROR in row:
         raise RequestError(str(row[ROW_ERROR]))
@@ -161,12 +161,12 @@ def read_line(raw: bytes, spec: Spec) -> dict[str, Any]:
 
 
 def make_work(line: Line, content: dict[str, Any], spec: Spec, model: Model) -> Work:
-    """The work of a line that holds the object `content`; RequestError if it asks for nothing that can be done."""
+    """Return the work of a line that holds the object `content`; RequestError if it asks for nothing possible."""
     return work_of(line, bodies.read_body(content), spec, model)
 
 
 def _check_line(line: Line, raw: bytes | None, named: NumbersByName, batch: CheckedInput) -> Line:
-    """The line with the name it gives itself, and with what is wrong with it; counts what is right into `batch`."""
+    """Return the line with its own name, and with what is wrong with it; counts what is right into `batch`."""
     try:
         if raw is None:
             raise RequestError(f"the line is longer than {MAX_LINE >> 20} MiB")
@@ -207,12 +207,12 @@ def _free_name(name: str, taken: NumbersByName, number: int) -> str:
 
 
 def line_digest(raw: bytes) -> bytes:
-    """A hash of a line's content, 16 bytes."""
+    """Return a hash of a line's content, 16 bytes."""
     return hashlib.blake2b(raw, digest_size=16).digest()
 
 
 def opened(path: Path) -> BinaryIO:
-    """An input to read; JobError if it cannot be."""
+    """Return an input to read; JobError if it cannot be."""
     try:
         if not path.exists():
             meant = alike(path)
@@ -247,7 +247,7 @@ def raw_lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes | None]]:
 
 
 def _not_lines(head: bytes, array: bool) -> str | None:
-    """The message about an input that does not have an object in each line, from its beginning."""
+    """Return the message about an input that does not have an object in each line, from its beginning."""
     first, _, rest = head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")
     first, rest = first.strip(), rest.lstrip()
     if not rest and first.partition(b"\r")[0].rstrip().endswith(b"}") and b"\r" in first:

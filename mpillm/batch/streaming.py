@@ -38,7 +38,7 @@ class TextStream:
         )
 
     def push(self, token: int) -> str:
-        """The text that a token completes and that no stop string can take back, which may be empty."""
+        """Return the text that a token completes and that no stop string can take back, which may be empty."""
         if self._at_the_end:
             return ""
         if self._decoder is not None:
@@ -49,7 +49,7 @@ class TextStream:
         return more
 
     def rest(self, text: str) -> str:
-        """The part of the answer's whole `text` that was not given yet."""
+        """Return the part of the answer's whole `text` that was not given yet."""
         return text.removeprefix(self._given) if text.startswith(self._given) else ""
 
 
@@ -64,7 +64,7 @@ class ChatStream:
         self._calls = 0  # the number of calls that were given
 
     def push(self, token: int) -> dict[str, Any]:
-        """The delta that a token completes, which may be empty."""
+        """Return the delta that a token completes, which may be empty."""
         more = self._stream.push(token)
         if not more:
             return {}
@@ -75,7 +75,7 @@ class ChatStream:
         return self.rest(self._endpoint.message(answer, self._request, self._spec, self._model))
 
     def rest(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """The part of a message that was not given yet."""
+        """Return the part of a message that was not given yet."""
         delta: dict[str, Any] = {}
         for key, given in self._given.items():
             text = message.get(key) or ""

@@ -24,20 +24,20 @@ _LISTS = frozenset({"documents", "choices", "choice", "guided_choice", "bad_word
 
 
 def asker(spec: Spec) -> Callable[[Mapping[str, Any]], dict[str, Any]] | None:
-    """The function that makes a line of the input from a row, as the job says; None if rows are lines."""
+    """Return the function that makes a line of the input from a row, as the job says; None if rows are lines."""
     if spec.request is not None:
         return Template(spec.request).line
     return request_of if forms.is_table(spec.input_path) else None
 
 
 def request_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The request that a row of a table is itself: an empty field is no key, and texts may have JSON."""
+    """Return the request that a row of a table is itself: an empty field is no key, and texts may have JSON."""
     read = {key: value if key in _TEXTS else _read(value) for key, value in row.items() if not is_index(key)}
     return {key: value for key, value in read.items() if value is not None and value != ""}
 
 
 def is_index(column: str) -> bool:
-    """Whether a column of a table has the numbers or names of rows that pandas writes beside the data."""
+    """Return whether a column of a table has the numbers or names of rows that pandas writes beside the data."""
     return column.startswith(("Unnamed: ", "__index_level_"))
 
 
@@ -54,11 +54,11 @@ class Template:
         self.columns = frozenset(_columns(request, "request"))
 
     def missing(self, columns: Collection[str]) -> list[str]:
-        """The columns of the template that are not among a table's."""
+        """Return the columns of the template that are not among a table's."""
         return sorted(name for name in self.columns if not {name, name.partition(".")[0]} & set(columns))
 
     def line(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The line of the input that a row stands for; RequestError if it lacks a column.
+        """Return the line of the input that a row stands for; RequestError if it lacks a column.
 
         A row's own `custom_id` is that of its request, unless the template has another one.
         """
@@ -73,7 +73,7 @@ class Template:
 
 
 def _columns(value: Any, path: str) -> Iterator[str]:
-    """The columns that strings in `value` name; `path` is what the job calls it."""
+    """Yield the columns that strings in `value` name; `path` is what the job calls it."""
     if isinstance(value, str):
         for found in _PLACES.finditer(value):
             if found[1] is not None:
@@ -109,7 +109,7 @@ def _filled(value: Any, row: Mapping[str, Any], key: str) -> Any:
 
 
 def _part(row: Mapping[str, Any], place: re.Match[str]) -> str:
-    """The text that replaces a place in a template."""
+    """Return the text that replaces a place in a template."""
     if place[1] is None:
         return place[0][0]
     found = _value(row, place[1])
@@ -119,7 +119,7 @@ def _part(row: Mapping[str, Any], place: re.Match[str]) -> str:
 
 
 def _read(found: Any) -> Any:
-    """The JSON value of a text, if it is not itself a text; an empty text is null, as in CSV."""
+    """Return the JSON value of a text, if it is not itself a text; an empty text is null, as in CSV."""
     if not isinstance(found, str):
         return found
     if not found.strip():

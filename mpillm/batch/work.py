@@ -46,11 +46,11 @@ class Model:
         return 0 if self.kv_tokens is None or self.kv_tokens >= NO_LIMIT else self.kv_tokens
 
     def number_of(self, name: str | None) -> int:
-        """The number of the adapter that a request's `model` names; any other name is the model's own."""
+        """Return the number of the adapter that a request's `model` names; any other name is the model's own."""
         return 1 + self.adapters.index(name) if name in self.adapters else NO_ADAPTER
 
     def answering(self, name: str | None) -> str:
-        """The adapter that answers a request with this `model`, or the model without an adapter."""
+        """Return the adapter that answers a request with this `model`, or the model without an adapter."""
         return name if name is not None and name in self.adapters else self.name
 
 
@@ -97,15 +97,15 @@ class Endpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return 1
 
     def requests(self, custom_id: str, spec: Spec, model: Model) -> tuple[Request, ...]:
-        """The engine's requests, prompt by prompt; RequestError if the model cannot do them."""
+        """Return the engine's requests, prompt by prompt; RequestError if the model cannot do them."""
         raise NotImplementedError
 
     def response(self, work: Work, completions: Sequence[FinishedCompletion], model: Model) -> dict[str, Any]:
-        """The body of the answer, as JSON has it; `completions` are those of `work.requests`, in that order."""
+        """Return the body of the answer, as JSON has it; `completions` are those of `work.requests`, in that order."""
         raise NotImplementedError
 
     def values(self, work: Work, completion: FinishedCompletion, model: Model) -> Mapping[str, ArrayLike]:
-        """The values of a choice in results.h5: a row for some of `columns`, by their group."""
+        """Return the values of a choice in results.h5: a row for some of `columns`, by their group."""
         raise NotImplementedError
 
 
@@ -134,7 +134,7 @@ class Work:
 
 
 def work_of(line: Line, endpoint: Endpoint, spec: Spec, model: Model) -> Work:
-    """The work of a body; RequestError if it asks for nothing that the model can do."""
+    """Return the work of a body; RequestError if it asks for nothing that the model can do."""
     if endpoint.needs_head and not model.generates:
         can = "classifies" if model.classifier is not None else "makes embeddings"
         raise UnsuitedError(
@@ -151,7 +151,7 @@ def work_of(line: Line, endpoint: Endpoint, spec: Spec, model: Model) -> Work:
 
 
 def _param(error: RequestError, endpoint: Endpoint) -> str | None:
-    """The key with which what is said begins, or that of the prompt."""
+    """Return the key with which what is said begins, or that of the prompt."""
     if error.code == TOO_LONG or re.match(r"the prompt |prompt \d", str(error)):
         return endpoint.key or "input"
     found = re.match(r"(\w+)[\w.\[\]]*", str(error))
@@ -159,5 +159,5 @@ def _param(error: RequestError, endpoint: Endpoint) -> str | None:
 
 
 def hashed_id(custom_id: str) -> str:
-    """The part of an answer's ids that stands for its custom_id: 24 hexadecimal digits."""
+    """Return the part of an answer's ids that stands for its custom_id: 24 hexadecimal digits."""
     return hashlib.blake2b(custom_id.encode(), digest_size=12).hexdigest()

@@ -23,17 +23,17 @@ class Peer(Protocol):
     """Another program that runs the same model."""
 
     def run(self, prompts: Prompts, tokens: int) -> list[float]:
-        """Seconds of all prompts together, then of each of `tokens` - 1 steps of all sequences."""
+        """Return seconds of all prompts together, then of each of `tokens` - 1 steps of all sequences."""
 
     def start(self, prompt: Sequence[int]) -> float:
-        """Seconds from opening the model to the first token."""
+        """Return seconds from opening the model to the first token."""
 
     def close(self) -> None:
         """End it."""
 
 
 def installed() -> bool:
-    """Whether llama-cpp-python is installed."""
+    """Return whether llama-cpp-python is installed."""
     return importlib.util.find_spec("llama_cpp") is not None
 
 
@@ -96,5 +96,5 @@ class LlamaCpp:
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """The median ratio of neighbouring runs, because a machine that is slow for a while slows both of a pair."""
+    """Return the median ratio of neighbouring runs, because a machine that is slow for a while slows both of a pair."""
     return median(own / other for own, other in zip(ours, theirs, strict=True))

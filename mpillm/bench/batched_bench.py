@@ -69,7 +69,7 @@ class BatchedBench:
 
 
 def _rows(text: str) -> list[dict[str, float]]:
-    """The numbers of the program's table, by the heads of its columns."""
+    """Return the numbers of the program's table, by the heads of its columns."""
     table = [line.strip().strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
     if not table:
         return []

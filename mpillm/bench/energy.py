@@ -24,11 +24,11 @@ class EnergyMeter:
                     self._ranges[zone] = _number(zone / "max_energy_range_uj")
 
     def read(self) -> Reading:
-        """The counters."""
+        """Return the counters."""
         return {zone: _number(zone / "energy_uj") for zone in self._ranges}
 
     def joules(self, before: Reading, after: Reading) -> float | None:
-        """The energy between two readings; None if it is not known. A counter starts again at 0 after its range."""
+        """Return the energy between two readings; None if unknown. A counter starts again at 0 after its range."""
         if not self._ranges:
             return None
         return sum((after[zone] - before[zone]) % (top + 1) for zone, top in self._ranges.items()) / 1e6

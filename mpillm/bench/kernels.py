@@ -89,7 +89,7 @@ def measure(
 
 
 def cases(sizes: KernelSizes, types: Sequence[BlockType], rows: Sequence[int]) -> Iterator[Case]:
-    """All cases to measure. The matrix is one of an MLP: the widest ones, and most of a model's weights."""
+    """Yield all cases to measure. The matrix is one of an MLP: the widest ones, and most of a model's weights."""
     random = np.random.default_rng(1)
     for kind in types:
         if kind.k_quant and sizes.hidden % kind.block:
@@ -102,7 +102,7 @@ def cases(sizes: KernelSizes, types: Sequence[BlockType], rows: Sequence[int]) -
 
 
 def _time(case: Case, threads: int, repeats: int) -> float:
-    """Seconds of one call: the minimum of the timings, which other programs disturbed least."""
+    """Return seconds of one call: the minimum of the timings, which other programs disturbed least."""
     case.call(threads)
     calls = max(1, min(10_000, int(ENOUGH / max(seconds(case.call, threads), 1e-7))))
 
@@ -149,7 +149,7 @@ def _product(random: np.random.Generator, kind: BlockType, n: int, k: int, m: in
 
 
 def _small(random: np.random.Generator, sizes: KernelSizes, m: int) -> Iterator[Case]:
-    """The kernels that work on rows; their operations are counted where there is a usual way to count them."""
+    """Yield the kernels that work on rows; their operations are counted where there is a usual way to count them."""
     d, ffn, hd, vocab = sizes.hidden, sizes.ffn, sizes.head_dim, sizes.vocab
     x, weight, out = _floats(random, m, d), _floats(random, d), np.empty((m, d), np.float32)
     yield Case(

@@ -33,11 +33,11 @@ class LoadedModel:
         self._vocab = self._api.llama_vocab_n_tokens(self._api.llama_model_get_vocab(self._model))
 
     def run(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[float]:
-        """Seconds of the prompts together, then of each of `tokens` - 1 greedy steps of all sequences."""
+        """Return seconds of the prompts together, then of each of `tokens` - 1 greedy steps of all sequences."""
         return self._run(self._model, prompts, tokens)
 
     def start(self, prompt: Sequence[int]) -> list[float]:
-        """Seconds from opening the model (once more) to the first token."""
+        """Return seconds from opening the model (once more) to the first token."""
         self._api.llama_model_free(self._model)
         start = time.perf_counter()
         self._model = self._load()
@@ -80,7 +80,7 @@ class LoadedModel:
         return seconds
 
     def _decode(self, context: Any, batch: Any, parts: Sequence[tuple[int, int, Sequence[int]]]) -> list[int]:
-        """The likeliest next token after each part (sequence, its first position, tokens)."""
+        """Return the likeliest next token after each part (sequence, its first position, tokens)."""
         row, ends = 0, []
         for sequence, start, tokens in parts:
             for position, token in enumerate(tokens, start):

@@ -44,7 +44,7 @@ def measure(threads: Iterable[int], nbytes: int = READ_BYTES, rounds: int = ROUN
 
 
 def seconds(call: Callable[..., object], *args: object) -> float:
-    """Seconds of one call."""
+    """Return seconds of one call."""
     start = time.perf_counter()
     call(*args)
     return time.perf_counter() - start

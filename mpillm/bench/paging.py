@@ -35,7 +35,7 @@ TURN = 3
 def measure(
     world: World, spec: Spec, model: Path, options: BenchOptions
 ) -> Iterator[tuple[Run, tuple[int, int]]]:
-    """A run for each budget and number of sequences, and its layout (stages, shards)."""
+    """Yield a run for each budget and number of sequences, and its layout (stages, shards)."""
     for budget in options.budgets or ("25%",):
         for sequences in sorted(set(options.sequences)):
             yield _measure(world, spec, model, budget, sequences, options)
@@ -121,7 +121,7 @@ class _Pace:
 
 
 def all_decode(steps: Sequence[TimedStep], sequences: int, repeats: int) -> list[TimedStep]:
-    """The steps in which all sequences generate and none computes its prompt: `repeats` tokens of each.
+    """Return the steps in which all sequences generate and none computes its prompt: `repeats` tokens of each.
 
     The steps of the warm-up and the first one of each turn are left out.
     """
@@ -136,7 +136,7 @@ def all_decode(steps: Sequence[TimedStep], sequences: int, repeats: int) -> list
 
 
 def with_budget(world: World, spec: Spec, budget: str, sequences: int, longest: int) -> Spec:
-    """The job with a budget for weights, and a KV cache that holds its sequences."""
+    """Return the job with a budget for weights, and a KV cache that holds its sequences."""
     planned = plan.make(spec, world.size)
     longest += KV_BLOCK  # the scheduler admits a sequence if there is a block for it to grow into
     blocks = blocks_for(longest) * sequences
@@ -158,7 +158,7 @@ def with_budget(world: World, spec: Spec, budget: str, sequences: int, longest: 
 
 
 def _counters(session: Session) -> list[tuple[int, float]]:
-    """Bytes that each rank has loaded so far, and seconds that it has waited for them."""
+    """Return bytes that each rank has loaded so far, and seconds that it has waited for them."""
     return session.world.gather((session.weights.loaded, session.weights.stall_seconds))
 
 
@@ -177,7 +177,7 @@ class _Disks:
             self._own.measure()
 
     def rate(self) -> float | None:
-        """The mean rates of all together (collective); None if the model is not packed, or a disk cannot say."""
+        """Return the mean rates of all together (collective); None if the model is not packed, or a disk cannot say."""
         everyone = self._world.gather(self._own.rates if self._own else [])
         hosts = [rates for rank, rates in enumerate(everyone) if self._first(rank)]
         return sum(sum(rates) / len(rates) for rates in hosts) if all(hosts) else None
@@ -187,6 +187,6 @@ class _Disks:
             self._own.close()
 
     def _first(self, rank: int) -> bool:
-        """Whether this rank is the first one on its host."""
+        """Return whether this rank is the first one on its host."""
         hosts = self._world.hosts
         return hosts.index(hosts[rank]) == rank

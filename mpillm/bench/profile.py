@@ -41,7 +41,7 @@ class Profile:
         self._seconds.clear()
 
     def typical(self, prompt: bool) -> list[tuple[str, float]]:
-        """Seconds by kernel, in descending order: of all steps with prompts together, or of the median step without."""
+        """Return seconds by kernel, in descending order: of all steps with prompts, or of the median step without."""
         steps = [seconds for with_prompt, seconds in self._steps if with_prompt is prompt]
         names = {name for seconds in steps for name in seconds}
         merge = sum if prompt else median

@@ -45,7 +45,7 @@ class Published:
         return replace(self, config={**self.config, **of_each, "num_hidden_layers": layers})
 
     def model(self) -> ModelConfig:
-        """The model that its family makes of the configuration."""
+        """Return the model that its family makes of the configuration."""
         return read_config(self.config, self.architecture)
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...], bool]]:
@@ -62,7 +62,7 @@ class Published:
         )
 
     def metadata(self) -> Iterator[tuple[str, Any]]:
-        """The fields of a GGUF file, without the architecture's name before them."""
+        """Yield the fields of a GGUF file, without the architecture's name before them."""
         config = self.config
         for name, key in _USUAL.items():
             if key in config:
@@ -82,7 +82,7 @@ class _Names:
                 self._own.setdefault(roles, name)
 
     def placed(self, specs: list[TensorSpec], experts: int) -> Iterator[tuple[str, tuple[int, ...], bool]]:
-        """The tensors of a layer, or of its `experts` experts, which a file holds in one tensor."""
+        """Yield the tensors of a layer, or of its `experts` experts, which a file holds in one tensor."""
         left = {spec.key.role: spec for spec in specs}
         layer = specs[0].key.layer if specs else -1
         for roles, name in self._own.items():  # several matrices in one tensor
@@ -105,7 +105,7 @@ class _Names:
 
 
 def _shape(spec: TensorSpec) -> tuple[int, ...]:
-    """The shape in a file: convolutions are vectors here, and matrices there; heads' matrices have three dimensions."""
+    """Return the shape in a file, where convolutions are matrices and heads' matrices have three dimensions."""
     if spec.key.role.endswith("_conv"):
         return spec.shape[0] // _TAPS, _TAPS
     if spec.matrices:

@@ -62,7 +62,7 @@ class TimedStep:
 
 
 def spec_for(model: str, threads: int, options: BenchOptions) -> Spec:
-    """The job of a bench's session: the defaults, with memory for the largest run."""
+    """Return the job of a bench's session: the defaults, with memory for the largest run."""
     return Spec(
         model=model,
         input="-",
@@ -92,7 +92,7 @@ def start_up(world: World, spec: Spec, model: Path, options: BenchOptions, peer:
 
 
 def _first_token(world: World, spec: Spec, model: Path, prompt: Prompts) -> tuple[float, int]:
-    """Seconds from opening the model to the first token, and the threads that computed; nothing holds the session."""
+    """Return seconds from opening the model to the first token, and the threads; nothing holds the session."""
     start = time.perf_counter()
     with closing(Session(world, spec, model)) as session:
         run_steps(session, prompt, 1)
@@ -100,7 +100,7 @@ def _first_token(world: World, spec: Spec, model: Path, prompt: Prompts) -> tupl
 
 
 def prefill(session: Session, length: int, options: BenchOptions, peer: Peer | None) -> Run:
-    """One prompt, to its first token; rate in prompt tokens."""
+    """Return one prompt, to its first token; rate in prompt tokens."""
     made = Run(what="prefill", threads=session.threads, sequences=1, tokens=length)
     made.int8_operations = int8_operations(session, length, 1)
     return _measure(session, made, prompts_of(1, length, session.config.vocab), 1, options, peer)
@@ -191,7 +191,7 @@ def _steps(engine: Engine, running: Iterator[object], profile: Profile | None) -
 
 
 def _typical(steps: list[TimedStep], made: Run) -> TimedStep | None:
-    """All of a prompt as one step; for decoding, the median of the steps with the most sequences."""
+    """Return all of a prompt as one step; for decoding, the median of the steps with the most sequences."""
     if not steps:
         return None
     if made.what == "prefill":
@@ -205,26 +205,26 @@ def _typical(steps: list[TimedStep], made: Run) -> TimedStep | None:
 
 
 def _joules(steps: list[TimedStep]) -> float | None:
-    """The mean of steps: counters move on in jumps of a millisecond."""
+    """Return the mean of steps: counters move on in jumps of a millisecond."""
     told = [step.joules for step in steps if step.joules is not None]
     return fmean(told) if told else None
 
 
 def _peer_rate(seconds: list[float], made: Run) -> float:
-    """Tokens a second of the same kind of step."""
+    """Return tokens a second of the same kind of step."""
     if made.what == "prefill":
         return made.tokens / seconds[0]
     return made.sequences / median(seconds[1:])
 
 
 def _sent(session: Session) -> int:
-    """Bytes that all ranks have sent so far."""
+    """Return bytes that all ranks have sent so far."""
     mine = sum(int(count["bytes_sent"]) for count in session.counters.as_dict().values())
     return sum(session.world.gather(mine))
 
 
 def weight_bytes(session: Session, rows: int) -> int:
-    """Bytes of weights that a step of `rows` rows reads on this rank, if experts are chosen at random."""
+    """Return bytes of weights that a step of `rows` rows reads on this rank, if experts are chosen at random."""
     picked = 1 - (1 - session.config.expert_share) ** rows
     entries = [entry for item in session.weights.pages for entry in item.entries]
     return round(sum(entry.nbytes * (picked if entry.key.expert >= 0 else 1) for entry in entries))

@@ -65,7 +65,7 @@ TEXTS = {
 def measure(
     world: World, spec: Spec, model: Path, options: BenchOptions
 ) -> Iterator[tuple[Run, tuple[int, int]]]:
-    """A run for each budget, context and text without drafts and in each way of drafting; and the layout."""
+    """Yield a run for each budget, context and text without drafts and in each way of drafting; and the layout."""
     longest = max(options.contexts) + LONGEST
     draft = DraftSection(model=options.draft)
     for budget in options.budgets or ("all",):
@@ -102,7 +102,7 @@ def _encoder(session: Session, model: Path) -> Encode:
 
 
 def _prompt(encode: Encode, text: str, context: int) -> tuple[int, ...]:
-    """The text behind as many lines of other ones as make it `context` tokens, or the text alone if it has more."""
+    """Return the text after lines of other texts that make it `context` tokens, or the text alone if it has more."""
     own = encode(text)
     before: list[int] = []
     for number in range(1, context + 1):
@@ -114,7 +114,7 @@ def _prompt(encode: Encode, text: str, context: int) -> tuple[int, ...]:
 
 
 def _measure(session: Session, text: str, prompt: tuple[int, ...], repeats: int) -> list[Run]:
-    """The answer without drafts and with them, in turns; the first turn warms up."""
+    """Return the answer without drafts and with them, in turns; the first turn warms up."""
     made = {
         mode: Run(
             what="speculation",
@@ -152,7 +152,7 @@ def _measure(session: Session, text: str, prompt: tuple[int, ...], repeats: int)
 
 
 def _answer(session: Session, prompt: Sequence[int], mode: Mode) -> tuple[list[int], float, Totals]:
-    """A greedy answer, and the seconds from its first token to its last."""
+    """Return a greedy answer, and the seconds from its first token to its last."""
     if session.world.rank:
         follow(session.worker, session.channel)
         return [], 0.0, Totals()

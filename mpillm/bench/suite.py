@@ -117,7 +117,7 @@ def bench(world: World, asked: BenchCommand, progress: Progress) -> Bench | None
 
 
 def _model(world: World, asked: BenchCommand, progress: Progress) -> Path:
-    """The model's path: rank 0 makes or fetches it first, then the first rank of each other host that lacks it."""
+    """Return the model's path: rank 0 makes or fetches it, then the first rank of each other host that lacks it."""
     first = {world.hosts.index(host) for host in set(world.hosts)}
     for ranks in ({0}, first - {0}, set(range(world.size)) - first):
         with world.together():
@@ -130,7 +130,7 @@ def _model(world: World, asked: BenchCommand, progress: Progress) -> Path:
 
 
 def _synthetic(shape: str, asked: BenchCommand) -> Path:
-    """The path of a synthetic model: packed if it is to be paged, which is fastest then, or if GGUF lacks its type."""
+    """Return the path of a synthetic model: packed if it is to be paged (fastest then), or if GGUF lacks its type."""
     weights = asked.weights or "q4_0"
     if "paging" in asked.options.what or weights in packed.MADE:
         return packed.create(shape, weights, os.cpu_count() or 1)
@@ -138,7 +138,7 @@ def _synthetic(shape: str, asked: BenchCommand) -> Path:
 
 
 def _config(path: Path, options: BenchOptions) -> ModelConfig:
-    """The model's configuration; JobError if its maximum length is shorter than the sequences to measure."""
+    """Return the model's configuration; JobError if its maximum length is shorter than the sequences to measure."""
     with closing(open_source(path)) as source:
         config = config_of(source)
     if options.longest > config.max_position:
@@ -166,7 +166,7 @@ def _sizes(config: ModelConfig, options: BenchOptions) -> kernels.KernelSizes:
 def _engine(
     world: World, path: Path, threads: int, asked: BenchCommand, options: BenchOptions
 ) -> Iterator[tuple[Run, tuple[int, int]]]:
-    """Every run with `threads` threads, and its layout (stages, shards); the peer has those of all ranks here."""
+    """Yield every run with `threads` threads, and its layout (stages, shards); the peer has those of all ranks here."""
     what = options.what
     if not what - {"kernels"}:
         return
@@ -208,7 +208,7 @@ def _peer(asked: str, path: Path, threads: int, cores: list[int]) -> Peer:
 
 
 def _named(asked: str) -> str:
-    """The name of the peer in the table."""
+    """Return the name of the peer in the table."""
     name, _, binary = asked.partition("=")
     if binary:
         return f"{name}, {binary}"
@@ -216,7 +216,7 @@ def _named(asked: str) -> str:
 
 
 def _cores(world: World) -> list[int]:
-    """The cores that the ranks of rank 0's host may use together: an mpiexec binds each to some of them."""
+    """Return the cores that the ranks of rank 0's host may use together: an mpiexec binds each to some of them."""
     own = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
     everyone = world.gather((world.host, own))
     return sorted(frozenset().union(*(cores for host, cores in everyone if host == world.hosts[0])))

@@ -56,7 +56,7 @@ def said(path: Path) -> Iterator[None]:
 
 
 def folder() -> Path:
-    """The directory of synthetic models. It has nothing else in it and may be deleted."""
+    """Return the directory of synthetic models. It has nothing else in it and may be deleted."""
     return models_dir().parent / "synthetic"
 
 
@@ -89,7 +89,7 @@ def write(path: Path, name: str, shape: Shape | Published, weights: str) -> None
 
 
 def _spread(tensor: str, sizes: tuple[int, ...]) -> int:
-    """The `k` of `random_blocks` for a tensor: its columns, 0 of a norm, and of other vectors what makes them small."""
+    """Return the `k` of `random_blocks` for a tensor: its columns, 0 of a norm, for other vectors a value near 0."""
     if tensor.endswith("ssm_a"):
         return DECAYS
     if len(sizes) == 1 or tensor.endswith(".bias"):

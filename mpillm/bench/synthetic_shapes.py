@@ -85,7 +85,7 @@ INSTEAD = {
 
 
 def shape_named(shape: str, weights: str) -> Shape | Published:
-    """The shape of that name, of which NAME:N has the first N layers alone; JobError if there is no such model."""
+    """Return the shape of that name; NAME:N has the first N layers alone. JobError if there is no such model."""
     name, _, first = shape.partition(":")
     found = SHAPES.get(name) or PUBLISHED.get(name)
     layers = found.layers if found else 0
@@ -157,6 +157,6 @@ def _more_bits(layer: int, layers: int) -> bool:
 
 
 def nbytes(kind: Type, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor in the file."""
+    """Return bytes of a tensor in the file."""
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     return int(np.prod(shape)) // block * block_bytes

@@ -41,17 +41,17 @@ RUNS = (
 
 
 def as_json(made: Bench) -> str:
-    """The results as JSON."""
+    """Return the results as JSON."""
     return readable.as_json(made).decode()
 
 
 def as_text(made: Bench) -> str:
-    """The results as tables."""
+    """Return the results as tables."""
     return "\n".join(_lines(made))
 
 
 def run_line(run: Run) -> str:
-    """One run as a line, which is printed as soon as the run is over."""
+    """Return one run as a line, which is printed as soon as the run is over."""
     beside = "" if run.ratio is None else f", {run.ratio:.2f} x the peer"
     if run.what == "paging":
         beside = f" with {shown_bytes(run.budget)} of weights"
@@ -91,7 +91,7 @@ def _lines(made: Bench) -> Iterator[str]:
 
 
 def _part(head: Sequence[str], rows: Iterable[list[str]]) -> Iterator[str]:
-    """A table behind an empty line; nothing if it has no rows."""
+    """Yield a table behind an empty line; nothing if it has no rows."""
     if listed := list(rows):
         yield ""
         yield from _table([head, *listed])
@@ -146,7 +146,7 @@ def _speculation_row(run: Run) -> list[str]:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Rows with aligned columns, of which the first two are flush left."""
+    """Yield rows with aligned columns, of which the first two are flush left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (

@@ -33,7 +33,7 @@ HOSTED: Mapping[str, Hosted] = {
 
 
 def table(own: Iterator[tuple[str, int, str]]) -> Iterator[str]:
-    """The lines of `mpillm models`; `own` has name, bytes and licence of the models that the package index carries.
+    """Yield the lines of `mpillm models`; `own` has name, bytes and licence of the models of the package index.
 
     Memory is that of all weights, shared out evenly: the KV cache comes on top; with a smaller `memory.weights` they
     are paged. `plan` has the exact numbers.

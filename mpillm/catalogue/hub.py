@@ -92,7 +92,7 @@ def pull_hf(name: str, notes: Path) -> Path:
 
 
 def pulled(name: str, notes: Path) -> Path | None:
-    """The path of a repository's model on this machine, from its note; None if it is not here."""
+    """Return the path of a repository's model on this machine, from its note; None if it is not here."""
     with contextlib.suppress(OSError):
         path = Path(os.fsdecode(_note(name, notes).read_bytes()))
         if path.exists():
@@ -101,7 +101,7 @@ def pulled(name: str, notes: Path) -> Path | None:
 
 
 def pull_config(name: str) -> Path | None:
-    """The directory with a repository's config.json, which alone is fetched; None if `name` is that of a GGUF file."""
+    """Return the directory with a repository's config.json, the only file fetched; None if `name` is of a GGUF file."""
     match = HF_NAME.fullmatch(name)
     if match is None or match["file"]:
         return None
@@ -177,7 +177,7 @@ def _library(name: str) -> Any:
 
 
 def _kinds(error: Exception) -> list[str]:
-    """The names of the classes of what caused the error, and of the error: the library's versions differ in both."""
+    """Return the names of the classes of an error and of its cause: the library's versions differ in both."""
     return [kind.__name__ for one in (error.__cause__, error) if one for kind in type(one).__mro__]
 
 
@@ -226,7 +226,7 @@ def _judge_repository(hub: Any, name: str, repo: str, revision: str | None) -> t
 
 
 def _belongs(file: str) -> bool:
-    """Whether a file in one of a model's folders belongs to it, by its name."""
+    """Return whether a file in one of a model's folders belongs to it, by its name."""
     return any(fnmatch(file, kind) for kind in HF_FILES) and not fnmatch(file, HF_NOT)
 
 

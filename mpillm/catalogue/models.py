@@ -72,7 +72,7 @@ def resolve(model: str, progress: DownloadProgress | None = None) -> Path:
 
 
 def path_to_plan(model: str) -> Path:
-    """The path of a model to plan with: for a repository that is not on this machine its config.json, else the model.
+    """Return the path of a model to plan with: its config.json if the repository is not here, else the model.
 
     A path to a config.json is its directory. Raises JobError.
     """
@@ -91,7 +91,7 @@ def path_to_plan(model: str) -> Path:
 
 
 def local_path(model: str) -> Path:
-    """The path on this machine, with its own environment variables; JobError names one that is not set."""
+    """Return the path on this machine, with its own environment variables; JobError names one that is not set."""
     path = Path(os.path.expanduser(model))
     if "$" not in model or path.exists():
         return path
@@ -102,29 +102,29 @@ def local_path(model: str) -> Path:
 
 
 def _repository_of(address: str) -> str | None:
-    """The `hf:` name of the repository at a Hugging Face URL; None for other URLs."""
+    """Return the `hf:` name of the repository at a Hugging Face URL; None for other URLs."""
     found = re.match(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", address)
     return f"hf:{found[1]}" if found else None
 
 
 def _meant(name: str) -> str:
-    """A question whether a name of the catalogue was meant, if one is like it."""
+    """Return a question whether a name of the catalogue was meant, if one is like it."""
     close = difflib.get_close_matches(name.lower(), [*CATALOGUE, *HOSTED], n=1)
     return f" Did you mean {close[0]}?" if close else ""
 
 
 def is_pulled(model: str) -> bool:
-    """Whether `model` is a catalogue name or `hf:owner/name`, and no path."""
+    """Return whether `model` is a catalogue name or `hf:owner/name`, and no path."""
     return model in CATALOGUE or model in HOSTED or model.startswith("hf:")
 
 
 def known() -> str:
-    """The catalogue's names, for messages."""
+    """Return the catalogue's names, for messages."""
     return ", ".join((*CATALOGUE, *HOSTED))
 
 
 def listed() -> Iterator[str]:
-    """The catalogue's models, a line each, below a heading."""
+    """Return the catalogue's models, a line each, below a heading."""
     return table((name, entry.file_bytes, entry.licence) for name, entry in CATALOGUE.items())
 
 
@@ -151,7 +151,7 @@ def pull(name: str, progress: DownloadProgress | None = None) -> Path:
 
 
 def models_dir() -> Path:
-    """The folder of models in the cache."""
+    """Return the folder of models in the cache."""
     return cache_dir() / "models"
 
 

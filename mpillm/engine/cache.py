@@ -128,7 +128,7 @@ class CacheAllocator:
         return shared < last and sequence.block_key(shared) in self._coming
 
     def can_save(self, sequence: Sequence) -> bool:
-        """Whether the sequence's chunk should end at `save_at`, to save its states there."""
+        """Return whether the sequence's chunk should end at `save_at`, to save its states there."""
         return self._saved.can_save(sequence)
 
     def compute(self, sequence: Sequence, count: int, saves: bool) -> None:
@@ -190,7 +190,7 @@ class CacheAllocator:
             table.blocks.extend(self._pool.acquire() for _ in range(end - table.end))
 
     def _end_found(self, sequence: Sequence, count: int) -> bool:
-        """Whether a sequence can continue after its first `count` blocks.
+        """Return whether a sequence can continue after its first `count` blocks.
 
         It needs saved states if the model has states, and the blocks of the window in groups with a window.
         """

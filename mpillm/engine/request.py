@@ -40,7 +40,7 @@ class Constraint(Protocol):
         """Return an independent copy in the same state."""
 
     def accepts(self, token: int) -> bool:
-        """Whether the grammar allows this token next."""
+        """Return whether the grammar allows this token next."""
 
     def allowed(self) -> NDArray[np.int32]:
         """Return the mask of the tokens that may follow: int32 [ceil(vocabulary / 32)], a bit for each token."""

@@ -34,7 +34,7 @@ class SavedStates:
         return (0, key) in self._pool and key not in self._coming
 
     def comes(self, keys: Iterable[bytes]) -> bool:
-        """Whether the step being scheduled saves the states of one of these prefixes."""
+        """Return whether the step being scheduled saves the states of one of these prefixes."""
         return any(key in self._coming for key in keys)
 
     def take(self, key: bytes) -> int:
@@ -71,7 +71,7 @@ class SavedStates:
         return common * KV_BLOCK
 
     def can_save(self, sequence: Sequence) -> bool:
-        """Whether the sequence's states at `save_at` should be saved, and a slot can be had."""
+        """Return whether the sequence's states at `save_at` should be saved, and a slot can be had."""
         if sequence.computed >= sequence.save_at or not self._pool.free:
             return False
         return (0, sequence.block_key(sequence.save_at // KV_BLOCK - 1)) not in self._pool

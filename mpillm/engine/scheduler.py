@@ -52,7 +52,7 @@ class Scheduler:
         self._queue = SequenceQueue(waiting, limits)
 
     def has_work(self) -> bool:
-        """Whether any sequence is not finished; asks the iterator for new ones."""
+        """Return whether any sequence is not finished; asks the iterator for new ones."""
         return bool(self._queue.first or self.running or self._preempted)
 
     @property

@@ -101,7 +101,7 @@ class Sequence:
         return keys[index]
 
     def outgrows(self, short_length: int) -> bool:
-        """Whether it must change to LongRoPE's long factors, because it is longer than `short_length`.
+        """Return whether it must change to LongRoPE's long factors, because it is longer than `short_length`.
 
         `short_length` 0 stands for a model without LongRoPE.
         """
@@ -113,7 +113,7 @@ class Sequence:
         self._block_keys.clear()
 
     def goes_on_from(self, before: Sequence) -> bool:
-        """Whether `before` is of the same line and has the same tokens up to `score_from`."""
+        """Return whether `before` is of the same line and has the same tokens up to `score_from`."""
         one, other = self.request, before.request
         end = one.score_from
         return (one.id, end, one.adapter) == (other.id, other.score_from, other.adapter) and (

@@ -44,14 +44,14 @@ NEARLY_ALL = 0.9  # the share of the experts that counts as nearly all
 
 
 def may_draft(mode: Mode, windows: Seq[int], slots: int, expert_share: float, rows: int) -> bool:
-    """Whether steps of up to `rows` rows can have drafts; they cannot if the model has no KV cache, or has states."""
+    """Return whether steps of up to `rows` rows can have drafts; not if the model has no KV cache, or has states."""
     if mode == "off" or not windows or slots:
         return False
     return mode != "auto" or uses_experts(expert_share, rows)
 
 
 def uses_experts(share: float, rows: int) -> bool:
-    """Whether `rows` rows use nearly all experts, if each uses the share `share` of them."""
+    """Return whether `rows` rows use nearly all experts, if each uses the share `share` of them."""
     return 1.0 - (1.0 - share) ** rows >= NEARLY_ALL
 
 

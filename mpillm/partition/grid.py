@@ -57,7 +57,7 @@ class Axis:
         return -(-self.bounds[-1] // self.share) * self.width
 
     def units(self, place: Place) -> range:
-        """The units of the shard at `place`; with `share`, the shared ones that they use.
+        """Return the units of the shard at `place`; with `share`, the shared ones that they use.
 
         Shared units are held twice where shards straddle or outnumber them.
         """
@@ -65,18 +65,18 @@ class Axis:
         return range(bounds[0] // self.share, (bounds[-1] - 1) // self.share + 1)
 
     def entries(self, place: Place) -> range:
-        """The shard's entries of the dimension: rows or columns of a tensor."""
+        """Return the shard's entries of the dimension: rows or columns of a tensor."""
         units = self.units(place)
         return range(units.start * self.width, units.stop * self.width)
 
     def own_panels(self, place: Place) -> tuple[int, ...]:
-        """The bounds of the shard's panels in entries, relative to its first one."""
+        """Return the bounds of the shard's panels in entries, relative to its first one."""
         assert self.share == 1
         own = self._own_bounds(place)
         return tuple((bound - own[0]) * self.width for bound in own)
 
     def shared(self, share: int) -> Axis:
-        """The axis of what every `share` units of this one use together."""
+        """Return the axis of what every `share` units of this one use together."""
         return Axis(self.bounds, self.width, share)
 
     def _own_bounds(self, place: Place) -> Sequence[int]:
@@ -87,7 +87,7 @@ class Axis:
 
 
 def axis(units: int, width: int = 1, block: int = 1) -> Axis:
-    """An axis of `units` units in up to PANELS panels, each a multiple of `block` entries (the last may be short).
+    """Return an axis of `units` units in up to PANELS panels of multiples of `block` entries (the last may be short).
 
     `block` is the block size of quantised weights, for a block is never cut.
     """
@@ -97,7 +97,7 @@ def axis(units: int, width: int = 1, block: int = 1) -> Axis:
 
 
 def vocab_axis(vocab: int) -> Axis:
-    """The axis of the LM head's rows."""
+    """Return the axis of the LM head's rows."""
     return axis(vocab, block=VOCAB_UNIT if vocab >= SMALL_VOCAB else 1)
 
 
@@ -147,7 +147,7 @@ def panel_bounds(total: int, unit: int, count: int) -> tuple[int, ...]:
 
 
 def stage_layers(n_layers: int, place: Place) -> range:
-    """The layers of this rank's stage.
+    """Return the layers of this rank's stage.
 
     Where the place does not say how many each stage has, they are divided evenly, and left-over layers go to the first
     stages, for the last one has the LM head to compute.
@@ -164,7 +164,7 @@ def stage_layers(n_layers: int, place: Place) -> range:
 def layers_by_speed(
     n_layers: int, seconds: Sequence[float], extra: Sequence[float], maximum: Sequence[int]
 ) -> tuple[int, ...]:
-    """The number of layers of each stage, at least 1, with which the slowest stage is as fast as possible.
+    """Return the number of layers of each stage, at least 1, with which the slowest stage is as fast as possible.
 
     A layer takes `seconds` of a stage, which has `extra` seconds to do besides, and memory for `maximum` layers; where
     that is too little for all layers, the rest is divided as if there were enough.
@@ -179,7 +179,7 @@ def layers_by_speed(
 
 
 def layouts(model: Divisible, ranks: int) -> list[tuple[int, int]]:
-    """All (stages, shards) on which this model can be laid out over `ranks` ranks, most shards first."""
+    """Return all (stages, shards) on which this model can be laid out over `ranks` ranks, most shards first."""
     shards = model.max_shards
     works = []
     while shards:

@@ -101,7 +101,7 @@ def _in_a_row(layouts: Sequence[tuple[int, int]]) -> Replicas:
 
 
 def _sizes(ranks: int, count: int, ranks_per_host: Sequence[int] | None) -> list[int]:
-    """The number of ranks of each of `count` replicas."""
+    """Return the number of ranks of each of `count` replicas."""
     if count > ranks:
         raise LayoutError(
             f"layout.replicas = {count} needs at least {count} ranks, and there are {ranks}; "

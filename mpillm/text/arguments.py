@@ -21,7 +21,7 @@ class Arguments:
         self._render = render
 
     def fit(self, messages: list[Message]) -> list[Message]:
-        """The messages, whose calls have objects as arguments, in the form that the template reads."""
+        """Return the messages, whose calls have objects as arguments, in the form that the template reads."""
         return [
             {**message, "tool_calls": [_written(call) for call in message["tool_calls"]]}
             if message.get("tool_calls") and self._wants_strings

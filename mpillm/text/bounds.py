@@ -17,7 +17,7 @@ class TooLongError(RequestError):
 
 
 def encoded_at_once(tokens: int) -> int:
-    """The maximum characters that are encoded at once of a text that may have `tokens` tokens."""
+    """Return the maximum characters that are encoded at once of a text that may have `tokens` tokens."""
     return max(CHUNK, CHARACTERS * tokens)
 
 
@@ -29,11 +29,11 @@ class End:
     last: bool
 
     def of(self, text: str) -> str:
-        """The part of the text that may be encoded; all of a short text."""
+        """Return the part of the text that may be encoded; all of a short text."""
         return text[-self.characters :] if self.last else text[: self.characters]
 
     def of_pieces(self, pieces: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
-        """The part of a text in pieces that may be encoded; control tokens (True) stay whole."""
+        """Return the part of a text in pieces that may be encoded; control tokens (True) stay whole."""
         left, found = self.characters, list[tuple[str, bool]]()
         for text, control in reversed(pieces) if self.last else pieces:
             if left <= 0:

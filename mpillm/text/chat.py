@@ -74,7 +74,7 @@ class ChatTemplate:
     def render(
         self, messages: list[Message], options: Mapping[str, Any] | None = None, max_chars: int = MAX_CHARS
     ) -> str:
-        """The chat as one text, with `options` (chat_template_kwargs) as variables.
+        """Return the chat as one text, with `options` (chat_template_kwargs) as variables.
 
         The content of a message is a string, a list of parts ({"type": "text", "text": ...}) or None; a string or a
         list is brought into the form that the template reads. RequestError if the template fails, TooLongError
@@ -85,7 +85,7 @@ class ChatTemplate:
     def pieces(
         self, messages: list[Message], options: Mapping[str, Any] | None = None, max_chars: int = MAX_CHARS
     ) -> str | Pieces:
-        """The chat as one text if all its control tokens are the template's own, else in pieces that say which are."""
+        """Return the chat as one text if all control tokens are the template's, else in pieces that say which are."""
         messages, options = self._fit(messages), options or {}
         text = self._render(messages, options, max_chars)
         tokens = self._marker.tokens
@@ -109,11 +109,11 @@ class ChatTemplate:
         return [(piece.replace(mark, ""), index % 2 == 1) for index, piece in enumerate(split)]
 
     def _fit(self, messages: list[Message]) -> list[Message]:
-        """The messages in the forms that the template reads."""
+        """Return the messages in the forms that the template reads."""
         return self._arguments.fit(self._contents.fit(_aliased(messages)))
 
     def _render(self, messages: Any, options: Any, max_chars: int) -> str:
-        """The chat as one text.
+        """Return the chat as one text.
 
         With `continue_final_message` among the options it ends where the content of the last message does, as in
         transformers.
@@ -176,7 +176,7 @@ class ChatTemplate:
 
 
 def _open(message: Message) -> Message:
-    """A message with OPEN_END behind its content."""
+    """Return a message with OPEN_END behind its content."""
     content = message.get("content")
     if isinstance(content, str):
         return {**message, "content": content + OPEN_END}
@@ -189,7 +189,7 @@ def _open(message: Message) -> Message:
 
 
 def _strings(node: jinja2.nodes.Node) -> Iterator[str]:
-    """The string literals below a node of a template."""
+    """Yield the string literals below a node of a template."""
     for constant in node.find_all(jinja2.nodes.Const):
         if isinstance(constant.value, str):
             yield constant.value

@@ -20,11 +20,11 @@ class ChatTemplates:
         self._started: dict[str, ConfinedTemplate] = {}
 
     def read(self, name: str) -> bool:
-        """Whether any template reads a variable of this name, as far as its text says."""
+        """Return whether any template reads a variable of this name, as far as its text says."""
         return any(name in template for template in self._parts.templates.values())
 
     def chosen(self, options: Mapping[str, Any] | None) -> ConfinedTemplate:
-        """The template for a chat with these options; RequestError if the model has none."""
+        """Return the template for a chat with these options; RequestError if the model has none."""
         templates = self._parts.templates
         name = "tool_use" if options and options.get("tools") and "tool_use" in templates else "default"
         if name not in templates:

@@ -98,7 +98,7 @@ class ConfinedTemplate:
         return answer["result"]
 
     def _given_up(self) -> bool:
-        """Whether the template has ended the child for every chat so far, and for a plain one."""
+        """Return whether the template has ended the child for every chat so far, and for a plain one."""
         if not self._answers and self._deaths == MAX_DEATHS:
             try:
                 self._answer(self._question("render", PLAIN, None, MAX_CHARS))

@@ -39,7 +39,7 @@ OF_VALUES = frozenset({"const", "default", "enum", "examples"})
 
 
 def read_schema(schema: Any) -> Any:
-    """A schema, which may be a string of JSON."""
+    """Return a schema, which may be a string of JSON."""
     if not isinstance(schema, str):
         return schema
     try:
@@ -49,7 +49,7 @@ def read_schema(schema: Any) -> Any:
 
 
 def closed(schema: Any) -> Any:
-    """A schema whose objects have none but the properties that it names."""
+    """Return a schema whose objects have none but the properties that it names."""
     if isinstance(schema, list):
         return [closed(one) for one in schema]
     if not isinstance(schema, dict):
@@ -89,19 +89,19 @@ def json_grammar(
 
 
 def regex_grammar(pattern: str) -> str:
-    """The texts that a regular expression of Rust's regex crate matches as a whole; RequestError if it is too long."""
+    """Return the texts that a regular expression of Rust's regex crate matches as a whole; RequestError if too long."""
     check_pattern(pattern)
     return LLMatcher.grammar_from_regex(pattern)
 
 
 def choice_grammar(choices: Sequence[str]) -> str:
-    """One of these texts; RequestError if there are more than MAX_CHOICES."""
+    """Return one of these texts; RequestError if there are more than MAX_CHOICES."""
     check_maximum("texts to choose from", len(choices), MAX_CHOICES)
     return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(choice) for choice in choices))
 
 
 def text_grammar(text: str) -> str:
-    """A grammar as users write it: Lark's notation, or GBNF (with ::=); RequestError if it is too long."""
+    """Return a grammar as users write it: Lark's notation, or GBNF (with ::=); RequestError if it is too long."""
     check_maximum("characters of the grammar", len(text), MAX_GRAMMAR)
     check_repeated("the grammar", repeated(text))
     if "::=" in text:
@@ -125,7 +125,7 @@ class Grammars:
         self._compiled = lru_cache(maxsize=CACHED)(self._compile)
 
     def matcher(self, grammar: str) -> Matcher:
-        """A matcher at the beginning of a text; RequestError if the grammar is wrong, or nothing can obey it."""
+        """Return a matcher at the beginning of a text; RequestError if the grammar is wrong, or nothing can obey it."""
         return Matcher(self._compiled(grammar).deep_copy(), self._words, self._end_ids)
 
     def check(self, grammar: str) -> None:
@@ -186,11 +186,11 @@ class Matcher:
             self._forced = self._matcher.compute_ff_tokens()
 
     def accepts(self, token: int) -> bool:
-        """Whether it may follow."""
+        """Return whether it may follow."""
         return token == self._forced[0] if self._forced else self._matcher.validate_tokens([token]) == 1
 
     def allowed(self) -> NDArray[np.int32]:
-        """A bit for each token that may follow: int32 [ceil(vocabulary / 32)]."""
+        """Return a bit for each token that may follow: int32 [ceil(vocabulary / 32)]."""
         mask = np.zeros(self._words, np.int32)
         if self._forced:
             word, bit = divmod(self._forced[0], 32)
@@ -201,13 +201,13 @@ class Matcher:
 
 
 def _short(message: str) -> str:
-    """The library's words as part of a sentence."""
+    """Return the library's words as part of a sentence."""
     text = " ".join(message.split())
     return text if len(text) <= MAX_WORDS else f"{text[:MAX_WORDS]}..."
 
 
 def one_of(given: Mapping[str, Any], where: str) -> tuple[str, Any]:
-    """The only key of `given` that is not null, with its value; RequestError if there are none or several."""
+    """Return the only key of `given` that is not null, with its value; RequestError if there are none or several."""
     found = [(key, value) for key, value in given.items() if value is not None]
     if len(found) != 1:
         raise RequestError(f"{where} must have one of {', '.join(given)}")

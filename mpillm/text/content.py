@@ -36,7 +36,7 @@ class Forms:
     one_part: bool = False  # but no second one
 
     def fit(self, content: Any) -> Any:
-        """The content in a form that the template reads, unchanged if it is in one already."""
+        """Return the content in a form that the template reads, unchanged if it is in one already."""
         if isinstance(content, str):
             return content if self.string or not (self.parts or self.one_part) else [_part(content)]
         if not isinstance(content, list) or self.parts:
@@ -53,7 +53,7 @@ class Contents:
         self._known: dict[str, Forms] = {}
 
     def fit(self, messages: list[Message]) -> list[Message]:
-        """The messages, whose parts must be text, in the form that the template reads."""
+        """Return the messages, whose parts must be text, in the form that the template reads."""
         return [
             {**message, "content": self._forms(str(message.get("role"))).fit(message["content"])}
             if isinstance(message.get("content"), (str, list))

@@ -54,7 +54,7 @@ class IncrementalDecoder:
         self._given = ""
 
     def push(self, id: int) -> str:
-        """The text that this token completes, which may be empty."""
+        """Return the text that this token completes, which may be empty."""
         if not self._tokenizer.by_bytes:
             self._ids.append(id)
             return self._more(final=False)
@@ -63,7 +63,7 @@ class IncrementalDecoder:
         return self._utf8.decode(self._stripped(self._tokenizer.token_bytes(id)))
 
     def finish(self) -> str:
-        """The text that remains when no more tokens come: U+FFFD for the bytes of an incomplete character."""
+        """Return the text that remains when no more tokens come: U+FFFD for the bytes of an incomplete character."""
         return self._utf8.decode(b"", final=True) if self._tokenizer.by_bytes else self._more(final=True)
 
     def _stripped(self, data: bytes) -> bytes:
@@ -95,7 +95,7 @@ class StopStrings:
         self.stopped = False
 
     def push(self, text: str) -> tuple[str, bool]:
-        """The text that cannot be part of a stop string any more, and whether one is complete (no text follows)."""
+        """Return the text that cannot be part of a stop string any more, and whether one is complete (the end)."""
         if self.stopped:
             return "", True
         text = self._held + text
@@ -108,12 +108,12 @@ class StopStrings:
         return text[: len(text) - hold], False
 
     def finish(self) -> str:
-        """The text that was held back, when no more text comes."""
+        """Return the text that was held back, when no more text comes."""
         held, self._held = self._held, ""
         return held
 
     def _open(self, text: str) -> int:
-        """The length of the longest end of `text` with which a stop string begins."""
+        """Return the length of the longest end of `text` with which a stop string begins."""
         longest = max((len(stop) for stop in self._stops), default=1) - 1
         for length in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stops):
@@ -122,13 +122,13 @@ class StopStrings:
 
 
 def find_stop(text: str, stops: Sequence[str]) -> int | None:
-    """The position at which the first complete stop string begins; None if there is none."""
+    """Return the position at which the first complete stop string begins; None if there is none."""
     found = [(at + len(stop), at) for stop in stops if stop and (at := text.find(stop)) >= 0]
     return min(found)[1] if found else None
 
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """The text before the first complete stop string (see `StopStrings`), and whether there is one."""
+    """Return the text before the first complete stop string (see `StopStrings`), and whether there is one."""
     cut = find_stop(text, stops)
     return (text, False) if cut is None else (text[:cut], True)
 
@@ -161,7 +161,7 @@ class StopWatch:
         return stopped
 
     def finish(self) -> str:
-        """The text before the stop string, or all text if there is none."""
+        """Return the text before the stop string, or all text if there is none."""
         if not self._stops.stopped:
             text, _ = self._stops.push(self._decoder.finish())
             self._text.append(text + self._stops.finish())

@@ -16,7 +16,7 @@ BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 def keeps_length(core: tokenizers.Tokenizer) -> bool:
-    """Whether normalisation leaves a text about as long as it is (it does not drop or collapse characters)."""
+    """Return whether normalisation leaves a text about as long as it is (it does not drop or collapse characters)."""
     if core.normalizer is None:
         return True
     state = json.loads(or_model_error(core.normalizer.__getstate__, "tokenizer.json"))
@@ -29,7 +29,7 @@ def keeps_length(core: tokenizers.Tokenizer) -> bool:
 
 
 def _byte_characters() -> dict[str, int]:
-    """The byte for each character that byte-level BPE writes (the inverse of GPT-2's bytes_to_unicode)."""
+    """Return the byte for each character that byte-level BPE writes (the inverse of GPT-2's bytes_to_unicode)."""
     shown = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in shown]
     return {chr(byte): byte for byte in shown} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
@@ -39,7 +39,7 @@ BYTE_OF = _byte_characters()
 
 
 def decoding(core: tokenizers.Tokenizer) -> tuple[Decoding, bool]:
-    """The conversion of tokens to text, and whether a text's first space is removed."""
+    """Return the conversion of tokens to text, and whether a text's first space is removed."""
     if core.decoder is None:
         return "other", False
     state = json.loads(or_model_error(core.decoder.__getstate__, "tokenizer.json"))

@@ -28,11 +28,11 @@ class Encoder:
         self._core, self._added, self._control, self._unknown = core, added, control, unknown
 
     def whole(self, text: str, own: bool) -> list[int]:
-        """Ids of a text in which control tokens are tokens; `own` lets the post-processor add its own around them."""
+        """Return ids of a text in which control tokens are tokens; `own`: the post-processor adds its own."""
         return _ids(self._core, text, own, plain=False)
 
     def plain(self, text: str, own: bool) -> list[int]:
-        """Ids of a text without control tokens; `own` lets the post-processor add its own around them."""
+        """Return ids of a text without control tokens; `own` lets the post-processor add its own around them."""
         ids = _ids(self._core, text, False, plain=True)
         ids = [part for id in ids for part in self.spelled(id)]
         if not own:
@@ -46,14 +46,14 @@ class Encoder:
         return ends_around(*(_ids(self._core, "a", own, plain=True) for own in (False, True)))
 
     def spelled(self, id: int) -> list[int]:
-        """The token itself, or its characters if it is a control token, which merges may produce too."""
+        """Return the token itself, or its characters if it is a control token, which merges may produce too."""
         if id not in self._control or id in self._unknown:
             return [id]
         spelled = [part.id for char in self._added[id] for part in self._core.model.tokenize(char)]
         return [part for part in spelled if part not in self._control]
 
     def mixed(self, pieces: Sequence[tuple[str, bool]]) -> list[int]:
-        """Ids of pieces of one text: control tokens where a piece says so, ordinary text elsewhere.
+        """Return ids of pieces of one text: control tokens where a piece says so, ordinary text elsewhere.
 
         They are encoded at once, so that the tokenizer does what it does at the beginning of a text and beside control
         tokens: each control token is replaced by an alias that no text contains and that a copy of the tokenizer knows.
@@ -70,7 +70,7 @@ class Encoder:
 
     @lru_cache(maxsize=2)  # noqa: B019 - a tokenizer lives as long as its process
     def _aliased(self, char: str) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[int, int]]:
-        """A copy of the tokenizer with an alias for each control token, the aliases by content, and ids by alias id."""
+        """Return a copy of the tokenizer with an alias for each control token, aliases by content, ids by alias id."""
         core = tokenizers.Tokenizer.from_str(self._core.to_str())
         tokens = [token for id, token in self._core.get_added_tokens_decoder().items() if id in self._control]
         aliases = {token.content: f"{char}{number}{char}" for number, token in enumerate(tokens)}
@@ -97,13 +97,13 @@ class Encoder:
 
 
 def ends_around(bare: list[int], full: list[int]) -> tuple[list[int], list[int]]:
-    """The tokens before `bare` in `full`, and those behind it."""
+    """Return the tokens before `bare` in `full`, and those behind it."""
     at = next((n for n in range(len(full)) if full[n : n + len(bare)] == bare), 0)
     return full[:at], full[at + len(bare) :]
 
 
 def _ids(core: tokenizers.Tokenizer, text: str, own: bool, plain: bool) -> list[int]:
-    """Ids of a text; with `plain` control tokens in it are text, with `own` the post-processor adds its own."""
+    """Return ids of a text; with `plain` control tokens in it are text, with `own` the post-processor adds its own."""
     return list(encoding(core, text, own, plain).ids)
 
 

@@ -44,7 +44,7 @@ class TokenizerFile(NamedTuple):
 
 
 def read(path: Path) -> TokenizerParts:
-    """The tokenizer of a file; ModelError if it is not complete or not sound."""
+    """Return the tokenizer of a file; ModelError if it is not complete or not sound."""
     file = read_file(path)
     parts = _sentencepiece(file, path) if _has_byte_pieces(file.tokens) else _byte_level(file, path)
     parts.end_ids |= frozenset(file.ends)
@@ -64,7 +64,7 @@ def _opened(path: Path) -> _TokenizerReader:
 
 
 def _beginning(cursor: _TokenizerReader) -> tuple[dict[str, int], list[int], str]:
-    """The header's values, the ends of text among them, and the chat template."""
+    """Return the header's values, the ends of text among them, and the chat template."""
     values, ends = _header(cursor)
     cursor.take(values.get("chat_stop", 0))
     return values, ends, cursor.text(max(values.get("chat_template", 0), 0), "the chat template")
@@ -92,7 +92,7 @@ def read_file(path: Path) -> TokenizerFile:
 
 
 def _header(cursor: _TokenizerReader) -> tuple[dict[str, int], list[int]]:
-    """The header's values by their keys, and the ends of text among them."""
+    """Return the header's values by their keys, and the ends of text among them."""
     (magic,) = cursor.numbers(1)
     if magic == OLD_MAGIC:
         pairs = list(zip(OLD_KEYS, cursor.numbers(len(OLD_KEYS)), strict=True))
@@ -164,7 +164,7 @@ def _byte_level(file: TokenizerFile, path: Path) -> TokenizerParts:
 
 
 def _has_byte_pieces(tokens: list[bytes]) -> bool:
-    """Whether SentencePiece's tokens for single bytes follow its first three: as bytes, or written <0x00>."""
+    """Return whether SentencePiece's tokens for single bytes follow its first three: as bytes, or written <0x00>."""
     pieces = tokens[FIRST_BYTE : FIRST_BYTE + 256]
     return pieces == [bytes([byte]) for byte in range(256)] or (
         len(pieces) == 256 and all(BYTE_TOKEN.fullmatch(piece.decode("latin-1")) for piece in pieces)

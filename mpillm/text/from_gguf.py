@@ -33,7 +33,7 @@ _END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
 def read(fields: Mapping[str, Any], where: str = "the GGUF file") -> TokenizerParts | None:
-    """The tokenizer that GGUF metadata (plain values, or the gguf library's fields) describe; None if there is none."""
+    """Return the tokenizer that GGUF metadata (plain values, or the gguf library's fields) describe; None if none."""
     ggml = TokenizerFields(fields, where)
     kind = ggml.get("model")
     if kind is None or kind in {"none", "no_vocab"}:
@@ -83,7 +83,7 @@ def read(fields: Mapping[str, Any], where: str = "the GGUF file") -> TokenizerPa
 def _core(
     ggml: TokenizerFields, kind: object, tokens: list[str], vocab: dict[str, int], types: list[int]
 ) -> tuple[Tokenizer, bool]:
-    """The tokenizer of this kind, and whether texts begin with BOS if the file does not say."""
+    """Return the tokenizer of this kind, and whether texts begin with BOS if the file does not say."""
     if kind == "gpt2":
         return _byte_level(ggml, vocab)
     if kind == "llama":
@@ -101,7 +101,7 @@ def _core(
 
 
 def _named(ggml: TokenizerFields, kind: object, tokens: list[str], vocab: dict[str, int]) -> dict[str, str]:
-    """The special tokens by their names in `transformers`, with llama.cpp's defaults."""
+    """Return the special tokens by their names in `transformers`, with llama.cpp's defaults."""
     given = {name: ggml.id(key, len(tokens)) for name, key in _IDS.items()}
     named = {name: tokens[id] for name, id in given.items() if id is not None}
     if kind == "llama" and len(tokens) > 2:
@@ -134,7 +134,7 @@ def _templates(fields: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _byte_level(ggml: TokenizerFields, vocab: dict[str, int]) -> tuple[Tokenizer, bool]:
-    """The tokenizer, and whether texts begin with BOS if the file does not say."""
+    """Return the tokenizer, and whether texts begin with BOS if the file does not say."""
     pre = ggml.get("pre")
     if pre is None:
         log.warning(
@@ -156,7 +156,7 @@ def _byte_level(ggml: TokenizerFields, vocab: dict[str, int]) -> tuple[Tokenizer
 
 
 def _merges(ggml: TokenizerFields) -> list[tuple[str, str]]:
-    """The pairs that are merged, the first ones first."""
+    """Return the pairs that are merged, the first ones first."""
     merges = []
     for merge in ggml.strings("merges"):
         cut = merge.find(" ", 1)

@@ -54,7 +54,7 @@ _QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|
 
 
 def file_in(folder: Path) -> Path | None:
-    """The file with ranks in a directory."""
+    """Return the file with ranks in a directory."""
     found = next((folder / name for name in (TEKKEN, *TIKTOKEN) if (folder / name).exists()), None)
     if found is not None and found.name == SHARED:
         with found.open("rb") as file:
@@ -63,7 +63,7 @@ def file_in(folder: Path) -> Path | None:
 
 
 def read(file: Path, config: dict[str, Any]) -> TokenizerParts:
-    """The tokenizer of a file with ranks; `config` (tokenizer_config.json) has the special ones of tiktoken files."""
+    """Return the tokenizer of a file with ranks; `config` (tokenizer_config.json) has tiktoken files' special ones."""
     try:
         return _tekken(file) if file.name == TEKKEN else _tiktoken(file, config)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -95,7 +95,7 @@ def _tekken(file: Path) -> TokenizerParts:
 
 
 def _tiktoken(file: Path, config: dict[str, Any]) -> TokenizerParts:
-    """A line has a token in base64 and its rank, which is its id; special tokens follow."""
+    """Return a line has a token in base64 and its rank, which is its id; special tokens follow."""
     ranks = {}
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         if not line:

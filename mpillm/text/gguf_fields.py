@@ -46,7 +46,7 @@ class TokenizerFields:
         return value
 
     def numbers(self, key: str, number: Callable[[Any], N], count: int, default: N) -> list[N]:
-        """A number for each of the `count` tokens."""
+        """Return a number for each of the `count` tokens."""
         value = self.values(key)
         if value is None:
             return [default] * count
@@ -73,5 +73,5 @@ class TokenizerFields:
 
 
 def plain(value: Any) -> Any:
-    """A value: itself, or the contents of a ReaderField of the gguf library."""
+    """Return a value: itself, or the contents of a ReaderField of the gguf library."""
     return value.contents() if hasattr(value, "contents") else value

@@ -69,7 +69,7 @@ def put_around(
 
 
 def _piece(token: str, type: int) -> str:
-    """A token as BERT's vocabulary has it."""
+    """Return a token as BERT's vocabulary has it."""
     if type in (CONTROL, UNKNOWN) or (token[:1] == "[" and token[-1:] == "]" and len(token) > 2):
         return token
     return token[1:] if token.startswith(SPACE) else "##" + token

@@ -40,7 +40,7 @@ class Harmony(ChatFormat):
     def split(
         self, text: str, state: ReasoningState, tools: Sequence[Tool] | None, final: bool
     ) -> ParsedAnswer:
-        """Text without marks is what was said."""
+        """Return the reasoning, the text and the calls of an answer; text without marks counts as text."""
         thought: list[str] = []
         said: list[str] = []
         calls: list[Call] = []
@@ -70,7 +70,7 @@ class Harmony(ChatFormat):
 
 
 def _messages(text: str) -> Iterator[tuple[str, str | None, str, bool]]:
-    """Each message's channel, the function that it is to, if any, its text, and whether its end is there."""
+    """Yield each message's channel, the function that it is to, if any, its text, and whether its end is there."""
     pieces = re.split("(" + "|".join(map(re.escape, (*MARKS, CALL))) + ")", text.replace(CONSTRAIN, " "))
     header, place = "", START if RECIPIENT.search(pieces[0]) and len(pieces) > 1 else MESSAGE
     for piece, mark in zip(pieces[::2], [*pieces[1::2], None], strict=True):

@@ -28,7 +28,7 @@ OLD_FILES = ("tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def read(path: Path) -> TokenizerParts | None:
-    """The tokenizer of a directory, or of a tokenizer.json and the files beside it; None if there is none."""
+    """Return the tokenizer of a directory, or of a tokenizer.json and the files beside it; None if there is none."""
     folder = path if path.is_dir() else path.parent
     file = folder / "tokenizer.json"
     ranks = None if file.exists() else from_ranks.file_in(folder)
@@ -69,7 +69,7 @@ def _text(file: Path) -> str:
 
 
 def _object(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`; empty if there is no such file."""
+    """Return the JSON object in `file`; empty if there is no such file."""
     if not file.exists():
         return {}
     try:
@@ -82,7 +82,7 @@ def _object(file: Path) -> dict[str, Any]:
 
 
 def _content(token: object) -> str | None:
-    """The text of a token that is written as a string or as a serialised AddedToken."""
+    """Return the text of a token that is written as a string or as a serialised AddedToken."""
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None
@@ -118,7 +118,7 @@ def _added_tokens(parts: TokenizerParts, config: dict[str, Any], old: dict[str, 
 
 
 def _named(config: dict[str, Any]) -> dict[str, str]:
-    """Tokens by the names that templates know (bos_token, ...); null means that there is none."""
+    """Return tokens by the names that templates know (bos_token, ...); null means that there is none."""
     found = {name: _content(config.get(name)) for name in NAMED}
     return {name: content for name, content in found.items() if content is not None}
 
@@ -140,7 +140,7 @@ def _control(parts: TokenizerParts, config: dict[str, Any]) -> None:
 
 
 def _end_ids(parts: TokenizerParts, folder: Path) -> frozenset[int]:
-    """The ends that generation_config.json or, without it, config.json and known names give; and the eos_token."""
+    """Return the ends of generation_config.json or, without it, of config.json and known names; and the eos_token."""
     ids: set[int] = set()
     generation = _object(folder / "generation_config.json")
     for source, name in (

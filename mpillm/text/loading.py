@@ -14,7 +14,7 @@ from mpillm.text.tokenizer import Tokenizer
 def load_tokenizer(
     source: Path | str | Mapping[str, Any] | None, vocab: int | None = None
 ) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face directory (or its tokenizer.json), a GGUF file's metadata, or a `.t` file.
+    """Return the tokenizer of a Hugging Face directory (or its tokenizer.json), a GGUF file's metadata, or a `.t` file.
 
     Return None if there is none; prompts must then be token ids. `vocab` is the number of rows of the model's
     embedding, and a ModelError says that a token of the vocabulary lies beyond it.
@@ -40,5 +40,5 @@ def load_tokenizer(
 
 
 def token_id_text(id: int) -> str:
-    """The text of a token if there is no tokenizer."""
+    """Return the text of a token if there is no tokenizer."""
     return f"token_id:{id}"

@@ -20,7 +20,7 @@ ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function
 
 
 def unused_mark(texts: Iterable[str]) -> str | None:
-    """A mark that occurs in none of the texts; None if they contain them all."""
+    """Return a mark that occurs in none of the texts; None if they contain them all."""
     texts = list(texts)
     return next((mark for mark in MARKS if not any(mark in text for text in texts)), None)
 
@@ -51,7 +51,7 @@ class Marker:
         self._kept = re.compile("(" + "|".join(map(re.escape, ordered)) + ")") if ordered else None
 
     def marked(self, value: Any, mark: str, key: str = "") -> Any:
-        """A copy of `value` (JSON) with marks in all its strings but known roles and types."""
+        """Return a copy of `value` (JSON) with marks in all its strings but known roles and types."""
         if isinstance(value, str):
             known = key in {"role", "type"} and value in self._names
             return value if known else self._text(value, mark)

@@ -49,7 +49,7 @@ def or_model_error(make: Callable[[], T], where: str) -> T:
 
 
 def looks_special(content: str) -> bool:
-    """Whether an added token that is not marked as special is a control token, by the rule of llama.cpp's converter."""
+    """Return whether an added token not marked as special is a control token, by the rule of llama.cpp's converter."""
     return (
         (content.startswith("<|") and content.endswith("|>"))
         or (content.startswith("<\uff5c") and content.endswith("\uff5c>"))

@@ -40,7 +40,7 @@ def check_repeated(what: str, copies: int) -> None:
 
 
 def repeated(pattern: str) -> int:
-    """The number of copies of its parts that a regular expression or a grammar has, by the lower number in each braces.
+    """Return the number of copies of parts that a regular expression or grammar has, by the lower number in braces.
 
     MAX_REPEATED + 1 at most of each part.
     """
@@ -97,7 +97,7 @@ def check_schema(schema: Any) -> None:
 
 
 def remainders(divisor: Any) -> int:
-    """The number of remainders with which the library finds multiples of the decimal number `divisor`."""
+    """Return the number of remainders with which the library finds multiples of the decimal number `divisor`."""
     if isinstance(divisor, bool) or not isinstance(divisor, (int, float)) or not math.isfinite(divisor):
         return 1
     number = abs(divisor if isinstance(divisor, int) else Fraction(repr(divisor)).numerator)
@@ -130,7 +130,7 @@ class _Ends:
             raise RequestError("no finite value obeys the schema: each value must contain another one")
 
     def _target(self, name: str) -> Any:
-        """The part of the schema that a reference names; True, which anything obeys, if that is not known."""
+        """Return the part of the schema that a reference names; True, which anything obeys, if that is not known."""
         if name != "#" and not name.startswith("#/"):
             return True
         found = self._schema

@@ -131,7 +131,7 @@ Format = Union[  # noqa: UP007 - names that are defined later
 
 
 def tags_grammar(format: Format, control: Mapping[str, int], **options: Any) -> str:
-    """The grammar of a format, where `control` are the control tokens with their ids.
+    """Return the grammar of a format, where `control` are the control tokens with their ids.
 
     The `options` are those of `json_grammar`. RequestError if a part of the format is wrong.
     """
@@ -146,7 +146,7 @@ class _Formats:
         self.lark, self._options = lark, options
 
     def expression(self, format: Format, last: bool, depth: int = 0) -> str:
-        """The expression of a format, which is `last` if nothing follows it."""
+        """Return the expression of a format, which is `last` if nothing follows it."""
         if depth > MAX_DEPTH:
             raise RequestError(f"there are formats in more than {MAX_DEPTH} others")
         lark, below = self.lark, depth + 1
@@ -196,7 +196,7 @@ class _Formats:
         raise AssertionError(format)
 
     def tag(self, tag: Tag, depth: int, trigger: str = "") -> str:
-        """The expression of a tag behind its beginning with the trigger."""
+        """Return the expression of a tag behind its beginning with the trigger."""
         ends = [tag.end] if isinstance(tag.end, str) else tag.end
         begin = self.lark.literal(tag.begin[len(trigger) :])
         if isinstance(tag.content, AnyText):

@@ -57,7 +57,7 @@ class _Templates:
         self._now = datetime.min
 
     def answer(self, question: dict[str, Any]) -> bytes:
-        """The result, or the error, as JSON."""
+        """Return the result, or the error, as JSON."""
         number = question["template"]
         if question["define"] is not None:
             self._known[number] = ChatTemplate(**question["define"], now=lambda: self._now)

@@ -20,7 +20,7 @@ class TokenBytes:
         self._known: dict[int, bytes] = {}
 
     def of(self, id: int) -> bytes:
-        """The bytes of a token; none for an id that the tokenizer does not have."""
+        """Return the bytes of a token; none for an id that the tokenizer does not have."""
         found = self._known.get(id)
         if found is None:
             found = self._known[id] = self._find(id)

@@ -62,7 +62,7 @@ class Tokenizer:
         return max(self._core.get_vocab().values()) + 1
 
     def vocabulary(self) -> dict[int, str]:
-        """The text of each token in the tokenizer's file, by id."""
+        """Return the text of each token in the tokenizer's file, by id."""
         return {id: token for token, id in self._core.get_vocab().items()}
 
     def tell_time(self, now: Callable[[], datetime]) -> None:
@@ -75,7 +75,7 @@ class Tokenizer:
         return self._kind != "other"
 
     def is_control(self, id: int) -> bool:
-        """Whether the token is a control token, which is no part of the text."""
+        """Return whether the token is a control token, which is no part of the text."""
         return id in self.control_ids
 
     def encode(
@@ -112,7 +112,7 @@ class Tokenizer:
         return ends_around(*(self.encode("a", own) for own in (False, True)))
 
     def max_chars(self, tokens: int) -> int:
-        """The maximum number of characters that `tokens` tokens can stand for."""
+        """Return the maximum number of characters that `tokens` tokens can stand for."""
         return MAX_CHARS if self._longest is None else min(tokens * self._longest, MAX_CHARS)
 
     @cached_property
@@ -148,7 +148,7 @@ class Tokenizer:
         final: bool = True,
         shown: frozenset[int] = frozenset(),
     ) -> str:
-        """The text of ids, without control tokens if `skip_special`, except those in `shown`.
+        """Return the text of ids, without control tokens if `skip_special`, except those in `shown`.
 
         Bytes that are no UTF-8 become U+FFFD; those at the end that only lack their rest are left out unless the
         text is `final`. `start` says that the text begins with these ids: a SentencePiece tokenizer puts a space
@@ -165,25 +165,25 @@ class Tokenizer:
         return codecs.getincrementaldecoder("utf-8")("replace").decode(data, final)
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes that a token stands for; empty for ids beyond the tokenizer (models pad their vocabulary)."""
+        """Return the bytes of a token; empty for ids beyond the tokenizer (models pad their vocabulary)."""
         return self._bytes.of(id)
 
     def token_text(self, id: int) -> str:
-        """A token as text; bytes that are not whole characters become U+FFFD."""
+        """Return a token as text; bytes that are not whole characters become U+FFFD."""
         return self.token_bytes(id).decode("utf-8", errors="replace")
 
     @lru_cache(maxsize=2)  # noqa: B019 - a tokenizer lives as long as its process
     def grammars(self, vocab: int, end_ids: frozenset[int]) -> Grammars:
-        """The object that makes answers obey grammars, for `vocab` tokens and texts that end with one of `end_ids`."""
+        """Return the object that makes answers obey grammars, for `vocab` tokens and texts that end with `end_ids`."""
         return Grammars(self._core.to_str(), max(vocab, self.vocab_size), end_ids)
 
     def watch(self, stops: Sequence[str], start: bool = True) -> StopWatch:
-        """A new watcher for a request's stop strings; `start` as in `decode`."""
+        """Return a new watcher for a request's stop strings; `start` as in `decode`."""
         return StopWatch(self, stops, start)
 
     @lru_cache(maxsize=2)  # noqa: B019 - a tokenizer lives as long as its process
     def chat_format(self, reasoning: str | tuple[str, str], tool_calls: str) -> ChatFormat:
-        """The format of the model's answers to chats; the arguments are those of `format_of`."""
+        """Return the format of the model's answers to chats; the arguments are those of `format_of`."""
         return format_of(self._parts.templates.values(), self._added.values(), reasoning, tool_calls)
 
     @cached_property
@@ -197,7 +197,7 @@ class Tokenizer:
         return bool(self._parts.templates)
 
     def chat_reads(self, name: str) -> bool:
-        """Whether the chat template looks at a variable of this name, as far as its text says."""
+        """Return whether the chat template looks at a variable of this name, as far as its text says."""
         return self._chats.read(name)
 
     def encode_chat(
@@ -208,7 +208,7 @@ class Tokenizer:
         add_special: bool = False,
         end: End | None = None,
     ) -> list[int]:
-        """A chat, or its `end`, as token ids; control tokens come from the template alone (see `chat`).
+        """Return a chat, or its `end`, as token ids; control tokens come from the template alone (see `chat`).
 
         With `add_special` it has BOS and EOS as a text does, besides those that the template writes.
         Raise RequestError if the template fails, and TooLongError if the chat certainly has more than `max_tokens`
@@ -224,13 +224,13 @@ class Tokenizer:
         return [*head, *self._encoder.mixed(pieces), *tail]
 
     def render_chat(self, messages: list[Message], options: Mapping[str, Any] | None = None) -> str:
-        """A chat as one text, in which users' control tokens cannot be told from the template's."""
+        """Return a chat as one text, in which users' control tokens cannot be told from the template's."""
         return self._chats.chosen(options).render(messages, options)
 
     def encode_pair(
         self, text: str, other: str, max_tokens: int | None = None
     ) -> tuple[list[int], int | None]:
-        """Two texts as the tokenizer puts them together, and where its second segment begins, if it tells them apart.
+        """Return two texts joined as by the tokenizer, and where the second segment begins, if it is told apart.
 
         Control tokens in them are tokens, as in `transformers`.
         """
@@ -241,7 +241,7 @@ class Tokenizer:
         return list(pair.ids), pair.type_ids.index(1) if 1 in pair.type_ids else None
 
     def beginning(self, text: str, tokens: int) -> str:
-        """The part of a text that its first `tokens` tokens stand for."""
+        """Return the part of a text that its first `tokens` tokens stand for."""
         text = End(encoded_at_once(tokens), last=False).of(text)
         found = encoding(self._core, text, own=False, plain=False).offsets[:tokens]
         return text[: max((end for _, end in found), default=0)]
@@ -249,7 +249,7 @@ class Tokenizer:
     def encode_template(
         self, template: str, values: Mapping[str, str], max_tokens: int | None = None
     ) -> list[int]:
-        """A template in which {name} stands for a value; control tokens come from the template alone."""
+        """Return a template in which {name} stands for a value; control tokens come from the template alone."""
         if max_tokens is not None:
             for value in values.values():
                 self._check_length(value, max_tokens, self._encoder.plain)
@@ -263,7 +263,7 @@ class Tokenizer:
         return self._encoder.mixed(pieces)
 
     def template(self, name: str) -> str | None:
-        """One of the model's chat templates by its name."""
+        """Return one of the model's chat templates by its name."""
         return self._parts.templates.get(name)
 
     def _id_of(self, name: str) -> int | None:

@@ -34,16 +34,16 @@ class TensorReader(Protocol):
     """The interface for reading tensors; `formats.tensors.TensorSource` describes the result of each method."""
 
     def read_f32(self, key: Key, rows: range | NDArray[np.integer[Any]] | None = None) -> NDArray[np.float32]:
-        """A vector, or some of its values."""
+        """Return a vector, or some of its values."""
 
     def rows_to_pack(self, key: Key, rows: range, cols: range) -> Rows:
-        """Rows and columns of a matrix, as stored in the file where possible."""
+        """Return rows and columns of a matrix, as stored in the file where possible."""
 
     def head_rows(self, key: Key) -> int:
-        """Rows of a head of a matrix whose rows lie in llama.cpp's order; 0 for all others."""
+        """Return rows of a head of a matrix whose rows lie in llama.cpp's order; 0 for all others."""
 
     def working_row_bytes(self, key: Key) -> int:
-        """Bytes that a row of a matrix takes while it is read, beside what is delivered."""
+        """Return bytes that a row of a matrix takes while it is read, beside what is delivered."""
 
     def release(self, key: Key, rows: range | None = None) -> None:
         """Release the memory that reading these rows has taken."""
@@ -111,7 +111,7 @@ class _Portion(NamedTuple):
 def _tasks(
     groups: Iterable[Sequence[tuple[PageTensor, Bytes]]], source: TensorReader, chunk: int
 ) -> Iterator[Callable[[], None]]:
-    """The reads of the file, in order, as functions."""
+    """Yield the reads of the file, in order, as functions."""
     together: list[_Portion] = []
     for entries in groups:
         key, rows, type = entries[0][0].key, entries[0][0].rows, entries[0][0].type

@@ -21,7 +21,7 @@ def check_vectors(source: Source) -> None:
 
 
 def first_not_finite(source: Source) -> Key | None:
-    """The first tensor that has a value that is not finite, None if there is none. Reads the whole model."""
+    """Return the first tensor that has a value that is not finite, None if there is none. Reads the whole model."""
     return next((key for key in source.tensors if not _is_finite(source, key)), None)
 
 

@@ -50,16 +50,16 @@ class Files(Protocol):
     tokenizer: TokenizerSource
 
     def extents(self) -> Iterator[tuple[Path, int, int]]:
-        """The place of all tensors in the files."""
+        """Return the place of all tensors in the files."""
 
 
 def identity(source: Files) -> dict[str, FileIdentity]:
-    """All files that decide the answers, by name; ModelError if one cannot be read."""
+    """Return all files that decide the answers, by name; ModelError if one cannot be read."""
     return _identify_all(_named(source))
 
 
 def fingerprint(source: Files) -> tuple[int, str]:
-    """The size of a model's files in bytes and one hash for all of them: equal on all ranks that see one model."""
+    """Return the bytes of a model's files and one hash for all of them: equal on all ranks that see one model."""
     return summed(identity(source))
 
 
@@ -140,7 +140,7 @@ def _changed(path: Path) -> ModelChangedError:
 
 
 def _named(source: Files) -> _Named:
-    """The files with what is hashed of them, by their names in the directory of the model or adapter."""
+    """Return the files and their hashed parts, by their names in the directory of the model or adapter."""
     folder = source.path if source.path.is_dir() else source.path.parent
     return {
         str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name: (path, stretches)
@@ -149,7 +149,7 @@ def _named(source: Files) -> _Named:
 
 
 def _files(source: Files) -> dict[Path, _Stretches]:
-    """The files, each with offset and length of what is hashed besides samples; None: all of it."""
+    """Return the files, each with offset and length of what is hashed besides samples; None: all of it."""
     found: dict[Path, _Stretches] = dict.fromkeys(text_files(source.tokenizer))
     found.update(dict.fromkeys(path for path in source.files if path not in found))
     first: dict[Path, int] = {}
@@ -171,7 +171,7 @@ def _state(path: Path) -> tuple[int, ...]:
 
 
 def _identify_all(named: _Named) -> dict[str, FileIdentity]:
-    """The files' identities by name, several files at a time: a packed model has one for each layer."""
+    """Return the files' identities by name, several files at a time: a packed model has one for each layer."""
     with ThreadPoolExecutor(os.cpu_count() or 1, "files-identified") as pool:
         return dict(zip(named, pool.map(lambda file: _identify(*file), named.values()), strict=True))
 

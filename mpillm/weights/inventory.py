@@ -29,7 +29,7 @@ class TensorSpec:
     matrices: int = 0
 
     def slices(self, place: Place) -> tuple[range, range, tuple[int, ...]]:
-        """Rows, columns and column panels (relative to the first column) that a rank holds; a vector has no panels."""
+        """Return rows, columns and column panels (relative to the first column) of a rank; a vector has no panels."""
         rows = self.rows.entries(place) if self.rows else range(self.shape[0])
         if len(self.shape) == 1:
             return rows, range(1), ()
@@ -64,10 +64,10 @@ class Inventory(Divisible, Protocol):
     def vocab(self) -> int: ...
 
     def pages(self, layer: int) -> Sequence[PageSpec]:
-        """A layer's pages that every step uses, in the order of use."""
+        """Return a layer's pages that every step uses, in the order of use."""
 
     def experts(self, layer: int) -> Sequence[PageSpec]:
-        """A layer's experts, a page each, all alike; empty if it has none."""
+        """Return a layer's experts, a page each, all alike; empty if it has none."""
 
     @property
     def embed(self) -> TensorSpec:
@@ -83,7 +83,7 @@ class Inventory(Divisible, Protocol):
 
 
 def all_tensors(model: Inventory) -> Iterator[TensorSpec]:
-    """Every tensor of a model."""
+    """Yield every tensor of a model."""
     yield model.embed
     yield from model.head.tensors
     yield from model.pooled
@@ -93,6 +93,6 @@ def all_tensors(model: Inventory) -> Iterator[TensorSpec]:
 
 
 def tensor_name(key: Key) -> str:
-    """The name of a tensor in messages."""
+    """Return the name of a tensor in messages."""
     of = "" if key.layer < 0 else f" of layer {key.layer}"
     return f"{key.role}{of}" + ("" if key.expert < 0 else f", expert {key.expert}")

@@ -26,7 +26,7 @@ AFTER_NORMS: dict[str, Roles] = {
 
 
 def with_bias(names: Mapping[str, Roles]) -> dict[str, Roles]:
-    """Names without their last part, each as that of a weight and of a bias."""
+    """Return names without their last part, each as that of a weight and of a bias."""
     return {
         f"{name}.{part}": tuple(f"{role}{end}" for role in roles)
         for name, roles in names.items()
@@ -93,7 +93,7 @@ _PLACES = "{l}", "{e}"  # the places of the first and of the second number in a 
 
 
 def _first(*pairs: tuple[str, _Meaning]) -> dict[str, _Meaning]:
-    """The meanings of names; of two meanings of a name the first one counts."""
+    """Return the meanings of names; of two meanings of a name the first one counts."""
     return dict(reversed(pairs))
 
 
@@ -137,12 +137,12 @@ class Names:
     rope_pairs: bool = False
 
     def parse_hf(self, name: str) -> Parsed | None:
-        """The key of a tensor of a safetensors file; None if the name is unknown."""
+        """Return the key of a tensor of a safetensors file; None if the name is unknown."""
         prefix = next((prefix for prefix in self.hf_prefixes if name.startswith(prefix)), "")
         return _parse(name.removeprefix(prefix), self._own[0], _USUAL_HF)
 
     def parse_gguf(self, name: str) -> Parsed | None:
-        """The key of a tensor of a GGUF file; None if the name is unknown."""
+        """Return the key of a tensor of a GGUF file; None if the name is unknown."""
         return _parse(name, self._own[1], _USUAL_GGUF)
 
     @functools.cached_property
@@ -163,17 +163,17 @@ USUAL = Names()
 
 
 def ignored_hf(name: str) -> bool:
-    """Whether a tensor of a safetensors file can be left unread."""
+    """Return whether a tensor of a safetensors file can be left unread."""
     return _HF_IGNORED.fullmatch(name) is not None
 
 
 def ignored_gguf(name: str) -> bool:
-    """Whether a tensor of a GGUF file is not a weight (rope factors are read with the configuration)."""
+    """Return whether a tensor of a GGUF file is not a weight (rope factors are read with the configuration)."""
     return name in _ROPE_FACTORS or _GGUF_IGNORED.fullmatch(name) is not None
 
 
 def holds_rope_factors(name: str) -> bool:
-    """Whether a tensor of a GGUF file has divisors of rotary frequencies."""
+    """Return whether a tensor of a GGUF file has divisors of rotary frequencies."""
     return name in _ROPE_FACTORS
 
 

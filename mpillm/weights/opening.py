@@ -66,7 +66,7 @@ def _open_file(path: Path, families: Families, quantize: str) -> TensorSource:
 
 
 def file_in(path: Path) -> Path | None:
-    """The GGUF file, the first part of one, or Distributed-Llama's file (.m) that is the model in a directory.
+    """Return the GGUF file, the first part of one, or Distributed-Llama's file (.m) that is the model in a directory.
 
     None if it has safetensors files, or no such file. ModelError if there are several models, or only in its folders.
     """
@@ -93,5 +93,5 @@ def _gguf_files(path: Path, pattern: str) -> list[Path]:
 
 
 def is_beside(name: str) -> bool:
-    """Whether a file of this name lies beside models and is none."""
+    """Return whether a file of this name lies beside models and is none."""
     return any(word in name.lower() for word in BESIDE)

@@ -47,7 +47,7 @@ class AdaptedMatrix(Matrix):
 
     @staticmethod
     def of(matrix: Matrix, low: Sequence[LowRank]) -> AdaptedMatrix:
-        """A matrix with what is added."""
+        """Return the matrix with the factors of its adapters."""
         own = {field.name: getattr(matrix, field.name) for field in fields(matrix)}
         return AdaptedMatrix(**own, low=tuple(low))
 
@@ -72,11 +72,11 @@ class Page:
         self._kept: Any = None
 
     def matrices(self, role: str) -> tuple[Matrix, ...]:
-        """The matrices of a tensor that has one for each head."""
+        """Return the matrices of a tensor that has one for each head."""
         return tuple(self._matrix(entry) for entry in self.plan.index[role])
 
     def matrix(self, role: str) -> Matrix:
-        """A matrix of the page."""
+        """Return a matrix of the page."""
         parts = self.matrices(role)
         if len(parts) == 1:
             return parts[0]
@@ -96,14 +96,14 @@ class Page:
         return Matrix(first.type, n, k, bounds, self.buffer[:0], parts)
 
     def vector(self, role: str) -> Floats:
-        """A norm's weights, or a bias: f32 [n]."""
+        """Return a norm's weights, or a bias: f32 [n]."""
         entries = self.plan.index[role]
         assert not entries[0].bounds, role
         values = [self._place(entry).data.view(np.float32) for entry in entries]
         return values[0] if len(values) == 1 else np.concatenate(values)
 
     def keep(self, make: Callable[[Page], T]) -> T:
-        """The result of `make(page)`, which is called once for as long as the page stays in memory."""
+        """Return the result of `make(page)`, which is called once for as long as the page stays in memory."""
         if self._kept is None:
             self._kept = make(self)
         kept: T = self._kept

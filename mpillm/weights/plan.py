@@ -79,7 +79,7 @@ class PagePlan:
 def plan_entries(
     tensors: Sequence[TensorSpec], place: Place, type_of: Callable[[Key], BlockType]
 ) -> tuple[tuple[PageTensor, ...], int]:
-    """The entries of these tensors on a rank, each at a multiple of ALIGNMENT, and the bytes of all."""
+    """Return the entries of these tensors on a rank, each at a multiple of ALIGNMENT, and the bytes of all."""
     entries, offset = [], 0
     for tensor in tensors:
         rows, cols, bounds = tensor.slices(place)
@@ -92,7 +92,7 @@ def plan_entries(
 def plan_entry(
     key: Key, rows: range, cols: range, bounds: tuple[int, ...], type: BlockType, offset: int
 ) -> PageTensor:
-    """An entry of some rows and columns; vectors are float32 whatever they are stored as."""
+    """Return an entry of some rows and columns; vectors are float32 whatever they are stored as."""
     if not bounds:
         return PageTensor(key, rows, cols, BlockType.F32, bounds, offset, 4 * len(rows))
     if not ROLES[key.role].by_columns:
@@ -103,7 +103,7 @@ def plan_entry(
 
 @lru_cache(maxsize=1024)
 def panels_of_rows(type: BlockType, k: int) -> tuple[int, ...]:
-    """The column panels of a matrix whose rows shards share: one, or several if a panel's columns share scales."""
+    """Return the column panels of a matrix whose rows shards share: one, or several if columns share scales."""
     if not type.whole:
         return 0, k
     blocks = -(-k // type.block)
@@ -117,10 +117,10 @@ def _matrix_nbytes(type: BlockType, n: int, k: int, bounds: tuple[int, ...]) -> 
 
 
 def page_name(kind: str, layer: int, expert: int = -1) -> str:
-    """The name of a page in messages."""
+    """Return the name of a page in messages."""
     return kind if layer < 0 else f"layer {layer}, {kind}" + (f" {expert}" if expert >= 0 else "")
 
 
 def aligned(nbytes: int, alignment: int = ALIGNMENT) -> int:
-    """The next multiple of `alignment`."""
+    """Return the next multiple of `alignment`."""
     return -(-nbytes // alignment) * alignment

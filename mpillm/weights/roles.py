@@ -216,7 +216,7 @@ TASK_ROLES = frozenset(
 
 
 def hf_name(key: Key) -> str:
-    """The usual name of a tensor in a Hugging Face checkpoint."""
+    """Return the usual name of a tensor in a Hugging Face checkpoint."""
     role = ROLES[key.role]
     name = role.hf if key.expert < 0 else role.hf_expert[0]
     return ("" if key.role in TASK_ROLES else "model.") + name.format(l=key.layer, e=key.expert)

@@ -55,30 +55,30 @@ class Source(Protocol):
         """Files from which pages come byte for byte; none where they are made from what lies in the files."""
 
     def in_file(self, entry: PageTensor) -> bool:
-        """Whether what is planned can be used where it lies in its file: what stays is mapped then, not read."""
+        """Return whether what is planned can be used where it lies in its file: what stays is mapped then, not read."""
 
     def extents(self) -> Iterator[tuple[Path, int, int]]:
-        """The place of all tensors in the files: file, offset and bytes."""
+        """Return the place of all tensors in the files: file, offset and bytes."""
 
     def plan(self, page: PageSpec, model: Inventory, place: Place) -> PagePlan:
-        """The page plan of a rank."""
+        """Return the page plan of a rank."""
 
     def plan_experts(self, pages: Sequence[PageSpec], model: Inventory, place: Place) -> list[PagePlan]:
-        """The page plan of a rank for each of a layer's experts."""
+        """Return the page plan of a rank for each of a layer's experts."""
 
     def open_loader(
         self, kind: Kind, threads: int, pages: Sequence[PagePlan], streamed: bool
     ) -> Loader[Page]:
-        """The loader of some of the source's pages; `streamed`: not all of them stay in memory.
+        """Return the loader of some of the source's pages; `streamed`: not all of them stay in memory.
 
         Experts are loaded several at a time, larger pages in several pieces. JobError if there is none of that kind.
         """
 
     def read_f32(self, key: Key, rows: range | NDArray[np.integer[Any]] | None = None) -> NDArray[np.float32]:
-        """Rows of the embedding table, as float32."""
+        """Return rows of the embedding table, as float32."""
 
     def floats(self, key: Key) -> Iterator[NDArray[Any]]:
-        """The floating-point numbers that a tensor is stored in, piece by piece: its values, or its blocks' scales."""
+        """Return the floating-point numbers of a stored tensor, piece by piece: its values, or its blocks' scales."""
 
     def close(self) -> None:
         """Let go of the files."""
@@ -105,12 +105,12 @@ def check_tensors(source: Source, model: Inventory) -> None:
 
 
 def _is_zero_bias(source: Source, key: Key) -> bool:
-    """Whether it changes nothing: some who quantise give every matrix a bias."""
+    """Return whether it changes nothing: some who quantise give every matrix a bias."""
     return key.role.endswith("_bias") and not source.read_f32(key).any()
 
 
 def weight_types(source: Source) -> list[str]:
-    """The stored types of matrices and what they become, such as "FP8 as F16"; the type with most bytes comes first."""
+    """Return the stored types of matrices and what they become, as "FP8 as F16"; most bytes come first."""
     sizes: dict[str, int] = {}
     for info in source.tensors.values():
         if len(info.shape) == 2:
@@ -120,7 +120,7 @@ def weight_types(source: Source) -> list[str]:
 
 
 def rank_plans(model: Inventory, place: Place, source: Source) -> list[PagePlan]:
-    """All that a rank holds, in the order of use: its stage's layers and, on the last stage, the LM head.
+    """Return all that a rank holds, in the order of use: its stage's layers and, on the last stage, the LM head.
 
     `check_tensors` has found the source complete.
     """
@@ -131,7 +131,7 @@ def rank_plans(model: Inventory, place: Place, source: Source) -> list[PagePlan]
 
 
 def layer_plans(model: Inventory, layer: int, place: Place, source: Source) -> list[PagePlan]:
-    """The pages of a layer on a rank of the layer's stage."""
+    """Return the pages of a layer on a rank of the layer's stage."""
     plans = [source.plan(page, model, place) for page in model.pages(layer)]
     if experts := model.experts(layer):
         plans += source.plan_experts(experts, model, place)
@@ -139,14 +139,14 @@ def layer_plans(model: Inventory, layer: int, place: Place, source: Source) -> l
 
 
 def head_plans(model: Inventory, place: Place, source: Source) -> list[PagePlan]:
-    """The LM head's page, if the rank holds a part of it."""
+    """Return the LM head's page, if the rank holds a part of it."""
     if place.is_last_stage and model.head.tensors:
         return [source.plan(model.head, model, place)]
     return []
 
 
 def column_unit(source: Source) -> int:
-    """The granularity of column cuts: the `block` of `grid.axis`.
+    """Return the granularity of column cuts: the `block` of `grid.axis`.
 
     The largest block of a matrix that is cut by columns, such as 256 of K-quants; 32 if any other one is quantised
     (activations are, 32 at a time), else 1.

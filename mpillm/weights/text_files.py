@@ -22,17 +22,17 @@ TokenizerSource = Path | dict[str, Any]
 
 
 def text_folder(tokenizer: TokenizerSource) -> Path | None:
-    """The directory of a tokenizer's files; None if it is in a file."""
+    """Return the directory of a tokenizer's files; None if it is in a file."""
     return tokenizer if isinstance(tokenizer, Path) and tokenizer.is_dir() else None
 
 
 def text_fields(tokenizer: TokenizerSource) -> dict[str, Any] | None:
-    """The fields `tokenizer.*` of a GGUF file that a tokenizer comes from; None if it has files of its own."""
+    """Return the fields `tokenizer.*` of a GGUF file that a tokenizer comes from; None if it has files of its own."""
     return tokenizer if isinstance(tokenizer, dict) else None
 
 
 def text_files(tokenizer: TokenizerSource) -> list[Path]:
-    """A tokenizer's own files: none if it comes from fields.
+    """Return a tokenizer's own files: none if it comes from fields.
 
     Those of a directory are followed by the configurations and the weights of the modules that modules.json names.
     """
@@ -49,7 +49,7 @@ def text_files(tokenizer: TokenizerSource) -> list[Path]:
 
 
 def modules_in(folder: Path) -> list[str]:
-    """The directories of modules, below `folder`.
+    """Return the directories of modules, below `folder`.
 
     None where modules.json cannot be read, which `embedding_settings` reports.
     """

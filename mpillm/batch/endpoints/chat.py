@@ -100,7 +100,7 @@ class ChatCompletionsEndpoint(Generate, frozen=True, kw_only=True):
         return requests
 
     def _options(self) -> dict[str, Any]:
-        """The variables of the template."""
+        """Return the variables of the template."""
         if self.continue_final_message and self.add_generation_prompt:
             raise RequestError("continue_final_message and add_generation_prompt cannot be used together")
         _, choice = choose(read_tools(self.tools), self.tool_choice)
@@ -144,7 +144,7 @@ class ChatCompletionsEndpoint(Generate, frozen=True, kw_only=True):
         }
 
     def shown(self, spec: Spec, model: Model) -> frozenset[int]:
-        """The control tokens by which the answer is divided."""
+        """Return the control tokens by which the answer is divided."""
         if model.text is None or not self.skips_special:
             return frozenset()
         control, marks = model.text.control, self._format(spec, model).marks
@@ -153,7 +153,7 @@ class ChatCompletionsEndpoint(Generate, frozen=True, kw_only=True):
     def divide(
         self, text: str, prompt: Sequence[int], spec: Spec, model: Model, final: bool = True
     ) -> ParsedAnswer | None:
-        """The parts of a text that follows a prompt; None if it is to be shown as it is. `final` as in `ChatFormat`."""
+        """Return the parts of a text after a prompt; None if it is to be shown as it is. `final` as in `ChatFormat`."""
         if model.text is None or not self.skips_special:
             return None
         tools, choice = choose(read_tools(self.tools), self.tool_choice)
@@ -165,7 +165,7 @@ class ChatCompletionsEndpoint(Generate, frozen=True, kw_only=True):
         return answer
 
     def message(self, answer: ParsedAnswer, request: Request, spec: Spec, model: Model) -> dict[str, Any]:
-        """The keys of an answer's message besides its role."""
+        """Return the keys of an answer's message besides its role."""
         found = self._format(spec, model)
         shown: dict[str, Any] = {}
         if found.has_reasoning and self.include_reasoning is not False:
@@ -180,14 +180,14 @@ class ChatCompletionsEndpoint(Generate, frozen=True, kw_only=True):
         return model.text.chat_format(spec.chat.reasoning, spec.chat.tool_calls)
 
     def _state(self, found: ChatFormat, prompt: Sequence[int], text: Tokenizer) -> ReasoningState:
-        """The beginning of the answer."""
+        """Return the beginning of the answer."""
         if self.continue_final_message:
             content = self.messages[-1].get("content")
             return found.continued(content if isinstance(content, str) else "")
         return found.state(text.decode(prompt[-PROMPT_END:], skip_special=False))
 
     def _grammar(self, prompt: Sequence[int], spec: Spec, model: Model) -> Held | None:
-        """The grammar that the answer is held to: that of its content behind what the model thinks, and of calls."""
+        """Return the grammar that the answer must follow: that of its content after the thoughts, and of calls."""
         assert model.text is not None
         content = grammar_of(self, spec, model)
         tools, choice = choose(read_tools(self.tools), self.tool_choice)

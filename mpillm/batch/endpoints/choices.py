@@ -117,7 +117,7 @@ class ChoicesEndpoint(Endpoint, frozen=True, kw_only=True):
         return {"loglikelihoods": [math.fsum(completion.prompt_logprobs)]}
 
     def _tokens(self, spec: Spec, model: Model) -> tuple[TokenIds, list[TokenIds]]:
-        """The prompt's tokens, and those of the prompt with each choice."""
+        """Return the prompt's tokens, and those of the prompt with each choice."""
         if (self.prompt is None) is (self.messages is None):
             raise RequestError("the line needs either prompt or messages with its choices")
         special = self.add_special_tokens
@@ -144,14 +144,14 @@ class ChoicesEndpoint(Endpoint, frozen=True, kw_only=True):
 
 
 def _common(one: TokenIds, other: TokenIds) -> int:
-    """The number of tokens that two sequences have in common at their beginning."""
+    """Return the number of tokens that two sequences have in common at their beginning."""
     return next(
         (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
     )
 
 
 def _is_greedy(completion: FinishedCompletion) -> bool:
-    """Whether each token of a choice is the likeliest one where it stands."""
+    """Return whether each token of a choice is the likeliest one where it stands."""
     tokens = completion.request.prompt[completion.request.score_from :]
     return all(token == top[0][0] for token, top in zip(tokens, completion.prompt_top, strict=True))
 

@@ -112,7 +112,7 @@ class CompletionsEndpoint(Generate, frozen=True, kw_only=True):
         }
 
     def _given(self, completion: FinishedCompletion) -> str | None:
-        """The prompt as the string that it came as; None if as token ids, or if it may be cut."""
+        """Return the prompt as the string that it came as; None if as token ids, or if it may be cut."""
         given = None if self.truncate_prompt_tokens is not None else self.prompt
         if isinstance(given, list):
             given = given[completion.request.choice // self.choices_per_prompt]

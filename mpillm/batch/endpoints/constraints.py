@@ -43,7 +43,7 @@ class Held:
 
 
 def grammar_of(body: Any, spec: Spec, model: Model) -> Held | None:
-    """The grammar that a body asks for, or the job if the body asks for none; None if neither does.
+    """Return the grammar that a body asks for, or the job if the body asks for none; None if neither does.
 
     RequestError if they ask for several, or if what they ask for is malformed. `Held.check` tells whether it can be
     enforced.
@@ -116,7 +116,7 @@ def _tags(asked: StructuralTags, model: Model, **options: Any) -> str:
 
 
 def _format(asked: StructuralTags) -> Format:
-    """The format of structural tags, of which `structures` and `triggers` are an older form."""
+    """Return the format of structural tags, of which `structures` and `triggers` are an older form."""
     if asked.format is None:
         if not asked.structures or not asked.triggers:
             raise RequestError("structural tags need a format, or structures and triggers")

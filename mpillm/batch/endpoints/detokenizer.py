@@ -31,7 +31,7 @@ class Detokenizer:
         self._names_ids = names_token_ids or model.text is None
 
     def token(self, token: int) -> str:
-        """One token."""
+        """Return one token."""
         if self._names_ids:
             return token_id_text(token)
         raw = self.raw(token)
@@ -41,24 +41,24 @@ class Detokenizer:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
     def raw(self, token: int) -> bytes:
-        """The bytes a token stands for."""
+        """Return the bytes a token stands for."""
         return token_id_text(token).encode() if self._text is None else self._text.token_bytes(token)
 
     def text(self, ids: Sequence[int], start: bool = True, final: bool = True) -> str:
-        """The text that tokens make; `start` and `final` as in `Tokenizer.decode`."""
+        """Return the text that tokens make; `start` and `final` as in `Tokenizer.decode`."""
         if self._text is None:
             return " ".join(self.pieces(ids))
         return self._text.decode(ids, self._skip_special, start, final, self._shown)
 
     def pieces(self, ids: Sequence[int], start: bool = True) -> Iterator[str]:
-        """The text that each token adds; empty while a character is not complete."""
+        """Return the text that each token adds; empty while a character is not complete."""
         if self._text is None:
             return map(self.token, ids)
         decoder = IncrementalDecoder(self._text, self._skip_special, start, self._shown)
         return map(decoder.push, ids)
 
     def echoed_pieces(self, ids: Sequence[int], given: str | None) -> Iterator[str]:
-        """The text of each token of an echoed prompt; of control tokens, those that are in the string `given`."""
+        """Yield the text of each token of an echoed prompt; of control tokens, those that are in the string `given`."""
         if self._text is None or given is None:
             yield from self.pieces(ids)
             return
@@ -84,20 +84,20 @@ class Detokenizer:
 
 
 def finite(logprob: float) -> float:
-    """A log-probability that JSON can write."""
+    """Return a log-probability that JSON can write."""
     return max(float(logprob), LOWEST)
 
 
 def with_chosen(
     ids: Sequence[int], logprobs: Sequence[float], tops: Sequence[TopLogprobs]
 ) -> Iterator[TopLogprobs]:
-    """Each token's alternatives, and the token itself where it is not among them."""
+    """Yield each token's alternatives, and the token itself where it is not among them."""
     for token, logprob, top in zip(ids, logprobs, tops, strict=True):
         yield top if any(token == other for other, _ in top) else [*top, (token, logprob)]
 
 
 def offsets(pieces: Iterable[str], gap: int, start: int, end: int) -> Iterator[int]:
-    """The place of each piece's beginning, in characters; pieces that a stop string cut off are at the end."""
+    """Yield the place of each piece's beginning, in characters; pieces that a stop string cut off are at the end."""
     for piece in pieces:
         yield min(start, end)
         start += len(piece) + gap

@@ -99,7 +99,7 @@ class EmbeddingsEndpoint(Endpoint, frozen=True, kw_only=True):
         return {"embeddings": self._vector(work, completion, model)}
 
     def _texts(self, spec: Spec, settings: EmbeddingSettings) -> str | list[Any]:
-        """The inputs, with the model's prompt before each text; token ids are as they are given."""
+        """Return the inputs, with the model's prompt before each text; token ids are as they are given."""
         name = self.prompt_name or spec.embeddings.prompt_name or settings.default_prompt
         if name is None:
             return self.input
@@ -112,7 +112,7 @@ class EmbeddingsEndpoint(Endpoint, frozen=True, kw_only=True):
         return [prompt + text if isinstance(text, str) else text for text in self.input]
 
     def _vector(self, work: Work, completion: FinishedCompletion, model: Model) -> NDArray[np.float32]:
-        """The vector of the answer: its first `dimensions` values, at length 1 if that is asked for."""
+        """Return the vector of the answer: its first `dimensions` values, at length 1 if that is asked for."""
         assert completion.embedding is not None
         vector = through(model.embedding.layers, completion.embedding)[: self.dimensions]
         asked = self.use_activation if self.normalize is None else self.normalize
@@ -130,6 +130,6 @@ class EmbeddingsEndpoint(Endpoint, frozen=True, kw_only=True):
 
 
 def normalized(vector: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The vector [n] at length 1 (a zero vector as it is); the sum is exactly rounded, so it is the same everywhere."""
+    """Return the vector [n] at length 1 (a zero vector as it is); the sum is exactly rounded, so equal everywhere."""
     length = math.sqrt(math.fsum(float(value) ** 2 for value in vector))
     return vector if length == 0.0 else (vector.astype(np.float64) / length).astype(np.float32)

@@ -93,7 +93,7 @@ class Generate(Sampled, frozen=True, kw_only=True):
         return self.skip_special_tokens is not False
 
     def shown(self, spec: Spec, model: Model) -> frozenset[int]:
-        """The control tokens that are not left out of the text: what becomes of it needs them."""
+        """Return the control tokens that are not left out of the text: what becomes of it needs them."""
         return frozenset()
 
     @property
@@ -122,13 +122,13 @@ class Generate(Sampled, frozen=True, kw_only=True):
         }
 
     def kept(self, completions: Sequence[FinishedCompletion]) -> Sequence[FinishedCompletion]:
-        """The completions that the answer shows."""
+        """Return the completions that the answer shows."""
         return completions
 
     def choice(
         self, work: Work, index: int, completion: FinishedCompletion, detokenizer: Detokenizer
     ) -> dict[str, Any]:
-        """One of the answer's choices."""
+        """Return one of the answer's choices."""
         raise NotImplementedError
 
     def values(self, work: Work, completion: FinishedCompletion, model: Model) -> Mapping[str, ArrayLike]:
@@ -200,7 +200,7 @@ class Generate(Sampled, frozen=True, kw_only=True):
         return partial(grammars.matcher, held.grammar)
 
     def stops(self, spec: Spec) -> tuple[str, ...]:
-        """The stop strings: the body's own, or the job's."""
+        """Return the stop strings: the body's own, or the job's."""
         stop = spec.sampling.stop if self.stop is None else self.stop
         return (stop,) if isinstance(stop, str) else tuple(stop)
 
@@ -212,7 +212,7 @@ class Generate(Sampled, frozen=True, kw_only=True):
     def generated(
         self, work: Work, completion: FinishedCompletion, detokenizer: Detokenizer
     ) -> tuple[str, str | int | None]:
-        """The generated text up to its stop, and what stopped it: a stop string, the body's stop id, or neither."""
+        """Return the generated text up to its stop, and the reason: a stop string, the body's stop id, or neither."""
         tokens, start, included = completion.tokens, self.starts_text, self.include_stop_str_in_output
         if completion.stop_id is not None:
             reason = completion.stop_id if completion.stop_id in (self.stop_token_ids or ()) else None
@@ -251,7 +251,7 @@ class Generate(Sampled, frozen=True, kw_only=True):
         }
 
     def token_ids(self, completion: FinishedCompletion) -> dict[str, Any]:
-        """The ids of the answer and of its prompt, where they are asked for."""
+        """Return the ids of the answer and of its prompt, where they are asked for."""
         if not self.return_token_ids:
             return {}
         return {"token_ids": completion.tokens, "prompt_token_ids": completion.request.prompt}

@@ -50,7 +50,7 @@ class Pairs(Endpoint, frozen=True, kw_only=True):
     truncation_side: Side | None = None
 
     def pairs(self) -> tuple[list[str], list[str]]:
-        """The queries and the documents, as many as each other or one query; RequestError if they are neither."""
+        """Return the queries and the documents, as many as each other or one query; RequestError for anything else."""
         raise NotImplementedError
 
     def requests(self, custom_id: str, spec: Spec, model: Model) -> tuple[Request, ...]:
@@ -101,7 +101,7 @@ class Pairs(Endpoint, frozen=True, kw_only=True):
         return tuple(made)
 
     def scores(self, completions: Sequence[FinishedCompletion], model: Model) -> list[float]:
-        """The score of each pair."""
+        """Return the score of each pair."""
         if model.classifier is not None:
             return [self._score(completion, model.classifier) for completion in completions]
         queries, _ = self.pairs()
@@ -128,7 +128,7 @@ class Pairs(Endpoint, frozen=True, kw_only=True):
     def _cut(
         self, cut: Cut | None, query: str, document: str, which: str, spec: Spec, model: Model
     ) -> tuple[TokenIds, int | None]:
-        """A pair's tokens, of which there are no more than `cut` says: the document is cut for that."""
+        """Return a pair's tokens, of which there are no more than `cut` says: the document is cut for that."""
         if cut is None or model.text is None:
             return self._tokens(query, document, which, spec, model)
         around, _ = self._tokens(query, "", which, spec, model)
@@ -144,7 +144,7 @@ class Pairs(Endpoint, frozen=True, kw_only=True):
     def _tokens(
         self, query: str, document: str, which: str, spec: Spec, model: Model
     ) -> tuple[TokenIds, int | None]:
-        """A pair's tokens, and where the second segment begins."""
+        """Return a pair's tokens, and where the second segment begins."""
         if model.text is None:
             raise UnsuitedError("the model has no tokenizer, which pairs of texts need")
         template = spec.scoring.template or model.pair_template
@@ -177,7 +177,7 @@ INSTRUCTION = "Given a web search query, retrieve relevant passages that answer 
 
 
 def cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
-    """The cosine of two vectors [n], 0 if one is zero; sums are exactly rounded, so it is the same everywhere."""
+    """Return the cosine of two vectors [n], 0 if one is zero; sums are exactly rounded, so equal everywhere."""
     x, y = a.astype(np.float64), b.astype(np.float64)
     lengths = math.sqrt(math.fsum(x * x)) * math.sqrt(math.fsum(y * y))
     return math.fsum(x * y) / lengths if lengths else 0.0

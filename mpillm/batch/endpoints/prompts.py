@@ -47,7 +47,7 @@ class Cut:
 
 
 def cut_of(asked: int | None, generated: int, side: Side, spec: Spec, model: Model) -> Cut | None:
-    """The tokens that `truncate_prompt_tokens` allows; -1: those that `generated` tokens leave in the context.
+    """Return the tokens that `truncate_prompt_tokens` allows; -1: those that `generated` tokens leave in the context.
 
     `side` is the one from which tokens are cut.
     """
@@ -67,7 +67,7 @@ def read_prompts(
     model: Model,
     cut: Cut | None = None,
 ) -> list[TokenIds]:
-    """The prompts of a body's `key` as token ids; RequestError if `n` choices of each are too much for one line.
+    """Return the prompts of a body's `key` as token ids; RequestError if `n` choices of each are too much for one line.
 
     Control tokens in a string are tokens: whoever writes a prompt writes the whole of what the model sees.
     """
@@ -135,7 +135,7 @@ def encoded(
     cut: Cut | None = None,
     around: tuple[list[int], list[int]] = ([], []),
 ) -> TokenIds:
-    """The token ids that `encode` returns, cut between those that stand `around`.
+    """Return the token ids that `encode` returns, cut between those that stand `around`.
 
     It is told how many there may be, as `max_tokens`; or which `end` of the text is enough for what the cut leaves.
     A tokenizer may have tokens for which the model has no embedding: they were added to one and not to the other.
@@ -158,7 +158,7 @@ def encoded(
 
 
 def prompt_name(prompts: Sequence[object], index: int) -> str:
-    """The name of one of the prompts in messages."""
+    """Return the name of one of the prompts in messages."""
     return f"prompt {index + 1} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
 
 
@@ -174,7 +174,7 @@ def check_length(ids: TokenIds, which: str, spec: Spec, model: Model) -> int:
 
 
 def max_tokens(prompt: int, asked: int | None, available: int, which: str, spec: Spec, model: Model) -> int:
-    """The maximum number of tokens after a prompt; a number that nobody asked for is cut to `available`."""
+    """Return the maximum number of tokens after a prompt; a number that nobody asked for is cut to `available`."""
     wanted = spec.sampling.max_tokens if asked is None else asked
     if asked is not None and asked > available:
         raise RequestError(
@@ -191,7 +191,7 @@ def max_tokens(prompt: int, asked: int | None, available: int, which: str, spec:
 
 
 def context(spec: Spec, model: Model) -> int:
-    """The tokens that a prompt and its answer may have together."""
+    """Return the tokens that a prompt and its answer may have together."""
     return spec.memory.context(model.max_position)
 
 

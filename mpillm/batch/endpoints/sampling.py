@@ -40,7 +40,7 @@ class Sampled(Endpoint, frozen=True, kw_only=True):
     ignore_eos: bool | None = None
 
     def settings(self, spec: Spec, model: Model) -> dict[str, Any]:
-        """The fields of an engine's request that say how its tokens are drawn; RequestError if they cannot be."""
+        """Return the fields of an engine's request that say how its tokens are drawn; RequestError if wrong."""
         own = {key: getattr(self, key) for key in _OF_JOB}
         settings = {
             key: getattr(spec.sampling, key) if value is None else value for key, value in own.items()
@@ -65,7 +65,7 @@ class Sampled(Endpoint, frozen=True, kw_only=True):
         return tuple(sorted(biases.items()))
 
     def _bad_words(self, model: Model) -> set[tuple[int, ...]]:
-        """Each word's tokens, as it is spelled within a text and behind a space."""
+        """Return each word's tokens, as it is spelled within a text and behind a space."""
         if self.bad_words and model.text is None:
             raise UnsuitedError("bad_words need a tokenizer, and the model has none; use logit_bias")
         found: set[tuple[int, ...]] = set()

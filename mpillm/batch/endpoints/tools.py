@@ -49,7 +49,7 @@ ToolChoice = ToolMode | NamedChoice
 
 
 def read_tools(given: Sequence[Any] | None) -> list[Tool]:
-    """The tools of a body; RequestError says which is wrong."""
+    """Return the tools of a body; RequestError says which is wrong."""
     tools: dict[str, Tool] = {}  # by name
     for index, item in enumerate(given or ()):
         try:
@@ -65,7 +65,7 @@ def read_tools(given: Sequence[Any] | None) -> list[Tool]:
 
 
 def choose(tools: Sequence[Tool], asked: ToolChoice | None) -> tuple[Sequence[Tool], ToolMode]:
-    """The tools that may be called, and whether one must be; RequestError if there is none to choose."""
+    """Return the tools that may be called, and whether one must be; RequestError if there is none to choose."""
     if isinstance(asked, NamedChoice):
         name = asked.function.name
         chosen = [tool for tool in tools if tool.name == name]
@@ -78,7 +78,7 @@ def choose(tools: Sequence[Tool], asked: ToolChoice | None) -> tuple[Sequence[To
 
 
 def calls_shown(calls: Sequence[Call], request: Request, id_length: int) -> list[dict[str, Any]]:
-    """The calls of a request's answer as a message has them, with ids that follow from the request."""
+    """Return the calls of a request's answer as a message has them, with ids that follow from the request."""
     name = f"{request.choice}\0{request.id}\0".encode() + np.array(request.prompt, "<i4").tobytes()
     shown = []
     for index, call in enumerate(calls):
@@ -90,7 +90,7 @@ def calls_shown(calls: Sequence[Call], request: Request, id_length: int) -> list
 
 
 def read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """The tool calls of a message, with their arguments as objects."""
+    """Return the tool calls of a message, with their arguments as objects."""
     if not isinstance(calls, list):
         raise RequestError(f"{where} must be a list")
     return [_call(call, f"{where}[{index}]") for index, call in enumerate(calls)]

@@ -41,7 +41,7 @@ def uncompressed(path: Path) -> Iterator[io.BufferedReader]:
 
 
 def _zstd(packed: BinaryIO) -> Iterator[bytes]:
-    """The content of a file of zstd frames; OSError if it is damaged."""
+    """Yield the content of a file of zstd frames; OSError if it is damaged."""
     try:
         import zstandard
     except ImportError:

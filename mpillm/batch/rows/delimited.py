@@ -21,7 +21,7 @@ _QUOTED = re.compile(r'"[^"]*(?:"|$)')
 def records(
     file: io.BufferedReader, path: Path, check: Callable[[list[str]], None], delimiters: str
 ) -> Iterator[bytes]:
-    """The records below the header as lines; `check` is called with the header. JobError if there is no header.
+    """Yield the records below the header as lines; `check` is called with the header. JobError if there is no header.
 
     Of the `delimiters` the one counts that the header has most often.
     """
@@ -127,7 +127,7 @@ class _RecordEnd:
         self._next = re.compile(rf'[\r\n]|{re.escape(delimiter)}(?=")')  # the end, or before a quoted field
 
     def passed(self, piece: str) -> bool:
-        """Whether the record ends with this piece of it, which has no line's end but at its own end."""
+        """Return whether the record ends with this piece of it, which has no line's end but at its own end."""
         at = 0
         while at < len(piece):
             if self._place is _Place.FIELD_START and piece[at] == '"':

@@ -30,7 +30,7 @@ _READERS: dict[str, Reader] = {
 
 
 def is_lines(path: Path) -> bool:
-    """Whether an input is read as it is: an object a line, in a file that can be read again."""
+    """Return whether an input is read as it is: an object a line, in a file that can be read again."""
     if str(path) == STDIN:
         return False
     try:
@@ -42,12 +42,12 @@ def is_lines(path: Path) -> bool:
 
 
 def is_table(path: Path) -> bool:
-    """Whether an input has columns, whose values may all be texts."""
+    """Return whether an input has columns, whose values may all be texts."""
     return _suffix(path) in _READERS
 
 
 def needs_arrow(path: Path) -> bool:
-    """Whether the input is read by pyarrow."""
+    """Return whether the input is read by pyarrow."""
     return _suffix(path) == ".parquet"
 
 
@@ -85,7 +85,7 @@ def write_lines(
 
 
 def _kept(content: io.BufferedReader, open_file: Callable[[], int]) -> io.BufferedReader:
-    """The content in a file, which can be rewound."""
+    """Return the content in a file, which can be rewound."""
     file = io.BufferedRandom(io.FileIO(open_file(), "r+"))
     shutil.copyfileobj(content, file, COPY)
     file.seek(0)
@@ -93,6 +93,6 @@ def _kept(content: io.BufferedReader, open_file: Callable[[], int]) -> io.Buffer
 
 
 def _suffix(path: Path) -> str:
-    """The suffix that tells what an input is, without that of its compression."""
+    """Return the suffix that tells what an input is, without that of its compression."""
     plain = path.with_suffix("") if path.suffix.lower() in (".gz", ".zst") else path
     return plain.suffix.lower()

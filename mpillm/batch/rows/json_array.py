@@ -49,14 +49,14 @@ def begins_array(file: BinaryIO) -> tuple[bytes, bool | None]:
 
 
 def _goes_on(last: bytes, first: bytes) -> bool:
-    """Whether the first line, which ends with `last`, and the second, which begins with `first`, are of one array."""
+    """Return whether two lines are of one array: the first ends with `last`, the second begins with `first`."""
     if first == b"{":  # in an array, an object at the beginning of a line follows one of these
         return last in (b"[", b",", b":")
     return last != b"]" or first in (b"", b",", b"]", b"}")
 
 
 def _around_first_line_end(file: BinaryIO) -> tuple[bytes, bytes]:
-    """The last visible character before the next end of a line and the first one behind it, if there are any."""
+    """Return the last visible character before the next end of a line and the first one behind it, if there are any."""
     at, last = file.tell(), b""
     while piece := file.readline(CHUNK):
         last = piece.rstrip()[-1:] or last
@@ -68,7 +68,7 @@ def _around_first_line_end(file: BinaryIO) -> tuple[bytes, bytes]:
 
 
 def elements(file: io.BufferedReader, path: Path) -> Iterator[bytes]:
-    """The elements of the array in `file`, as they are but for line ends between their tokens; JobError if it is none.
+    """Yield the elements of the array in `file`, unchanged but for line ends between tokens; JobError if it is none.
 
     One that is malformed, nested too deeply or too long costs no other, as long as its end can be found.
     """
@@ -104,7 +104,7 @@ class _Text:
         self.at = 0  # the position in the bytes that are held
 
     def next(self) -> str:
-        """The next character that is no space, which is not taken; "" at the end."""
+        """Return the next character that is no space, which is not taken; "" at the end."""
         while True:
             while self.at < len(self._held):
                 if not self._held[self.at].isspace():
@@ -186,7 +186,7 @@ class _Text:
             raise self.wrong("the end of an element is missing")
 
     def wrong(self, what: str) -> JobError:
-        """The error for what is wrong here."""
+        """Return the error for this place of the file."""
         where = self._before + self.at + 1
         return JobError(f"The input {self._path} is not a JSON array: {what} at character {where}.")
 

@@ -11,7 +11,7 @@ MAX_LINE = 8 * 2**20  # bytes; a longer line is an error result, and is never he
 
 
 def byte_count(text: str) -> int:
-    """Bytes of a text in UTF-8."""
+    """Return bytes of a text in UTF-8."""
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogateescape"))
 
 

@@ -18,7 +18,7 @@ _BYTES = re.compile("(?<!fixed_size_)binary")
 
 
 def rows(file: io.BufferedReader, path: Path, check: Callable[[list[str]], None]) -> Iterator[bytes]:
-    """The rows as lines; `check` is called with the names of the columns. JobError if it cannot be read."""
+    """Yield the rows as lines; `check` is called with the names of the columns. JobError if it cannot be read."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -43,7 +43,7 @@ def rows(file: io.BufferedReader, path: Path, check: Callable[[list[str]], None]
 
 
 def read_at_once(path: Path) -> int:
-    """The maximum bytes of the rows that are read at once: those of a batch, or of the largest page of a column."""
+    """Return the maximum bytes of the rows that are read at once: of a batch, or of a column's largest page."""
     from pyarrow import parquet
 
     found = 0
@@ -56,14 +56,14 @@ def read_at_once(path: Path) -> int:
 
 
 def _row_bytes(file: io.BufferedReader, group: Any) -> int:
-    """Bytes of a row of a row group, more or less: a text that a dictionary has once is that of any number of rows."""
+    """Return about the bytes of a row of a row group: a text that a dictionary has once is that of many rows."""
     columns = [group.column(index) for index in range(group.num_columns)]
     own: int = group.total_byte_size // max(group.num_rows, 1) + 1
     return own + sum(_dictionary_bytes(file, column) for column in columns)
 
 
 def _lines(batch: Any) -> Iterator[bytes]:
-    """The rows of a batch; a row with a value that Python lacks, such as a date beyond the year 9999, is wrong."""
+    """Yield the rows of a batch; a row with a value that Python lacks, such as a date in the year 10000, is wrong."""
     try:
         rows = batch.to_pylist()
     except (OverflowError, ValueError) as error:
@@ -81,7 +81,7 @@ def _lines(batch: Any) -> Iterator[bytes]:
 
 
 def _decoded(value: Any) -> Any:
-    """A value whose bytes are texts, as writers without Parquet's type of texts store them; None if not UTF-8."""
+    """Return a value whose bytes are texts, as writers without Parquet's type for them store it; None if not UTF-8."""
     if isinstance(value, bytes):
         try:
             return value.decode()
@@ -95,7 +95,7 @@ def _decoded(value: Any) -> Any:
 
 
 def _in_microseconds(batch: Any) -> Any:
-    """A batch whose times of nanoseconds have microseconds, as Python's have."""
+    """Return a batch whose times of nanoseconds have microseconds, as Python's have."""
     import pyarrow
     from pyarrow import types
 
@@ -114,7 +114,7 @@ def _in_microseconds(batch: Any) -> Any:
 
 
 def _dictionary_bytes(file: io.BufferedReader, column: Any) -> int:
-    """Bytes of the dictionary of a column in a row group, which no text in it exceeds; 0 if there is none.
+    """Return bytes of the dictionary of a column in a row group, which no text in it exceeds; 0 if there is none.
 
     The header of the dictionary's page has them as its second number, in Thrift's compact protocol: a byte for field
     and type (0x15: the next field, 32 bits) precedes each number, and each byte of a number has 7 bits of it.
@@ -130,7 +130,7 @@ def _dictionary_bytes(file: io.BufferedReader, column: Any) -> int:
 
 
 def _longest(column: Any) -> int:
-    """Bytes of the longest value of an array of Arrow, or an upper bound of it."""
+    """Return bytes of the longest value of an array of Arrow, or an upper bound of it."""
     import pyarrow
     from pyarrow import compute
 

@@ -63,7 +63,7 @@ class BareObjects(CallFormat):
 
 
 def _may_call(rest: str) -> bool:
-    """Whether what stands behind a brace may be the beginning of a call."""
+    """Return whether what stands behind a brace may be the beginning of a call."""
     return any(rest.startswith(f'"{key}"') or f'"{key}"'.startswith(rest) for key in CALL_KEYS)
 
 
@@ -94,7 +94,7 @@ class Pythonic(CallFormat):
         return text[:at] + rest, calls
 
     def _read(self, text: str) -> list[Call] | None:
-        """The calls that a text consists of; None if it is not just calls."""
+        """Return the calls that a text consists of; None if it is not just calls."""
         calls = self._calls_of(text)
         return self._calls_of(text.replace("\n", "\\n")) if calls is None else calls  # line ends in strings
 
@@ -137,7 +137,7 @@ def _python_call(node: ast.expr) -> Call | None:
 
 
 def _literal(node: ast.expr) -> Any:
-    """The value of a literal, in which JSON's words for constants count, too; ValueError if it is none."""
+    """Return the value of a literal, in which JSON's words for constants count, too; ValueError if it is none."""
     if isinstance(node, ast.Name) and node.id in LITERALS:
         return LITERALS[node.id]
     if isinstance(node, ast.List | ast.Tuple):
@@ -152,7 +152,7 @@ def _literal(node: ast.expr) -> Any:
 
 
 def _written(tool: Tool, lark: Lark) -> str:
-    """The expression of a call, with its arguments in the schema's order."""
+    """Return the expression of a call, with its arguments in the schema's order."""
     shared = definitions(tool.parameters)
 
     def argument(key: str, schema: Any) -> str:

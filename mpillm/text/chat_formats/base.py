@@ -60,20 +60,20 @@ class CallFormat:
     id_length: int = 24  # characters of an id that the model's template takes
 
     def split(self, text: str, tools: Sequence[Tool], final: bool) -> tuple[str, list[Call]]:
-        """The content of an answer, and its calls. Unless `final`, what may still become a call is in neither."""
+        """Return the content of an answer, and its calls. Unless `final`, what may become a call is in neither."""
         raise NotImplementedError
 
     def required(self, lark: Lark, tools: Sequence[Tool], many: bool) -> str:
-        """The expression of one call, or of one or more if `many`."""
+        """Return the expression of one call, or of one or more if `many`."""
         raise NotImplementedError
 
     def optional(self, lark: Lark, tools: Sequence[Tool], many: bool) -> str:
-        """The expression of any text in which the calls, if there are any, obey their tools' schemas."""
+        """Return the expression of any text in which the calls, if there are any, obey their tools' schemas."""
         raise NotImplementedError
 
 
 def call_of(name: Any, arguments: Any, id: str | None = None) -> Call | None:
-    """A call with arguments that were read from JSON; None if it is none."""
+    """Return a call with arguments that were read from JSON; None if it is none."""
     if isinstance(arguments, str):  # JSON in JSON
         found = decode_json(arguments, 0)
         arguments = None if found is None else found[0]
@@ -90,7 +90,7 @@ def call_of(name: Any, arguments: Any, id: str | None = None) -> Call | None:
 
 
 def decode_json(text: str, at: int) -> tuple[Any, int] | None:
-    """The JSON value that begins at `at` or behind spaces there, and where it ends; None if there is none."""
+    """Return the JSON value that begins at `at` or behind spaces there, and where it ends; None if there is none."""
     while at < len(text) and text[at].isspace():
         at += 1
     try:
@@ -103,7 +103,7 @@ _JSON = json.JSONDecoder(strict=False)  # models write line ends into strings
 
 
 def without_open_end(text: str, marks: Sequence[str]) -> str:
-    """The text without an end with which one of the marks may begin."""
+    """Return the text without an end with which one of the marks may begin."""
     longest = max(map(len, marks), default=1) - 1
     for length in range(min(longest, len(text)), 0, -1):
         end = text[-length:]

@@ -72,7 +72,7 @@ class _Reader:
         self.text, self.quote, self.shared = text, quote, shared
 
     def value(self, at: int, schema: Any, depth: int) -> tuple[Any, int]:
-        """The value that begins at `at` or behind spaces there, and where it ends."""
+        """Return the value that begins at `at` or behind spaces there, and where it ends."""
         if depth > MAX_DEPTH:
             raise ValueError
         at = self._skip(at)
@@ -125,7 +125,7 @@ class _Reader:
         return self.text[begin:stop], stop + len(self.quote)
 
     def _skip(self, at: int) -> int:
-        """The place of the next character that is no space and no comma."""
+        """Return the place of the next character that is no space and no comma."""
         while at < len(self.text) and (self.text[at].isspace() or self.text[at] == ","):
             at += 1
         if at == len(self.text):
@@ -141,7 +141,7 @@ class _Writer:
         self._made: dict[str, str] = {}  # the rules of schemas, which may lead to themselves
 
     def value(self, schema: Any, depth: int) -> str:
-        """The expression of a value."""
+        """Return the expression of a value."""
         if depth > MAX_DEPTH:
             raise RequestError(f"there are schemas in more than {MAX_DEPTH} others")
         written = repr(schema)
@@ -205,7 +205,7 @@ class _Writer:
         return f'"[" {one} {more} "]"' if low else f'("[]" | "[" {one} {more} "]")'
 
     def _anything(self) -> str:
-        """The rule of any value."""
+        """Return the rule of any value."""
         if "" not in self._made:
             name = self._made[""] = self.lark.reserve()
             string = f"{self.lark.literal(self.quote)} {self.lark.until(self.quote)}"

@@ -25,11 +25,11 @@ class Framed(CallFormat):
         return tuple(mark for mark in (self.begin, self.end, *map(str.strip, self.frame)) if mark)
 
     def read(self, text: str, at: int, tools: Sequence[Tool], final: bool) -> tuple[list[Call], int] | None:
-        """The calls that follow a `begin` which ends at `at`, and where they end; None if there is no whole one."""
+        """Return the calls after a `begin` that ends at `at`, and where they end; None if there is no whole one."""
         raise NotImplementedError
 
     def write(self, tool: Tool, lark: Lark) -> str:
-        """The expression of what stands between `begin` and `end` in calls of a tool."""
+        """Return the expression of what stands between `begin` and `end` in calls of a tool."""
         raise NotImplementedError
 
     def split(self, text: str, tools: Sequence[Tool], final: bool) -> tuple[str, list[Call]]:
@@ -52,7 +52,7 @@ class Framed(CallFormat):
         return self._content(content, calls, final), calls
 
     def _content(self, pieces: list[str], calls: list[Call], final: bool) -> str:
-        """The text around the calls, without their frames; a frame that no call has followed is text at the end."""
+        """Return the text around the calls, without frames; a frame without a call after it is text at the end."""
         text = "".join(pieces)
         marks = [mark for mark in map(str.strip, self.frame) if mark]
         if not calls:
@@ -73,7 +73,7 @@ class Framed(CallFormat):
         return f"{unit}* ANY" if many else f"({unit} | ANY)"
 
     def _calls(self, lark: Lark, tools: Sequence[Tool], many: bool, begin: str) -> str:
-        """One call, or one or more, with `begin` before the first; what belongs together is one literal.
+        """Return one call, or one or more, with `begin` before the first; what belongs together is one literal.
 
         A lexeme that another one begins with would be taken for it.
         """

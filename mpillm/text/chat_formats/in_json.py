@@ -133,7 +133,7 @@ class NamedCalls(Framed):
 
 
 def call_of_object(value: Any) -> Call | None:
-    """The call of an object with a name, and with arguments or parameters."""
+    """Return the call of an object with a name, and with arguments or parameters."""
     if not isinstance(value, dict) or not {"arguments", "parameters"} & value.keys():
         return None
     name, id = value.get("name", value.get(COHERE_KEYS.name)), value.get(COHERE_KEYS.id)
@@ -143,7 +143,7 @@ def call_of_object(value: Any) -> Call | None:
 
 
 def written_object(tool: Tool, lark: Lark, keys: ObjectKeys) -> str:
-    """The expression of an object that calls a tool."""
+    """Return the expression of an object that calls a tool."""
     id, before = "", "{"
     if keys.id:
         begin = f'{{"{keys.id}": "'
@@ -153,7 +153,7 @@ def written_object(tool: Tool, lark: Lark, keys: ObjectKeys) -> str:
 
 
 def skip_end(text: str, at: int, end: str, final: bool) -> int | None:
-    """The place after spaces and `end`; None if they do not follow. `end` may be missing at the end of the text."""
+    """Return the place after spaces and `end`; None if they do not follow. The text's end may stand for `end`."""
     stop = at
     while stop < len(text) and text[stop].isspace():
         stop += 1

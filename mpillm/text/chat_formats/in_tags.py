@@ -52,7 +52,7 @@ class Tags(Framed):
         return None if call is None else ([call], stop + len(self.end))
 
     def _arguments(self, text: str) -> Iterator[tuple[str, str, str]]:
-        """The arguments of a call: key, `as_text` or `as_json`, and value."""
+        """Yield the arguments of a call: key, `as_text` or `as_json`, and value."""
         between = r"\s*".join(map(re.escape, self.value.split("\n")))
         kinds = "|".join(map(re.escape, (self.as_text, self.as_json)))
         pattern = f"{re.escape(self.key)}(.*?){between}({kinds})(.*?){re.escape(self.stop)}"

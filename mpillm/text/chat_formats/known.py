@@ -46,7 +46,7 @@ _DSML: dict[str, Any] = {
 
 
 def _dsml(frame: str) -> tuple[str, str, tuple[str, str]]:
-    """The marks around a call and around all calls."""
+    """Return the marks around a call and around all calls."""
     around = f"<\uff5cDSML\uff5c{frame}>\n", f"\n</\uff5cDSML\uff5c{frame}>"
     return '<\uff5cDSML\uff5cinvoke name="', "</\uff5cDSML\uff5cinvoke>", around
 
@@ -137,7 +137,7 @@ _SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
 def format_of(
     templates: Collection[str], tokens: Collection[str], reasoning: Sequence[str] | str, tool_calls: str
 ) -> ChatFormat:
-    """The format of a model with these chat templates and added tokens.
+    """Return the format of a model with these chat templates and added tokens.
 
     `reasoning` is "auto", "none", or the two tags around it, and `tool_calls` "auto", "none", or a name of `CALLS`.
     """

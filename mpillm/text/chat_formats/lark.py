@@ -48,20 +48,20 @@ class Lark:
         return self.embedded(json_grammar(schema, lenient=not strict))
 
     def embedded(self, grammar: str) -> str:
-        """The texts that another grammar accepts."""
+        """Return the texts that another grammar accepts."""
         name = f"part_{len(self._grammars)}"
         inner = json.loads(grammar)["grammars"][0] if grammar.startswith("{") else {"lark_grammar": grammar}
         self._grammars.append({**inner, "name": name})
         return f"@{name}"
 
     def rule(self, expression: str) -> str:
-        """An expression by a name."""
+        """Return an expression by a name."""
         name = self.reserve()
         self.define(name, expression)
         return name
 
     def reserve(self) -> str:
-        """The name of a rule that is defined later, which may lead to itself."""
+        """Return the name of a rule that is defined later, which may lead to itself."""
         self._names += 1
         return f"rule_{self._names}"
 
@@ -70,7 +70,7 @@ class Lark:
         self._rules.append(f"{name}: {expression}")
 
     def terminal(self, expression: str) -> str:
-        """An expression of regular expressions by a name; `&` and `~` may join them."""
+        """Return an expression of regular expressions by a name; `&` and `~` may join them."""
         name = f"TEXT_{len(self._rules)}"
         self._rules.append(f"{name}: {expression}")
         return name
@@ -90,17 +90,17 @@ class Lark:
         return self.rule(" | ".join(ways))
 
     def whole(self, start: str) -> str:
-        """The grammar of an expression."""
+        """Return the grammar of an expression."""
         lark = "\n".join([f"start: {start}", *self._rules])
         return json.dumps({"grammars": [{"lark_grammar": lark}, *self._grammars]})
 
     def _pieces(self, text: str) -> list[tuple[str, bool]]:
-        """A text at its control tokens, and whether each piece is one."""
+        """Return a text at its control tokens, and whether each piece is one."""
         split = self._tokens.split(text) if self._tokens else [text]
         return [(piece, index % 2 == 1) for index, piece in enumerate(split) if piece]
 
 
 def _regex(pattern: str) -> str:
-    """A regular expression between slashes."""
+    """Return a regular expression between slashes."""
     written = re.sub(r"\\.|[/\n]", lambda found: {"/": r"\/", "\n": r"\n"}.get(found[0], found[0]), pattern)
     return f"/{written}/"

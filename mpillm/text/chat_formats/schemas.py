@@ -24,12 +24,12 @@ OF_STRINGS = NOTES | {"enum", "const", "pattern", "minLength", "maxLength"}
 
 
 def definitions(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The schemas that others refer to, by the keys of `DEFINITIONS`."""
+    """Return the schemas that others refer to, by the keys of `DEFINITIONS`."""
     return {key: schema[key] for key in DEFINITIONS if key in schema}
 
 
 def variants(schema: Any, shared: Mapping[str, Any], seen: set[str] | None = None) -> Iterator[Any]:
-    """The schemas that a schema chooses from, each of one type if it names any; references are followed once."""
+    """Yield the schemas that a schema chooses from, each of one type if it names any; references are followed once."""
     seen = set() if seen is None else seen
     if not isinstance(schema, dict):
         yield schema
@@ -76,13 +76,13 @@ def _referred(name: Any, shared: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def type_of(schema: Any) -> str | None:
-    """The type that one of the variants names."""
+    """Return the type that one of the variants names."""
     named = schema.get("type") if isinstance(schema, dict) else None
     return named if isinstance(named, str) else None
 
 
 def read_value(text: str, schema: Any, shared: Mapping[str, Any]) -> Any:
-    """An argument's value: a string where its schema has only strings, else what it is in JSON, or the string."""
+    """Return an argument's value: a string where its schema has only strings, else its JSON value, or the string."""
     types = {type_of(one) for one in variants(schema, shared)}
     if types == {"string"}:
         return text
@@ -94,7 +94,7 @@ def read_value(text: str, schema: Any, shared: Mapping[str, Any]) -> Any:
 
 
 def text(schema: Mapping[str, Any], end: str, strict: bool, lark: Lark) -> str:
-    """The expression of a string as it is and of `end` behind it.
+    """Return the expression of a string as it is and of `end` behind it.
 
     RequestError if it is `strict` and has a keyword that cannot be enforced.
     """
@@ -130,7 +130,7 @@ def _length(schema: Mapping[str, Any], key: str) -> int | None:
 
 
 def _anywhere(pattern: str) -> str:
-    """The regular expression of whole texts in which a pattern is found."""
+    """Return the regular expression of whole texts in which a pattern is found."""
     before = after = "(?s:.*)"
     if "|" not in pattern:  # in a pattern with alternatives, an anchor belongs to one of them
         if pattern.startswith("^"):

@@ -37,28 +37,28 @@ class ChatFormat:
     has_calls: bool  # whether the format of tool calls is known
 
     def state(self, prompt: str) -> ReasoningState:
-        """The state at the beginning of an answer, by the end of its prompt."""
+        """Return the state at the beginning of an answer, by the end of its prompt."""
         raise NotImplementedError
 
     def continued(self, content: str) -> ReasoningState:
-        """The state at the beginning of an answer that continues a message with this content."""
+        """Return the state at the beginning of an answer that continues a message with this content."""
         raise NotImplementedError
 
     def thinks(self, state: ReasoningState) -> bool:
-        """Whether there may be reasoning before the content."""
+        """Return whether there may be reasoning before the content."""
         raise NotImplementedError
 
     def split(
         self, text: str, state: ReasoningState, tools: Sequence[Tool] | None, final: bool
     ) -> ParsedAnswer:
-        """The parts of an answer, in which calls are looked for if there are `tools`.
+        """Return the parts of an answer, in which calls are looked for if there are `tools`.
 
         Unless `final`, more of it will come, and what cannot be told yet is in no part.
         """
         raise NotImplementedError
 
     def expression(self, lark: Lark, state: ReasoningState, asked: AnswerRule) -> str:
-        """The grammar of an answer whose content or calls are held to something."""
+        """Return the grammar of an answer whose content or calls are held to something."""
         raise NotImplementedError
 
 
@@ -110,7 +110,7 @@ class Tagged(ChatFormat):
         return ParsedAnswer(reasoning, content, tuple(calls))
 
     def _thought(self, text: str, state: ReasoningState, final: bool) -> tuple[str | None, str | None]:
-        """The reasoning and the text after it; None if no text follows yet."""
+        """Return the reasoning and the text after it; None if no text follows yet."""
         if self.tags is None or state == "closed":
             return None, text
         opening, closing = self.tags
@@ -146,7 +146,7 @@ class Tagged(ChatFormat):
 
 
 def _unframed(text: str, frame: tuple[str, str], final: bool) -> str | None:
-    """The content of a frame, if the text begins with one; None if it may still do so."""
+    """Return the content of a frame, if the text begins with one; None if it may still do so."""
     opening, closing = frame
     stripped = text.lstrip()
     if not stripped.startswith(opening):

@@ -39,7 +39,7 @@ class AdapterFiles:
         self._mapped = mapped
 
     def extents(self) -> Iterator[tuple[Path, int, int]]:
-        """The place of all tensors in the files: file, offset and bytes."""
+        """Yield the place of all tensors in the files: file, offset and bytes."""
         for factors in self.factors:
             for extent in (factors.a, factors.b):
                 yield extent.file.path, extent.offset, extent.nbytes
@@ -50,7 +50,7 @@ class AdapterFiles:
 
 
 def pairs_of(file: MappedFile, found: Mapping[str, Mapping[str, Extent]]) -> dict[str, tuple[Extent, Extent]]:
-    """Both factors, "A" and "B", of each module; ModelError if one is missing, or they cannot be multiplied."""
+    """Return both factors, "A" and "B", of each module; ModelError if one is missing, or they cannot be multiplied."""
     if not found:
         raise ModelError(f"{file.path} contains no tensors.")
     pairs = {}

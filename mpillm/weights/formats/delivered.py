@@ -19,7 +19,7 @@ SCALED_PANELS = 4  # at least, of types whose blocks have a scale in float32
 
 
 def delivered_types(extents: Mapping[Key, Extent], quantize: BlockType | None) -> Mapping[Key, BlockType]:
-    """The type of each tensor; `quantize`: what `quantised_to` returned."""
+    """Return the type of each tensor; `quantize`: what `quantised_to` returned."""
     narrow = {
         extent.stored.type
         for key, extent in extents.items()
@@ -29,7 +29,7 @@ def delivered_types(extents: Mapping[Key, Extent], quantize: BlockType | None) -
 
 
 def quantised_to(quantize: str) -> BlockType | None:
-    """The type that matrices get by a job's `quantize`; None if they stay as they are stored. JobError if unknown."""
+    """Return the type of matrices by a job's `quantize`; None if they stay as stored. JobError if unknown."""
     types = QUANTIZE | WIDEN
     if quantize not in types:
         raise JobError(f'quantize = "{quantize}" is unknown; it must be one of {", ".join(QUANTIZE)}.')
@@ -66,5 +66,5 @@ def _delivered(
 
 
 def _columns_to_cut(type: BlockType) -> int:
-    """The minimum of columns that a matrix of this type must have, so that shards can each hold some of them."""
+    """Return the minimum of columns that a matrix of this type must have, so that shards can each hold some of them."""
     return PANELS * SUPER_BLOCK if type.k_quant else SCALED_PANELS * type.block if type.scaled else 0

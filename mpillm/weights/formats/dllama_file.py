@@ -56,7 +56,7 @@ class _Tensor(NamedTuple):
 
 
 def is_dllama(path: Path) -> bool:
-    """Whether a path is a file of this kind, by its name or how it begins."""
+    """Return whether a path is a file of this kind, by its name or how it begins."""
     try:
         with path.open("rb") as file:
             return path.suffix == ".m" or file.read(4) == struct.pack("<i", MAGIC)
@@ -65,7 +65,7 @@ def is_dllama(path: Path) -> bool:
 
 
 def open_dllama(path: Path, families: Families, quantize: str) -> TensorSource:
-    """The model in a file, with the tokenizer beside it; ModelError if it is not complete or not sound."""
+    """Return the model in a file, with the tokenizer beside it; ModelError if it is not complete or not sound."""
     file = MappedFile(path)
     try:
         header = _Header(file)
@@ -95,7 +95,7 @@ def open_dllama(path: Path, families: Families, quantize: str) -> TensorSource:
 
 
 def tokenizer_beside(path: Path) -> Path | None:
-    """The tokenizer (`.t`) of a model: the only one in its directory, or the one with its name; None if there is none.
+    """Return the tokenizer (`.t`) of a model: its directory's only one, or the one with its name; None if none.
 
     ModelError if there are several of other names.
     """
@@ -136,7 +136,7 @@ class _Header:
             self.values[KEYS[key]] = value
 
     def whole(self, name: str, default: int | None = None, minimum: int = 1) -> int:
-        """A value of at least `minimum`."""
+        """Return a value of at least `minimum`."""
         value = self.values.get(name, default)
         if value is None:
             raise ModelError(f"{self.path}: its header has no {name}.")
@@ -145,7 +145,7 @@ class _Header:
         return value
 
     def of(self, name: str, known: dict[int, Any], default: int | None = None) -> Any:
-        """The meaning of a value."""
+        """Return the meaning of a value."""
         value = self.whole(name, default, minimum=-(2**31))
         if value not in known:
             raise self._wrong(name, f"must be one of {', '.join(map(str, known))}")
@@ -177,7 +177,7 @@ class _Header:
         return found if self.values["arch_type"] == LLAMA else HALVES
 
     def config(self) -> dict[str, Any]:
-        """The configuration with Hugging Face's keys."""
+        """Return the configuration with Hugging Face's keys."""
         self.of("version", {0: 0}, 0)
         self.of("hidden_act", {SILU: "silu"}, SILU)
         architecture, model_type = self.of("arch_type", ARCHITECTURES)
@@ -224,7 +224,7 @@ class _Header:
         }
 
     def tensors(self) -> tuple[list[_Tensor], list[_Tensor], list[_Tensor]]:
-        """The tensors before the layers, of a layer, and behind them."""
+        """Return the tensors before the layers, of a layer, and behind them."""
         hidden, vocab = self.whole("dim"), self.whole("vocab_size")
         stored = OWN[self.of("weights_float_type", FLOAT_TYPES)]
         first = [_Tensor(Key("embed"), (vocab, hidden), OWN["F32"])]

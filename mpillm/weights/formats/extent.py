@@ -54,15 +54,15 @@ class Extent:
         return self.n * self.row_bytes
 
     def lies(self) -> Iterator[Lies]:
-        """All that is read for it."""
+        """Yield all that is read for it."""
         yield self.file, self.offset, self.nbytes
 
     def vector(self) -> Bytes:
-        """A vector as it is stored, uint8 [1, bytes]."""
+        """Return a vector as it is stored, uint8 [1, bytes]."""
         return self.file.view(self.offset, self.nbytes)[None]
 
     def rows(self, rows: range) -> Bytes:
-        """Rows as they are stored: uint8 [len(rows), row bytes]; a view where rows lie as they are asked for."""
+        """Return rows as they are stored: uint8 [len(rows), row bytes]; a view where rows lie as they are asked for."""
         assert 0 <= rows.start <= rows.stop <= self.n, (self.name, rows)
         raw = self.rows_together(rows)
         if not self.rope_heads:
@@ -72,7 +72,7 @@ class Extent:
         return gathered
 
     def single_rows(self, rows: NDArray[np.integer[Any]]) -> Bytes:
-        """Rows at any places as they are stored, copied: uint8 [len(rows), row bytes]; nothing is to be released."""
+        """Return rows at any places as stored, copied: uint8 [len(rows), row bytes]; nothing needs to be released."""
         nbytes = self.row_bytes
         where = llama_cpp_rows(rows, self.n, self.rope_heads).tolist()
         assert not where or 0 <= min(where) <= max(where) < self.n, (self.name, where)
@@ -87,7 +87,7 @@ class Extent:
         self.file.release(*self._span(range(self.n) if rows is None else rows))
 
     def at(self, first: int) -> tuple[MappedFile, int] | None:
-        """The place from which rows from `first` on are stored as they are delivered; None if they are not."""
+        """Return the place from which rows from `first` on are stored as they are delivered; None if they are not."""
         return None if self.rope_heads else (self.file, self.offset + first * self.row_bytes)
 
     def _span(self, rows: range) -> tuple[int, int]:
@@ -159,13 +159,13 @@ class Recipe(Protocol):
         """[rows, columns], or [experts, rows, columns]."""
 
     def of_expert(self, expert: int) -> Recipe:
-        """The recipe of one expert's matrix."""
+        """Return the recipe of one expert's matrix."""
 
     def blocks(self, rows: Rows) -> Bytes:
         """Some rows: uint8 [len(rows), row bytes]."""
 
     def lies(self) -> Iterator[Lies]:
-        """All that is read for it."""
+        """Return all that is read for it."""
 
     def release(self, rows: Rows) -> None:
         """Give back what reading these rows has taken."""
@@ -225,7 +225,7 @@ class Made(Extent):
 
 
 def llama_cpp_rows(rows: NDArray[np.integer[Any]], n: int, heads: int) -> NDArray[np.integer[Any]]:
-    """The rows of q or k in a GGUF file of the llama architecture; `rows` itself for 0 heads.
+    """Return the rows of q or k in a GGUF file of the llama architecture; `rows` itself for 0 heads.
 
     convert_hf_to_gguf.py's `permute` writes row (head, half, j) at (head, j, half).
     """

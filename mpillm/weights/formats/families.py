@@ -12,7 +12,7 @@ class Families(Protocol):
     """The table of families; `name` is what messages call the file. ModelError if there is none."""
 
     def of_config(self, config: Mapping[str, Any], name: str) -> GgufFamily:
-        """The family of a configuration with Hugging Face's keys."""
+        """Return the family of a configuration with Hugging Face's keys."""
 
     def of_gguf(self, kind: Any, name: str) -> GgufFamily:
-        """The family of a GGUF file by its general.architecture."""
+        """Return the family of a GGUF file by its general.architecture."""

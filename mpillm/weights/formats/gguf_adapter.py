@@ -19,7 +19,7 @@ _FACTOR = re.compile(r"(?P<tensor>.+)\.lora_(?P<factor>[ab])")
 
 
 def open_gguf_adapter(path: Path, family: GgufFamily, config: dict[str, Any]) -> AdapterFiles:
-    """The adapter in a file, for a model of `family` with this configuration; ModelError if it is none."""
+    """Return the adapter in a file, for a model of `family` with this configuration; ModelError if it is none."""
     file = MappedFile(path)
     try:
         metadata, tensors = read_header(file)
@@ -57,7 +57,7 @@ def open_gguf_adapter(path: Path, family: GgufFamily, config: dict[str, Any]) ->
 
 
 def _alpha(path: Path, metadata: dict[str, Any], family: GgufFamily) -> float:
-    """The factor of the products, times their rank; ModelError if this is no adapter for the family."""
+    """Return the factor of the products, times their rank; ModelError if this is no adapter for the family."""
     if metadata.get("general.type") != "adapter" or metadata.get("adapter.type") != "lora":
         raise ModelError(f"{path} is not a LoRA adapter: its general.type and adapter.type do not say so.")
     if (kind := metadata.get("general.architecture")) not in (*family.gguf, *family.gguf_adapters):

@@ -58,7 +58,7 @@ def usual_config(
     head_dim: int | None = None,
     kv_heads: int | None = None,
 ) -> dict[str, Any]:
-    """The keys of nearly all models, from their usual fields; `eps` has the field and the key of what norms add.
+    """Return the keys of nearly all models, from their usual fields; `eps` has the field and the key of what norms add.
 
     `partial`: RoPE may turn a part of each head; and all layers may have experts, so that no other MLP has a width.
     `head_dim` and `kv_heads` are given where the usual fields do not say it.
@@ -88,7 +88,7 @@ def usual_config(
 
 
 def encoder_config(fields: GgufFields, shape_of: ShapeOf, architecture: str) -> dict[str, Any]:
-    """The keys of encoders, from their usual fields; a classifier's layers are those that the file has."""
+    """Return the keys of encoders, from their usual fields; a classifier's layers are those that the file has."""
     if fields.raw("attention.causal") is not False:
         raise ModelError(
             f"{fields.path}: only encoders are supported in {fields.kind} files (attention.causal)."
@@ -105,7 +105,7 @@ def encoder_config(fields: GgufFields, shape_of: ShapeOf, architecture: str) -> 
 
 
 def routed_config(fields: GgufFields, names: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
-    """The keys of experts as DeepSeek V3 has them, from their usual fields; `names` are what a family calls some."""
+    """Return the keys of experts as DeepSeek V3 has them, from their usual fields; `names`: a family's own names."""
     keys = {
         "n_routed_experts": fields.integer("expert_count"),
         "num_experts_per_tok": fields.integer("expert_used_count"),
@@ -177,7 +177,7 @@ class GgufFields:
         return value
 
     def of_some_layers(self, name: str, default: int | None = None) -> int:
-        """One whole number, or a list with it for each layer, and 0 for those layers that have no such thing."""
+        """Return one whole number, or a list with it for each layer, and 0 for those layers that have no such thing."""
         value = self.raw(name)
         if not isinstance(value, list):
             return self.integer(name, default)

@@ -30,13 +30,13 @@ class GgufFamily(Protocol):
     @property
     def yarn_multiplies_scores(self) -> bool: ...
     def gguf_names(self, tensors: Collection[str]) -> Names:
-        """The names of the tensors of a file that has these `tensors`."""
+        """Return the names of the tensors of a file that has these `tensors`."""
 
     def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
-        """The configuration with Hugging Face's keys, without RoPE's."""
+        """Return the configuration with Hugging Face's keys, without RoPE's."""
 
     def row_groups(self, config: Mapping[str, Any]) -> RowGroups:
-        """The division of tensors that hold several matrices."""
+        """Return the division of tensors that hold several matrices."""
 
 
 def config_of(
@@ -46,7 +46,7 @@ def config_of(
     shape_of: ShapeOf,
     rope_factors: Mapping[str, list[float]],
 ) -> dict[str, Any]:
-    """The configuration with Hugging Face's keys; `shape_of` tells a tensor's shape, or None if it is not there.
+    """Return the configuration with Hugging Face's keys; `shape_of` tells a tensor's shape, or None if it is not there.
 
     `rope_factors` has the values of tensors with divisors of rotary frequencies, by name. Where the family has
     something to say of the RoPE, the file's fields are added to it.
@@ -64,7 +64,7 @@ def config_of(
 
 
 def _classifier(fields: GgufFields, config: dict[str, Any], count: int) -> dict[str, Any]:
-    """The keys of a model with a classifier instead of an LM head, as transformers names its class."""
+    """Return the keys of a model with a classifier instead of an LM head, as transformers names its class."""
     stem = config["architectures"][0].removesuffix("ForCausalLM").removesuffix("Model")
     named = f"{stem}ForSequenceClassification"
     fields.read.add("classifier.output_labels")

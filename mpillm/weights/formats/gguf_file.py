@@ -29,7 +29,7 @@ _LAYER = re.compile(r"blk\.(?P<layer>[0-9]{1,6})\.")
 
 
 def open_gguf(path: Path, families: Families, quantize: str, whole: bool = True) -> TensorSource:
-    """The model in a GGUF file (any part of a split one); ModelError if it is not complete or not sound.
+    """Return the model in a GGUF file (any part of a split one); ModelError if it is not complete or not sound.
 
     Without `whole` its header is enough, for what needs no weights.
     """
@@ -75,7 +75,7 @@ def open_gguf(path: Path, families: Families, quantize: str, whole: bool = True)
 
 
 def _read_parts(path: Path, files: list[MappedFile], whole: bool) -> list[GgufHeader]:
-    """The headers of all parts, the one with the metadata first; `files` takes the mapped files."""
+    """Return the headers of all parts, the one with the metadata first; `files` takes the mapped files."""
     match = PART.fullmatch(path.name)
     first = path if match is None else path.with_name(f"{match['stem']}-00001-of-{match['count']}.gguf")
     files.append(MappedFile(first))
@@ -104,7 +104,7 @@ def _read_parts(path: Path, files: list[MappedFile], whole: bool) -> list[GgufHe
 
 
 def _predicts_further(name: str, metadata: dict[str, Any]) -> bool:
-    """Whether a tensor is of a layer behind the model's own, which predicts further tokens."""
+    """Return whether a tensor is of a layer behind the model's own, which predicts further tokens."""
     kind, found = metadata["general.architecture"], _LAYER.match(name)
     count, further = metadata.get(f"{kind}.block_count"), metadata.get(f"{kind}.nextn_predict_layers")
     if found is None or type(count) is not int or type(further) is not int:

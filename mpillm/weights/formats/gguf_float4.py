@@ -90,7 +90,7 @@ class InHeads:
 
 
 def scales_of(parts: Iterable[tuple[MappedFile, GgufHeader]]) -> dict[str, Raw]:
-    """The numbers that matrices in NVFP4 are times, and what their activations are, by the tensors' names."""
+    """Return the factors of matrices in NVFP4 and of their activations, by the tensors' names."""
     parts = list(parts)
     matrices = {
         name.removesuffix(_WEIGHT)
@@ -108,7 +108,7 @@ def scales_of(parts: Iterable[tuple[MappedFile, GgufHeader]]) -> dict[str, Raw]:
 
 
 def extent_of(file: MappedFile, name: str, tensor: GgufTensor, scales: dict[str, Raw]) -> Extent:
-    """The place of a tensor, or its recipe."""
+    """Return the place of a tensor, or its recipe."""
     if tensor.stored.name != NVFP4:
         return Extent(file, name, tensor.offset, tensor.shape, tensor.stored)
     shape = (*tensor.shape[:-1], tensor.shape[-1] // BLOCK * BYTES)
@@ -118,7 +118,7 @@ def extent_of(file: MappedFile, name: str, tensor: GgufTensor, scales: dict[str,
 
 
 def in_heads(extent: Extent, heads: int) -> Extent:
-    """A tensor whose rows lie as llama.cpp has those of q and k."""
+    """Return a tensor whose rows lie as llama.cpp has those of q and k."""
     if isinstance(extent, Made):
         return replace(extent, recipe=InHeads(extent.recipe, heads))
     return replace(extent, rope_heads=heads)

@@ -92,7 +92,7 @@ def read_header(file: MappedFile, whole: bool = True) -> GgufHeader:
 
 
 def architecture_in(begin: bytes) -> str | None:
-    """The architecture that the first bytes of a GGUF file name; None if they do not."""
+    """Return the architecture that the first bytes of a GGUF file name; None if they do not."""
     key = b"general.architecture" + struct.pack("<I", _STRING)
     at = begin.find(key) + len(key)
     if not begin.startswith(b"GGUF") or key not in begin or len(begin) < at + 8:
@@ -132,7 +132,7 @@ class _Cursor:
             raise broken(self.file, f"{what} is not UTF-8") from None
 
     def value(self, code: int, name: str) -> Any:
-        """A metadata value of the type with that number."""
+        """Return a metadata value of the type with that number."""
         shown = f"metadata field {name[:80]!r}"
         if code == _STRING:
             return self.string(shown)
@@ -214,7 +214,7 @@ class _Cursor:
         return values
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        """A tensor's name, shape, type number and offset in the data."""
+        """Return a tensor's name, shape, type number and offset in the data."""
         name = self.string("the name of a tensor")
         shown = f"tensor {name[:80]!r}"
         ndim = self.integer("<I")
@@ -240,7 +240,7 @@ def _placed(
     alignment: int,
     size: int,
 ) -> dict[str, GgufTensor]:
-    """The tensors by name, all within a file of `size` bytes, none over another."""
+    """Return the tensors by name, all within a file of `size` bytes, none over another."""
     tensors: dict[str, GgufTensor] = {}
     for name, shape, code, offset in described:
         shown = f"tensor {name[:80]!r}"

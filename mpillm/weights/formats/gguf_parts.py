@@ -9,7 +9,7 @@ MAX_PARTS = 999
 
 
 def gguf_parts(name: str) -> list[str]:
-    """The names of all parts of a split file, of which `name` is one, or `name` alone."""
+    """Return the names of all parts of a split file, of which `name` is one, or `name` alone."""
     if not (match := PART.fullmatch(name)):
         return [name]
     count = min(int(match["count"]), MAX_PARTS)
@@ -17,6 +17,6 @@ def gguf_parts(name: str) -> list[str]:
 
 
 def is_later_part(name: str) -> bool:
-    """Whether a file of this name is a part of a model, but not the first one, which describes it."""
+    """Return whether a file of this name is a part of a model, but not the first one, which describes it."""
     match = PART.fullmatch(name)
     return match is not None and int(match["number"]) != 1

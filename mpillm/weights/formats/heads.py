@@ -71,7 +71,7 @@ class HeadPart(Extent):
         return self.whole.k if self.transposed else self.count
 
     def _heads(self, rows: range) -> range:
-        """The heads that have some of these rows."""
+        """Return the heads that have some of these rows."""
         return range(rows.start // self._height, -(-rows.stop // self._height))
 
     def _of_whole(self, heads: range) -> range:
@@ -102,12 +102,12 @@ def split_kv_b(extents: dict[Key, Extent], config: Mapping[str, Any], path: Path
 
 
 def row_groups(config: dict[str, Any], family: GgufFamily) -> RowGroups:
-    """The division of tensors that hold several matrices."""
+    """Return the division of tensors that hold several matrices."""
     return {**_attention_rows(config), **family.row_groups(config)}
 
 
 def _attention_rows(config: dict[str, Any]) -> RowGroups:
-    """The rows of q, k and v, which some families have in one tensor; nothing if the configuration does not say."""
+    """Return the rows of q, k and v, which some families have in one tensor; nothing if the configuration is silent."""
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     if type(heads) is not int or type(hidden) is not int or heads < 1:
         return {}

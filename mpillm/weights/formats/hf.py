@@ -32,7 +32,7 @@ _LAYER = re.compile(r"(?:model\.)?layers\.(?P<layer>[0-9]{1,6})\.")
 
 
 def open_hf(path: Path, families: Families, quantize: str) -> TensorSource:
-    """The model in a directory with config.json; ModelError if it is not complete or not sound."""
+    """Return the model in a directory with config.json; ModelError if it is not complete or not sound."""
     config, metadata = read_config(path)
     family = families.of_config(config, str(path))
     method = method_of(config.pop(QUANTIZATION, None), path)
@@ -62,7 +62,7 @@ def open_hf(path: Path, families: Families, quantize: str) -> TensorSource:
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], tuple[Path, ...]]:
-    """The content of config.json and the files beside it, and the paths that were read."""
+    """Return the content of config.json and the files beside it, and the paths that were read."""
     config, files = of_text(read_json(path / "config.json")), [path / "config.json"]
     if QUANTIZATION not in config and os.path.exists(path / MODELOPT):
         # How ModelOpt quantised a checkpoint, which older ones have in a file of its own.
@@ -79,7 +79,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], tuple[Path, ...]]:
 
 
 def of_text(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of the text model in one that has others beside it, for images or sounds.
+    """Return the configuration of the text model in one that has others beside it, for images or sounds.
 
     Its architecture is the outer one, its model_type that of the text model.
     """
@@ -91,7 +91,7 @@ def of_text(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; ModelError if it is anything else."""
+    """Return a JSON object from a file; ModelError if it is anything else."""
     try:
         if path.stat().st_size > MAX_JSON:
             raise ModelError(
@@ -112,7 +112,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _files(path: Path) -> dict[str, MappedFile]:
-    """The weight files by name: the single one if it is there, as transformers has it, else those of the index."""
+    """Return the weight files by name: the single one if it is there, as in transformers, else the index's."""
     if os.path.exists(path / SINGLE):
         return {SINGLE: MappedFile(path / SINGLE)}
     if not os.path.exists(path / INDEX):
@@ -145,7 +145,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def _tensors(path: Path, files: dict[str, MappedFile]) -> dict[str, tuple[MappedFile, SafetensorsTensor]]:
-    """All tensors with their files; with an index, those that it names, where it says they are."""
+    """Return all tensors with their files; with an index, those that it names, where it says they are."""
     headers = {name: read_header(file) for name, file in files.items()}
     if SINGLE in files:
         return {name: (files[SINGLE], tensor) for name, tensor in headers[SINGLE].items()}
@@ -160,7 +160,7 @@ def _tensors(path: Path, files: dict[str, MappedFile]) -> dict[str, tuple[Mapped
 
 
 def _predicts_further(name: str, config: dict[str, Any]) -> bool:
-    """Whether a tensor is of a layer behind the model's own, which predicts further tokens (GLM, DeepSeek)."""
+    """Return whether a tensor is of a layer behind the model's own, which predicts further tokens (GLM, DeepSeek)."""
     own, further = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers")
     found = _LAYER.match(name)
     if found is None or type(own) is not int or type(further) is not int:

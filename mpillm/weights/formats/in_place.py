@@ -36,17 +36,17 @@ class TensorFiles(TensorReader, Protocol):
     mapped: tuple[MappedFile, ...]
 
     def in_place(self, entry: PageTensor) -> StoredRows | None:
-        """The places of planned tensors that products can use as they are."""
+        """Return the places of planned tensors that products can use as they are."""
 
     def in_file(self, entry: PageTensor) -> bool:
-        """Whether it is used there for good: blocks are not, for products with packed ones are faster."""
+        """Return whether it is used there for good: blocks are not, for products with packed ones are faster."""
 
     def read_past_cache(self) -> None:
         """From now on rows of matrices are read past the page cache."""
 
 
 def warm(source: TensorFiles, entries: Sequence[PageTensor]) -> bool:
-    """Whether the page cache has, most likely, all entries that can be used in place, and there are some."""
+    """Return whether the page cache has, most likely, all entries that can be used in place, and there are some."""
     places = [there for entry in entries if (there := source.in_place(entry))]
     with ExitStack() as stack:
         files: dict[int, int] = {}
@@ -131,7 +131,7 @@ class InPlaceLoader(MappingLoader):
     def _filled(
         self, entries: Sequence[PageTensor], buffer: Bytes, pool: Executor | None = None
     ) -> dict[int, Placed]:
-        """The places of entries that are made ready in a buffer, one behind the other."""
+        """Return the places of entries that are made ready in a buffer, one behind the other."""
         ends = accumulate(aligned(entry.nbytes) for entry in entries)
         places = {
             entry.offset: Placed(buffer[(first := end - aligned(entry.nbytes)) : first + entry.nbytes], 0)
@@ -143,5 +143,5 @@ class InPlaceLoader(MappingLoader):
 
 
 def _nbytes(entries: Iterable[PageTensor]) -> int:
-    """Bytes of entries that are made ready in a buffer."""
+    """Return bytes of entries that are made ready in a buffer."""
     return sum(aligned(entry.nbytes) for entry in entries)

@@ -22,7 +22,7 @@ LOADING_NBYTES = 48 * 2**20  # bytes of buffers and of their values while rows a
 def open_unpacked_loader(
     source: TensorFiles, kind: Kind, threads: int, pages: Sequence[PagePlan], streamed: bool
 ) -> Loader[Page]:
-    """The loader of some pages of an unpacked model (see `Source.open_loader`).
+    """Return the loader of some pages of an unpacked model (see `Source.open_loader`).
 
     "auto" maps what stays if products can take some of it as it lies in the files: floats, for that costs nothing but
     reading them once, and quantised matrices if the page cache has them. What is streamed it reads past the page cache,

@@ -73,7 +73,7 @@ def place(
 
 
 def _runs_of(parsed: Parsed, extent: Extent, rows: int, groups: RowGroups) -> tuple[tuple[int, ...], int]:
-    """The rows of each matrix in a group of a tensor's rows, and how many groups there are."""
+    """Return the rows of each matrix in a group of a tensor's rows, and how many groups there are."""
     parts, known = len(parsed.roles), groups.get(parsed.roles)
     if known:
         if rows % sum(known):

@@ -56,13 +56,13 @@ class PaperSource:
         return TensorInfo(shape, kind, self._stored.name, nbytes)
 
     def plan(self, page: PageSpec, model: Inventory, place: Place) -> PagePlan:
-        """The page plan of a rank."""
+        """Return the page plan of a rank."""
         entries, nbytes = plan_entries(page.tensors, place, lambda key: self.tensors[key].type)
         name = page_name(page.kind, page.layer, page.expert)
         return PagePlan(name, entries, nbytes, page.layer, page.kind, expert=page.expert)
 
     def plan_experts(self, pages: Sequence[PageSpec], model: Inventory, place: Place) -> list[PagePlan]:
-        """The page plan of a rank for each of a layer's experts."""
+        """Return the page plan of a rank for each of a layer's experts."""
         return [self.plan(page, model, place) for page in pages]
 
     def extents(self) -> Iterator[tuple[Path, int, int]]:

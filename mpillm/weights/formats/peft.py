@@ -46,7 +46,7 @@ _BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def open_peft(path: Path, family: GgufFamily, config: dict[str, Any]) -> AdapterFiles:
-    """The adapter in a directory, for a model of `family` with this configuration; ModelError if it is none."""
+    """Return the adapter in a directory, for a model of `family` with this configuration; ModelError if it is none."""
     said = _read_config(path)
     if not os.path.exists(path / WEIGHTS):
         raise ModelError(f"{path} has no {WEIGHTS}; only adapters in safetensors files can be used.")
@@ -90,7 +90,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _pairs(file: MappedFile) -> dict[str, tuple[Extent, Extent]]:
-    """Both factors of each module, by its name in the model; ModelError if a tensor is no such factor."""
+    """Return both factors of each module, by its name in the model; ModelError if a tensor is no such factor."""
     found: dict[str, dict[str, Extent]] = {}
     for name, tensor in read_header(file).items():
         match = _FACTOR.fullmatch(name)
@@ -102,7 +102,7 @@ def _pairs(file: MappedFile) -> dict[str, tuple[Extent, Extent]]:
 
 
 def _what_else(name: str) -> str:
-    """The message about a tensor that is no factor of a linear layer."""
+    """Return the message about a tensor that is no factor of a linear layer."""
     if "lora_embedding" in name:
         return "adapts embeddings, which is not supported"
     if "lora_magnitude_vector" in name:
@@ -133,7 +133,7 @@ def _scale(said: Mapping[str, Any], module: str, rank: int, file: MappedFile) ->
 
 
 def _of_module(said: Mapping[str, Any], key: str, module: str, usual: Any) -> Any:
-    """The value of a table whose keys are regular expressions for the end of a module's name, as PEFT matches them."""
+    """Return the value of a table whose keys are regular expressions for the end of a module's name, as in PEFT."""
     table = said.get(key) or {}
     if not isinstance(table, Mapping):
         return None

@@ -43,7 +43,7 @@ class Raw:
         yield self.file, self.offset, self.nbytes
 
     def bytes(self) -> Bytes:
-        """The whole tensor as uint8 [first dimension, row bytes], mapped."""
+        """Return the whole tensor as uint8 [first dimension, row bytes], mapped."""
         return self.file.view(self.offset, self.nbytes).reshape(self.shape[0], -1)
 
     def rows(self, rows: Rows) -> Bytes:

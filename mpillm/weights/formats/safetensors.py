@@ -33,12 +33,12 @@ class SafetensorsTensor(NamedTuple):
 
 
 def read_header(file: MappedFile) -> dict[str, SafetensorsTensor]:
-    """The tensors of a file by name; ModelError if the library refuses the file."""
+    """Return the tensors of a file by name; ModelError if the library refuses the file."""
     return read_metadata(file)[0]
 
 
 def read_metadata(file: MappedFile) -> tuple[dict[str, SafetensorsTensor], dict[str, str]]:
-    """The tensors of a file by name, and what its writer says of them in `__metadata__`.
+    """Return the tensors of a file by name, and what its writer says of them in `__metadata__`.
 
     The library checks that tensors lie one behind the other, without gaps, from the header to the end of the file, each
     of the size that its shape and type make. It does not say where they lie, so the header is read once more here.

@@ -36,15 +36,15 @@ class Stored:
         return not self.own or self.type.quantised
 
     def row_bytes(self, k: int) -> int:
-        """Bytes of a row of k values in the file, which `fits` (checked when the file is opened)."""
+        """Return bytes of a row of k values in the file, which `fits` (checked when the file is opened)."""
         return -(-k // self.block) * self.block_bytes
 
     def working_row_bytes(self, k: int) -> int:
-        """Bytes that a row of k values takes while it is read; the library holds float32 values three times."""
+        """Return bytes that a row of k values takes while it is read; the library holds float32 values three times."""
         return self.row_bytes(k) if self.own else 4 * k * 4
 
     def fits(self, k: int) -> bool:
-        """Whether a row may have k values: whole blocks, but for scaled ones, which no file has and we fill up."""
+        """Return whether a row may have k values: whole blocks, but for scaled ones, which are filled up here."""
         return k % self.block == 0 or (self.own and self.type.scaled)
 
     def decode(self, raw: Bytes, k: int, threads: int) -> Floats:
@@ -95,7 +95,7 @@ _CODES = {
 
 @lru_cache(maxsize=128)
 def stored_in_gguf(code: int) -> Stored | None:
-    """The ggml type of that number; None if the gguf library does not know it or cannot decode it."""
+    """Return the ggml type of that number; None if the gguf library does not know it or cannot decode it."""
     if code in _CODES:
         return OWN[_CODES[code]]
     import gguf.quants

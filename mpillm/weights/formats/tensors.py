@@ -79,12 +79,12 @@ class TensorSource:
         return UNDER_WAY if packed else LOADING_NBYTES
 
     def extents(self) -> Iterator[tuple[Path, int, int]]:
-        """The place of all tensors in the files: file, offset and bytes."""
+        """Yield the place of all tensors in the files: file, offset and bytes."""
         for extent in self._extents.values():
             yield from ((file.path, offset, nbytes) for file, offset, nbytes in extent.lies())
 
     def read(self, key: Key, rows: range | None = None, cols: range | None = None, threads: int = 1) -> Bytes:
-        """Rows and columns of a matrix in canonical blocks of its type: uint8 [len(rows), row bytes of len(cols)].
+        """Return rows and columns of a matrix in its type's blocks: uint8 [len(rows), row bytes of len(cols)].
 
         Columns of a quantised matrix begin at a multiple of its type's block and end at one or at the last. The result
         may be a view of the mapped file (read-only): use it, then `release`.
@@ -109,7 +109,7 @@ class TensorSource:
         return out
 
     def rows_to_pack(self, key: Key, rows: range, cols: range) -> Rows:
-        """Rows and columns of a matrix as they lie in the file, not copied, if `kernels.pack` can take them so."""
+        """Return rows and columns of a matrix as in the file, not copied, if `kernels.pack` can take them so."""
         extent, type = self._extents[key], self.tensors[key].type
         stored, head = extent.stored, self.head_rows(key)
         if not _packed_as_stored(stored, type):
@@ -121,7 +121,7 @@ class TensorSource:
         return Rows(stored.type, _blocks(stored, raw, cols), head)
 
     def in_place(self, entry: PageTensor) -> StoredRows | None:
-        """The places of planned tensors that products can use as they are: whole rows in order; no expert in blocks."""
+        """Return the places of planned tensors that products use as stored: whole rows in order, no expert blocks."""
         extent, type = self._extents[entry.key], entry.type
         there = extent.at(entry.rows.start)
         unchanged = extent.stored.own and type == extent.stored.type
@@ -133,11 +133,11 @@ class TensorSource:
         return StoredRows(self.mapped.index(there[0]), there[1], entry.n * extent.row_bytes, extent.row_bytes)
 
     def in_file(self, entry: PageTensor) -> bool:
-        """Whether what is planned can be used where it lies in its file for good."""
+        """Return whether what is planned can be used where it lies in its file for good."""
         return entry.type.block == 1 and self.in_place(entry) is not None
 
     def head_rows(self, key: Key) -> int:
-        """Rows of a head of a matrix whose rows lie in llama.cpp's order; 0 for all others."""
+        """Return rows of a head of a matrix whose rows lie in llama.cpp's order; 0 for all others."""
         extent = self._extents[key]
         return extent.n // extent.rope_heads if extent.rope_heads else 0
 
@@ -157,7 +157,7 @@ class TensorSource:
         return result
 
     def floats(self, key: Key) -> Iterator[NDArray[Any]]:
-        """The values of a tensor as float32, piece by piece."""
+        """Yield the values of a tensor as float32, piece by piece."""
         extent = self._extents[key]
         if len(extent.shape) == 1:
             yield self.read_f32(key)
@@ -169,7 +169,7 @@ class TensorSource:
             self.release(key, rows)
 
     def plan(self, page: PageSpec, model: Inventory, place: Place) -> PagePlan:
-        """The page plan of a rank."""
+        """Return the page plan of a rank."""
         known = page, place.shard, place.shards
         if known not in self._plans:
             entries, nbytes = plan_entries(page.tensors, place, lambda key: self.tensors[key].type)
@@ -178,7 +178,7 @@ class TensorSource:
         return self._plans[known]
 
     def plan_experts(self, pages: Sequence[PageSpec], model: Inventory, place: Place) -> list[PagePlan]:
-        """The page plan of a rank for each of a layer's experts; most are equal to the first."""
+        """Return the page plan of a rank for each of a layer's experts; most are equal to the first."""
         known = pages[0], place.shard, place.shards
         if known in self._expert_plans:
             return self._expert_plans[known]
@@ -199,16 +199,16 @@ class TensorSource:
     def open_loader(
         self, kind: Kind, threads: int, pages: Sequence[PagePlan], streamed: bool
     ) -> Loader[Page]:
-        """The loader of some pages."""
+        """Return the loader of some pages."""
         return open_unpacked_loader(self, kind, threads, pages, streamed)
 
     def stored_rows(self, key: Key, rows: range) -> tuple[Stored, Bytes]:
-        """Rows of a matrix as they are stored, and how that is: for those that are to be stored again alike."""
+        """Return rows of a matrix as they are stored, and how that is: for those that are to be stored again alike."""
         extent = self._extents[key]
         return extent.stored, extent.rows(rows)
 
     def working_row_bytes(self, key: Key) -> int:
-        """Bytes that a row of a matrix takes while it is read, beside what is delivered."""
+        """Return bytes that a row of a matrix takes while it is read, beside what is delivered."""
         return self._extents[key].working_row_bytes
 
     def read_past_cache(self) -> None:
@@ -248,13 +248,13 @@ class TensorSource:
 
 
 def _packed_as_stored(stored: Stored, type: BlockType) -> bool:
-    """Whether `kernels.pack` makes matrices of a type of what is stored."""
+    """Return whether `kernels.pack` makes matrices of a type of what is stored."""
     same = stored.own and type.multiplied_as == stored.type
     return same or (stored.block == 1 and type in QUANTIZE.values())
 
 
 def _blocks(stored: Stored, raw: Bytes, cols: range) -> Bytes:
-    """The blocks of stored rows in which some columns lie; a view."""
+    """Return the blocks of stored rows in which some columns lie; a view."""
     first, stop = cols.start // stored.block, -(-cols.stop // stored.block)
     return raw[:, first * stored.block_bytes : stop * stored.block_bytes]
 

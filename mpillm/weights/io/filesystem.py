@@ -43,12 +43,12 @@ _MOST = 1024  # pieces that one pwritev(2) takes
 
 
 def network_kind(path: Path) -> str | None:
-    """The name of the network file system on which a file lies; None if it is a local one, or nobody knows."""
+    """Return the name of the network file system on which a file lies; None if it is a local one, or nobody knows."""
     return NETWORK.get(_type(path))
 
 
 def in_memory(path: Path) -> bool:
-    """Whether what is written there takes memory, and no disk."""
+    """Return whether what is written there takes memory, and no disk."""
     return _type(path) in IN_MEMORY
 
 
@@ -68,12 +68,12 @@ def madvise(address: int, nbytes: int, advice: int) -> None:
 
 
 def same_bytes(one: int, other: int, nbytes: int) -> bool:
-    """Whether the bytes from two addresses on are alike; other threads run meanwhile."""
+    """Return whether the bytes from two addresses on are alike; other threads run meanwhile."""
     return bool(_libc.memcmp(one, other, nbytes) == 0)
 
 
 def cached(descriptor: int, offset: int, nbytes: int) -> bool:
-    """Whether the page cache has both ends of these bytes of a file: then most likely all of them."""
+    """Return whether the page cache has both ends of these bytes of a file: then most likely all of them."""
     byte = bytearray(1)
     try:
         return all(
@@ -99,7 +99,7 @@ def map_cached(address: int, nbytes: int, sink: int) -> bool:
 
 
 def can_populate() -> bool:
-    """Whether this kernel knows MADV_POPULATE_READ."""
+    """Return whether this kernel knows MADV_POPULATE_READ."""
     try:
         madvise(0, 0, POPULATE_READ)
     except OSError as error:

@@ -58,7 +58,7 @@ def say_when_lost(who: str, model: Path) -> None:
 
 
 def mapped_at(address: int) -> str | None:
-    """The file that is mapped at an address of this process, if any."""
+    """Return the file that is mapped at an address of this process, if any."""
     try:
         with open("/proc/self/maps", "rb") as maps:
             for line in maps:

@@ -45,7 +45,7 @@ class MappedFile:
         self._descriptor = -1  # the descriptor that `pieces` uses
 
     def view(self, offset: int, nbytes: int) -> Bytes:
-        """Bytes of the file, not copied; valid until `close`."""
+        """Return bytes of the file, not copied; valid until `close`."""
         assert 0 <= offset <= offset + nbytes <= self.size
         return self.bytes[offset : offset + nbytes]
 
@@ -54,7 +54,7 @@ class MappedFile:
         self._direct = self._direct or DirectFile(self.path, self.size)
 
     def read(self, offset: int, nbytes: int) -> Bytes:
-        """Bytes of the file, read in one go: they are valid until `release`, and until this thread reads others."""
+        """Return bytes of the file, read in one go: valid until `release`, and until this thread reads others."""
         if self._direct:
             return self._direct.read(offset, nbytes)
         self._advise(mmap.MADV_WILLNEED, offset, nbytes)
@@ -103,6 +103,6 @@ class MappedFile:
 
 
 def _identity(descriptor: int) -> tuple[int, int]:
-    """The identity of an open file."""
+    """Return the identity of an open file."""
     status = os.fstat(descriptor)
     return status.st_dev, status.st_ino

@@ -53,7 +53,7 @@ class FilePlan:
     data_bytes: int
 
     def head(self, digest: str) -> bytes:
-        """The file's header; its length does not depend on the hash `digest` of the data."""
+        """Return the file's header; its length does not depend on the hash `digest` of the data."""
         metadata = self.header["__metadata__"] | {"sha256": digest}
         text = json.dumps(self.header | {"__metadata__": metadata}, separators=(",", ":")).encode()
         length = aligned(8 + len(text), PAGE) - 8
@@ -65,7 +65,7 @@ class FilePlan:
 
 
 def plan_files(source: TensorSource, model: Inventory, about: dict[str, str]) -> list[FilePlan]:
-    """All files of a model; each has the metadata `about`, which names its source."""
+    """Return all files of a model; each has the metadata `about`, which names its source."""
 
     def packed(page: PageSpec) -> PackedPage:
         panels = panels_of(page.tensors, model.max_shards, lambda key: source.tensors[key].type)
@@ -83,7 +83,7 @@ def plan_files(source: TensorSource, model: Inventory, about: dict[str, str]) ->
 
 
 def _experts(source: TensorSource, experts: Sequence[PageSpec], first: PackedPage) -> Iterator[PackedPage]:
-    """A layer's experts, all like the first one; ModelError if they are not of the same types."""
+    """Yield a layer's experts, all like the first one; ModelError if they are not of the same types."""
     for page in experts:
         for tensor, like in zip(page.tensors, experts[0].tensors, strict=True):
             if source.tensors[tensor.key].type != source.tensors[like.key].type:

@@ -79,7 +79,7 @@ class Writer:
         self.digests: dict[str, str] = {}
 
     def keep(self, plan: FilePlan) -> bool:
-        """Whether a sound file is there from an earlier run."""
+        """Return whether a sound file is there from an earlier run."""
         path = self._directory / plan.name
         if not os.path.exists(path) or path.stat().st_size != plan.nbytes:
             return False
@@ -154,7 +154,7 @@ class Writer:
     def _in_order(
         self, pieces: Iterator[tuple[FilePlan, Callable[[], PackedPiece]]]
     ) -> Iterator[tuple[FilePlan, PackedPiece]]:
-        """The results of the functions in order, MAKERS of which run at a time."""
+        """Yield the results of the functions in order, MAKERS of which run at a time."""
         waiting: deque[tuple[FilePlan, Future[PackedPiece]]] = deque()
         for plan, make in pieces:
             waiting.append((plan, self._makers.submit(make)))
@@ -197,7 +197,7 @@ class Writer:
         return made
 
     def _allocate(self, nbytes: int) -> PackedPiece:
-        """The smallest spare memory that is long enough, else new memory; then a spare one is freed for it."""
+        """Return the smallest spare memory that is long enough, else new memory; then a spare one is freed for it."""
         with self._lock:
             self._spare.sort(key=len)
             for number, memory in enumerate(self._spare):
@@ -246,7 +246,7 @@ class _GrowingFile:
 
 
 def grouped(page: PackedPage, data: Bytes) -> Iterator[list[tuple[PageTensor, Bytes]]]:
-    """The pieces of a page and their destinations in `data`, tensor by tensor, grouped by their rows."""
+    """Yield the pieces of a page and their destinations in `data`, tensor by tensor, grouped by their rows."""
     groups: dict[Key, dict[range, list[tuple[PageTensor, Bytes]]]] = {}
     begin = 0
     for panel in page.panels:
@@ -276,7 +276,7 @@ def _digest_in(path: Path) -> str:
 
 
 def _hash_of(path: Path, begin: int) -> str:
-    """The hash of a file's data, which begins at `begin`."""
+    """Return the hash of a file's data, which begins at `begin`."""
     digest, buffer = hashlib.sha256(), bytearray(CHUNK)
     with path.open("rb", buffering=0) as file:
         file.seek(begin)

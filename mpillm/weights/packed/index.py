@@ -81,7 +81,7 @@ def tensor_of(row: dict[str, Any]) -> tuple[Key, TensorInfo]:
 
 @functools.lru_cache(1 << 14)
 def _parsed(name: str) -> Parsed | None:
-    """The key of a tensor. Each panel of the tensor asks for it, twice at a start."""
+    """Return the key of a tensor. Each panel of the tensor asks for it, twice at a start."""
     return USUAL.parse_hf(name)
 
 

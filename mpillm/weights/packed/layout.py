@@ -45,7 +45,7 @@ class Panel:
 
 
 def panels_of(tensors: Sequence[TensorSpec], count: int, type_of: Callable[[Key], BlockType]) -> list[Panel]:
-    """The panels in which these tensors are stored: `count` is the model's largest number of shards."""
+    """Return the panels in which these tensors are stored: `count` is the model's largest number of shards."""
     panels = []
     for number in range(count):
         pieces: list[Piece] = []
@@ -68,7 +68,7 @@ def panels_of(tensors: Sequence[TensorSpec], count: int, type_of: Callable[[Key]
 
 
 def shard_extent(panels: list[Panel], place: Place) -> tuple[tuple[PageTensor, ...], int, int]:
-    """The part of these panels that a rank takes: its entries, and the offset and size of their bytes."""
+    """Return the part of these panels that a rank takes: its entries, and the offset and size of their bytes."""
     each = len(panels) // place.shards
     first = place.shard * each
     begin = sum(panel.nbytes for panel in panels[:first])
@@ -82,19 +82,19 @@ def shard_extent(panels: list[Panel], place: Place) -> tuple[tuple[PageTensor, .
 
 
 def panel_name(kind: str, layer: int, number: int) -> str:
-    """The name in a safetensors file of a panel's bytes, or of all experts'."""
+    """Return the name in a safetensors file of a panel's bytes, or of all experts'."""
     if kind == EXPERT:
         return f"layers.{layer}.experts"
     return f"head.panel.{number}" if kind == HEAD else f"layers.{layer}.{kind}.panel.{number}"
 
 
 def layer_file(layer: int) -> str:
-    """The file of a layer's parts."""
+    """Return the file of a layer's parts."""
     return f"layer-{layer:05d}.safetensors"
 
 
 def piece_records(panels: list[Panel], kind: str, layer: int) -> Iterator[dict[str, Any]]:
-    """The panels' pieces for the file's metadata: all that another reader needs to find its way."""
+    """Yield the panels' pieces for the file's metadata: all that another reader needs to find its way."""
     begin = 0
     for panel in panels:
         for piece in panel.pieces:

@@ -26,7 +26,7 @@ from mpillm.weights.plan import PagePlan
 def open_packed_loader(
     path: Path, files: Sequence[StoredFile], kind: Kind, pages: Sequence[PagePlan], streamed: bool
 ) -> Loader[Page]:
-    """The loader of some pages of the packed model at `path` (see `Source.open_loader`); JobError if it cannot be had.
+    """Return the loader of some pages of the packed model at `path` (see `Source.open_loader`); JobError if impossible.
 
     "auto" maps what stays. What is streamed it reads past the page cache, and what comes over a network, always.
     """

@@ -24,7 +24,7 @@ Groups = list[Sequence[tuple[PageTensor, Bytes]]]
 
 
 def too_narrow(plans: Iterable[FilePlan]) -> set[Key]:
-    """The matrices whose pieces would not have fewer bytes than those of the type that they are multiplied as."""
+    """Return the matrices whose pieces would not have fewer bytes than those of their products' type."""
     coded: dict[Key, int] = {}
     plain: dict[Key, int] = {}
     for entry in _coded_entries(plans):
@@ -34,7 +34,7 @@ def too_narrow(plans: Iterable[FilePlan]) -> set[Key]:
 
 
 def kept_before(folder: Path, plans: Iterable[FilePlan]) -> set[Key]:
-    """The matrices planned as a coded type that the files of an earlier run have as another one."""
+    """Return the matrices planned as a coded type that the files of an earlier run have as another one."""
     found: set[Key] = set()
     for plan in plans:
         path, coded = folder / plan.name, {entry.key for entry in _coded_entries([plan])}
@@ -49,7 +49,7 @@ def kept_before(folder: Path, plans: Iterable[FilePlan]) -> set[Key]:
 
 
 def misfits(source: TensorSource, plan: FilePlan, threads: int) -> set[Key]:
-    """The matrices planned as a coded type that it cannot hold, of one file. Reads and packs all of them."""
+    """Return the matrices planned as a coded type that it cannot hold, of one file. Reads and packs all of them."""
     found: set[Key] = set()
     with ThreadPoolExecutor(threads + REQUESTS, "misfits") as pool:
         for page in plan.pages:
@@ -66,7 +66,7 @@ def misfits(source: TensorSource, plan: FilePlan, threads: int) -> set[Key]:
 
 
 def _coded_entries(plans: Iterable[FilePlan]) -> Iterator[PageTensor]:
-    """The pieces of coded types; of experts that are alike the first one's."""
+    """Yield the pieces of coded types; of experts that are alike the first one's."""
     for plan in plans:
         for page in plan.pages:
             if page.expert <= 0:

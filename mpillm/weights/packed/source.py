@@ -89,13 +89,13 @@ class PackedSource:
         self._embed = os.open(self._embed_file.path, os.O_RDONLY | os.O_CLOEXEC)
 
     def extents(self) -> Iterator[tuple[Path, int, int]]:
-        """The place of all panels in the files: file, offset and bytes."""
+        """Yield the place of all panels in the files: file, offset and bytes."""
         for file in self.packed_files:
             for panel in file.panels.values():
                 yield file.path, panel.offset, panel.nbytes
 
     def plan(self, page: PageSpec, model: Inventory, place: Place) -> PagePlan:
-        """The page plan of a rank: one run of bytes. ModelError if the layout is not that of this version."""
+        """Return the page plan of a rank: one run of bytes. ModelError if the layout is not that of this version."""
         panels = panels_of(page.tensors, model.max_shards, lambda key: self.tensors[key].type)
         number, begin = self._find(page.kind, page.layer, panels, [(panel.nbytes,) for panel in panels])
         entries, offset, nbytes = shard_extent(panels, place)
@@ -103,7 +103,7 @@ class PackedSource:
         return PagePlan(name, entries, nbytes, page.layer, page.kind, number, begin + offset)
 
     def plan_experts(self, pages: Sequence[PageSpec], model: Inventory, place: Place) -> list[PagePlan]:
-        """The page plan of a rank for each of a layer's experts: one run of bytes."""
+        """Return the page plan of a rank for each of a layer's experts: one run of bytes."""
         layer = pages[0].layer
         panels = panels_of(pages[0].tensors, model.max_shards, lambda key: self.tensors[key].type)
         whole = sum(panel.nbytes for panel in panels)
@@ -126,7 +126,7 @@ class PackedSource:
     def _find(
         self, kind: str, layer: int, panels: list[Panel], shapes: Sequence[tuple[int, ...]]
     ) -> tuple[int, int]:
-        """The file's number and where the panels begin in it, if they have these shapes; else a ModelError."""
+        """Return the file's number and where the panels begin in it, if they have these shapes; else a ModelError."""
         names = [panel_name(kind, layer, number) for number in range(len(shapes))]
         number = self._where.get(names[0], -1)
         file = self.packed_files[number]
@@ -152,11 +152,11 @@ class PackedSource:
     def open_loader(
         self, kind: Kind, threads: int, pages: Sequence[PagePlan], streamed: bool
     ) -> Loader[Page]:
-        """The loader of some pages; JobError if this system does not let it map files."""
+        """Return the loader of some pages; JobError if this system does not let it map files."""
         return open_packed_loader(self.path, self.packed_files, kind, pages, streamed)
 
     def read_f32(self, key: Key, rows: range | NDArray[np.integer[Any]] | None = None) -> Floats:
-        """Rows of the embedding table, as precise as they are stored: f32 [m, k]. Each is read from the file."""
+        """Return rows of the embedding table, as precise as they are stored: f32 [m, k]. Each is read from the file."""
         if key != Key(EMBED):
             raise ModelError(
                 f"{self.path} is packed, and {tensor_name(key)} cannot be read on its own; run the "
@@ -171,7 +171,7 @@ class PackedSource:
         return stored.decode(read_pieces(self._embed, file.path, offsets, nbytes), k, threads=1)
 
     def floats(self, key: Key) -> Iterator[NDArray[Any]]:
-        """The values of a tensor, or the scales of its blocks, piece by piece."""
+        """Yield the values of a tensor, or the scales of its blocks, piece by piece."""
         if key == Key(EMBED):
             for first in range(0, self.tensors[key].shape[0], ROWS):
                 yield self.read_f32(key, range(first, min(first + ROWS, self.tensors[key].shape[0])))
@@ -248,7 +248,7 @@ class PackedSource:
 
 
 def _runs(type: BlockType, row: dict[str, Any]) -> Iterator[tuple[int, int, int]]:
-    """The parts of a piece that lie one behind the other: columns, bytes, bytes that belong together."""
+    """Yield the parts of a piece that lie one behind the other: columns, bytes, bytes that belong together."""
     if not type.coded and not type.whole:
         unit = PACKED[type].itemsize if type.block > 1 else type.block_bytes
         yield 0, row["nbytes"], unit
@@ -260,7 +260,7 @@ def _runs(type: BlockType, row: dict[str, Any]) -> Iterator[tuple[int, int, int]
 
 
 def _floats(type: BlockType, packed: NDArray[np.uint8], columns: int) -> Iterator[NDArray[Any]]:
-    """The values of kernel-ready bytes (some types have tiles of `columns` columns), or the scales of their blocks."""
+    """Yield the values of kernel-ready bytes (some types have tiles of `columns` columns), or their blocks' scales."""
     if type.coded:
         rows = decode_panel(packed, packed.nbytes // tile_nbytes(type, columns) * TILE_ROWS, columns)
         yield rows.view(FLOATS[type.multiplied_as])
@@ -274,7 +274,7 @@ def _floats(type: BlockType, packed: NDArray[np.uint8], columns: int) -> Iterato
 
 
 def open_packed(path: Path, quantize: str) -> PackedSource:
-    """The model in a packed directory; ModelError if it is not complete or not sound."""
+    """Return the model in a packed directory; ModelError if it is not complete or not sound."""
     if quantize != "none":
         raise JobError(
             f'quantize = "{quantize}" is for unquantised models, but {path} is packed already; leave quantize = '

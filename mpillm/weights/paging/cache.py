@@ -174,7 +174,7 @@ class WeightCache(Pager[T]):
         return self._slots[page]
 
     def _free_at_best(self) -> int:
-        """Bytes for one more streamed page if every page that is not in use is evicted."""
+        """Return bytes for one more streamed page if every page that is not in use is evicted."""
         used = [other for other, slot in self._slots.items() if slot.users and other not in self.fixed]
         return self.budget - self._fixed_bytes - sum(self._charged[other] for other in used)
 
@@ -191,7 +191,7 @@ class WeightCache(Pager[T]):
             self._wake_threads()
 
     def _choose(self) -> tuple[int, list[int]] | None:
-        """The page that a use waits for, else the next ones of the cycle as far as the budget allows."""
+        """Return the page that a use waits for, else the next ones of the cycle as far as the budget allows."""
         if self._wanted is not None and self._wanted not in self._slots:
             victims = self._victims(self._wanted)
             return None if victims is None else (self._wanted, victims)
@@ -208,7 +208,7 @@ class WeightCache(Pager[T]):
         return None
 
     def _victims(self, page: int) -> list[int] | None:
-        """The pages to evict for a page; None if it cannot be loaded now, or is needed later than they are."""
+        """Return the pages to evict for a page; None if it cannot be loaded now, or is needed later than they are."""
         if page in self.fixed:
             return []  # the bytes of the page are reserved
         size, free = self._charged[page], self.budget - self._fixed_bytes
@@ -239,17 +239,17 @@ class WeightCache(Pager[T]):
         return (False, slot.last_use) if slot.used else (True, -self._distance(page))
 
     def _distance(self, page: int) -> int:
-        """The number of uses before this page's, if the cycle goes on."""
+        """Return the number of uses before this page's, if the cycle goes on."""
         return (page - self._cursor - 1) % len(self.pages)
 
 
 def minimum_budget(pages: Sequence[PagePlan]) -> int:
-    """The minimum budget of a cache of these pages, in bytes: a page in use and the next one being loaded."""
+    """Return the minimum budget of a cache of these pages, in bytes: a page in use and the next one being loaded."""
     return _largest_pair([page.nbytes for page in pages])
 
 
 def fixed_part(pages: Sequence[PagePlan], budget: int) -> frozenset[int]:
-    """The pages that stay for good; any two neighbouring ones of the others fit into the rest of the budget.
+    """Return the pages that stay for good; any two neighbouring ones of the others fit into the rest of the budget.
 
     Large pages are fixed first, because streaming them would need a large rest. Pages of one size are spread evenly
     over the cycle, so that a streamed page is loaded while a fixed one is used. If the budget allows, the rest has room
@@ -264,7 +264,7 @@ def fixed_part(pages: Sequence[PagePlan], budget: int) -> frozenset[int]:
 
 
 def _fixed(sizes: Sequence[int], budget: int, needed: Callable[[Sequence[int]], int]) -> set[int]:
-    """The pages that stay for good; `needed` says how much room the others take."""
+    """Return the pages that stay for good; `needed` says how much room the others take."""
     fixed: set[int] = set()
     for page in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i * _GOLDEN % 1.0)):
         with_it = fixed | {page}
@@ -278,12 +278,12 @@ def _others(sizes: Sequence[int], pages: Container[int]) -> list[int]:
 
 
 def _largest_twice(sizes: Sequence[int]) -> int:
-    """Bytes of two buffers for any of these pages, or of one if there is one page."""
+    """Return bytes of two buffers for any of these pages, or of one if there is one page."""
     return max(sizes, default=0) * min(2, len(sizes))
 
 
 def _largest_pair(sizes: Sequence[int]) -> int:
-    """The maximum size of two neighbours in the cycle."""
+    """Return the maximum size of two neighbours in the cycle."""
     if len(sizes) < 2:
         return sum(sizes)
     return max(size + sizes[(i + 1) % len(sizes)] for i, size in enumerate(sizes))

@@ -186,7 +186,7 @@ class ExpertCache(Pager[T]):
                 self._changed.notify_all()
 
     def _choose(self) -> tuple[int, list[int]] | None:
-        """The first missing page of the queue, else the next page that is loaded without being asked for."""
+        """Return the first missing page of the queue, else the next page that is loaded without being asked for."""
         for place, page in enumerate(self._queue):
             if page not in self._slots:
                 victims = self._victims(page, place)
@@ -200,7 +200,7 @@ class ExpertCache(Pager[T]):
         return (self._ahead, []) if self._ahead < len(self.pages) else None
 
     def _least_needed(self, page: int, needed: Sequence[int] = ()) -> tuple[list[int], bool]:
-        """The pages to evict for a page, none of those `needed`; whether they are enough."""
+        """Return the pages to evict for a page, none of those `needed`; whether they are enough."""
         free, size = self.budget - self.counters.held, self._charged[page]
         victims = list[int]()
         if free >= size:
@@ -214,7 +214,7 @@ class ExpertCache(Pager[T]):
         return victims, free >= size
 
     def _victims(self, page: int, place: int) -> list[int] | None:
-        """The pages to evict for the page at this place of the queue; None if others must be used before."""
+        """Return the pages to evict for the page at this place of the queue; None if others must be used before."""
         victims, enough = self._least_needed(page)
         if enough:
             return victims
@@ -245,5 +245,5 @@ class ExpertCache(Pager[T]):
 
 
 def minimum_budget(pages: Sequence[PagePlan]) -> int:
-    """The minimum budget of a cache of these experts, in bytes: one in use, and the next one being loaded."""
+    """Return the minimum budget of a cache of these experts, in bytes: one in use, and the next one being loaded."""
     return sum(sorted(page.nbytes for page in pages)[-2:])

@@ -33,7 +33,7 @@ class Loader(Protocol[Loaded_co]):
     takes_any_buffer: bool  # whether pages may be loaded to memory that `allocate` did not return
 
     def allocate(self, plan: PagePlan, dropped: list[Bytes]) -> Bytes:
-        """A buffer for a page; it may be one of the buffers of pages that have just been dropped."""
+        """Return a buffer for a page; it may be one of the buffers of pages that have just been dropped."""
 
     def load(self, plan: PagePlan, buffer: Bytes) -> Loaded_co:
         """Fill the page's buffer, and return what users of the page get."""
@@ -155,11 +155,11 @@ class Pager(Generic[T]):
             self._charged[page] = nbytes
 
     def _allocate(self, page: int, dropped: list[Bytes]) -> Bytes:
-        """A buffer for a page: new, or one of those just dropped; it may be longer than the page."""
+        """Return a buffer for a page: new, or one of those just dropped; it may be longer than the page."""
         return self._loader.allocate(self.pages[page], dropped)
 
     def _choose(self) -> tuple[int, list[int]] | None:
-        """The page to load now and the pages to evict for it; None if nothing can be loaded."""
+        """Return the page to load now and the pages to evict for it; None if nothing can be loaded."""
         raise NotImplementedError
 
     def _on_loaded(self, page: int) -> None:
@@ -175,7 +175,7 @@ class Pager(Generic[T]):
         return hit
 
     def _settled(self, page: int) -> bool:
-        """Whether there is nothing to wait for: the page is loaded, or never will be."""
+        """Return whether there is nothing to wait for: the page is loaded, or never will be."""
         slot = self._slots.get(page)
         return self._error is not None or self._closed or (slot is not None and slot.page is not None)
 

@@ -113,25 +113,25 @@ def check_budget(plans: Sequence[PagePlan], budget: int) -> None:
 
 
 def split(plans: Sequence[PagePlan]) -> tuple[list[PagePlan], list[PagePlan]]:
-    """The pages that every step uses, and the experts."""
+    """Return the pages that every step uses, and the experts."""
     return [page for page in plans if page.expert < 0], [page for page in plans if page.expert >= 0]
 
 
 def minimum_budget(plans: Sequence[PagePlan]) -> int:
-    """The minimum budget of these pages, in bytes."""
+    """Return the minimum budget of these pages, in bytes."""
     common, mixture = split(plans)
     return cache.minimum_budget(common) + experts.minimum_budget(mixture)
 
 
 def budgets(plans: Sequence[PagePlan], budget: int) -> tuple[int, int]:
-    """The budgets of the pages that every step uses and of the experts: the former come first, being used more."""
+    """Return the budgets of the pages that every step uses and of the experts; the former, used more, come first."""
     common, mixture = split(plans)
     for_common = min(_nbytes(common), budget - experts.minimum_budget(mixture))
     return for_common, budget - for_common
 
 
 def streamed(plans: Sequence[PagePlan], budget: int | None, policy: Policy) -> int:
-    """Bytes that a step loads again if its tokens choose every expert."""
+    """Return bytes that a step loads again if its tokens choose every expert."""
     total = _nbytes(plans)
     if budget is None or total <= budget or budget < minimum_budget(plans):
         return 0
@@ -143,7 +143,7 @@ def streamed(plans: Sequence[PagePlan], budget: int | None, policy: Policy) -> i
 
 
 def beyond_budget(plans: Sequence[PagePlan], budget: int | None, policy: Policy) -> int:
-    """Bytes, at most, that buffers of one size take beyond the budget: each cache's end with a whole huge page."""
+    """Return bytes, at most, that buffers of one size take beyond the budget: a cache ends with a whole huge page."""
     if budget is None or not streamed(plans, budget, policy):
         return 0
     found = 0
@@ -155,7 +155,7 @@ def beyond_budget(plans: Sequence[PagePlan], budget: int | None, policy: Policy)
 
 
 def streamed_page(plans: Sequence[PagePlan], budget: int | None, policy: Policy) -> float:
-    """The average bytes of the pages that every step loads again; of all pages if none is."""
+    """Return the average bytes of the pages that every step loads again; of all pages if none is."""
     again = list(plans)
     if streamed(plans, budget, policy) and budget is not None:
         common, mixture = split(plans)
@@ -167,7 +167,7 @@ def streamed_page(plans: Sequence[PagePlan], budget: int | None, policy: Policy)
 
 
 def streamed_experts(plans: Sequence[PagePlan], budget: int | None) -> int:
-    """The experts' part of `streamed`."""
+    """Return the experts' part of `streamed`."""
     if budget is None or budget < minimum_budget(plans):
         return 0
     _, mixture = split(plans)

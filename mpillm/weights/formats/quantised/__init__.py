@@ -43,7 +43,7 @@ class _None:
 
 
 def method_of(config: Any, path: str | Path) -> Method | _None:
-    """The method of a checkpoint; ModelError if it is not supported, before any tensor is read.
+    """Return the method of a checkpoint; ModelError if it is not supported, before any tensor is read.
 
     `path` is what messages call the checkpoint.
     """

@@ -22,7 +22,7 @@ class Method:
         self.config, self.path = config, path
 
     def take(self, tensors: dict[str, Raw]) -> Iterator[tuple[str, Recipe]]:
-        """The names and recipes of quantised matrices, whose tensors are removed; ModelError if one is missing."""
+        """Return names and recipes of quantised matrices, and remove their tensors; ModelError if one is missing."""
         raise NotImplementedError
 
     def part(self, tensors: dict[str, Raw], name: str) -> Raw:
@@ -46,7 +46,7 @@ class Method:
             )
 
     def groups_of(self, columns: int, count: int, scales: Raw, index: Raw | None = None) -> Ints | None:
-        """The group of each column, None if groups follow one another; ModelError if there are no `count` groups.
+        """Return the group of each column, None if groups follow one another; ModelError if there are not `count`.
 
         `index`, if there is one, names the group of each column; `scales` has one for each group.
         """

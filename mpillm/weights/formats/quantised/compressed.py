@@ -129,11 +129,11 @@ class CompressedMethod(Method):
         )
 
     def _weights(self) -> Iterator[dict[str, Any]]:
-        """The configuration of the weights of each group of layers."""
+        """Return the configuration of the weights of each group of layers."""
         return self._of_groups("weights")
 
     def _int8_activations(self) -> bool:
-        """Whether activations of some layers are rounded to int8; scales that are kept for these are dropped."""
+        """Return whether activations of some layers are rounded to int8; scales that are kept for these are dropped."""
         return any(
             part.get("num_bits") == 8 and part.get("type", "int") == "int"
             for part in self._of_groups("input_activations")
@@ -147,7 +147,7 @@ class CompressedMethod(Method):
                 yield part
 
     def _bits(self, q: Raw, words: int, k: int) -> int:
-        """The bits of each of k numbers that take `words` words; where several are possible, the configuration's."""
+        """Return the bits of each of k numbers in `words` words; if several are possible, the configuration's."""
         fitting = [bits for bits in range(2, 9) if -(-k * bits // 32) == words]
         integers = [weights.get("num_bits") for weights in self._weights() if weights.get("type") != "float"]
         said = [bits for bits in fitting if bits in integers]

@@ -71,7 +71,7 @@ class Nvfp4:
 
 
 def nvfp4(method: Method, values: Raw, scales: Raw, whole: Raw, divides: bool) -> Nvfp4:
-    """The recipe of NVFP4; ModelError if its tensors do not go together."""
+    """Return the recipe of NVFP4; ModelError if its tensors do not go together."""
     rows, half = (*values.shape, 0)[:2]
     method.check(values, ("U8",), (rows, half))
     method.check(scales, ("F8_E4M3",), (rows, 2 * half // NVFP4_BLOCK))
@@ -184,7 +184,7 @@ class BitsAndBytesMethod(Method):
         return Nf4(values, table, scales, nested, state["blocksize"], (n, k))
 
     def _state(self, mark: Raw) -> Mapping[str, Any]:
-        """The notes of bitsandbytes on a matrix, as JSON in a tensor of bytes."""
+        """Return the notes of bitsandbytes on a matrix, as JSON in a tensor of bytes."""
         try:
             state = json.loads(mark.file.view(mark.offset, mark.nbytes).tobytes())
             n, k = state["shape"]

@@ -68,7 +68,7 @@ class Float8:
 
 
 def float8(method: Method, values: Raw, scales: Raw, given: Sequence[tuple[int, int]]) -> Float8:
-    """The recipe of e4m3 numbers, whose scales' shape says what has one; ModelError if it says nothing sensible.
+    """Return the recipe of e4m3 numbers, whose scales' shape says what has one; ModelError if it says nothing sensible.
 
     `given` are the blocks that the configuration names. Bytes are exponents (MXFP8).
     """
@@ -105,7 +105,7 @@ class Float8Method(Method):
 
 
 def block_of(method: Method, given: object) -> tuple[int, int]:
-    """The rows and columns of a block, 128 of both if the configuration says nothing."""
+    """Return the rows and columns of a block, 128 of both if the configuration says nothing."""
     if given is None:
         return 128, 128
     if not isinstance(given, list) or len(given) != 2 or not all(type(x) is int and x > 0 for x in given):
@@ -118,7 +118,7 @@ def block_of(method: Method, given: object) -> tuple[int, int]:
 def take_float8(
     method: Method, tensors: dict[str, Raw], *blocks: tuple[int, int]
 ) -> Iterator[tuple[str, Recipe]]:
-    """All matrices in e4m3, with their scales; the activations' scales are for those who round these too."""
+    """Yield all matrices in e4m3, with their scales; the activations' scales are for those who round these too."""
     for name in [name for name, raw in tensors.items() if raw.dtype == "F8_E4M3" and len(raw.shape) > 1]:
         scale = next(
             (name + end for end in ("_scale_inv", "_scale") if name + end in tensors), f"{name}_scale"

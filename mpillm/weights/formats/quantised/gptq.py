@@ -79,7 +79,7 @@ class Grouped:
         return integer_blocks(self.stored.type, self.bits, q, scales, own, self.groups)
 
     def _rows_of(self, raw: Raw, index: NDArray[np.integer[Any]], down: bool) -> NDArray[np.uint8]:
-        """Numbers of some rows of W: [columns or groups, len(index)]; `down`: words hold columns."""
+        """Return numbers of some rows of W: [columns or groups, len(index)]; `down`: words hold columns."""
         words = raw.bytes().view(np.int32)
         if down:
             taken = np.ascontiguousarray(words[:, index].T)
@@ -145,7 +145,7 @@ class GptqMethod(Method):
         return self.config.get("sym") is True
 
     def less_one(self) -> bool:
-        """Whether zeros are stored less 1; ModelError if numbers are packed in another order."""
+        """Return whether zeros are stored less 1; ModelError if numbers are packed in another order."""
         found = self.config.get("checkpoint_format") or "gptq"
         if found not in ("gptq", "gptq_v2") or self.config.get("is_marlin_format"):
             raise ModelError(
@@ -154,7 +154,7 @@ class GptqMethod(Method):
         return found == "gptq"
 
     def sizes(self, bits: int, q: Raw, zeros: Raw, scales: Raw) -> tuple[int, int]:
-        """The bits of numbers, and columns of the matrix; ModelError if shapes do not go together."""
+        """Return the bits of numbers, and columns of the matrix; ModelError if shapes do not go together."""
         self.check(q, ("I32",), (*q.shape[:1], *q.shape[1:2]))
         rows, count = q.shape[1], scales.shape[0]
         # Some layers may have other bits than the configuration says of most.

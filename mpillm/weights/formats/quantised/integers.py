@@ -30,7 +30,7 @@ from mpillm.weights.formats.stored import OWN, Bytes, Floats, Stored
 
 
 def integer_type(bits: int, zeros: bool, columns: int) -> BlockType:
-    """The type of blocks that hold such integers, with zeros of their own or without.
+    """Return the type of blocks that hold such integers, with zeros of their own or without.
 
     `columns` share a scale, one after the other; F16 if a block would need several scales (0 columns: in any order), or
     if what is left of 8 bits without a zero would need 9.
@@ -59,7 +59,7 @@ def integer_blocks(
     zeros: Ints | None = None,
     groups: Ints | None = None,
 ) -> Bytes:
-    """Rows of W[o, i] = scales[o, g] * (q[o, i] - zeros[o, g]), where g is the group of column i.
+    """Return rows of W[o, i] = scales[o, g] * (q[o, i] - zeros[o, g]), where g is the group of column i.
 
     `q` [n, k] of 0 to 2^bits - 1, `scales` and `zeros` [n, groups]; without zeros these are all half of the range.
     Groups are neighbouring columns unless `groups` [k] tells them.
@@ -80,7 +80,7 @@ def integer_blocks(
 
 
 def _by_block(values: Floats, columns: int) -> Floats:
-    """The value of each group of `columns`, for each block of it."""
+    """Return the value of each group of `columns`, for each block of it."""
     repeated: Floats = np.repeat(values, columns // QUANT_BLOCK, axis=1)
     return repeated
 
@@ -169,7 +169,7 @@ def exponents_of(raw: Bytes) -> Floats:
 
 
 def by_row(values: NDArray[Any]) -> NDArray[Any]:
-    """The values of rows, or the value of all of them together, as [rows or 1, groups]."""
+    """Return the values of rows, or the value of all of them together, as [rows or 1, groups]."""
     return values if values.ndim == 2 else values.reshape(-1, 1)
 
 

@@ -37,7 +37,7 @@ class QuarkMethod(Method):
         self.drop(tensors, ".weight_zero_point", ".input_zero_point", ".output_zero_point", ".input_scale_2")
 
     def _recipe(self, tensors: dict[str, Raw], name: str, weights: list[Mapping[str, Any]]) -> Recipe | None:
-        """The recipe of a matrix, whose tensors are removed from the others; None for floats and FP8."""
+        """Return the recipe of a matrix, whose tensors are removed from the others; None for floats and FP8."""
         values = tensors[name]
         if len(values.shape) != 2 or values.dtype not in ("I8", "I32", "U8"):
             return None
@@ -92,7 +92,7 @@ class QuarkMethod(Method):
         )
 
     def _weights(self) -> Iterator[Mapping[str, Any]]:
-        """The configuration of the weights: of all, of layers, and of kinds of layers."""
+        """Yield the configuration of the weights: of all, of layers, and of kinds of layers."""
         tables = [self.config.get("global_quant_config")]
         for key in ("layer_quant_config", "layer_type_quant_config"):
             layers = self.config.get(key)

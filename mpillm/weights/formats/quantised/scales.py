@@ -36,23 +36,23 @@ def stored_as(name: str, type: BlockType) -> Stored:
 
 
 def array_of(raw: Raw) -> NDArray[Any]:
-    """A small tensor, in its own type."""
+    """Return a small tensor, in its own type."""
     flat: NDArray[Any] = raw.file.view(raw.offset, raw.nbytes).copy().view(_DTYPES[raw.dtype])
     return flat.reshape(raw.shape)
 
 
 def floats_of(raw: Raw) -> Floats:
-    """A small tensor as float32."""
+    """Return a small tensor as float32."""
     return array_of(raw).astype(np.float32)
 
 
 def indices(rows: Rows) -> NDArray[np.integer[Any]]:
-    """Rows as an array."""
+    """Return rows as an array."""
     return np.arange(rows.start, rows.stop, rows.step) if isinstance(rows, range) else rows
 
 
 def unpacked(words: Ints, bits: int) -> NDArray[np.uint8]:
-    """The numbers in 32-bit words [..., w], lowest bits first: [..., w * 32 / bits]; those of 3 bits cross words."""
+    """Return the numbers in 32-bit words [..., w], lowest bits first: [..., w * 32 / bits]; 3-bit ones cross words."""
     plain = words.view(np.uint32)
     if 32 % bits == 0:
         values = plain[..., None] >> np.arange(0, 32, bits, dtype=np.uint32) & np.uint32(2**bits - 1)
@@ -66,7 +66,7 @@ def unpacked(words: Ints, bits: int) -> NDArray[np.uint8]:
 
 
 def to_f16(values: Floats) -> Bytes:
-    """Rows of F16."""
+    """Return rows of F16."""
     with np.errstate(over="ignore", invalid="ignore"):
         return np.ascontiguousarray(values.astype(np.float16)).view(np.uint8)
 
