@@ -1,4 +1,4 @@
-"""`mpillm launch` on the command line: a supervisor that starts mpiexec for a run, and mpiexec for other commands."""
+"""`mpillm launch` on the command line: mpiexec is started again and again for a run, and once for other commands."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def run(
     read: Callable[[list[str]], Spec],
     started: Launch | None,
 ) -> int:
-    """Start the ranks and return the exit code, or become mpiexec for a chat.
+    """Start the ranks and return the exit code.
 
     `check` parses the words after `launch`, and `read` makes a job of them. `started` says what has started this
     process as one of several.
@@ -95,12 +95,10 @@ def run(
         if command != ["run"]:
             check(words)
             hosts = reach.answering(settings, _say)
-            if command == ["chat"]:
-                sys.stderr.flush()
-                mpiexec.become(library(), settings, hosts, program)
-            # Without requests a server would not notice that it has lost a rank.
-            survivors = command != ["serve"]
-            return once(library(), settings, hosts, program, survivors, _say, Remarks(_show, _show_error))
+            sys.stdout.flush()
+            return once(
+                library(), settings, hosts, program, _say, Remarks(_show, _show_error), command == ["chat"]
+            )
         return Supervisor(read(words), library(), settings, program, _say, _show, _show_error).run()
     except MpillmError as error:
         _say(str(error))

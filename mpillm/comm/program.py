@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 from mpillm.comm import deadline, ending, faults, launch
 from mpillm.comm.faults import RankLost
 from mpillm.comm.meeting import Meeting, initialise
+from mpillm.comm.mpich import unlink_shared_memory
 from mpillm.comm.openmpi import starting
 from mpillm.comm.running import run
 from mpillm.comm.world import World, say
@@ -74,7 +75,10 @@ def start() -> World:
             meeting.over()
         _refuse(loaded, started)
     try:
-        return World(mpi.COMM_WORLD.Dup(), meeting)
+        world = World(mpi.COMM_WORLD.Dup(), meeting)
+        if loaded.name == "MPICH":
+            unlink_shared_memory()
+        return world
     except (mpi.Exception, RankLost):
         if not faults.survivable(os.environ):
             raise

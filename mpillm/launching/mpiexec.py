@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import psutil
 
@@ -63,15 +62,19 @@ def command(
     return [*words, *settings.mpi_options, "-n", str(ranks)]
 
 
-def start(words: Sequence[str], remarks: Remarks) -> subprocess.Popen[bytes]:
-    """Start mpiexec in a session of its own, supervised by this process: `remarks` takes what it writes."""
+def start(words: Sequence[str], remarks: Remarks, attended: bool = False) -> subprocess.Popen[bytes]:
+    """Start mpiexec in a session of its own, supervised by this process: `remarks` takes what it writes.
+
+    If it is `attended`, it stays in this session and writes to this process's stdout itself: what is typed on the
+    terminal reaches rank 0, and Ctrl-C reaches mpiexec.
+    """
     with remarks.pipes() as (out, error):
         return subprocess.Popen(
             words,
-            stdout=out,
+            stdout=None if attended else out,
             stderr=error,
             env={**os.environ, SUPERVISED: str(os.getpid()), **as_root()},
-            start_new_session=True,
+            start_new_session=not attended,
             preexec_fn=_end_with_parent,  # noqa: PLW1509 (there is no other thread at this moment)
         )
 
@@ -84,19 +87,6 @@ def tell_to_stop(launcher: subprocess.Popen[bytes]) -> None:
 def stopped_by(told: signal.Signals) -> str:
     """The sentence for the user after a signal has stopped the ranks."""
     return f"Stopped by {told.name}; run the same command again to continue."
-
-
-def become(
-    library: Library, settings: Settings, hosts: Sequence[HostSlots], program: Sequence[str]
-) -> NoReturn:
-    """Become mpiexec, which has this process's terminal: what is typed on it reaches rank 0."""
-    ranks = ranks_of(settings, hosts)
-    words = command(library, settings, ranks, None, None)
-    if hosts:
-        named = ",".join(f"{host.name}:{host.slots}" for host in hosts)
-        words[1:1] = ["-hosts" if library.name == "MPICH" else "--host", named]
-    os.environ.update(as_root())
-    os.execvp(words[0], [*words, *program])
 
 
 def ranks_of(settings: Settings, hosts: Sequence[HostSlots]) -> int:

@@ -25,19 +25,24 @@ from mpillm.launching.mpiexec import (
 )
 from mpillm.launching.remarks import Remarks
 
+# How mpiexec ends after Ctrl-C: Open MPI's, and MPICH's after the second one.
+_INTERRUPTED = (1, 130, 255, -signal.SIGINT)
+_SIGNALS = range(4, 32)  # the exit code of MPICH's mpiexec if a signal ended a rank: no code of mpillm
+
 
 def once(
     library: Library,
     settings: Settings,
     hosts: Sequence[HostSlots],
     program: Sequence[str],
-    survivors: bool,
     say: Callable[[str], None],
     remarks: Remarks,
+    attended: bool = False,
 ) -> int:
     """The exit code of `program` on these hosts, or on this machine: 75 if it was stopped before its end.
 
-    `survivors` go on when a rank dies; else all end. `say` tells the user what no rank has said.
+    All ranks end when one dies. `say` tells the user what no rank has said. Somebody types on the terminal for a
+    program that is `attended`, and leaves it with Ctrl-C.
     """
     told: list[int] = []
 
@@ -51,31 +56,37 @@ def once(
             if hostfile:
                 write_hosts(hostfile, hosts, library)
             ranks = ranks_of(settings, hosts)
-            words = command(library, settings, ranks, hostfile, Path(name), survivors)
-            code = _ended([*words, *program], told, remarks)
+            words = command(library, settings, ranks, hostfile, Path(name), survivors=False)
+            code = _ended([*words, *program], told, remarks, attended)
     finally:
         for number, handler in zip(STOPS, before, strict=True):
             signal.signal(number, handler)
-    if code == 0:
+    cause = remarks.cause()
+    if code == 0 or (attended and signal.SIGINT in told and code in _INTERRUPTED and cause is None):
         return 0
-    if told:
+    if told and not attended:
         say(stopped_by(signal.Signals(told[0])))
         return Interrupted.exit_code
-    if cause := remarks.cause():
+    if cause is None and attended and code in _SIGNALS:
+        cause = f"a rank was ended by {signal.Signals(code).name}"
+    if cause is not None:
         say(f"The ranks ended ({cause}); run the same command again.")
         return Interrupted.exit_code
     remarks.show()
     return code
 
 
-def _ended(words: Sequence[str], told: Sequence[int], remarks: Remarks) -> int:
-    """mpiexec's exit code when it has ended; it and its ranks are stopped as soon as `told` has a signal."""
-    launcher = start(words, remarks)
+def _ended(words: Sequence[str], told: Sequence[int], remarks: Remarks, attended: bool) -> int:
+    """mpiexec's exit code when it has ended; it and its ranks are stopped as soon as `told` has a signal.
+
+    The terminal tells an attended mpiexec of Ctrl-C.
+    """
+    launcher = start(words, remarks, attended)
     give_up = float("inf")
     try:
         while launcher.poll() is None and time.monotonic() < give_up:
             remarks.listen(LOOK)
-            if told and give_up == float("inf"):
+            if give_up == float("inf") and any(not attended or number != signal.SIGINT for number in told):
                 tell_to_stop(launcher)
                 give_up = time.monotonic() + STOPPING
     finally:

@@ -74,38 +74,22 @@ def test_the_words_for_each_mpi() -> None:
     ]
 
 
-@pytest.mark.parametrize(("library", "named"), [(OPENMPI, "--host"), (MPICH, "-hosts")])
-def test_a_chat_becomes_mpiexec(
-    library: Library, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["serve", "bench", "doctor", "pack a b", "chat"])
+def test_what_is_started_once_ends_with_the_first_rank_that_dies(
+    name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    became: list[list[str]] = []
-    monkeypatch.setattr(mpiexec.os, "execvp", lambda file, words: became.append(words))
-    hosts = [HostSlots("pi1", 1), HostSlots("pi2", 2)]
-    for settings, listed in ((Settings(ranks=2), []), (Settings(hostfile=tmp_path), hosts)):
-        mpiexec.become(library, settings, listed, ["python", "chat"])
-    here, there = became
-    assert here[-4:] == ["-n", "2", "python", "chat"]
-    assert there[1:3] == [named, "pi1:1,pi2:2"]
-    assert there[-4:] == ["-n", "3", "python", "chat"]
-    assert "prte_local_tmpdir_base" not in there  # nobody would remove it
-    assert ("ulfm" in there) == (library is OPENMPI)
-
-
-@pytest.mark.parametrize(("name", "goes_on"), [("serve", False), ("bench", True)])
-def test_a_server_ends_with_the_first_rank_that_dies(
-    name: str, goes_on: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An idle one with a lost rank would seem well until the next request."""
+    """With ULFM mpiexec's exit code would be 0, and an idle server with a lost rank would seem well."""
     started: list[Sequence[str]] = []
 
-    def start(words: Sequence[str], remarks: Remarks) -> subprocess.Popen[bytes]:
+    def start(words: Sequence[str], remarks: Remarks, attended: bool) -> subprocess.Popen[bytes]:
         started.append(words)
-        return mpiexec.start(["true"], remarks)
+        assert attended == (name == "chat")
+        return mpiexec.start(["true"], remarks, attended)
 
     monkeypatch.setattr(once, "start", start)
     monkeypatch.setattr(supervise, "library", lambda: OPENMPI)
-    assert main(["launch", "-n", "2", name]) == 0
-    assert ("ulfm" in started[0]) == goes_on
+    assert main(["launch", "-n", "2", *name.split()]) == 0
+    assert "ulfm" not in started[0]
 
 
 LOST = "prterun noticed that process rank 1 with PID 7 on node pi exited on\nsignal 9 (Killed)."
@@ -126,13 +110,38 @@ BANNER = f"{'-' * 74}\n{LOST}\n{'-' * 74}"
 def test_how_a_command_that_is_started_once_ends(
     script: str, code: int, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(once, "command", lambda *words: ["sh", "-c", script])
+    monkeypatch.setattr(once, "command", lambda *words, survivors: ["sh", "-c", script])
     monkeypatch.setattr(supervise, "library", lambda: OPENMPI)
     assert main(["launch", "-n", "2", "doctor"]) == code
     said = capsys.readouterr().err
     assert shown in said
     assert bool(shown) == bool(said)
     assert "Killed" not in said
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "said"),
+    [
+        ("exit 9", 75, "mpillm: The ranks ended (a rank was ended by SIGKILL); run the same command again.\n"),
+        (f"echo '{BANNER}' >&2; exit 137", 75, "mpillm: The ranks ended (a rank on pi was ended by SIGKILL); run "),
+        ("kill -INT $PPID; sleep 0.1; exit 1", 0, ""),
+        ("kill -INT $PPID; sleep 0.1; exit 255", 0, ""),
+        ("kill -INT $PPID; sleep 0.1; exit 9", 75, "mpillm: The ranks ended (a rank was ended by SIGKILL)"),
+        ("echo 'mpillm: No such model.' >&2; exit 2", 2, "mpillm: No such model.\n"),
+        ("trap 'exit 0' USR1; kill -TERM $PPID; while :; do sleep 0.1; done", 0, ""),
+    ],
+)  # fmt: skip
+def test_how_a_chat_ends(
+    script: str, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is left with Ctrl-C, which the terminal sends to mpiexec as well: MPICH's ends at the second one."""
+    monkeypatch.setattr(once, "command", lambda *words, survivors: ["sh", "-c", f"echo an answer; {script}"])
+    monkeypatch.setattr(supervise, "library", lambda: OPENMPI)
+    assert main(["launch", "-n", "2", "chat"]) == code
+    out, err = capfd.readouterr()
+    assert out == "an answer\n"
+    assert err.startswith(said)
+    assert bool(err) == bool(said)
 
 
 @pytest.mark.parametrize(
