@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from mpillm.planning.layout import shapes_in_words
 from mpillm.planning.limits import step_description
 from mpillm.planning.plan import Plan
+from mpillm.planning.rank_plan import RankPlan
 from mpillm.spec import shown_bytes
 from mpillm.words import count_of, enough, listed, some_of
 
 COLUMNS, LABEL = 80, 10  # the width of the text, and of the labels at the left
 WORTH = 1.03  # the smallest gain that gets a line
+MANY = 64  # ranks; of more of them, those that take the same memory share a row
+_AT_TIMES = ("read", "adapters", "draft")  # columns that few plans need
 
 
 def as_text(plan: Plan) -> str:
@@ -80,34 +83,52 @@ def _sentences(plan: Plan) -> Iterator[str]:
 
 
 def _rank_table(plan: Plan) -> Iterator[str]:
-    streamed = any(rank.weights_streamed for rank in plan.ranks)
-    columns = {
-        "rank": [str(rank.rank) for rank in plan.ranks],
-        **({"replica": [str(rank.replica) for rank in plan.ranks]} if plan.replicas > 1 else {}),
-        "stage": [str(rank.stage) for rank in plan.ranks],
-        "shard": [str(rank.shard) for rank in plan.ranks],
-        "layers": [f"{rank.layers[0]}-{rank.layers[1] - 1}" for rank in plan.ranks],
-        "weights": [_mib(rank.weights_held) for rank in plan.ranks],
-        **({"read": [_mib(rank.weights_streamed) for rank in plan.ranks]} if streamed else {}),
-        **(
-            {"adapters": [_mib(rank.adapters) for rank in plan.ranks]}
-            if any(rank.adapters for rank in plan.ranks)
-            else {}
-        ),
-        **(
-            {"draft": [_mib(rank.draft) for rank in plan.ranks]}
-            if any(rank.draft for rank in plan.ranks)
-            else {}
-        ),
-        "KV": [_mib(rank.kv_held) for rank in plan.ranks],
-        "rows": [_mib(rank.activations) for rank in plan.ranks],
-        "process": [_mib(rank.process) for rank in plan.ranks],
-        "in all": [_mib(rank.held) for rank in plan.ranks],
-    }
-    rows = [list(columns), *map(list, zip(*columns.values(), strict=True))]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
+    """A row for each rank; of many ranks, a row for those that take the same memory."""
+    many = len(plan.ranks) > MANY
+    groups: dict[tuple[str, ...], list[RankPlan]] = {}
+    for rank in plan.ranks:
+        own = () if many else (str(rank.rank),)
+        groups.setdefault((*own, *map(_mib, _memory(rank).values())), []).append(rank)
+    columns: dict[str, list[str]] = {}
+    for ranks in groups.values():
+        cells = {
+            **({"ranks": str(len(ranks))} if many else {"rank": str(ranks[0].rank)}),
+            "replica": _span([rank.replica for rank in ranks]),
+            "stage": _span([rank.stage for rank in ranks]),
+            "shard": _span([rank.shard for rank in ranks]),
+            "layers": f"{min(rank.layers[0] for rank in ranks)}-{max(rank.layers[1] for rank in ranks) - 1}",
+            **{name: _mib(nbytes) for name, nbytes in _memory(ranks[0]).items()},
+        }
+        for name, cell in cells.items():
+            columns.setdefault(name, []).append(cell)
+    unused = {name for name in _AT_TIMES if not any(_memory(rank)[name] for rank in plan.ranks)}
+    if plan.replicas == 1:
+        unused.add("replica")
+    rows = [[name, *cells] for name, cells in columns.items() if name not in unused]
+    widths = [max(map(len, column)) for column in rows]
+    for row in zip(*rows, strict=True):
         yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+    if many:
+        yield "Ranks that take the same memory share a row; --json lists each."
+
+
+def _memory(rank: RankPlan) -> dict[str, int]:
+    """The bytes of a rank by the names of the table's columns."""
+    return {
+        "weights": rank.weights_held,
+        "read": rank.weights_streamed,
+        "adapters": rank.adapters,
+        "draft": rank.draft,
+        "KV": rank.kv_held,
+        "rows": rank.activations,
+        "process": rank.process,
+        "in all": rank.held,
+    }
+
+
+def _span(numbers: list[int]) -> str:
+    """The smallest and the largest of the numbers."""
+    return str(numbers[0]) if min(numbers) == max(numbers) else f"{min(numbers)}-{max(numbers)}"
 
 
 def _verdict(plan: Plan) -> Iterator[str]:

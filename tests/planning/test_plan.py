@@ -375,3 +375,17 @@ def test_the_table_fits_a_terminal(tmp_path: Path) -> None:
     table = [line for line in plan_text.as_text(made).splitlines() if re.match(r" *(rank|\d+)  ", line)]
     assert len(table) == 5
     assert max(map(len, table)) <= 80
+
+
+def test_many_ranks_share_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of hundreds of ranks would leave nothing else on the screen."""
+    made = planned("llama3", 4, "layout.stages=2", "layout.replicas=1")
+    monkeypatch.setattr(plan_text, "MANY", 3)
+    table, _, note = plan_text.as_text(made).split("\n\n")[1].rpartition("\n")
+    head, *rows = [line.split() for line in table.splitlines()]
+    assert head[:4] == ["ranks", "stage", "shard", "layers"]
+    assert sum(int(row[0]) for row in rows) == 4
+    assert len(rows) < 4
+    last = [rank.layers for rank in made.ranks][-1]
+    assert rows[-1][:4] == ["2", "1", "0-1", f"{last[0]}-{last[1] - 1}"]
+    assert note == "Ranks that take the same memory share a row; --json lists each."
