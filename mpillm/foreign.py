@@ -23,6 +23,11 @@ _BEGINNINGS: tuple[tuple[tuple[bytes, ...], str], ...] = (
     ((b"{\0\0\0", b"[\0\0\0", b"\0\0\0{", b"\0\0\0["), "is UTF-32; save it as UTF-8"),
     ((b"ARROW1",), "is an Arrow (Feather) file; save it as Parquet"),
 )
+_BINARY = (
+    (b"%PDF", "is a PDF; extract its text, and make JSON lines of it"),
+    (b"SQLite format 3\0", "is a database of SQLite; export its table as CSV"),
+    (b"\x89HDF\r\n", "is an HDF5 file; give a file of requests, such as JSON lines"),
+)
 _OFFICE = re.compile(rb"PK\x03\x04.{26}(\[Content_Types\]\.xml|mimetypeapplication/vnd\.oasis)", re.DOTALL)
 _UTF_16 = re.compile(rb"(?:[\t\n\r -~]\0){4}|(?:\0[\t\n\r -~]){4}|[{\[]\0|\0[{\[]")
 
@@ -33,6 +38,16 @@ def what_it_is(head: bytes) -> str | None:
         return "is a document of an office program; save its table as CSV"
     known = next((what for beginnings, what in _BEGINNINGS if head.startswith(beginnings)), None)
     return "is UTF-16; save it as UTF-8" if known is None and _UTF_16.match(head) else known
+
+
+def binary(head: bytes) -> str | None:
+    """The kind of a file that is no text, and begins with `head`, to follow its name; None if it may be a text."""
+    if head.startswith(b"GGUF") or head[5:9] == b"\0\0\0{":  # safetensors begin with a length of eight bytes
+        return "is a model; type --model for it, and give a file of requests"
+    known = next((what for beginning, what in _BINARY if head.startswith(beginning)), None)
+    return known or (
+        "is a binary file; give a file of requests, such as JSON lines" if b"\0" in head[:HEAD] else None
+    )
 
 
 def alike(path: Path) -> str | None:

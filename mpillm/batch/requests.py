@@ -23,7 +23,7 @@ from mpillm.batch.rows.line import MAX_LINE, ROW_ERROR
 from mpillm.batch.template import asker
 from mpillm.batch.work import Line, Model, Work, work_of
 from mpillm.errors import JobError, RequestError, UnsuitedError
-from mpillm.foreign import alike, what_it_is
+from mpillm.foreign import alike, binary, what_it_is
 from mpillm.spec import Spec
 
 MAX_ERROR = 400  # characters of what is wrong with a line
@@ -229,7 +229,7 @@ def raw_lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes | None]]:
     _, array = begins_array(file)
     file.seek(0)
     head = file.read(LOOK)
-    if (what := what_it_is(head) or _not_lines(head, bool(array))) is not None:
+    if (what := what_it_is(head) or binary(head) or _not_lines(head, bool(array))) is not None:
         raise JobError(f"The input {file.name} {what}.")
     offset = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
     file.seek(offset)

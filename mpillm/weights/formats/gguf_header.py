@@ -68,8 +68,9 @@ def read_header(file: MappedFile, whole: bool = True) -> GgufHeader:
     cursor = _Cursor(file)
     if file.size < 24 or file.view(0, 4).tobytes() != b"GGUF":
         parent = Path(file.path).absolute().parent
-        part = f"; the model is its directory, {parent}" if (parent / "config.json").exists() else ""
-        raise ModelError(f"{file.path} is not a GGUF file{part}.")
+        kinds = "a model is a GGUF file, a Hugging Face directory or a name of the catalogue"
+        meant = f"the model is its directory, {parent}" if (parent / "config.json").exists() else kinds
+        raise ModelError(f"{file.path} is not a GGUF file; {meant}.")
     cursor.at = 4
     version = cursor.integer("<I")
     if version & 0xFFFF == 0:
