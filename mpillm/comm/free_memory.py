@@ -1,7 +1,8 @@
-"""Find how much memory a process may still take: free memory of the machine, and limits of its control groups."""
+"""Find how much memory a process may still take, by the machine and its control groups, and give some of it back."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,12 @@ def free_memory(root: Path = Path("/")) -> int:
     """Return the bytes that this process can still get; `root` is where /proc and /sys are."""
     available: int = psutil.virtual_memory().available
     return max(0, min([available, *_left_in_groups(root)]))
+
+
+def give_back() -> None:
+    """Return to the system the memory that was freed, which glibc keeps; other C libraries keep little."""
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:

@@ -12,6 +12,7 @@ from mpillm.partition.replicas import Replicas
 from mpillm.planning.speed import Speed
 from mpillm.spec import WireSection
 from mpillm.store.records import UsedLayout
+from mpillm.text import Tokenizer
 from mpillm.weights.identity import FileIdentity, Watch
 
 
@@ -27,6 +28,7 @@ class Origin:
     model_state: str  # the state of all ranks' files
     wire: Wire  # the wire between the shards of a stage
     speed: Speed | None  # the measured speed of this rank, if known
+    tokenizer: Tokenizer | None = None  # this rank's, if it has loaded it; two would take twice the memory
     slower: float = 1.0  # the factor by which it has become slower, relative to the fastest rank
 
     @property

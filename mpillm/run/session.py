@@ -174,6 +174,8 @@ class Session:
         self.replica = next(n for n, replica in enumerate(self.replicas) if world.rank in replica.ranks)
         self._ranks, self._places = self.replicas[self.replica].ranks, self.replicas[self.replica].places
         self.place = self._places[world.rank - self._ranks.start]
+        if self._origin is not None and self.place.rank:  # leaders alone use a tokenizer
+            self._origin = replace(self._origin, tokenizer=None)
         #: warnings for the user
         self.warnings = world.nodes.bindings if self.spec.layout.threads == "auto" else []
         self.warnings += world.nodes.clocks
@@ -244,8 +246,9 @@ class Session:
     @property
     def origin(self) -> Origin:
         """The properties with which the run began."""
+        tokenizer = self.__dict__.get("tokenizer")  # if it was loaded
         if (before := self._origin) is not None:
-            return replace(before, watch=self.watch)
+            return replace(before, watch=self.watch, tokenizer=tokenizer)
         return Origin(
             replace(self.config, adapters=None),  # this session has opened the adapters' files
             self.replicas,
@@ -255,6 +258,7 @@ class Session:
             self.model_state,
             self.wire,
             self.speed,
+            tokenizer,
         )
 
     def engine(self, totals: Totals | None = None, speculation: Mode | None = None) -> Engine:
@@ -290,7 +294,8 @@ class Session:
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer, if it has one."""
-        return load_tokenizer(self.source.tokenizer, self.config.vocab)
+        known = self._origin and self._origin.tokenizer
+        return known or load_tokenizer(self.source.tokenizer, self.config.vocab)
 
     @property
     def shard_vocab(self) -> list[int]:

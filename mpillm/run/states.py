@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 
+from mpillm.comm.free_memory import give_back
 from mpillm.comm.world import World
 from mpillm.engine.worker import follow
 from mpillm.planning.speed import Speed
@@ -62,7 +63,9 @@ class Restarting:
 
     def advance(self, rank: RankContext) -> State:
         world = rank.world
-        gc.collect()  # release the earlier session's memory before the new one needs as much
+        # The earlier session's memory is released before the new one needs as much.
+        gc.collect()
+        give_back()
         if (origin := self._shared(world)) is None:
             return begin(rank, self.losses)
         if (slowed := world.bcast(self.slowed)) is not None:
@@ -81,7 +84,7 @@ class Restarting:
         knowing = [rank for rank, knows in enumerate(world.gather(self.origin is not None)) if knows]
         if not knowing:
             return None
-        own = self.origin and replace(self.origin, watch=None, speed=None, slower=1.0)
+        own = self.origin and replace(self.origin, watch=None, speed=None, tokenizer=None, slower=1.0)
         shared = world.bcast(own, knowing[0])
         return self.origin or (shared and replace(shared, speed=self.speed))
 

@@ -45,11 +45,20 @@ def run(world: World, *args: Any) -> Any:
     from mpillm.comm import parts
     from mpillm.comm.collectives import Group
     from mpillm.engine.worker import Worker
-    from mpillm.run import assistant, outcome, sharing
+    from mpillm.run import assistant, outcome, session, sharing
     from mpillm.run.dispatch import Dispatcher
     from mpillm.run.leader import Leader
 
     World.limit_threads = threads  # type: ignore[method-assign] # each point is watched once
+    # Whoever goes on keeps its tokenizer: with a second one it would take more memory than planned.
+    load, loaded = session.load_tokenizer, list[Any]()
+
+    def load_once(*args: Any) -> Any:
+        assert not loaded, "this rank has a tokenizer"
+        loaded.append(load(*args))
+        return loaded[0]
+
+    session.load_tokenizer = load_once
     if {"give", "get"} & set(sys.argv[1].split(":")):  # the second replica gives all back when it has begun
 
         def targets(self: sharing.Sharing, held: Sequence[int], waiting: int) -> list[int] | None:
