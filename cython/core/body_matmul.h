@@ -12,6 +12,7 @@
 #include "body_plain.h"
 #include "body_super.h"
 #include "body_tiles.h"
+#include "body_centred.h"
 #include "body_unpacked.h"
 #include "body_panel.h"
 

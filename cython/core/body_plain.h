@@ -73,7 +73,8 @@ MK_INLINE vi dot_of_groups(const int bits, const int count, vi start, const vb *
 
 /* Of values as load_groups gives them. */
 MK_INLINE int value_bits(const int type) {
-    return is_signed(type) ? 8 : type == MK_Q4_0 || type == MK_Q4_1 || type == MK_Q4_K ? 4 : 6;
+    if (is_signed(type)) return 8;
+    return type == MK_Q6_K ? 6 : mk_bits(type) == 5 || type == MK_MXFP4 ? 5 : 4;
 }
 
 MK_INLINE vi dot_of(const int type, vi start, const vb *groups, const int8_t *q) {

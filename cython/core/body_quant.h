@@ -191,7 +191,12 @@ static void quantize_rows(const void *argument, long begin, long end) {
                 out->total = out->scale * (float)(sums[0] + sums[1]);
                 out->offset8 = -8 * (sums[0] + sums[1]);
                 out->offset128 = -128 * (sums[0] + sums[1]);
-                for (int h = 0; h < 2; h++) out->offset32[h] = -32 * sums[h];
+                for (int h = 0; h < 2; h++) {
+                    int32_t first = 0;
+                    for (int i = 16 * h; i < 16 * h + 16; i += 4) first += out->q[i] + out->q[i + 1];
+                    out->offset32[h][0] = (int16_t)(-32 * first);
+                    out->offset32[h][1] = (int16_t)(-32 * (sums[h] - first));
+                }
             }
     }
 }

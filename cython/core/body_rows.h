@@ -43,7 +43,7 @@ MK_INLINE vf add_part(const int form, vf acc, vi first, vi second, const part_sc
     const vf dot = vf_fma(vf_from(second), of->scale[1], vf_mul(vf_from(first), of->scale[0]));
     acc = vf_fma(dot, vf_mul(d, scale), acc);
     if (form == HALVED) return acc;
-    vf minimum = vf_mul(of->minimum[0], vf_set1((float)row->offset32[0]));
-    minimum = vf_fma(of->minimum[1], vf_set1((float)row->offset32[1]), minimum);
+    vf minimum = vf_mul(of->minimum[0], vf_set1((float)mk_offset32(row, 0)));
+    minimum = vf_fma(of->minimum[1], vf_set1((float)mk_offset32(row, 1)), minimum);
     return vf_fma(minimum, vf_mul(m, scale), acc);
 }

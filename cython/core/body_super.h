@@ -48,13 +48,13 @@ MK_INLINE part_scales load_scales(const int type, const uint8_t *small, const ui
 
 /* Like `start_of`, for half h of a part. */
 MK_INLINE int32_t start_of_half(const int type, const mk_activation *a, const int h) {
-    if (mk_is_grid(type)) return VEC_Q8_BIAS ? a->offset32[h] * 4 : 0;
-    return type == MK_Q6_K ? a->offset32[h] : type == MK_Q3_K ? a->offset32[h] / 8 : 0;
+    if (mk_is_grid(type)) return VEC_Q8_BIAS ? mk_offset32(a, h) * 4 : 0;
+    return type == MK_Q6_K ? mk_offset32(a, h) : type == MK_Q3_K ? mk_offset32(a, h) / 8 : 0;
 }
 
 MK_INLINE vi dot_of_half(const int type, const mk_activation *a, const int h, const vb *groups) {
     const vi start = vi_set1(start_of_half(type, a, h));
-    return dot_of_groups(mk_is_grid(type) ? 8 : 6, 4, start, groups + 4 * h, a->q + 16 * h);
+    return dot_of_groups(value_bits(type), 4, start, groups + 4 * h, a->q + 16 * h);
 }
 
 /* K-quants, 32 columns at a time. */

@@ -13,14 +13,18 @@ typedef struct {
     uint8_t groups[8 + UNPACKED_SECOND][64];
     vf d, m;
     part_scales of;
+#if !VEC_ALIKE
+    vi words[2]; /* the scales of both halves (body_centred.h) */
+#endif
 } unpacked;
 
-/* Bits of unpacked values.  Those of the forms without minima are raised by the same for all types: 8 of 4 bits, 32 of 6;
- * of 8 as vb_signed does. */
+/* Bits of unpacked values.  Those of the forms without minima are raised by the same for all types: 8 of 4 bits, 16 of 5, 32
+ * of 6; of 8 as vb_signed does. */
 MK_INLINE int is_raised(const int type) { return form_of(type) == SCALED || form_of(type) == HALVED; }
 MK_INLINE int unpacked_bits(const int type) {
     if (VEC_ALIKE && is_raised(type)) return 8;
-    return VEC_ALIKE ? 4 : value_bits(type);
+    if (VEC_ALIKE) return 4;
+    return form_of(type) == HALVED && !is_signed(type) ? 6 : value_bits(type);
 }
 
 /* What load_groups has raised the values of a type by. */
@@ -44,8 +48,8 @@ MK_INLINE int raised_by(const int type) {
 /* The start of a sum over columns of half h, or of both. */
 MK_INLINE int32_t unpacked_start(const int form, const int bits, const mk_activation *a, const int h) {
     if (form == MINIMUM || form == MINIMA || (bits == 8 && !VEC_Q8_BIAS)) return 0;
-    if (form == HALVED) return bits == 8 ? 4 * a->offset32[h] : a->offset32[h];
-    return bits == 8 ? a->offset128 : bits == 6 ? a->offset32[0] + a->offset32[1] : a->offset8;
+    if (form == HALVED) return 4 * mk_offset32(a, h);
+    return bits == 8 ? a->offset128 : bits == 5 ? 2 * a->offset8 : a->offset8;
 }
 
 #ifdef VEC_WORDS
@@ -56,7 +60,7 @@ MK_INLINE int32_t unpacked_start(const int form, const int bits, const mk_activa
 #endif
 
 MK_INLINE void unpack_groups(const int type, const uint8_t *w, unpacked *to) {
-    const int bits = unpacked_bits(type), wanted = bits == 8 ? VEC_Q8_BIAS : bits == 6 ? 32 : 8;
+    const int bits = unpacked_bits(type), wanted = bits == 8 ? VEC_Q8_BIAS : 1 << (bits - 1);
     vb groups[8];
     load_groups(type, w, groups);
     UNROLL
@@ -85,6 +89,7 @@ HOT void unpack(const int type, const uint8_t *w, long count, unpacked *to) {
         unpack_groups(type, part, to);
         to->d = all.d, to->m = all.m;
         to->of = load_scales(type, w + mk_scales_at(type) + s * mk_part_scales(type), part, all.d, all.m);
+        if (IS_CENTRED(form_of(type), unpacked_bits(type))) CENTRED_SCALES(to);
     }
 }
 
@@ -95,7 +100,7 @@ HOT void unpack(const int type, const uint8_t *w, long count, unpacked *to) {
  * from `ahead` on into the second-level cache. */
 HOT void unpacked_tile(const int form, const int bits, const int R, const int T, const unpacked *w, long count,
                        const uint8_t *x, const uint8_t *ahead, long fetched, vf *sums, int rows) {
-    const int halves = form == HALVED || form == MINIMA ? 2 : 1, last = 8 / halves - 1;
+    const int halves = form == HALVED || form == MINIMA ? 2 : 1, last = 8 / halves - 1, centred = IS_CENTRED(form, bits);
     vf acc[UNPACKED_SUMS];
     UNROLL
     for (int i = 0; i < R * T; i++) acc[i] = sums[i / T * rows + i % T];
@@ -107,20 +112,29 @@ HOT void unpacked_tile(const int form, const int bits, const int R, const int T,
         UNROLL
         for (int h = 0; h < halves; h++) {
             UNROLL
-            for (int i = 0; i < R * T; i++) dots[h][i] = vi_set1(unpacked_start(form, bits, a + i % T, h));
+            for (int i = 0; i < R * T; i++)
+                if (centred) parts[i] = CENTRED_START(a[i % T].offset32[h]);
+                else dots[h][i] = vi_set1(unpacked_start(form, bits, a + i % T, h));
             UNROLL
             for (int g = 0; g <= last; g++)
                 UNROLL
                 for (int i = 0; i < R * T; i++) {
                     const uint8_t(*values)[64] = w[i / T * UNPACKED_PARTS].groups + h * 4 + g;
-                    vb_multiply(bits, g, last, vb_load(*values), vb_load(values[bits == 8 ? UNPACKED_SECOND : 0]),
-                                a[i % T].q + h * 16, &dots[h][i], &parts[i]);
+                    vb_multiply(centred ? MK_CENTRED : bits, g, last, vb_load(*values),
+                                vb_load(values[bits == 8 ? UNPACKED_SECOND : 0]), a[i % T].q + h * 16, &dots[h][i], &parts[i]);
+                }
+            if (centred)
+                UNROLL
+                for (int i = 0; i < R * T; i++) {
+                    const vi sum = CENTRED_END(parts[i], w[i / T * UNPACKED_PARTS].words[h]);
+                    dots[0][i] = h ? vi_add(dots[0][i], sum) : sum;
                 }
         }
         UNROLL
         for (int i = 0; i < R * T; i++) {
             const unpacked *of = w + i / T * UNPACKED_PARTS;
-            acc[i] = add_part(form, acc[i], dots[0][i], dots[halves - 1][i], &of->of, of->d, of->m, a + i % T);
+            if (centred) acc[i] = vf_fma(vf_from(dots[0][i]), vf_mul(of->d, vf_set1(a[i % T].scale)), acc[i]);
+            else acc[i] = add_part(form, acc[i], dots[0][i], dots[halves - 1][i], &of->of, of->d, of->m, a + i % T);
         }
     }
     UNROLL
@@ -157,7 +171,7 @@ static const unpack_function UNPACK_FUNCTIONS[MK_TYPES] = {MK_BLOCK_TYPES(UNPACK
 #define UNPACKED_SHAPES(X) X(SCALED, 8) X(HALVED, 8) X(MINIMUM, 4) X(MINIMA, 4)
 #else
 #define UNPACKED_SHAPES(X) \
-    X(SCALED, 8) X(SCALED, 6) X(SCALED, 4) X(HALVED, 8) X(HALVED, 6) X(MINIMUM, 4) X(MINIMUM, 6) X(MINIMA, 6)
+    X(SCALED, 8) X(SCALED, 5) X(SCALED, 4) X(HALVED, 8) X(HALVED, 6) X(MINIMUM, 4) X(MINIMUM, 5) X(MINIMA, 4)
 #endif
 #ifdef VEC_WORDS
 #define UNPACKED(form, bits, R, T, w, count, x, ahead, fetched, sums, rows)                              \
@@ -173,13 +187,13 @@ static const unpack_function UNPACK_FUNCTIONS[MK_TYPES] = {MK_BLOCK_TYPES(UNPACK
     }
 #if VEC_ROWS > 4
 #define UNPACKED_BOTH(form, bits) UNPACKED_TILE(form, bits, 1) UNPACKED_TILE(form, bits, 2)
-#define UNPACKED_ROW(form, bits) [form][bits / 2 - 2] = {form##_##bits##_1, form##_##bits##_2},
+#define UNPACKED_ROW(form, bits) [form][bits - 4] = {form##_##bits##_1, form##_##bits##_2},
 #else
 #define UNPACKED_BOTH(form, bits) UNPACKED_TILE(form, bits, 1)
-#define UNPACKED_ROW(form, bits) [form][bits / 2 - 2] = {form##_##bits##_1},
+#define UNPACKED_ROW(form, bits) [form][bits - 4] = {form##_##bits##_1},
 #endif
 UNPACKED_SHAPES(UNPACKED_BOTH)
-static const unpacked_function UNPACKED_FUNCTIONS[4][3][UNPACKED_TILES] = {UNPACKED_SHAPES(UNPACKED_ROW)};
+static const unpacked_function UNPACKED_FUNCTIONS[4][5][UNPACKED_TILES] = {UNPACKED_SHAPES(UNPACKED_ROW)};
 
 /* The number of `rows` rows of x that are computed together; 0 if there are too few. */
 static int unpacked_rows(long rows) {
@@ -198,7 +212,7 @@ static void unpacked_panel(const mk_matmul_job *job, int rows, int p, long tile,
     unpacked of[UNPACKED_TILES][UNPACKED_PARTS];
     for (int R; tiles; tiles -= R, w += R * stride, sums += R * rows) {
         R = tiles < UNPACKED_TILES ? tiles : UNPACKED_TILES;
-        const unpacked_function times = UNPACKED_FUNCTIONS[form_of(type)][unpacked_bits(type) / 2 - 2][R - 1];
+        const unpacked_function times = UNPACKED_FUNCTIONS[form_of(type)][unpacked_bits(type) - 4][R - 1];
         /* Rows with which the next parts of one tile are fetched, and bytes of it with each part. */
         const int each = (int)mk_blocks(rows, R * MK_GROUP) * MK_GROUP;
         const long fetched = mk_blocks(step * MK_GROUP, each * 64) * 64;

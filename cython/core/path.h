@@ -206,9 +206,13 @@ enum { MK_IN_TILES = 9 };
 enum { MK_BF16_HALVES = 128, MK_BF16_PAIRS = 64 };
 
 /* If pairs of products of bytes are summed in 16 bits: whether group g of 4 columns begins such a sum, or ends it.  The
- * sums are at most 2 * 2 * 63 * 127, 8 * 2 * 15 * 127, and 2 * 128 * 127, and do not overflow. */
-#define MK_FIRST_PAIRS(bits, g) ((bits) == 8 || ((bits) == 6 ? (g) % 2 == 0 : (g) == 0))
-#define MK_LAST_PAIRS(bits, g, last) ((bits) == 8 || ((bits) == 6 ? (g) % 2 == 1 : (g) == (last)))
+ * sums are at most 2 * 2 * 63 * 127, 4 * 2 * 31 * 127, 8 * 2 * 15 * 127, and 2 * 128 * 127, and do not overflow.  With
+ * MK_CENTRED bits the caller begins and ends them (body_centred.h). */
+enum { MK_CENTRED = 7 };
+#define MK_CHAIN(bits) ((bits) == 8 ? 1 : (bits) == 6 ? 2 : (bits) == 5 ? 4 : 8)
+#define MK_FIRST_PAIRS(bits, g) ((bits) != MK_CENTRED && (g) % MK_CHAIN(bits) == 0)
+#define MK_LAST_PAIRS(bits, g, last) \
+    ((bits) != MK_CENTRED && ((g) % MK_CHAIN(bits) == MK_CHAIN(bits) - 1 || (g) == (last)))
 
 #define MK_LANES(d) (((d) + MK_TILE - 1) / MK_TILE * MK_TILE)
 

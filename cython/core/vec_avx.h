@@ -131,6 +131,9 @@ MK_INLINE void vb_store(uint8_t *p, vb a) { QUARTERS _mm_storeu_si128((void *)(p
 XMM(vb_raise, (vb a, const int by), _mm_add_epi8(a.q[j], _mm_set1_epi8((char)by)))
 
 typedef vi vp;
+MK_INLINE vp vp_set(const int16_t *pair) { const __m128i all = avx_x4((const void *)pair); return (vp){{all, all, all, all}}; }
+XMM(vp_times, (vp a, vi words), _mm_madd_epi16(a.q[j], words.q[j]))
+XMM(vi_words, (vi a), _mm_blend_epi16(a.q[j], _mm_slli_epi32(a.q[j], 16), 0xaa)) /* the lower word in both */
 MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, vb size, const int8_t *x, vi *dot,
                            vp *pairs) {
     const __m128i xg = avx_x4(x + 4 * g), one = _mm_set1_epi16(1);

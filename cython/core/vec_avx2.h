@@ -163,6 +163,12 @@ MK_INLINE void ymm_multiply(const int bits, const int g, const int last, __m256i
     if (MK_LAST_PAIRS(bits, g, last))
         *dot = ymm_keep(_mm256_add_epi32(*dot, _mm256_madd_epi16(*pairs, _mm256_set1_epi16(1))));
 }
+MK_INLINE vp vp_set(const int16_t *pair) { const __m256i all = ymm_x4((const void *)pair); return (vp){all, all}; }
+MK_INLINE vi vp_times(vp a, vi words) { return (vi){_mm256_madd_epi16(a.lo, words.lo), _mm256_madd_epi16(a.hi, words.hi)}; }
+MK_INLINE vi vi_words(vi a) { /* the lower word in both */
+    return (vi){_mm256_blend_epi16(a.lo, _mm256_slli_epi32(a.lo, 16), 0xaa),
+                _mm256_blend_epi16(a.hi, _mm256_slli_epi32(a.hi, 16), 0xaa)};
+}
 MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, vb size, const int8_t *x, vi *dot,
                            vp *pairs) {
     __m256i xg = ymm_x4(x + 4 * g);

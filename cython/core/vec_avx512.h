@@ -142,6 +142,9 @@ MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, vb
 MK_INLINE vb vb_signed(vb a) { return a; }
 MK_INLINE vb vb_size(vb a) { return _mm512_abs_epi8(a); }
 typedef __m512i vp;
+MK_INLINE vp vp_set(const int16_t *pair) { return zmm_x4((const void *)pair); }
+MK_INLINE vi vp_times(vp a, vi words) { return _mm512_madd_epi16(a, words); }
+MK_INLINE vi vi_words(vi a) { return _mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(a, 16)); } /* the lower in both */
 MK_INLINE __m512i zmm_keep(__m512i a) { __asm__("" : "+v"(a)); return a; }
 MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, vb size, const int8_t *x, vi *dot,
                            vp *pairs) {

@@ -33,7 +33,7 @@ ACTIVATION = np.dtype(
         ("total", "<f4"),
         ("offset8", "<i4"),
         ("offset128", "<i4"),
-        ("offset32", "<i4", 2),
+        ("offset32", "<i2", (2, 2)),
     ]
 )
 assert ACTIVATION.itemsize == ACTIVATION_BLOCK_BYTES
@@ -148,7 +148,8 @@ def quantise_rows(x: F32, bounds: Bounds, type: BlockType = BlockType.Q8_0) -> U
     with np.errstate(all="ignore"):
         out["total"] = out["scale"] * total.astype(np.float32)
     out["offset8"], out["offset128"] = -8 * total, -128 * total
-    out["offset32"] = -32 * out["q"].reshape(*blocks.shape[:2], 2, 16).sum(axis=-1, dtype=np.int32)
+    pairs = out["q"].reshape(*blocks.shape[:2], 2, 4, 2, 2)  # halves, groups of 4 columns, pairs of these
+    out["offset32"] = -32 * pairs.sum(axis=(-3, -1), dtype=np.int16)
     groups = [out[row : row + ROW_GROUP].T.reshape(-1) for row in range(0, len(out), ROW_GROUP)]
     return np.concatenate(groups).view(np.uint8).reshape(len(x), -1)
 

@@ -280,7 +280,7 @@ def _k_quants(type: BlockType, panel: U8, tiles: int, count: int, act: npt.NDArr
             first, second = (wanted[:, h] @ values[:, h].T for h in (slice(16), slice(16, None)))
             acc = lanes.fma(first * small_scale[:, 0] + second * small_scale[:, 1], d * scale, acc)
             if minimum is not None:
-                sums = part["offset32"].astype(np.float32) @ minimum.T.astype(np.float32)
+                sums = part["offset32"].astype(np.float32).sum(axis=-1) @ minimum.T.astype(np.float32)
                 acc = lanes.fma(sums, m / np.float32(32) * scale, acc)
     return acc
 
