@@ -163,7 +163,6 @@ typedef struct {
     int32_t offset8, offset128; /* -8 * sum(q), -128 * sum(q) */
     int16_t offset32[2][2];     /* of each half of q: -32 times the sums of columns 4 i, 4 i + 1 and of 4 i + 2, 4 i + 3 */
 } mk_activation;
-static inline int32_t mk_offset32(const mk_activation *a, int half) { return a->offset32[half][0] + a->offset32[half][1]; }
 
 /* What a row of x has for a panel of a PANEL type.  Those of a group's rows are followed by their int8, of which 32 columns
  * of each row lie one after the other.  The scale is that of all values but the largest one, whose integer is that of its

@@ -205,6 +205,9 @@ enum { MK_IN_TILES = 9 };
  * in the order of columns. */
 enum { MK_BF16_HALVES = 128, MK_BF16_PAIRS = 64 };
 
+/* -32 times the sum of half of a block of activations. */
+static inline int32_t mk_offset32(const mk_activation *a, int half) { return a->offset32[half][0] + a->offset32[half][1]; }
+
 /* If pairs of products of bytes are summed in 16 bits: whether group g of 4 columns begins such a sum, or ends it.  The
  * sums are at most 2 * 2 * 63 * 127, 4 * 2 * 31 * 127, 8 * 2 * 15 * 127, and 2 * 128 * 127, and do not overflow.  With
  * MK_CENTRED bits the caller begins and ends them (body_centred.h). */
