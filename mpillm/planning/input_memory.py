@@ -64,11 +64,16 @@ _NOT_ASCII, _WIDE = re.compile(rb"[\x80-\xff]|\\u"), re.compile(rb"[\xf0-\xff]|\
 
 
 def input_needs(
-    spec: Spec, hidden: int, around: Around = NOTHING, load: Callable[[], Tokenizer | None] = lambda: None
+    spec: Spec,
+    hidden: int,
+    around: Around = NOTHING,
+    load: Callable[[], Tokenizer | None] = lambda: None,
+    whole_prompts: bool = False,
 ) -> InputNeeds:
     """Read what the input asks for; NO_INPUT if it cannot be read.
 
-    `hidden` is the width of the model, and `load` returns its tokenizer.
+    `hidden` is the width of the model, and `load` returns its tokenizer. A model that reads `whole_prompts` at once
+    shares no blocks between them.
     """
     context = spec.memory.max_context
     lines = names = checking = chat = answer = choice = largest = total = prompt_tokens = 0
@@ -80,7 +85,10 @@ def input_needs(
     adjusts = line_prompts.adjusts(spec.sampling)
     decoder = msgspec.json.Decoder(LineSize)
     asked = asker(spec)
-    grammars, counter = GrammarCounter(spec), TokenCounter(load)
+    grammars, counter = (
+        GrammarCounter(spec),
+        TokenCounter(load, spec.batch.prefix_sharing and not whole_prompts),
+    )
     held = AnswerLengths(spec, counter)
     try:
         with inputs.opened(spec) as file:
@@ -166,11 +174,16 @@ def _prompt_tokens(body: Body, counter: TokenCounter, around: Around) -> Tokens:
             max(bytes(body.messages).count(b'"role"'), 1),
         )
         # Most of a template is code, but it may contain a system prompt.
-        likely = min(around.template // (3 * TEMPLATE_TEXT), FRAMING) + MESSAGE // 2 * messages
+        template = min(around.template // (3 * TEMPLATE_TEXT), FRAMING)
+        likely = template + MESSAGE // 2 * messages
         maximum = min(around.template // TEMPLATE_TEXT, FRAMING) + MESSAGE * messages
         maximum += 2 * len(body.tools)  # the template may add spaces to the tools
         maximum += len(body.documents) + len(body.chat_template_kwargs)
-        return texts._replace(likely=texts.likely + likely, maximum=texts.maximum + maximum)
+        found = texts._replace(likely=texts.likely + likely, maximum=texts.maximum + maximum)
+        if texts.again:  # all but the last token, which is computed in any case
+            return found._replace(shared=found.likely - 1)
+        # A system prompt of the template stands before the texts, so chats that begin alike share it too.
+        return found._replace(shared=texts.shared + template * texts.alike)
     given = bytes(body.input or body.prompt)
     if IDS.match(given):
         return counter.count_ids(given)
@@ -217,7 +230,7 @@ def _blocks(body: Body, count: int, prompts: Tokens, new: int, spec: Spec) -> in
             found += whole
         else:
             found += prompt + copies * (whole - prompt) if spec.batch.prefix_sharing else copies * whole
-    return max(found - prompts.shared // KV_BLOCK, 0) if spec.batch.prefix_sharing else found
+    return max(found - prompts.shared // KV_BLOCK, 0)
 
 
 def _new_tokens(body: Body, spec: Spec) -> int:

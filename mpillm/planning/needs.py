@@ -30,6 +30,7 @@ def needs_of(
         config.hidden,
         around(spec, config, source),
         load or (lambda: load_tokenizer(source.tokenizer, config.vocab)),
+        config.whole_prompts,
     )
 
 

@@ -26,7 +26,8 @@ class Tokens(NamedTuple):
     """The likely and the maximum number of tokens, and the tokens of each text, if all were counted.
 
     `shared` of the likely tokens are in blocks of the KV cache that earlier texts have too. `alike` texts have such
-    blocks, and `own` has the tokens of each text after its shared blocks.
+    blocks, and `own` has the tokens of each text after its shared blocks. `again`: a chat's texts are those of an
+    earlier chat.
     """
 
     likely: int
@@ -35,6 +36,7 @@ class Tokens(NamedTuple):
     shared: int = 0
     alike: int = 0
     own: tuple[int, ...] = ()
+    again: bool = False
 
 
 class Around(NamedTuple):
@@ -51,10 +53,12 @@ NOTHING = Around()
 class TokenCounter:
     """Counts tokens with the tokenizer of the model, if it has one. The first text loads the tokenizer."""
 
-    def __init__(self, load: Callable[[], Tokenizer | None]) -> None:
-        self._load = load
+    def __init__(self, load: Callable[[], Tokenizer | None], shares: bool = True) -> None:
+        """`load` returns the tokenizer; `shares`: texts with a common beginning share its blocks."""
+        self._load, self._shares = load, shares
         self._bytes = self._tokens = self._shared = 0  # the sums of all texts that were counted
-        self._begun = set[int]()  # for each block, a hash of it and all blocks before it
+        # For each block, a hash of it and all blocks before it; for each chat, one of all its texts.
+        self._begun = set[int]()
 
     @cached_property
     def _tokenizer(self) -> Tokenizer | None:
@@ -105,7 +109,12 @@ class TokenCounter:
         whole = [[id for ids in texts for id in ids]] if chat else texts
         known = [KV_BLOCK * self._known_blocks(ids) for ids in whole]
         own = tuple(len(ids) - tokens for ids, tokens in zip(whole, known, strict=True))
-        return Tokens(sum(lengths), sum(lengths), lengths, sum(known), sum(map(bool, known)), own)
+        again = False
+        if chat and self._shares:
+            key = hash(("chat", *lengths, *whole[0]))
+            again = key in self._begun
+            self._begun.add(key)
+        return Tokens(sum(lengths), sum(lengths), lengths, sum(known), sum(map(bool, known)), own, again)
 
     def _known_blocks(self, ids: list[int]) -> int:
         """The number of blocks of a text that were seen before, after the same tokens; the others are remembered.
@@ -113,6 +122,8 @@ class TokenCounter:
         The block of the last token does not count, because that token is computed in any case.
         """
         before, known = 0, 0
+        if not self._shares:
+            return 0
         for start in range(0, len(ids) - KV_BLOCK + 1, KV_BLOCK):
             before = hash((before, *ids[start : start + KV_BLOCK]))
             known += before in self._begun and start + KV_BLOCK < len(ids)

@@ -310,6 +310,34 @@ def test_blocks_that_are_shared_are_planned_once(
     assert input_needs(job, 64, load=Bytes).blocks == blocks  # type: ignore[arg-type, unused-ignore]
 
 
+@pytest.mark.parametrize("text", ["a" * 100, [5] * 100])
+def test_models_that_read_whole_prompts_share_no_blocks(text: object, tmp_path: Path) -> None:
+    job = spec.load(None, input=str(tmp_path / "in.jsonl"), output=str(tmp_path / "out"))
+    (tmp_path / "in.jsonl").write_text(9 * (json.dumps({"input": text}) + "\n"))
+    for whole, blocks in ((False, 3), (True, 27)):
+        asked = input_needs(job, 64, load=Bytes, whole_prompts=whole)  # type: ignore[arg-type, unused-ignore]
+        assert asked.blocks == blocks
+
+
+def test_chats_that_begin_alike_share_the_beginning_of_the_template(tmp_path: Path) -> None:
+    """How long it is, is not known; what follows the common texts has a few tokens of the template too."""
+    job = spec.load(
+        None, ["sampling.max_tokens=9"], input=str(tmp_path / "in.jsonl"), output=str(tmp_path / "out")
+    )
+
+    def blocks(*texts: str) -> int | None:
+        lines = [json.dumps({"messages": [{"role": "user", "content": text}]}) for text in texts]
+        (tmp_path / "in.jsonl").write_text("\n".join(lines))
+        asked = input_needs(job, 64, Around(template=1200), Bytes)  # type: ignore[arg-type, unused-ignore]
+        return asked.blocks
+
+    text = "a" * 100  # 212 tokens: 4 of the role, 100 of the template before and 8 of the message
+    assert blocks(text) == 6
+    assert blocks(*[text] * 9) == 6
+    assert blocks(*(text + letter * 30 for letter in "bcdef")) == 7 + 4  # 250 tokens, 196 in common
+    assert blocks(*(letter + text for letter in "bcdef")) == 5 * 6
+
+
 @pytest.mark.parametrize(
     ("line", "sequences", "tokens"),
     [
