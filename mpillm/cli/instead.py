@@ -20,6 +20,7 @@ OF_SLURM = {
 }  # fmt: skip
 # Names that other launchers have for `launch -n`.
 RANKS_AT_LAUNCH = ("-c", "-N", "--ntasks", "--ranks", "--nproc")
+OF_RUN = ("--model", "--input", "--output", "--set")
 # Words for which other programs have a command, by the command that does it here.
 COMMANDS = {
     "pull": ("add", "download", "fetch", "get"),
@@ -84,6 +85,7 @@ ELSEWHERE = {
 # The same, where it depends on the command.
 AT_COMMAND = {
     **{(command, "--input"): f"{command} reads none; type mpillm run --input FILE" for command in ("chat", "serve")},
+    ("serve", "--output"): "type --data DIRECTORY for uploaded files and batches",
     **{("pack", name): "type --weights TYPE" for name in ("--dtype", "--outtype", "--quantize", "--type")},
     **{("pack", name): "the directory needs none: mpillm pack SRC DST" for name in ("--output", "-o")},
 }  # fmt: skip
@@ -151,7 +153,12 @@ def sentence(
             return f"there is no option {name}; type --set {key}={value or 'VALUE'}"
         names = {option.lstrip("-"): option for option in known}
         if close := difflib.get_close_matches(name.lstrip("-"), names, n=1, cutoff=0.65):
+            if names[close[0]] == name:
+                return f"{name} must come after the command; type mpillm {command or 'COMMAND'} ... {name}"
             return f"there is no option {name}; did you mean {names[close[0]]}?"
+        if command == "launch" and name in OF_RUN:
+            given = f" {value}" if value and not value.startswith("-") else ""
+            return f"{name} must come after the command; type mpillm launch -n N run {name}{given} ..."
         if command == "launch":
             return f"there is no option {name}; if it is mpiexec's, type --mpi-option={word}"
         if settable and (key := _key_like(name[2:])):

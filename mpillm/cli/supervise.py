@@ -132,8 +132,9 @@ def _no_command(words: list[str], ranks: int) -> str:
     """A sentence on words that do not begin with a command that launch starts."""
     if words[1:] and words[0].isdecimal():
         return f"the number of ranks needs -n: mpillm launch -n {shlex.join(words)}."
-    if words[1:] and words[0] in STARTERS:
-        return f"launch starts {words[0]} by itself; type mpillm launch -n {ranks} {shlex.join(words[1:])}."
+    if words and words[0] in STARTERS:
+        meant = shlex.join(words[1:]) or "run JOB.toml"
+        return f"launch starts {words[0]} by itself; type mpillm launch -n {ranks} {meant}."
     if words and words[0].endswith(".toml"):
         return f"launch needs the command before the job: mpillm launch -n {ranks} run {words[0]}."
     if words[1:] and words[1] in ("run", *ONCE):

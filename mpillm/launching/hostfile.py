@@ -28,7 +28,11 @@ def read_hosts(path: Path) -> list[HostSlots]:
         meant = alike(path) or "mpillm init hostfile DIR writes one."
         raise JobError(f"The hostfile {path} does not exist; {meant}") from None
     except IsADirectoryError:
-        raise JobError(f"{path} is a directory; give a hostfile, such as {path / 'openmpi.hosts'}.") from None
+        there = sorted(path.glob("*.hosts"))
+        meant = (
+            f"give a hostfile, such as {there[0]}" if there else "mpillm init hostfile DIR writes a hostfile"
+        )
+        raise JobError(f"{path} is a directory; {meant}.") from None
     except OSError as error:
         raise JobError(f"The hostfile {path} cannot be read: {error.strerror}.") from None
     hosts = []

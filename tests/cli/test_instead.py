@@ -41,7 +41,14 @@ MISTAKES = {
     "MPICH's letter at launch": ("launch -f hosts doctor", "there is no option -f; write the hosts into a file"),
     "a hostfile's letters": ("launch --hostfile hots doctor", "The hostfile hots does not exist; did you mean hosts?"),
     "no hostfile": ("launch --hostfile x/y doctor", "y does not exist; mpillm init hostfile DIR writes one."),
-    "a directory of hostfiles": ("launch --hostfile . doctor", ". is a directory; give a hostfile, such as openmpi"),
+    "a directory of hostfiles": ("launch --hostfile . doctor", ". is a directory; mpillm init hostfile DIR writes a"),
+    "a model at launch": (
+        "launch -n 2 --model a.gguf run", "--model must come after the command; type mpillm launch -n N run --model"
+    ),
+    "a key at launch": ("launch -n 2 --set run", "--set must come after the command; type mpillm launch -n N run"),
+    "a launcher at launch": ("launch -n 2 mpiexec", "launch starts mpiexec by itself; type mpillm launch -n 2 run"),
+    "an option before the command": ("--json plan", "--json must come after the command; type mpillm"),
+    "a server's directory": ("serve --output o", "type --data DIRECTORY for uploaded files and batches"),
     "an input's letters": (
         f"run --model {CHAT} --input takn --output out", "The input takn does not exist; did you mean taken?"
     ),
@@ -61,7 +68,7 @@ MISTAKES = {
     "sbatch's option": ("run --mem=64G", "type it before the script: sbatch --mem=64G slurm/one-node.sbatch ..."),
     "mpiexec's option": ("run -n 4 jobs/a.toml", "type mpillm launch -n 4 run"),
     "a model as a word": ("chat smollm2-135m", "to choose a model, type --model smollm2-135m"),
-    "an option with a word": ("serve --output out/mine", "there is no option --output; mpillm serve --help lists all"),
+    "an option with a word": ("serve --frobnicate a", "there is no option --frobnicate; mpillm serve --help lists all"),
     "help": ("help", "did you mean mpillm --help or mpillm run --help?"),
     "a number in words": ("plan --ranks two", "argument --ranks: 'two' is not a whole number"),
     "half a second": ("watch out --every 0.5", "argument --every: '0.5' is not a whole number"),
