@@ -62,7 +62,10 @@ def once(
         for number, handler in zip(STOPS, before, strict=True):
             signal.signal(number, handler)
     cause = remarks.cause()
-    if code == 0 or (attended and signal.SIGINT in told and code in _INTERRUPTED and cause is None):
+    # Open MPI's code is 0 also after it has lost a daemon.
+    if (code == 0 and (told or cause is None)) or (
+        attended and signal.SIGINT in told and code in _INTERRUPTED and cause is None
+    ):
         return 0
     if told and not attended:
         say(stopped_by(signal.Signals(told[0])))

@@ -23,6 +23,7 @@ _REMARK = re.compile(
     r"\[(mpiexec|proxy:\d+)@|YOUR APPLICATION TERMINATED WITH |This typically refers to a problem with your |"
     r"Please see the FAQ page for |Abort\(\d+\) on node .*: application called MPI_Abort|"  # these are MPICH's
     r"\[[^\s\]]+:\d+\] (\[.+?\] )?(\w+ ERROR: |plm:|UNSUPPORTED DAEMON)|NBC_Progress: |"  # Open MPI's
+    r"\[[^\s\]]+:\d+\] \*\*\* +(An error occurred in |reported by process |on |Unknown error|MPI_|and MPI will )|"
     r"\[\d+\.\d+\] \[\S+ *:\d+\] +\S+ +UCX +WARN |"
     r"ssh: |client_loop: |Connection (to|closed|reset) |Timeout, server |Host key verification failed"
 )
@@ -44,6 +45,10 @@ _CAUSES = (
     (
         r"process rank \d+ with PID \d+ on node\s+(\S+) exited on\s+signal (\d+)",
         "a rank on {} was ended by {}",
+    ),
+    (
+        r"peer process has unexpectedly disconnected.*?Peer host:\s+(\S+)",
+        "a rank on {} was lost, or the connection to it",
     ),
     (r"(ssh: connect to host [^\n]+)", "{}"),
     (r"Connection to (\S+) closed by remote host", "the connection to {} was closed"),
@@ -145,7 +150,7 @@ class _Lines:
         if not data and self._begun:
             lines, self._begun = [self._begun], b""
         for line in lines:
-            text = line.decode("utf-8", "surrogateescape").rstrip("\r\0 ")
+            text = line.decode("utf-8", "surrogateescape").lstrip("\0").rstrip("\r\0 ")
             (self._keep if self._is_remark(text) else self._show)(text)
 
     def _is_remark(self, line: str) -> bool:

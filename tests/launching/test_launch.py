@@ -93,6 +93,7 @@ def test_what_is_started_once_ends_with_the_first_rank_that_dies(
 
 
 LOST = "prterun noticed that process rank 1 with PID 7 on node pi exited on\nsignal 9 (Killed)."
+DAEMON = f"{'-' * 74}\nPRTE has lost communication with a remote daemon.\n\n  Remote daemon: [a@0,1] on node pi2\n{'-' * 74}"
 BANNER = f"{'-' * 74}\n{LOST}\n{'-' * 74}"
 
 
@@ -102,6 +103,7 @@ BANNER = f"{'-' * 74}\n{LOST}\n{'-' * 74}"
         ("exit 0", 0, ""),
         ("echo 'mpillm: No such model.' >&2; exit 2", 2, "mpillm: No such model.\n"),
         (f"echo '{BANNER}' >&2; exit 137", 75, "The ranks ended (a rank on pi was ended by SIGKILL); run the same"),
+        (f"echo '{DAEMON}' >&2; exit 0", 75, "The ranks ended (mpiexec lost its daemon on pi2); run the same"),
         (f"echo '{'-' * 74}' >&2; echo No slots. >&2; exit 1", 1, f"{'-' * 74}\nNo slots.\n"),
         ("trap 'exit 3' USR1; kill -INT $PPID; while :; do sleep 0.1; done", 75, "Stopped by SIGINT; run the same"),
         ("trap 'exit 0' USR1; kill -TERM $PPID; while :; do sleep 0.1; done", 0, ""),

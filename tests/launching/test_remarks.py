@@ -50,6 +50,22 @@ PROXY = """\
 [proxy:0@door1] HYD_pmcd_pmip_control_cmd_cb (/mpich/src/pm/hydra/proxy/pmip_cb.c:490): assert (!closed) failed
 [mpiexec@door1] main (/mpich/src/pm/hydra/mpiexec/mpiexec.c:270): process manager error waiting for completion
 """
+PEER = f"""{"-" * 74}
+An MPI communication peer process has unexpectedly disconnected.  This
+usually indicates a failure in the peer process (e.g., a crash or
+otherwise exiting without calling MPI_FINALIZE first).
+
+  Local host: door1
+  Local PID:  23496
+  Peer host:  door2
+{"-" * 74}
+[door1:00000] *** An error occurred in Socket closed
+[door1:00000] *** reported by process [4294443009,0]
+[door1:00000] *** on a NULL communicator
+[door1:00000] *** Unknown error
+[door1:00000] *** MPI_ERRORS_ARE_FATAL (processes in this communicator will now abort,
+[door1:00000] ***    and MPI will try to terminate your MPI job as well)
+"""
 CLOSED = "Connection to door2 closed by remote host.\n"
 DAEMON = """\
 [mpiexec@door1] control_cb (/mpich/src/pm/hydra/mpiexec/pmiserv_cb.c:280): assert (!closed) failed
@@ -109,6 +125,8 @@ def heard() -> Hear:
     [
         (UNABLE, "mpiexec could not start its daemon on door2, or lost it"),
         (LOST + UNABLE, "mpiexec lost its daemon on door2"),
+        (PEER, "a rank on door2 was lost, or the connection to it"),
+        (PEER + KILLED, "a rank on door2 was ended by SIGKILL"),
         (KILLED, "a rank on door2 was ended by SIGKILL"),
         (ENDED.format(9) + PROXY, "a rank on door2 was ended by SIGKILL"),
         (ENDED.format(75), None),
@@ -120,7 +138,7 @@ def heard() -> Hear:
 )
 def test_a_remark_is_kept_and_tells_what_was_lost(heard: Hear, text: str, cause: str | None) -> None:
     ranks = RANKS.splitlines()
-    remarks, out, error = heard(f"{RANKS}\0\n{text}{RANKS}")
+    remarks, out, error = heard(f"{RANKS}\0\n{text}\0{RANKS}")
     assert out + error == ranks * 2
     assert remarks.cause() == cause
     remarks.show()
