@@ -15,7 +15,7 @@ import pytest
 from tests.cluster import hosts as tools
 from tests.cluster.hosts import NETWORK, Hosts
 from tests.conftest import HANGS, Mpi, run_bounded
-from tests.e2e.jobs import command, mixed_lines, run, write_lines
+from tests.e2e.jobs import CHAT, command, mixed_lines, run, write_lines
 
 pytestmark = [pytest.mark.hosts, pytest.mark.mpiexec]
 
@@ -74,6 +74,43 @@ def test_what_is_lost_costs_a_host(mpi: Mpi, tmp_path: Path, what: str) -> None:
     assert (output / "results.jsonl").read_bytes() == (
         tmp_path / "undisturbed" / "results.jsonl"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("lost", ["daemon", "rank"])
+def test_a_server_on_two_hosts_ends_with_one(mpi: Mpi, tmp_path: Path, lost: str) -> None:
+    """Open MPI's mpiexec ends with 0 after it has lost a daemon."""
+    if reason := tools.missing():
+        pytest.skip(reason)
+    hostfile, log = tmp_path / "hosts", tmp_path / "log"
+    hostfile.write_text("".join(f"{NETWORK}.{number}:1\n" for number in (1, 2)))
+    with Hosts(tmp_path, 2).up() as hosts:
+        words = ["serve", "--model", CHAT, "--port", "0", "--data", tmp_path / "data"]
+        where = ["--hostfile", hostfile, "--agent", hosts.agent, *options(mpi)]
+        env = {
+            **{name: os.environ[name] for name in ("HOME", "PATH")},
+            **mpi.env,
+            "UCX_TLS": "tcp,self",  # MPICH would use shared memory between namespaces
+            "PYTHONPATH": mpi.environment()["PYTHONPATH"],
+        }
+        line = hosts.on_first([sys.executable, "-m", "mpillm", "launch", *where, *words], env)
+        with log.open("wb") as file:
+            server = subprocess.Popen([str(word) for word in line], stdout=file, stderr=file)
+        try:
+            while "answers at http://" not in log.read_text():
+                assert server.poll() is None, log.read_text()
+                time.sleep(0.05)
+            daemon = daemon_on(f"{hosts.prefix}2")
+            (daemon if lost == "daemon" else daemon.children()[0]).kill()
+            assert server.wait(HANGS) == 75
+        finally:
+            server.kill()
+            server.wait()
+    said = log.read_text()
+    assert re.match(
+        r"mpillm: The ranks ended \((a rank on|mpiexec lost its daemon on) .*\); run the same",
+        said.splitlines()[-1],
+    )
+    assert not re.search(r"PRTE|\[mpiexec|\[proxy|^---|\*\*\*", said, re.M), "only the ranks and we speak"
 
 
 def options(mpi: Mpi) -> list[str]:

@@ -93,7 +93,10 @@ def test_what_is_started_once_ends_with_the_first_rank_that_dies(
 
 
 LOST = "prterun noticed that process rank 1 with PID 7 on node pi exited on\nsignal 9 (Killed)."
-DAEMON = f"{'-' * 74}\nPRTE has lost communication with a remote daemon.\n\n  Remote daemon: [a@0,1] on node pi2\n{'-' * 74}"
+RULE = "-" * 74
+DAEMON = (
+    f"{RULE}\nPRTE has lost communication with a remote daemon.\n\nRemote daemon: [a@0,1] on node pi2\n{RULE}"
+)
 BANNER = f"{'-' * 74}\n{LOST}\n{'-' * 74}"
 
 
