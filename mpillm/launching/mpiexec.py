@@ -19,6 +19,8 @@ from mpillm.launching.hostfile import HostSlots
 from mpillm.launching.remarks import Remarks
 
 LOOK = 0.2  # seconds between two looks at what runs
+WATCH = 2.0  # seconds between two looks at the ranks, and at the hostfile
+LINGER = 10.0  # seconds for mpiexec to end when no rank runs here, and nothing tells that others do
 STOPPING = 30.0  # seconds for the ranks to end when they are told to
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 _AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -106,6 +108,14 @@ def end_session(launcher: subprocess.Popen[bytes]) -> None:
             if process.pid == launcher.pid or os.getsid(process.pid) == launcher.pid:
                 process.kill()
     launcher.wait()
+
+
+def ranks_below(pid: int) -> bool:
+    """Whether mpiexec has ranks on this machine now."""
+    with contextlib.suppress(psutil.Error):
+        below = psutil.Process(pid).children(recursive=True)
+        return any("mpillm" in process.cmdline() for process in below)
+    return False
 
 
 def as_root() -> dict[str, str]:

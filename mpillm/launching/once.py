@@ -13,11 +13,14 @@ from mpillm.comm.launch import STOPS, Library
 from mpillm.errors import Interrupted
 from mpillm.launching.hostfile import HostSlots, write_hosts
 from mpillm.launching.mpiexec import (
+    LINGER,
     LOOK,
     STOPPING,
+    WATCH,
     Settings,
     command,
     end_session,
+    ranks_below,
     ranks_of,
     start,
     stopped_by,
@@ -86,12 +89,21 @@ def _ended(words: Sequence[str], told: Sequence[int], remarks: Remarks, attended
     """
     launcher = start(words, remarks, attended)
     give_up = float("inf")
+    looked, active = time.monotonic(), float("inf")
     try:
         while launcher.poll() is None and time.monotonic() < give_up:
             remarks.listen(LOOK)
+            now = time.monotonic()
+            if now - looked > WATCH:
+                looked = now
+                if ranks_below(launcher.pid):
+                    active = now
+                elif now - active > LINGER:  # mpiexec waits for hosts that are out of reach
+                    give_up = min(give_up, now)
             if give_up == float("inf") and any(not attended or number != signal.SIGINT for number in told):
                 tell_to_stop(launcher)
-                give_up = time.monotonic() + STOPPING
+                give_up = now + STOPPING
+        remarks.waits = launcher.poll() is None and not told
     finally:
         end_session(launcher)
         remarks.close()

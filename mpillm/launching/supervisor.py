@@ -14,17 +14,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
-import psutil
-
 from mpillm.comm.launch import STOPS, Library
 from mpillm.errors import Interrupted, JobError, LayoutError
 from mpillm.launching.hostfile import HostSlots, hostfile_text, read_hosts, write_hosts
 from mpillm.launching.mpiexec import (
+    LINGER,
     LOOK,
     STOPPING,
+    WATCH,
     Settings,
     command,
     end_session,
+    ranks_below,
     ranks_of,
     start,
     stopped_by,
@@ -41,9 +42,7 @@ from mpillm.store.results import JSONL
 
 log = logging.getLogger(__name__)
 
-WATCH = 2.0  # seconds between two looks at the hostfile
 ASK = 15.0  # seconds between two questions to the hosts, while no rank runs yet
-LINGER = 10.0  # seconds for mpiexec to end when no rank runs here and the journal does not grow
 BACK_OFF = (1.0, 5.0, 20.0, 60.0)  # seconds before the next start, by the number of starts without progress
 
 
@@ -202,7 +201,7 @@ class Supervisor:
                 if now - looked > WATCH:
                     looked = now
                     changed = self._hostfile_text() not in (known, "")
-                    if _ranks_below(launcher.pid) or self._journal_size() > size:
+                    if ranks_below(launcher.pid) or self._journal_size() > size:
                         seen, active, size = True, now, self._journal_size()
                     elif seen and now - active > LINGER:  # mpiexec waits for hosts that are out of reach
                         give_up = min(give_up, now)
@@ -238,14 +237,6 @@ class Supervisor:
 def _remove_if_empty(path: Path) -> None:
     with contextlib.suppress(OSError):
         path.rmdir()
-
-
-def _ranks_below(pid: int) -> bool:
-    """Whether mpiexec has ranks on this machine now."""
-    with contextlib.suppress(psutil.Error):
-        below = psutil.Process(pid).children(recursive=True)
-        return any("mpillm" in process.cmdline() for process in below)
-    return False
 
 
 def _how(code: int) -> str:

@@ -19,8 +19,8 @@ from tests.conftest import HANGS, Mpi
 from tests.job_helpers import CHAT
 
 COMMANDS = {
-    "chat": ["--model", CHAT],
-    "serve": ["--model", CHAT, "--port", "0", "--data", "served"],
+    "chat": ["--model", str(CHAT)],
+    "serve": ["--model", str(CHAT), "--port", "0", "--data", "served"],
     "bench": ["--synthetic", "llama-1b:1", "--what", "prefill", "--repeats", "1000"],
 }
 
@@ -50,7 +50,7 @@ def test_a_rank_is_killed(mpi: Mpi, name: str, victim: int, tmp_path: Path) -> N
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         env = mpi.environment(TMPDIR=folder, PATH=f"{mpi.mpiexec.parent}{os.pathsep}{os.environ['PATH']}")
         said = tmp_path / "said"
-        words = [sys.executable, "-m", "mpillm", "launch", "-n", "2", name, *map(str, COMMANDS[name])]
+        words = [sys.executable, "-m", "mpillm", "launch", "-n", "2", name, *COMMANDS[name]]
         with (
             said.open("wb") as file,
             subprocess.Popen(words, stdin=subprocess.PIPE, stdout=file, stderr=file, env=env, cwd=tmp_path) as started,

@@ -92,6 +92,22 @@ def test_what_is_started_once_ends_with_the_first_rank_that_dies(
     assert "ulfm" not in started[0]
 
 
+def test_mpiexec_that_waits_for_a_host_that_is_out_of_reach_is_ended(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Open MPI's does so for ever, when the ranks on this machine have ended."""
+    here = iter([True])
+    monkeypatch.setattr(once, "ranks_below", lambda pid: next(here, False))
+    monkeypatch.setattr(once, "command", lambda *words, survivors: ["sh", "-c", "sleep 1000"])
+    monkeypatch.setattr(supervise, "library", lambda: OPENMPI)
+    for name in ("WATCH", "LOOK", "LINGER"):
+        monkeypatch.setattr(once, name, 0.1)
+    assert main(["launch", "-n", "2", "serve"]) == 75
+    assert (
+        "The ranks ended (mpiexec waited for a host that was lost); run the same" in capsys.readouterr().err
+    )
+
+
 LOST = "prterun noticed that process rank 1 with PID 7 on node pi exited on\nsignal 9 (Killed)."
 RULE = "-" * 74
 DAEMON = (
@@ -317,7 +333,7 @@ def test_others_may_go_on_when_this_machine_has_lost_its_ranks(
 ) -> None:
     """As long as the journal grows; then mpiexec waits for what is lost."""
     here, grows = iter([True]), iter(range(1, 20))
-    monkeypatch.setattr(supervisor, "_ranks_below", lambda pid: next(here, False))
+    monkeypatch.setattr(supervisor, "ranks_below", lambda pid: next(here, False))
     of = started(tmp_path, monkeypatch, Settings(2))
     monkeypatch.setattr(of, "_journal_size", lambda: next(grows, 20))
     assert of._once(2, [], tmp_path, Remarks(print, print)) == (-9, False)
