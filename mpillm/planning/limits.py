@@ -11,7 +11,7 @@ takes as long as reading with B C / 2 D rows: 50 for Q4_0 from an SSD on two cor
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from mpillm.engine.limits import Limits
@@ -81,10 +81,10 @@ def limits(
     capacity = cache_capacity(spec, layouts, streamed, step.sequences * stages, kv)
     if problem := capacity.problem(spec, layouts):
         raise JobError(problem)
-    n_blocks = cache_blocks(capacity, rows.config, step, windows, max_context, stages, asked, part)
+    used = used_capacity(capacity, rows.config, step, windows, max_context, stages, asked, part)
     return Limits(
-        n_blocks=n_blocks,
-        blocks_in_memory=min(capacity.blocks_in_memory, n_blocks),
+        n_blocks=used.blocks,
+        blocks_in_memory=used.blocks_in_memory,
         max_sequences=capacity.sequences(step.sequences, windows),
         max_tokens=step.tokens,
         micro_batches=stages,
@@ -92,8 +92,8 @@ def limits(
         speculation=spec.batch.speculation,
         streams=streams,
         windows=windows,
-        n_slots=capacity.slots_of(asked, part),
-        n_saved=capacity.saved,
+        n_slots=used.slots,
+        n_saved=used.saved,
         whole_prompts=rows.config.whole_prompts,
         short_length=rows.config.short_length,
     )
@@ -179,7 +179,7 @@ def cache_capacity(
     return CacheCapacity(min(blocks, default=0), min(in_memory, default=0), slots, saved)
 
 
-def cache_blocks(
+def used_capacity(
     capacity: CacheCapacity,
     config: ModelConfig,
     step: StepSize,
@@ -188,14 +188,19 @@ def cache_blocks(
     stages: int,
     asked: InputNeeds,
     part: float = 1.0,
-) -> int:
-    """The number of blocks of a cache: those that steps and a part of the input use, enough for the longest request."""
+) -> CacheCapacity:
+    """The part of a capacity that a run takes: what steps and a part of the input use, enough for the longest request.
+
+    A replica that computes more than its part takes no more of it.
+    """
     longest = useful_blocks(max_context, windows, step.tokens)
     useful = longest * step.sequences
     if config.whole_prompts:  # the blocks of the steps under way; each sequence has one that is not full
         useful = blocks_for(step.tokens) + step.sequences
     needed, _ = capacity.needed(len(windows), asked, step, stages, part)
-    return min(capacity.blocks, useful * stages, max(needed, longest))
+    blocks = min(capacity.blocks, useful * stages, max(needed, longest))
+    in_memory = min(capacity.blocks_in_memory, blocks)
+    return replace(capacity, blocks=blocks, blocks_in_memory=in_memory, slots=capacity.slots_of(asked, part))
 
 
 def useful_blocks(tokens: int, windows: Sequence[int], step_tokens: int) -> int:

@@ -103,22 +103,22 @@ def step_rows(
     spec: Spec,
     config: ModelConfig,
     step: StepSize,
-    cache: tuple[CacheCapacity, int, Sequence[int]],
+    cache: CacheCapacity,
+    windows: Sequence[int],
     stages: int,
     streams: bool,
 ) -> Rows:
     """The maxima of a step, which are no more than the input can ask for.
 
-    `cache` has the capacity of the KV cache, the number of its blocks, and the windows of its groups. If some rank
-    `streams` weights, one step may have all sequences (see `Pace`); else they are divided into `stages` steps.
+    `cache` is the used capacity of the KV cache, and `windows` are those of its groups. If some rank `streams` weights,
+    one step may have all sequences (see `Pace`); else they are divided into `stages` steps.
     """
-    capacity, blocks, windows = cache
     running = min(
         step.sequences, asked.at_once(step.sequences * stages, step.tokens * stages) or step.sequences
     )
-    drafts = may_draft(spec.batch.speculation, windows, capacity.slots, config.expert_share, running)
+    drafts = may_draft(spec.batch.speculation, windows, cache.slots, config.expert_share, running)
     drafted = answer_index.LONGEST if drafts else 0
-    held = asked.fill(blocks, len(windows), step.sequences * stages, step.tokens * stages)
+    held = asked.fill(cache.blocks, len(windows), step.sequences * stages, step.tokens * stages)
     return Rows(
         min(step.tokens, asked.rows(held, drafted)),
         asked.outputs(step.sequences, step.tokens, drafted, 1 if streams else stages),

@@ -19,11 +19,11 @@ from mpillm.partition.replicas import Replica
 from mpillm.planning import draft, memory
 from mpillm.planning.input_needs import InputNeeds
 from mpillm.planning.limits import (
-    cache_blocks,
     cache_capacity,
     cache_in_file,
     cache_in_memory,
     step_size,
+    used_capacity,
 )
 from mpillm.planning.machines import Machines
 from mpillm.planning.rank_plan import RankPlan, ReplicaPlan
@@ -97,18 +97,15 @@ class Planner:
         read = [share.streamed for share in shares]
         # One stage stands for all, because the bytes of a row depend only on the shard, and on adapters of the layers.
         step = step_size(spec, self._rows, places if config.adapters else places[: replica.shards], any(read))
-        budgets = [one.memory.kv_bytes for one in specs]
-        capacity = cache_capacity(spec, caches, read, step.sequences * replica.stages, budgets)
         windows, stages = caches[0].windows, replica.stages
+        budgets = [one.memory.kv_bytes for one in specs]
+        capacity = cache_capacity(spec, caches, read, step.sequences * stages, budgets)
         max_context = spec.memory.context(config.max_position)
-        n_blocks = cache_blocks(capacity, config, step, windows, max_context, stages, asked, part)
-        blocks, _ = capacity.needed(len(windows), asked, step, stages)  # if it had to compute all
-        _, slots = capacity.needed(len(windows), asked, step, stages, part)
-        needed = min(blocks, n_blocks), slots
-        kept = 0 if number else asked.kept(step.sequences * replica.stages, config.vocab)
-        cached = capacity, n_blocks, windows
-        rows = memory.step_rows(asked, spec, config, step, cached, replica.stages, any(read))
-        drafting = draft.nbytes(spec, config, asked, replica.stages)
+        used = used_capacity(capacity, config, step, windows, max_context, stages, asked, part)
+        needed = used.needed(len(windows), asked, step, stages)  # if it had to compute all
+        kept = 0 if number else asked.kept(step.sequences * stages, config.vocab)
+        rows = memory.step_rows(asked, spec, config, step, used, windows, stages, any(read))
+        drafting = draft.nbytes(spec, config, asked, stages)
         plans = [
             _rank(
                 one,
@@ -117,7 +114,7 @@ class Planner:
                 place,
                 cache,
                 needed,
-                n_blocks,
+                used.blocks,
                 share,
                 self._activations(place, rows),
                 self._process(one, place, share, kept, machines.several_hosts) + share.beyond,

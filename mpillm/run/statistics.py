@@ -66,8 +66,16 @@ def _planned_memory(session: Session) -> memory.RankMemory:
     capacity = CacheCapacity(limits.n_blocks, limits.blocks_in_memory, limits.n_slots, limits.n_saved)
     step = StepSize(limits.max_sequences, limits.max_tokens)
     needed = capacity.needed(len(limits.windows), session.needs, step, limits.micro_batches)
-    cached, stages = (capacity, limits.n_blocks, limits.windows), limits.micro_batches
-    rows = memory.step_rows(session.needs, session.spec, config, step, cached, stages, limits.streams)
+    rows = memory.step_rows(
+        session.needs,
+        session.spec,
+        config,
+        step,
+        capacity,
+        limits.windows,
+        limits.micro_batches,
+        limits.streams,
+    )
     streams = weights.streamed > 0
     later = memory.taken_later(session.spec, session.source, place, streams)
     pages, network = [page.nbytes for page in weights.pages], session.machines.several_hosts
