@@ -4,7 +4,7 @@
 
 Each text is one sequence. For each form it prints the mean change of a token's negative log-likelihood, its standard
 error over the texts, the Kullback-Leibler divergence from the model's own probabilities (which varies less), and the
-bits of a stored value. The first block of 32 tokens is always in Q8_0. "Measured" forms have constants of the model
+bits of a stored value. The first tokens of a text are always in Q8_0. "Measured" forms have constants of the model
 (`kv_measured`), from the texts that --measure names.
 """
 
@@ -168,7 +168,8 @@ def forms(base: float, measured: Measured) -> dict[str, Form]:
 class Llama:
     """A Llama model of a GGUF file, in float32."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, first: int) -> None:
+        self.first = first  # tokens that a cache has in Q8_0
         reader = gguf.GGUFReader(path)
         self.weights = {
             t.name: gguf.dequantize(t.data, t.tensor_type).astype(np.float32) for t in reader.tensors
@@ -209,9 +210,9 @@ class Llama:
             if measured:
                 measured.add(layer, q, k, v, output)
             if keys:
-                k = np.concatenate((q8_0(k[:, :BLOCK]), keys(layer, k)[:, BLOCK:]), 1)
+                k = self._with_first(k, keys(layer, k))
             if values:
-                v = np.concatenate((q8_0(v[:, :BLOCK]), values(layer, v)[:, BLOCK:]), 1)
+                v = self._with_first(v, values(layer, v))
             x = x + self._attention(q, k, v) @ output
             h = self._norm(x, f"{name}.ffn_norm")
             gated = h @ gate
@@ -221,6 +222,9 @@ class Llama:
         logits -= logits.max(-1, keepdims=True)
         logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
         return logits
+
+    def _with_first(self, x: F32, stored: F32) -> F32:
+        return np.concatenate((q8_0(x[:, : self.first]), stored[:, self.first :]), 1)
 
     def _heads(self, q: F32, k: F32, v: F32) -> list[F32]:
         """Queries and keys after RoPE, and values: [heads, tokens, dim]."""
@@ -250,6 +254,7 @@ def main() -> None:
     parser.add_argument("model", help="a GGUF file of a Llama model with heads of 64 dimensions, or its name")
     parser.add_argument("texts", type=Path, nargs="+", metavar="TEXT")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of each text that are used")
+    parser.add_argument("--first", type=int, default=BLOCK, help="tokens at the beginning that are in Q8_0")
     parser.add_argument("--form", action="append", choices=NAMES, help="all of them if none is named")
     parser.add_argument(
         "--measure",
@@ -264,7 +269,7 @@ def main() -> None:
     with closing(open_source(path)) as source:
         tokenizer = load_tokenizer(source.tokenizer)
     assert tokenizer is not None, "the file has no tokenizer"
-    model = Llama(path)
+    model = Llama(path, args.first)
     measured = Measured(lambda x, positions: rope(x, positions, model.base))
 
     def ids_of(path: Path) -> NDArray[np.int64]:

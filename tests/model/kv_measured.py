@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 # Dimensions and their bits, of heads of 64: with a byte for the scale of a row 4.375 bits.
-KEYS = ((16, 6), (32, 4), (16, 3))
+KEYS = ((8, 6), (56, 4))
 VALUES = ((16, 5), (48, 4))
 SHIFTS = (
     0,
@@ -64,13 +64,13 @@ def mixing(n: int) -> F64:
 
 
 def on_trellis(x: F32, bits: NDArray[np.int64], weights: F32) -> F32:
-    """Round rows [n, dim] on the best path of a trellis, with one of three scales for each row, near its deviation.
+    """Round rows [n, dim] on the best path of a trellis, with the best of eight scales for each row, near its deviation.
 
     A scale takes a byte: it is a power of 2^(1/16).
     """
     power = np.rint(np.log2(np.sqrt((x * x).mean(-1, keepdims=True)) + 1e-9) * 16)
     found, least = np.empty_like(x), np.full(len(x), np.inf, np.float32)
-    for more in (-2, 0, 2):
+    for more in range(-4, 12, 2):
         scale = np.exp2((power + more) / 16).astype(np.float32)
         rounded, error = best_path(x / scale, bits, weights)
         error *= scale[:, 0] ** 2
