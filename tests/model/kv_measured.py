@@ -64,7 +64,7 @@ def mixing(n: int) -> F64:
 
 
 def on_trellis(x: F32, bits: NDArray[np.int64], weights: F32) -> F32:
-    """Round rows [n, dim] on the best path of a trellis, with the best of eight scales for each row, near its deviation.
+    """Round rows [n, dim] on the best path of a trellis, with the best of eight scales for each row.
 
     A scale takes a byte: it is a power of 2^(1/16).
     """
