@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Seconds: Open MPI ends all ranks with the first one that fails, and may lose what others have said.
 HEARD = 0.5
+MAX_RANKS = 4096  # on this machine; mpiexec tries any number, and never ends with some
 ONCE = ("doctor", "chat", "serve", "bench", "pack")  # commands with ranks that nothing starts again
 
 
@@ -88,8 +89,8 @@ def run(
             )
         if options.ranks is None and options.hostfile is None:
             raise JobError(_no_ranks(words))
-        if options.ranks is not None and options.ranks < 1:
-            raise JobError(f"-n {options.ranks} is not a number of ranks; write 1 or more.")
+        if options.ranks is not None and not 1 <= options.ranks <= MAX_RANKS:
+            raise JobError(f"-n {options.ranks} is not a number of ranks; write 1 to {MAX_RANKS}.")
         settings = mpiexec.Settings(options.ranks, options.hostfile, options.agent, tuple(options.mpi_option))
         program = mpiexec.program(words)
         if command != ["run"]:

@@ -202,7 +202,11 @@ MISTAKES = {
     "TLS": ("serve --ssl-certfile a", "for TLS put a proxy in front of the server"),
     "another name": ("serve --served-model-name x", "clients see the name of the model's file; rename it"),
     "a program at launch": ("launch -n 3 python x.py", "type mpiexec -n 3 python x.py."),
-    "no ranks": ("launch -n 0 run", "-n 0 is not a number of ranks; write 1 or more."),
+    "no ranks": ("launch -n 0 run", "-n 0 is not a number of ranks; write 1 to 4096."),
+    "too many ranks": (
+        "launch -n 99999999999 doctor",
+        "-n 99999999999 is not a number of ranks; write 1 to 4096.",
+    ),
     "a hostfile of a run": ("run a.toml --hostfile h", "type mpillm launch --hostfile FILE run ..."),
     "a directory as the job": ("run .", ". is a directory, not a job file (TOML); if it holds a model, type --model ."),
     "an option for the job": ("run --job a.toml", "there is no option --job: the job file needs none: mpillm run"),
