@@ -99,7 +99,7 @@ _FAILED = FULL | {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}  # what may work aga
 
 
 def of_system(error: BaseException) -> MpillmError | None:
-    """The error to tell the user where the system refused something: memory, threads, a file; None for other errors.
+    """Return the error to tell the user where the system refused memory, threads, a file; None for other errors.
 
     It is for what no code nearer to the cause has put into better words.
     """
@@ -115,7 +115,7 @@ def of_system(error: BaseException) -> MpillmError | None:
 
 
 def _out_of(error: BaseException) -> str | None:
-    """A sentence on the resource that the process lacks, and what to do; None for other errors."""
+    """Return a sentence on the resource that the process lacks, and what to do; None for other errors."""
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, MemoryError):
         number = errno.ENOMEM

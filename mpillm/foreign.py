@@ -41,7 +41,7 @@ def what_it_is(head: bytes) -> str | None:
 
 
 def binary(head: bytes) -> str | None:
-    """The kind of a file that is no text, and begins with `head`, to follow its name; None if it may be a text."""
+    """Return the kind of a file that is no text and begins with `head`, after its name; None if it may be a text."""
     if head.startswith(b"GGUF") or head[5:9] == b"\0\0\0{":  # safetensors begin with a length of eight bytes
         return "is a model; type --model for it, and give a file of requests"
     known = next((what for beginning, what in _BINARY if head.startswith(beginning)), None)

@@ -69,7 +69,7 @@ def stop() -> None:
 
 
 def active() -> bool:
-    """Whether spans are recorded: asked before the words of one are made where that takes time."""
+    """Return whether spans are recorded: asked before the words of one are made where that takes time."""
     return _recorder is not None
 
 

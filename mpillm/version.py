@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 
 def with_sources() -> str:
-    """The version; in a checkout also a checksum of the sources' names and sizes, as two of a version may differ."""
+    """Return the version; in a checkout with a checksum of the sources' names and sizes, to tell checkouts apart."""
     package = os.path.dirname(os.path.abspath(__file__))
     if not os.path.exists(os.path.join(package, "..", ".git")):
         return __version__

@@ -19,7 +19,7 @@ def tokens_of(prompt: int, generated: int, shared: str = "") -> str:
 
 
 def enough(count: int) -> str:
-    """A size that can be typed, rounded up from `count` bytes: "29.3MiB"."""
+    """Return a size that can be typed, rounded up from `count` bytes: "29.3MiB"."""
     power = max(0, count.bit_length() - 1) // 10
     return f"{math.ceil(count * 10 / 1024**power) / 10:g}{'_KMGT'[power]}iB" if power else f"{count}B"
 

@@ -19,7 +19,7 @@ BAD, FAILED = "bad_request", "failed"  # codes of errors: the request's fault, a
 
 
 def check_finite(completions: Sequence[FinishedCompletion]) -> None:
-    """NotFiniteError if the model's output for any of a request's choices is not finite."""
+    """Raise NotFiniteError if the model's output for any of a request's choices is not finite."""
     if not all(completion.finite for completion in completions):
         raise NotFiniteError
 

@@ -52,7 +52,7 @@ def decode_line(raw: bytes) -> dict[str, Any]:
 
 
 def refuse_repeated_keys(raw: bytes) -> None:
-    """RequestError if an object of a line has a key twice: readers differ in which value counts.
+    """Raise RequestError if an object of a line has a key twice: readers differ in which value counts.
 
     What is no JSON is left to `decode_line`. The values are not kept: those of a long line take much memory.
     """

@@ -124,7 +124,7 @@ _INSTEAD = {
 
 
 def refuse(key: str, value: Any, body: dict[str, Any], known: Collection[str]) -> None:
-    """RequestError for a key that is not among the `known` ones, unless its value asks for nothing."""
+    """Raise RequestError for a key that is not among the `known` ones, unless its value asks for nothing."""
     if key in NEUTRAL:
         neutral = (*NEUTRAL[key], body.get("n")) if key == "best_of" else NEUTRAL[key]
         if any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral):

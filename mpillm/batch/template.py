@@ -49,7 +49,7 @@ class Template:
     """
 
     def __init__(self, request: Mapping[str, Any]) -> None:
-        """JobError if a string is no template."""
+        """Raises JobError if a string is no template."""
         self._request = request
         self.columns = frozenset(_columns(request, "request"))
 

@@ -26,7 +26,7 @@ class BatchedBench:
     """A `Peer`: the program at `binary`, called `name`; each run is a process with `threads` threads on `cores`."""
 
     def __init__(self, name: str, binary: Path, model: Path, threads: int, cores: Sequence[int]) -> None:
-        """JobError if there is no such program."""
+        """Raises JobError if there is no such program."""
         if not (binary.is_file() and os.access(binary, os.X_OK)):
             raise JobError(
                 f"--against {name}={binary}: this is not a program; give the path of llama-batched-bench."

@@ -44,7 +44,7 @@ class BenchCommand:
     options: BenchOptions
 
     def check(self) -> None:
-        """JobError for an option that would change nothing, or cannot be had."""
+        """Raise JobError for an option that would change nothing, or cannot be had."""
         options, (name, _, binary) = self.options, (self.against or LLAMA_CPP).partition("=")
         for option, given, of in (
             ("--budget", options.budgets, {"paging", "speculation"}),

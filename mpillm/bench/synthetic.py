@@ -98,7 +98,7 @@ def _spread(tensor: str, sizes: tuple[int, ...]) -> int:
 
 
 def require_room(path: Path, needed: int) -> None:
-    """JobError if the disk has fewer bytes free."""
+    """Raise JobError if the disk has fewer bytes free."""
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise JobError(

@@ -231,7 +231,7 @@ def _belongs(file: str) -> bool:
 
 
 def _judge_gguf(hub: Any, name: str, repo: str, file: str, revision: str | None) -> None:
-    """ModelError if the file's architecture is none that can be run."""
+    """Raise ModelError if the file's architecture is none that can be run."""
     from mpillm.weights.formats.gguf_header import architecture_in
 
     path = f"{repo}@{revision}/{file}" if revision else f"{repo}/{file}"

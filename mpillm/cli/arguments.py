@@ -33,7 +33,7 @@ LEAST_MEMORY = 2**20  # bytes that a machine has: less was meant in another unit
 
 
 def command_parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
+    """Return the parser of the command line."""
     parser = CommandParser(
         prog="mpillm",
         description="Batches of LLM requests on CPUs, over MPI.",

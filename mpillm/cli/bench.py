@@ -14,7 +14,7 @@ MORE = ("paging", "speculation")  # only on request, because they take long
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """Add the command's arguments."""
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", default="smollm2-135m", help="catalogue name or GGUF file (smollm2-135m)")
     model.add_argument(

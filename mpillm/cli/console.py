@@ -41,11 +41,11 @@ class Console:
             tqdm.write(f"mpillm: {line}", file=sys.stderr)
 
     def downloading(self, done: int, total: int) -> None:
-        """A bar of bytes."""
+        """Show a bar of bytes."""
         self._bytes("model", done, total)
 
     def packing(self, done: int, total: int) -> None:
-        """A bar of the bytes of rank 0, whose share is about as large as the others'."""
+        """Show a bar of the bytes of rank 0, whose share is about as large as the others'."""
         self._bytes("packing", done, total)
 
     def _bytes(self, what: str, done: int, total: int) -> None:
@@ -122,7 +122,7 @@ def _show_answers(path: Path, requests: report.Requests) -> None:
 
 
 def _answer(result: dict[str, Any]) -> str:
-    """One line of results.jsonl for people."""
+    """Return one line of results.jsonl for people."""
     body = result["response"]["body"]
     if "error" in body:
         texts = [f"ERROR: {body['error']['message']}"]
@@ -139,7 +139,7 @@ def _answer(result: dict[str, Any]) -> str:
 
 
 def _item(item: dict[str, Any]) -> str:
-    """A vector, a score, or a label."""
+    """Return a vector, a score, or a label."""
     if "embedding" in item:
         return _embedding(item["embedding"])
     if "label" in item:
@@ -154,7 +154,7 @@ def _text(choice: dict[str, Any]) -> str:
 
 
 def _score(choice: dict[str, Any]) -> str:
-    """The sum of a prompt's log-probabilities, from its second token on."""
+    """Return the sum of a prompt's log-probabilities, from its second token on."""
     logprobs = [
         value for value in (choice.get("logprobs") or {}).get("token_logprobs", ()) if value is not None
     ]
@@ -164,7 +164,7 @@ def _score(choice: dict[str, Any]) -> str:
 
 
 def _shortened(text: str) -> str:
-    """The beginning of a text, in one line."""
+    """Return the beginning of a text, in one line."""
     words = " ".join(text[: 2 * LONGEST].split())
     if len(words) <= LONGEST and len(text) <= 2 * LONGEST:
         return words

@@ -72,7 +72,7 @@ def _tasks() -> None:
 
 
 def _threads(process: Path) -> int:
-    """The threads of a process, if it is this user's."""
+    """Return the threads of a process, if it is this user's."""
     try:
         return len(os.listdir(process / "task")) if process.stat().st_uid == os.geteuid() else 0
     except OSError:

@@ -167,7 +167,7 @@ def sentence(
 
 
 def of_command(word: str, commands: Collection[str]) -> str:
-    """A sentence that says what to type instead of an unknown command."""
+    """Return a sentence that says what to type instead of an unknown command."""
     if word in WITHOUT_COMMAND:
         return WITHOUT_COMMAND[word]
     if word.endswith(".toml"):

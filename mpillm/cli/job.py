@@ -19,12 +19,12 @@ QUICKSTART = "quickstart.toml"
 
 
 def job_on_every_rank(world: World, options: argparse.Namespace) -> Spec:
-    """The job as rank 0 reads it, on every rank."""
+    """Return the job as rank 0 reads it, on every rank."""
     return world.on_rank_0(lambda: load_job(options))
 
 
 def load_job(options: argparse.Namespace, planned: bool = False) -> Spec:
-    """The checked job; JobError says what is wrong. A job that is only `planned` need not have an input or output."""
+    """Return the checked job; JobError says what is wrong. One that is only `planned` needs no input or output."""
     from mpillm import spec
 
     job = getattr(options, "job", None)
@@ -49,12 +49,12 @@ def _is_model(job: Path) -> bool:
 
 
 def job_of(words: list[str]) -> Spec:
-    """The job that a command line names."""
+    """Return the job that a command line names."""
     return load_job(command_parser().parse_args(words))
 
 
 def _job_file(options: argparse.Namespace) -> Path | None:
-    """The job file that the command line names, or the quickstart if it names nothing at all."""
+    """Return the job file that the command line names, or the quickstart if it names nothing at all."""
     job: Path | None = getattr(options, "job", None)
     if job is not None or any(getattr(options, name, None) for name in ("model", "input", "output", "set")):
         return job

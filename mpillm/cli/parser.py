@@ -24,7 +24,7 @@ class CommandParser(argparse.ArgumentParser):
         return options
 
     def _instead(self, command: str | None, unknown: list[str], words: Sequence[str]) -> str:
-        """A sentence on the words that mean nothing; the first one that can be explained decides."""
+        """Return a sentence on the words that mean nothing; the first one that can be explained decides."""
         parser = self._commands().get(command or "", self)
         known = [name for action in parser._actions for name in action.option_strings]
         before = [name for action in self._actions for name in action.option_strings]
@@ -70,12 +70,12 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def _shown(action: argparse.Action) -> str:
-    """The value of an argument as it is written in a sentence."""
+    """Return the value of an argument as it is written in a sentence."""
     return "|".join(action.choices) if action.choices else str(action.metavar or action.dest.upper())
 
 
 def positive(text: str) -> int:
-    """A whole number above 0, for argparse."""
+    """Return a whole number above 0, for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")

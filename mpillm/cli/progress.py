@@ -54,7 +54,7 @@ class Rates:
 
 
 def _waits_and_drafts(state: ProgressState, capacity: float = float("inf")) -> str:
-    """The waits of the run, the slowest rank and the gain of drafts, as far as there is room; "" if all is well."""
+    """Return the waits, the slowest rank and the gain of drafts, as far as there is room; "" if all is well."""
     parts = [] if state.hits is None else [f"hits {100 * state.hits:.0f} %"]
     if (state.per_pass or 0.0) >= 1.05:  # else it reads 1.0
         parts.append(f"{state.per_pass:.1f} tokens/pass")
@@ -71,7 +71,7 @@ def _waits_and_drafts(state: ProgressState, capacity: float = float("inf")) -> s
 
 
 def width() -> int | None:
-    """The columns of a live line; None if nothing tells them."""
+    """Return the columns of a live line; None if nothing tells them."""
     columns = terminal.columns(sys.stderr)
     return None if columns is None else columns - len(AFTER)
 

@@ -18,7 +18,7 @@ KEY = "MPILLM_API_KEY"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `serve`."""
+    """Add the arguments of `serve`."""
     _add_model(parser)
     parser.add_argument(
         "--host", type=_host, default="127.0.0.1", help="address to listen on (127.0.0.1: only this machine)"
@@ -78,7 +78,7 @@ def _port(text: str) -> int:
 
 
 def add_chat(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `chat`."""
+    """Add the arguments of `chat`."""
     _add_model(parser)
 
 
@@ -123,7 +123,7 @@ def run_chat(world: World, options: argparse.Namespace) -> int:
 
 
 def _spec(world: World, options: argparse.Namespace, output: str) -> spec.Spec:
-    """The settings of a job, on every rank; it has no input, and `output` is where files go if there are any."""
+    """Return the settings of a job, on every rank; it has no input, and `output` is where files go if there are any."""
     for override in options.set:
         if override.partition("=")[0].strip() in ("input", "output", "output.path"):
             where = "stores its files in --data DIR" if hasattr(options, "data") else "writes no output"

@@ -24,7 +24,7 @@ _OURS = re.compile(r"mpillm( [\w-]+)?: ")  # how a sentence to the user begins
 
 
 def visible(text: str, keep: str = "") -> str:
-    """The text with an escape such as \\x1b for each character that would act on a terminal, but for `keep`."""
+    """Return the text with an escape such as \\x1b for each character that would act on a terminal, but for `keep`."""
 
     def escape(found: re.Match[str]) -> str:
         char, code = found[0], ord(found[0])

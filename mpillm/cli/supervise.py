@@ -27,7 +27,7 @@ ONCE = ("doctor", "chat", "serve", "bench", "pack")  # commands with ranks that 
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `launch`."""
+    """Add the arguments of `launch`."""
     parser.add_argument("-n", type=int, metavar="N", dest="ranks", help="number of ranks on this machine")
     parser.add_argument(
         "--hostfile",
@@ -107,7 +107,7 @@ def run(
 
 
 def refused(started: Launch, why: str) -> int:
-    """The exit code of a command that no launcher may start, after the first process has said why."""
+    """Return the exit code of a command that no launcher may start, after the first process has said why."""
     if started.rank:
         time.sleep(HEARD)
     else:
@@ -116,7 +116,7 @@ def refused(started: Launch, why: str) -> int:
 
 
 def _no_ranks(words: list[str]) -> str:
-    """A sentence on a command without ranks, which may stand after it."""
+    """Return a sentence on a command without ranks, which may stand after it."""
     for number, word in enumerate(words[:-1]):
         if word in ("-n", "-np", "--hostfile"):
             moved = [
@@ -130,7 +130,7 @@ def _no_ranks(words: list[str]) -> str:
 
 
 def _no_command(words: list[str], ranks: int) -> str:
-    """A sentence on words that do not begin with a command that launch starts."""
+    """Return a sentence on words that do not begin with a command that launch starts."""
     if words[1:] and words[0].isdecimal():
         return f"the number of ranks needs -n: mpillm launch -n {shlex.join(words)}."
     if words and words[0] in STARTERS:

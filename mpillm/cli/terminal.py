@@ -40,7 +40,7 @@ def terminal_of_launcher(stream: int) -> TextIO | None:
 
 
 def launcher_reads_terminal() -> bool:
-    """Whether the launcher passes on what is typed on a terminal."""
+    """Return whether the launcher passes on what is typed on a terminal."""
     try:
         descriptor = os.open(
             f"{_launcher_streams()}/0", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC
@@ -54,7 +54,7 @@ def launcher_reads_terminal() -> bool:
 
 
 def launcher_input_ended() -> bool:
-    """Whether the launcher's own input, a pipe or a file, has ended: Open MPI's tells its ranks nothing of that."""
+    """Return whether the launcher's own input, a pipe or a file, has ended: Open MPI's does not tell its ranks."""
     folder = _launcher_streams()
     if folder is None:
         return False
@@ -79,7 +79,7 @@ def launcher_input_ended() -> bool:
 
 
 def both_streams_meet() -> bool:
-    """Whether stdout and stderr go through a launcher that writes both to the same place."""
+    """Return whether stdout and stderr go through a launcher that writes both to the same place."""
     folder = _launcher_streams()
     if folder is None:
         return False
@@ -90,7 +90,7 @@ def both_streams_meet() -> bool:
 
 
 def columns(stream: TextIO) -> int | None:
-    """The width of the terminal that a stream writes to; None if it is none, or has no width.
+    """Return the width of the terminal that a stream writes to; None if it is none, or has no width.
 
     After su the launcher's terminal belongs to another user and tells nothing; it is taken to have the usual width.
     """
@@ -105,13 +105,13 @@ def columns(stream: TextIO) -> int | None:
 
 
 def blank(stream: TextIO) -> str:
-    """The text that empties the last line of a stream's terminal (a live line, or `^C`); "" for other streams."""
+    """Return the text that empties a terminal's last line (a live line, or `^C`); "" for other streams."""
     width = columns(stream)
     return "" if width is None else f"\r{' ' * (width - 1)}\r"
 
 
 def fitted(text: str, stream: TextIO) -> str:
-    """The text, its lines broken between words where the stream's terminal would break them inside one."""
+    """Return the text, its lines broken between words where the stream's terminal would break them inside one."""
     width = columns(stream)
     if width is None or len(text) <= width:
         return text
@@ -122,7 +122,7 @@ def fitted(text: str, stream: TextIO) -> str:
 
 
 def _launcher_streams() -> str | None:
-    """The descriptors of the outermost MPI launcher that this process descends from, or of its supervisor."""
+    """Return the descriptors of the outermost MPI launcher that this process descends from, or of its supervisor."""
     found, supervisor = None, os.environ.get(launch.SUPERVISED)
     with contextlib.suppress(psutil.Error):
         for process in psutil.Process().parents():

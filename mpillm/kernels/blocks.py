@@ -108,13 +108,13 @@ def quantise_q4(x: F32) -> tuple[F32, U8]:
 
 
 def to_f16(d: F32) -> npt.NDArray[np.float16]:
-    """Each value rounded to the nearest F16, ties to even; too large a value becomes inf without a warning."""
+    """Return each value rounded to the nearest F16, ties to even; too large a value becomes inf without a warning."""
     with np.errstate(all="ignore"):
         return d.astype(np.float16)
 
 
 def panels_of(x: F32, edges: npt.NDArray[np.int64]) -> Iterator[F32]:
-    """Each panel's columns of x, filled up to whole blocks of 32 with zeros."""
+    """Yield each panel's columns of x, filled up to whole blocks of 32 with zeros."""
     for begin, end in itertools.pairwise(edges):
         padded = np.zeros((len(x), -(-(end - begin) // QUANT_BLOCK) * QUANT_BLOCK), np.float32)
         padded[:, : end - begin] = x[:, begin:end]
@@ -166,7 +166,7 @@ def _quantise_whole(x: F32, edges: npt.NDArray[np.int64]) -> U8:
 
 
 def quantise_panel(x: F32) -> tuple[npt.NDArray[np.void], npt.NDArray[np.int8]]:
-    """The scales and other facts of rows [m] for one panel x [m, k] of activations for W8A8, and their int8 [m, k].
+    """Return the scales and other facts of rows [m] for one panel x [m, k] for W8A8, and their int8 [m, k].
 
     The scale is that of all values but the largest, whose integer is that int8 and 128 times the one of `high`.
     """
@@ -194,7 +194,7 @@ def quantise_panel(x: F32) -> tuple[npt.NDArray[np.void], npt.NDArray[np.int8]]:
 def whole_activations(
     x: npt.NDArray[Any], edges: npt.NDArray[np.int64]
 ) -> Iterator[tuple[npt.NDArray[np.void], npt.NDArray[np.int8]]]:
-    """The facts of rows [m] for each panel, and their int8 [m, .], from the blocks of `quantise_rows` for W8A8."""
+    """Yield the facts of rows [m] for each panel, and their int8 [m, .], from `quantise_rows`'s blocks for W8A8."""
     begin = 0
     for width in (-(-np.diff(edges) // QUANT_BLOCK) * QUANT_BLOCK).tolist():
         heads, integers = [], []

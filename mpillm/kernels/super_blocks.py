@@ -126,7 +126,7 @@ def field_of(q: U8, bits: int) -> U8:
 
 
 def columns_of(words: U8, bits: int) -> U8:
-    """The inverse of `field_of`."""
+    """Return the inverse of `field_of`."""
     if bits == 4:
         groups = np.concatenate([words & 15, words >> 4], axis=-2)
     else:

@@ -117,7 +117,7 @@ class BlockType(IntEnum):
         return TRAITS[self].packed
 
     def row_bytes(self, k: int) -> int:
-        """Bytes of a canonical row of k values."""
+        """Return bytes of a canonical row of k values."""
         return -(-k // self.block) * self.block_bytes
 
 
@@ -195,7 +195,7 @@ class Norm:
 
 
 def packed_nbytes(type: BlockType, n: int, k: int, bounds: Bounds) -> int:
-    """Bytes of W [n, k] in packed form, with column panels `bounds` (bounds[0] = 0, bounds[-1] = k)."""
+    """Return bytes of W [n, k] in packed form, with column panels `bounds` (bounds[0] = 0, bounds[-1] = k)."""
     type = BlockType(type)
     edges = check_bounds(bounds, k, type.block)
     if not type.quantised and not type.coded:
@@ -204,7 +204,7 @@ def packed_nbytes(type: BlockType, n: int, k: int, bounds: Bounds) -> int:
 
 
 def tile_nbytes(type: BlockType, k: int) -> int:
-    """Bytes of a panel of k columns of a tile, of types whose rows are interleaved."""
+    """Return bytes of a panel of k columns of a tile, of types whose rows are interleaved."""
     if type.coded:
         return coded_nbytes(k)
     head = 4 if type.whole else 0  # the scale of each row
@@ -212,19 +212,19 @@ def tile_nbytes(type: BlockType, k: int) -> int:
 
 
 def coded_nbytes(k: int) -> int:
-    """Bytes of k columns of a BF12 tile: blocks of 256 columns, each with a head and steps of 32 columns of 16 rows."""
+    """Return bytes of k columns of a BF12 tile: blocks of 256 columns, each a head and steps of 32 columns, 16 rows."""
     return -(-k // BF16_BLOCK) * CODED_HEAD + -(-k // PAIRED) * CODED_STEP
 
 
 def used_as_stored(type: BlockType, k: int, bounds: Bounds) -> bool:
-    """Whether products take a matrix whose rows of k values lie as in a file; rows in blocks are packed meanwhile."""
+    """Return whether products take a matrix whose rows of k values lie as in a file; rows in blocks are packed."""
     if type.quantised:
         return packed_nbytes(type, TILE_ROWS, k, bounds) <= STORED_TILE
     return type.block == 1 and not type.coded
 
 
 def strided_nbytes(type: BlockType, n: int, k: int, row_bytes: int) -> int:
-    """Bytes from the first of n rows of k values to the end of the last one, at a distance of `row_bytes`."""
+    """Return bytes from the first of n rows of k values to the end of the last one, at a distance of `row_bytes`."""
     return (n - 1) * row_bytes + type.row_bytes(k) if n else 0
 
 
@@ -234,7 +234,7 @@ def delta_floats(heads: int, dk: int, dv: int) -> int:
 
 
 def activation_nbytes(k: int, bounds: Bounds, type: BlockType = BlockType.Q8_0) -> int:
-    """Bytes of one row of k activations quantised for weights of a type, each panel padded to 32 values."""
+    """Return bytes of one row of k activations quantised for weights of a type, each panel padded to 32 values."""
     edges = np.asarray(bounds, np.int64)
     return _activation_nbytes(k, edges.shape, edges.tobytes(), type.whole)
 

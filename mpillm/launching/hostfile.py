@@ -21,7 +21,7 @@ class HostSlots:
 
 
 def read_hosts(path: Path) -> list[HostSlots]:
-    """The hosts of a hostfile, in Open MPI's words (`node1 slots=2`) or MPICH's (`node1:2`); JobError without any."""
+    """Return the hosts of a hostfile, as Open MPI (`node1 slots=2`) or MPICH (`node1:2`) has it; JobError if none."""
     try:
         lines = [line.partition("#")[0].strip() for line in hostfile_text(path).splitlines()]
     except FileNotFoundError:
@@ -57,7 +57,7 @@ def read_hosts(path: Path) -> list[HostSlots]:
 
 
 def hostfile_text(path: Path) -> str:
-    """The text of a hostfile, whose comments may be in any encoding; OSError if it cannot be read."""
+    """Return the text of a hostfile, whose comments may be in any encoding; OSError if it cannot be read."""
     return path.read_text("utf-8", errors="surrogateescape")
 
 

@@ -87,17 +87,17 @@ def tell_to_stop(launcher: subprocess.Popen[bytes]) -> None:
 
 
 def stopped_by(told: signal.Signals) -> str:
-    """The sentence for the user after a signal has stopped the ranks."""
+    """Return the sentence for the user after a signal has stopped the ranks."""
     return f"Stopped by {told.name}; run the same command again to continue."
 
 
 def ranks_of(settings: Settings, hosts: Sequence[HostSlots]) -> int:
-    """The number of ranks on these hosts; without any, of those on this machine."""
+    """Return the number of ranks on these hosts; without any, of those on this machine."""
     return sum(host.slots for host in hosts) or settings.ranks or 1
 
 
 def program(arguments: Sequence[str]) -> list[str]:
-    """The command of each rank: this Python, with the words of the user's command."""
+    """Return the command of each rank: this Python, with the words of the user's command."""
     return [sys.executable, "-m", "mpillm", *arguments]
 
 
@@ -111,7 +111,7 @@ def end_session(launcher: subprocess.Popen[bytes]) -> None:
 
 
 def ranks_below(pid: int) -> bool:
-    """Whether mpiexec has ranks on this machine now."""
+    """Return whether mpiexec has ranks on this machine now."""
     with contextlib.suppress(psutil.Error):
         below = psutil.Process(pid).children(recursive=True)
         return any("mpillm" in process.cmdline() for process in below)
@@ -119,7 +119,7 @@ def ranks_below(pid: int) -> bool:
 
 
 def as_root() -> dict[str, str]:
-    """The variables without which Open MPI starts no ranks for root; empty for other users."""
+    """Return the variables without which Open MPI starts no ranks for root; empty for other users."""
     return _AS_ROOT if os.geteuid() == 0 else {}
 
 

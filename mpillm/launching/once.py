@@ -42,7 +42,7 @@ def once(
     remarks: Remarks,
     attended: bool = False,
 ) -> int:
-    """The exit code of `program` on these hosts, or on this machine: 75 if it was stopped before its end.
+    """Return the exit code of `program` on these hosts, or on this machine: 75 if it was stopped before its end.
 
     All ranks end when one dies. `say` tells the user what no rank has said. Somebody types on the terminal for a
     program that is `attended`, and leaves it with Ctrl-C.

@@ -33,7 +33,7 @@ class NoHostError(JobError):
 
 
 def answering(settings: Settings, say: Callable[[str], None]) -> list[HostSlots]:
-    """The hosts of the hostfile that answer; none without a hostfile, and NoHostError if none answers."""
+    """Return the hosts of the hostfile that answer; none without a hostfile, and NoHostError if none answers."""
     if settings.hostfile is None:
         return []
     hosts = read_hosts(settings.hostfile)
@@ -49,7 +49,7 @@ def answering(settings: Settings, say: Callable[[str], None]) -> list[HostSlots]
 
 
 def silent_hosts(agent: str, hosts: Sequence[HostSlots], loads: bool = False) -> dict[str, str]:
-    """The names of the hosts that cannot take ranks, and why each cannot; `loads` as for `why_silent`."""
+    """Return the names of the hosts that cannot take ranks, and why each cannot; `loads` as for `why_silent`."""
     names = [host.name for host in hosts]
     with ThreadPoolExecutor(min(64, len(names) or 1)) as pool:
         why = pool.map(lambda name: why_silent(agent, name, loads), names)

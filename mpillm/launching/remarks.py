@@ -123,7 +123,7 @@ class Remarks:
         return bool(data)
 
     def cause(self) -> str | None:
-        """The host or rank that was lost, if a remark names it."""
+        """Return the host or rank that was lost, if a remark names it."""
         text = "".join(f"{line}\n" for line in self._kept)
         for pattern, sentence in _CAUSES:
             if found := re.search(pattern, text, re.DOTALL):

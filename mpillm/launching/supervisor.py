@@ -47,7 +47,7 @@ BACK_OFF = (1.0, 5.0, 20.0, 60.0)  # seconds before the next start, by the numbe
 
 
 def ranks_that_work(spec: Spec, maximum: int) -> int:
-    """The largest number of ranks, up to `maximum`, on which the job can be laid out and fits its budgets."""
+    """Return the largest number of ranks, up to `maximum`, on which the job can be laid out and fits its budgets."""
     refused: str | None = None
     for ranks in range(maximum, 0, -1):
         try:
@@ -109,7 +109,7 @@ class Supervisor:
             self._output = stack.enter_context(Directory(path))
 
     def _output_is_gone(self) -> bool:
-        """Whether the output directory, or the journal in it, was moved or deleted since the start."""
+        """Return whether the output directory, or the journal in it, was moved or deleted since the start."""
         if self._output is not None and not self._output.is_at_its_path():
             return True
         return self._journal_seen and not self._journal_size()
@@ -160,7 +160,7 @@ class Supervisor:
             self._sleep(pause)
 
     def _hosts(self, first: bool) -> list[HostSlots]:
-        """The hosts that answer; all of them if those of an earlier start are away, for they may come back."""
+        """Return the hosts that answer; all of them if those of an earlier start are away, for they may come back."""
         try:
             return answering(self._settings, self._say)
         except NoHostError:
@@ -174,13 +174,13 @@ class Supervisor:
         return 0
 
     def _journal_written(self) -> int:
-        """The time of the last write to the journal in nanoseconds; 0 if there is no journal."""
+        """Return the time of the last write to the journal in nanoseconds; 0 if there is no journal."""
         with contextlib.suppress(OSError):
             return (self._spec.output_path / JOURNAL).stat().st_mtime_ns
         return 0
 
     def _once(self, ranks: int, hosts: list[HostSlots], folder: Path, remarks: Remarks) -> tuple[int, bool]:
-        """One start; mpiexec's exit code, and whether it was stopped because the hostfile has changed."""
+        """Start mpiexec once; return its exit code, and whether it was stopped because the hostfile has changed."""
         known, size = self._hostfile_text(), self._journal_size()
         hostfile = folder / "hosts" if hosts else None
         if hostfile:
@@ -240,5 +240,5 @@ def _remove_if_empty(path: Path) -> None:
 
 
 def _how(code: int) -> str:
-    """A clause on the end of mpiexec. `code` is that of subprocess: minus the signal if one ended it."""
+    """Return a clause on the end of mpiexec. `code` is that of subprocess: minus the signal if one ended it."""
     return f"exit code {code} of mpiexec" if code >= 0 else f"{signal.Signals(-code).name} ended mpiexec"

@@ -39,7 +39,7 @@ class Activations:
         return sum(4 * dim for _, dim in turns)
 
     def row_nbytes(self, place: Place) -> int:
-        """Bytes for each row of a step, at most.
+        """Return bytes for each row of a step, at most.
 
         Float32: the hidden state, what a part of a layer makes of it, and its norm, or both parts where they are beside
         each other; then what the widest part takes. Shards decode all parts of a sum beside each other. Through the
@@ -58,7 +58,7 @@ class Activations:
         return 4 * ((3 + beside) * d + summed) + widest + NUMBERS + self.angles_nbytes
 
     def nbytes(self, place: Place, rows: int) -> int:
-        """The maximum bytes for a step of `rows` rows; a mixture's take more, because each goes to several experts."""
+        """Return the maximum bytes for a step of `rows` rows; a mixture takes more: a row goes to several experts."""
         config = self.config
         mixed = max(
             (
@@ -73,7 +73,7 @@ class Activations:
 
 
 def activations_of(source: Source, config: ModelConfig) -> Activations:
-    """The rows of a source's model."""
+    """Return the rows of a source's model."""
     types = {info.type.multiplied_as for key, info in source.tensors.items() if ROLES[key.role].quantisable}
     forms = {BlockType.W8A8 if type.whole else BlockType.Q8_0 if type.quantised else
              BlockType.BF16 if type is BlockType.BF16 else BlockType.F32 for type in types}  # fmt: skip

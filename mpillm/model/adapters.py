@@ -63,7 +63,7 @@ class Adapters:
         return tuple(self.files)
 
     def nbytes(self, place: Place) -> int:
-        """Bytes that a rank holds of all of them, as float32."""
+        """Return bytes that a rank holds of all of them, as float32."""
         values = 0
         for additions in self._additions:
             for key in self._here(additions, place):
@@ -72,7 +72,7 @@ class Adapters:
         return 4 * values
 
     def row_nbytes(self, place: Place) -> int:
-        """Bytes that a row takes at most besides those of the model: its copy, and what is added to a product."""
+        """Return bytes that a row takes at most besides the model's: its copy, and what is added to a product."""
         widest = 0
         for additions in self._additions:
             for key in self._here(additions, place):
@@ -124,7 +124,7 @@ class RankAdapters:
         self._adapters = adapters
 
     def of_step(self, numbers: Ints | None) -> LowRanks:
-        """The low-rank products to add in a step; `numbers` [m] has the adapter of each row."""
+        """Return the low-rank products to add in a step; `numbers` [m] has the adapter of each row."""
         found: dict[Key, list[LowRank]] = {}
         if numbers is not None:
             for number in np.unique(numbers[numbers != NO_ADAPTER]).tolist():
@@ -149,7 +149,7 @@ def _open(name: str, folder: str, source: Source) -> AdapterFiles:
 
 
 def _adaptable(config: ModelConfig) -> dict[Key, TensorSpec]:
-    """The matrices of a model to which adapters may add."""
+    """Return the matrices of a model to which adapters may add."""
     return {
         tensor.key: tensor
         for number, layer in enumerate(config.layers)
@@ -160,7 +160,7 @@ def _adaptable(config: ModelConfig) -> dict[Key, TensorSpec]:
 
 
 def _additions(files: AdapterFiles, specs: Mapping[Key, TensorSpec]) -> dict[Key, _Addition]:
-    """The change of each matrix by an adapter; ModelError for another tensor, or a matrix that cannot be adapted."""
+    """Return the change of each matrix by an adapter; ModelError for another tensor, or a matrix without adapters."""
     found: dict[Key, _Addition] = {}
     for factors in files.factors:
         if ROLES[factors.parsed.roles[0]].ndim != 2:
@@ -182,7 +182,7 @@ def _additions(files: AdapterFiles, specs: Mapping[Key, TensorSpec]) -> dict[Key
 
 
 def _parts(factors: Factors) -> list[tuple[Key, Extent]]:
-    """The rows of b that belong to each matrix of a tensor that holds several."""
+    """Return the rows of b that belong to each matrix of a tensor that holds several."""
     parsed = factors.parsed._replace(transposed=False)  # only the model's own may lie so
     if parsed.stacked:
         return [(Key(parsed.roles[0], parsed.layer, 0), factors.b)]
@@ -200,7 +200,7 @@ def _why_not(key: Key, specs: Mapping[Key, TensorSpec]) -> str:
 
 
 def _values(extent: Extent, rows: range) -> Floats:
-    """Rows as float32; ModelError if one is not finite."""
+    """Return rows as float32; ModelError if one is not finite."""
     values = extent.stored.decode(np.ascontiguousarray(extent.rows(rows)), extent.k, threads=1)
     if not np.isfinite(values).all():
         raise ModelError(f"{extent.file.path}: tensor {extent.name} has values that are not finite.")

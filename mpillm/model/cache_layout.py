@@ -32,7 +32,7 @@ SPLIT = 1.25  # sorts of layers whose numbers differ by less form one group each
 
 
 def blocks_for(tokens: int) -> int:
-    """The number of blocks that hold `tokens` tokens."""
+    """Return the number of blocks that hold `tokens` tokens."""
     return -(-tokens // KV_BLOCK)
 
 
@@ -46,11 +46,11 @@ class Caching(Protocol):
         """The block size of weights that are cut by columns."""
 
     def cache(self, place: Place) -> list[tuple[LayerCache, ...]]:
-        """The parts of a sequence that each layer of the model keeps on the rank at `place`."""
+        """Return the parts of a sequence that each layer of the model keeps on the rank at `place`."""
 
 
 def rank_layouts(config: Caching, places: Sequence[Place], asked: str) -> list[CacheLayout]:
-    """The layouts of ranks at `places`, where `memory.kv_type` is `asked`; JobError if it cannot be that."""
+    """Return the layouts of ranks at `places`, where `memory.kv_type` is `asked`; JobError if it cannot be that."""
     caches = [config.cache(place) for place in places]
     groups, kv_type = groups_of(caches[0]), stored_type(asked, caches[0], config.block > 1)
     return [
@@ -72,7 +72,7 @@ class Groups:
 
 
 def groups_of(caches: Sequence[Sequence[LayerCache]]) -> Groups:
-    """The groups of layers that keep `caches`."""
+    """Return the groups of layers that keep `caches`."""
     windows = [token.window if (token := token_cache(specs)) else None for specs in caches]
     counts = Counter(window for window in windows if window is not None)
     if not counts:
@@ -148,7 +148,7 @@ class CacheLayout:
 def cache_layout(
     caches: Sequence[Sequence[LayerCache]], groups: Groups, layers: range, kv_type: KvType
 ) -> CacheLayout:
-    """The layout of a rank that has `layers`; `caches` has what each of the model's layers keeps on that rank."""
+    """Return the layout of a rank that has `layers`; `caches` has the part of each model layer on that rank."""
     pools: dict[
         tuple[tuple[int, int], int], int
     ] = {}  # by a block's bytes, and the place among those of its group
@@ -172,14 +172,14 @@ def cache_layout(
 
 
 def token_cache(specs: Sequence[LayerCache]) -> TokenCache | None:
-    """The spec of a layer that keeps something for each token; None if there is none."""
+    """Return the spec of a layer that keeps something for each token; None if there is none."""
     found = [spec for spec in specs if isinstance(spec, TokenCache)]
     assert len(found) <= 1, specs
     return found[0] if found else None
 
 
 def stored_type(asked: str, caches: Sequence[Sequence[LayerCache]], quantised: bool) -> KvType:
-    """The number type that `memory.kv_type` means; "auto" is f16 where the weights are quantised, else f32.
+    """Return the number type that `memory.kv_type` means; "auto" is f16 where the weights are quantised, else f32.
 
     JobError if these layers' keys and values cannot be kept in it.
     """
@@ -198,7 +198,7 @@ def stored_type(asked: str, caches: Sequence[Sequence[LayerCache]], quantised: b
 
 
 def name_of(type: KvType) -> str:
-    """The name of a type in `memory.kv_type`."""
+    """Return the name of a type in `memory.kv_type`."""
     return type.name.lower()
 
 
@@ -211,7 +211,7 @@ def blocks_needed(tokens: int, windows: Sequence[int]) -> int:
 
 @cache
 def longest_sequence(n_blocks: int, windows: Sequence[int]) -> int:
-    """The most tokens, up to 2^31 - 1, of a sequence that `n_blocks` blocks hold."""
+    """Return the most tokens, up to 2^31 - 1, of a sequence that `n_blocks` blocks hold."""
     low, high = 0, 2**31 - 1
     while low < high:
         tokens = high - (high - low) // 2
@@ -223,12 +223,12 @@ def longest_sequence(n_blocks: int, windows: Sequence[int]) -> int:
 
 
 def window_blocks(window: int) -> int:
-    """The most blocks that `window` neighbouring tokens touch."""
+    """Return the most blocks that `window` neighbouring tokens touch."""
     return (window + KV_BLOCK - 2) // KV_BLOCK + 1
 
 
 def first_kept(position: int, window: int) -> int:
-    """The first block that the token at `position`, and those after it, attend to."""
+    """Return the first block that the token at `position`, and those after it, attend to."""
     return max(position - window + 1, 0) // KV_BLOCK if window else 0
 
 

@@ -21,10 +21,10 @@ class Beside(Protocol):
     """The adapters that ranks hold besides the model's own weights."""
 
     def nbytes(self, place: Place) -> int:
-        """Bytes of it on the rank at `place`."""
+        """Return bytes of it on the rank at `place`."""
 
     def row_nbytes(self, place: Place) -> int:
-        """Bytes that a row of a step takes for it there, at most."""
+        """Return bytes that a row of a step takes for it there, at most."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class ModelConfig:
     ignored_keys: tuple[str, ...] = field(default=(), compare=False)
 
     def adapters_nbytes(self, place: Place) -> int:
-        """Bytes of its adapters on the rank at `place`."""
+        """Return bytes of its adapters on the rank at `place`."""
         return self.adapters.nbytes(place) if self.adapters else 0
 
     def with_block(self, block: int) -> ModelConfig:
@@ -89,11 +89,11 @@ class ModelConfig:
         return min((layer.mlp.share for layer in set(self.layers) if layer.mlp), default=1.0)
 
     def pages(self, layer: int) -> Sequence[PageSpec]:
-        """A layer's pages that every step uses, in the order of use."""
+        """Return a layer's pages that every step uses, in the order of use."""
         return tuple(self.layers[layer].pages(layer, self.hidden, self.block))
 
     def experts(self, layer: int) -> Sequence[PageSpec]:
-        """A layer's experts, a page each; empty if it has none."""
+        """Return a layer's experts, a page each; empty if it has none."""
         return self.layers[layer].experts(layer, self.hidden, self.block)
 
     @property
@@ -117,6 +117,6 @@ class ModelConfig:
         return () if self.classifier is None else tuple(self.classifier.tensors(self.hidden))
 
     def cache(self, place: Place) -> list[tuple[LayerCache, ...]]:
-        """The parts of a sequence that each layer of the model keeps on the rank at `place`."""
+        """Return the parts of a sequence that each layer of the model keeps on the rank at `place`."""
         kinds = {layer: layer.cache(place, self.block) for layer in set(self.layers)}
         return [kinds[layer] for layer in self.layers]

@@ -135,7 +135,7 @@ class Decoder:
         return None
 
     def final_norm(self, x: Floats) -> Floats:
-        """The rows [m, d] as they enter the LM head; what embeddings are pooled from."""
+        """Return the rows [m, d] as they enter the LM head; what embeddings are pooled from."""
         final = self.config.final_norm
         if final is None:
             return x
@@ -219,7 +219,7 @@ class _RankLayer:
         )
 
     def _beside(self, page: Page, x: Floats) -> Floats:
-        """The input of an MLP beside the mixer: x if the MLP has a norm of its own, else the mixer's input rows."""
+        """Return the input of an MLP beside the mixer: x if the MLP has its own norm, else the mixer's input rows."""
         if self.spec.mlp_norms.before:
             own: Floats = x.copy()
             return own
@@ -227,7 +227,7 @@ class _RankLayer:
         return self._rank.normalise(x, norm.kernel(page, "attn_norm") if norm else None)
 
     def _after(self, page: Page, norm: NormSpec | None, role: str) -> kernels.Norm | None:
-        """The norm of a part's output, or of what that is added to; it outlives the page."""
+        """Return the norm of a part's output, or of what that is added to; it outlives the page."""
         if norm is None:
             return None
         return self._rank.kept(
@@ -272,7 +272,7 @@ class _Stack:
         )
 
     def rows(self, step: ForwardPass) -> list[Rows]:
-        """A step's rows as the layers see them."""
+        """Return a step's rows as the layers see them."""
         return [step.rows(*view) for view in self._views]
 
 

@@ -79,7 +79,7 @@ def embedding_settings(source: Source) -> EmbeddingSettings:
 
 
 def answer_words(source: Source, pair_template: str | None, asked: list[str], has_ids: bool) -> list[str]:
-    """The words with which a model says whether a document is relevant: those `asked` for, or its files' own.
+    """Return the words with which a model says whether a document is relevant: those `asked` for, or its files' own.
 
     None are needed where its files say it in ids (`has_ids`).
     """
@@ -90,7 +90,7 @@ def answer_words(source: Source, pair_template: str | None, asked: list[str], ha
 
 
 def has_answer_ids(source: Source) -> bool:
-    """Whether a model's files name tokens that say whether a document is relevant."""
+    """Return whether a model's files name tokens that say whether a document is relevant."""
     folder = text_folder(source.tokenizer)
     if folder is None or not (folder / MODULES).exists():
         return False
@@ -98,7 +98,7 @@ def has_answer_ids(source: Source) -> bool:
 
 
 def _is_reranker(path: Path) -> bool:
-    """Whether a model is called Qwen3-Reranker, whose published files say it nowhere else.
+    """Return whether a model is called Qwen3-Reranker, whose published files say it nowhere else.
 
     In the cache of huggingface_hub the name is that of the directory above `snapshots`.
     """
@@ -155,7 +155,7 @@ def _from_directory(folder: Path) -> EmbeddingSettings:
 
 
 def _max_tokens(lengths: Any, folder: Path) -> int | None:
-    """The maximum of tokens of a text, if a file says it."""
+    """Return the maximum of tokens of a text, if a file says it."""
     maximum = lengths.get("max_seq_length") if isinstance(lengths, dict) else lengths
     if maximum is not None and (type(maximum) is not int or maximum < 1):
         raise ModelError(
@@ -165,7 +165,7 @@ def _max_tokens(lengths: Any, folder: Path) -> int | None:
 
 
 def _answers(config: Mapping[str, Any], path: Path) -> tuple[int | None, int]:
-    """The tokens by which a model answers whether a document is relevant."""
+    """Return the tokens by which a model answers whether a document is relevant."""
     no, yes = config.get("false_token_id"), config.get("true_token_id")
     if type(yes) is not int or not (no is None or type(no) is int):
         raise ModelError(f"{path / 'config.json'} names no answer tokens (true_token_id, false_token_id).")
@@ -173,7 +173,7 @@ def _answers(config: Mapping[str, Any], path: Path) -> tuple[int | None, int]:
 
 
 def _dense(path: Path) -> Dense:
-    """A dense layer of Sentence Transformers."""
+    """Return a dense layer of Sentence Transformers."""
     config = _read(path / "config.json")
     named = str(config.get("activation_function", "torch.nn.modules.activation.Tanh")).rpartition(".")[2]
     if named not in _FUNCTIONS:
@@ -208,7 +208,7 @@ def _dense(path: Path) -> Dense:
 
 
 def _pooling(config: Mapping[str, Any]) -> str:
-    """The one way of pooling that a configuration switches on, or a name that says what it wants instead."""
+    """Return the one way of pooling that a configuration switches on, or a name that says what it wants instead."""
     if "pooling_mode" in config:
         return _NAMES.get(config["pooling_mode"], str(config["pooling_mode"]))
     on = [key for key, value in config.items() if key.startswith("pooling_mode_") and value]

@@ -25,19 +25,19 @@ class Fields:
         self.read: set[str] = set()
 
     def fail(self, key: str, problem: str) -> ModelError:
-        """The error that says what is wrong with a key's value."""
+        """Return the error that says what is wrong with a key's value."""
         shown = repr(self.values.get(key))
         if len(shown) > 60:
             shown = shown[:57] + "..."
         return ModelError(f"{self.name}: {key} is {shown}, {problem}.")
 
     def raw(self, key: str) -> Any:
-        """The value, ticked off, with the architecture's default if the key is absent; None if there is none."""
+        """Return the value, ticked off, with the architecture's default if the key is absent; None if there is none."""
         self.read.add(key)
         return self.values[key] if key in self.values else self.defaults.get(key)
 
     def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
-        """A whole number within [low, high]; without a default the key must be there."""
+        """Return a whole number within [low, high]; without a default the key must be there."""
         value = self.optional_integer(key, low, high)
         if value is None:
             value = default
@@ -48,7 +48,7 @@ class Fields:
         return value
 
     def optional_integer(self, key: str, low: int, high: int) -> int | None:
-        """A whole number within [low, high], or None where the key is absent or null."""
+        """Return a whole number within [low, high], or None where the key is absent or null."""
         value = self.raw(key)
         if value is None:
             return None
@@ -57,7 +57,7 @@ class Fields:
         return value
 
     def number(self, key: str, low: float, high: float, default: float | None = None) -> float:
-        """A finite number within [low, high]; without a default the key must be there."""
+        """Return a finite number within [low, high]; without a default the key must be there."""
         value = self.optional_number(key, low, high)
         if value is None:
             value = default
@@ -66,7 +66,7 @@ class Fields:
         return value
 
     def optional_number(self, key: str, low: float, high: float) -> float | None:
-        """A finite number within [low, high], or None where the key is absent or null."""
+        """Return a finite number within [low, high], or None where the key is absent or null."""
         value = self.raw(key)
         if value is None:
             return None
@@ -85,7 +85,7 @@ class Fields:
         return value
 
     def one_of(self, key: str, choices: tuple[str, ...], default: str) -> str:
-        """One of a few words."""
+        """Return one of a few words."""
         value = self.raw(key)
         if value is None:
             return default
@@ -94,7 +94,7 @@ class Fields:
         return str(value)
 
     def table(self, key: str) -> Mapping[str, Any]:
-        """A nested dict; empty where the key is absent or null."""
+        """Return a nested dict; empty where the key is absent or null."""
         value = self.raw(key)
         if value is None:
             return {}
@@ -103,7 +103,7 @@ class Fields:
         return value
 
     def integers(self, key: str, low: int, high: int) -> tuple[int, ...]:
-        """A list of whole numbers, or a single one, as a tuple; empty where the key is absent or null."""
+        """Return a list of whole numbers, or a single one, as a tuple; empty where the key is absent or null."""
         value = self.raw(key)
         if value is None:
             return ()
@@ -113,5 +113,5 @@ class Fields:
         return tuple(items)
 
     def unread(self) -> dict[str, Any]:
-        """The fields that nothing has read."""
+        """Return the fields that nothing has read."""
         return {key: value for key, value in self.values.items() if key not in self.read}

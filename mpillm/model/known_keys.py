@@ -116,7 +116,7 @@ SWITCHES = frozenset(_OTHERS) | SWITCHED_OFF.keys()
 
 
 def is_harmless(key: str, value: Any) -> bool:
-    """Whether an unread key with this value is known to leave the result as it is."""
+    """Return whether an unread key with this value is known to leave the result as it is."""
     if value is None or key in HARMLESS or HARMLESS_PATTERN.fullmatch(key):
         return True
     # 1 == True in Python: the type is compared too.
@@ -124,5 +124,5 @@ def is_harmless(key: str, value: Any) -> bool:
 
 
 def is_switch(key: str) -> bool:
-    """Whether a key is known to change what some models compute."""
+    """Return whether a key is known to change what some models compute."""
     return key in SWITCHES

@@ -72,7 +72,7 @@ class KVCache:
         return len(self._states_used) * self.layout.state_nbytes + self._blocks_peak
 
     def begin(self, groups: Sequence[GroupTables], offset: Ints, moves: StateMoves) -> None:
-        """A step begins that reads all blocks of these tables, and writes each row at its block and `offset`."""
+        """Begin a step that reads all blocks of these tables, and writes each row at its block and `offset`."""
         self._move(moves.loaded)
         self._states_used.update(moves.fresh)
         for states in self._states if moves.fresh else ():
@@ -96,7 +96,7 @@ class KVCache:
             self._blocks_peak = max(self._blocks_peak, held)
 
     def end(self, moves: StateMoves) -> None:
-        """All layers of the step have been computed."""
+        """End the step: all of its layers have been computed."""
         self._move(moves.saved)
 
     def acquire(self, i: int) -> Arrays:
@@ -112,25 +112,25 @@ class KVCache:
         return known
 
     def release(self, i: int) -> None:
-        """The step is done with that layer."""
+        """Release the layer: the step does not need it any more."""
         if self._pools[self._layer(i).pool] is None:
             assert self.spill is not None
             self.spill.release(i)
 
     def group_of(self, i: int) -> int | None:
-        """The group whose block tables belong to this rank's layer number i, if it has keys and values."""
+        """Return the group whose block tables belong to this rank's layer number i, if it has keys and values."""
         layer = self.layout.tokens[i]
         return None if layer is None else layer.group
 
     def states(self, i: int) -> NDArray[np.uint8]:
-        """The states that this rank's layer number i keeps, [slot, bytes].
+        """Return the states that this rank's layer number i keeps, [slot, bytes].
 
         At a sequence's first token they are zeros.
         """
         return self._states[i]
 
     def of_layer(self, i: int) -> LayerCacheView:
-        """The view of the cache for layer number i of this rank."""
+        """Return the view of the cache for layer number i of this rank."""
         return LayerCacheView(self, i)
 
     def close(self) -> None:
@@ -150,7 +150,7 @@ class KVCache:
         return layer
 
     def _seen(self, layer: TokenLayer, pool: LayerPools) -> Arrays:
-        """A pool's bytes as the arrays that the kernels work on."""
+        """Return a pool's bytes as the arrays that the kernels work on."""
         (key_shape, key_type), (value_shape, value_type) = layer.keys, layer.values
         keys, values = pool
         return (
@@ -168,11 +168,11 @@ class LayerCacheView:
         self.group = kv.group_of(i)  # the group whose block tables the layer uses
 
     def acquire(self) -> Arrays:
-        """The keys and values of the layer, until `release`. Layers are used in their order."""
+        """Return the keys and values of the layer, until `release`. Layers are used in their order."""
         return self._kv.acquire(self._i)
 
     def release(self) -> None:
-        """The step is done with this layer."""
+        """Release this layer: the step does not need it any more."""
         self._kv.release(self._i)
 
     @property

@@ -28,7 +28,7 @@ class _Families:
 
 
 def judge(config: Mapping[str, Any], name: str) -> None:
-    """ModelError unless a model with this config.json can be run, as far as that says; tensors are not looked at."""
+    """Raise ModelError unless a model with this config.json can be run, as far as that says, without its tensors."""
     read_config(_without_method(config), name)
     method_of(config.get(QUANTIZATION), name)
 
@@ -80,7 +80,7 @@ def _without_method(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_of(source: Source) -> ModelConfig:
-    """The configuration of an opened model, whose tensors are found to be complete; else a ModelError."""
+    """Return the configuration of an opened model, whose tensors are found to be complete; else a ModelError."""
     config = read_config(source.config, str(source.path)).with_block(column_unit(source))
     check_tensors(source, config)
     return config

@@ -35,7 +35,7 @@ class DenseSpec:
     norm: NormSpec | None = None
 
     def tensors(self, inputs: int) -> Iterator[TensorSpec]:
-        """The tensors of the layer, which takes vectors of `inputs` values."""
+        """Yield the tensors of the layer, which takes vectors of `inputs` values."""
         yield TensorSpec(Key(self.role), (self.width, inputs))
         if self.bias:
             yield TensorSpec(Key(f"{self.role}_bias"), (self.width,))
@@ -53,7 +53,7 @@ class ClassifierSpec:
     decision: Decision
 
     def tensors(self, hidden: int) -> Iterator[TensorSpec]:
-        """The tensors of all layers."""
+        """Yield the tensors of all layers."""
         for layer in self.layers:
             yield from layer.tensors(hidden)
             hidden = layer.width
@@ -88,7 +88,7 @@ class Classifier:
 
 
 def read_classifier(source: Source, spec: ClassifierSpec) -> Classifier:
-    """The classifier of a model's own tensors."""
+    """Return the classifier of a model's own tensors."""
 
     def vector(role: str, there: bool) -> Floats | None:
         return source.read_f32(Key(role)) if there else None
@@ -106,7 +106,7 @@ def read_classifier(source: Source, spec: ClassifierSpec) -> Classifier:
 
 
 def answers_classifier(source: Source, no: int | None, yes: int) -> Classifier:
-    """The classifier of a model that answers in words: rows of its LM head, of the last token's hidden state."""
+    """Return the classifier of a model that answers in words: rows of its LM head, of the last token's hidden state."""
     ids = [yes] if no is None else [no, yes]
     weight = source.read_f32(Key("head"), np.array(ids))
     labels = ("yes",) if no is None else ("no", "yes")

@@ -69,7 +69,7 @@ class RopeConfig:
 
 
 def inv_freq(rope: RopeConfig, head_dim: int) -> Floats:
-    """The angle per position of each pair of a head's dimensions: f32 [head_dim / 2], scaling applied."""
+    """Return the angle per position of each pair of a head's dimensions: f32 [head_dim / 2], scaling applied."""
     powers = _powers(rope.theta, head_dim)
     plain: Floats = F32(1) / powers
     match rope.kind:
@@ -182,7 +182,7 @@ class RopeTable:
 
 @lru_cache(maxsize=8)
 def rope_table(rope: RopeConfig, head_dim: int) -> RopeTable:
-    """The table of a model's rotary embedding; asked again, the same one."""
+    """Return the table of a model's rotary embedding; asked again, the same one."""
     return RopeTable(rope, head_dim)
 
 

@@ -25,7 +25,7 @@ HARMLESS = {
 def read_rope(
     config: Fields, default_theta: float, max_position: int, dim: int, head_dim: int, layer_type: str = ""
 ) -> RopeConfig:
-    """The rotary embedding of a configuration, every default resolved as transformers does; ModelError otherwise.
+    """Return the rotary embedding of a configuration, with transformers' defaults; ModelError otherwise.
 
     It turns `dim` of a head's `head_dim` dimensions. `layer_type`: that of the layers, where these differ.
     """
@@ -71,7 +71,7 @@ def read_rope(
 
 
 def rope_table(config: Fields) -> Mapping[str, Any]:
-    """The dict that holds the rope type and its numbers, or one for each layer type; empty if there is none."""
+    """Return the dict that holds the rope type and its numbers, or one for each layer type; empty if there is none."""
     old, new = config.table("rope_scaling"), config.table("rope_parameters")
     if old and "rope_parameters" not in config.values:  # it goes before the class's default
         new = {}
@@ -83,7 +83,7 @@ def rope_table(config: Fields) -> Mapping[str, Any]:
 
 
 def _parameters(config: Fields, layer_type: str) -> Mapping[str, Any]:
-    """The table of the layers of one type."""
+    """Return the table of the layers of one type."""
     values = rope_table(config)
     if not any(isinstance(value, Mapping) for value in values.values()):
         return values
@@ -118,7 +118,7 @@ def _kind(rope: Fields) -> str:
 
 
 def _check_part_of_head(config: Fields, rope: Fields, whole: bool) -> None:
-    """ModelError if a part of the head is to rotate, but the family has read the whole head (`whole`)."""
+    """Raise ModelError if a part of the head is to rotate, but the family has read the whole head (`whole`)."""
     for fields in (config, rope):
         if fields.number("partial_rotary_factor", 0, 1e6, default=1.0) != 1.0 and whole:
             raise fields.fail(
@@ -187,7 +187,7 @@ def _longrope(rope: Fields, theta: float, original: int, max_position: int, dim:
 
 
 def _proportional(rope: Fields, theta: float, dim: int) -> RopeConfig:
-    """The frequencies of a whole head, of which the first part is used; the others are 0, so nothing rotates there."""
+    """Return the frequencies of a whole head: only the first part is used; the others are 0 and rotate nothing."""
     turning = int(rope.number("partial_rotary_factor", 0, 1, default=1.0) * dim // 2)
     factor = rope.number("factor", 1e-6, 1e6, default=1.0)
     factors = (factor,) * turning + (math.inf,) * (dim // 2 - turning)
@@ -202,7 +202,7 @@ def _factors(rope: Fields, theta: float, dim: int) -> RopeConfig:
 
 
 def _divisors(rope: Fields, key: str, dim: int) -> tuple[float, ...]:
-    """A divisor for each frequency."""
+    """Return a divisor for each frequency."""
     factors = rope.raw(key)
     valid = isinstance(factors, list | tuple) and all(
         type(value) in {int, float} and 1e-6 <= value <= 1e38 for value in factors

@@ -50,7 +50,7 @@ _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, spread evenly however
 
 
 def pools_in_file(sizes: Sequence[int], budget: int, blocks: int) -> list[int]:
-    """The pools that lie in the file when `blocks` blocks are in use, in the order in which they leave memory.
+    """Return the pools that lie in the file when `blocks` blocks are in use, in the order in which they leave memory.
 
     `sizes` has the bytes of one block in each pool. They are spread evenly, so that there is about as much to compute
     between any two turns.
@@ -67,12 +67,12 @@ def pools_in_file(sizes: Sequence[int], budget: int, blocks: int) -> list[int]:
 
 
 def nbytes_in_file(sizes: Sequence[int], budget: int, blocks: int) -> int:
-    """Bytes that lie in the file then, and are read for each step."""
+    """Return bytes that lie in the file then, and are read for each step."""
     return sum(sizes[pool] for pool in pools_in_file(sizes, budget, blocks)) * blocks
 
 
 def maximum_blocks(sizes: Sequence[int], budget: int, traffic: int) -> int:
-    """The largest number of blocks that can be used if at most `traffic` bytes of them are read for each step."""
+    """Return the largest number of blocks that can be used if a step reads at most `traffic` bytes of them."""
     minimum = budget // sum(sizes)
     maximum = max(budget // (BUFFERS * max(sizes)), minimum)
     while minimum < maximum:
@@ -105,7 +105,7 @@ class Spill:
         budget: int,
         n_blocks: int,
     ) -> None:
-        """JobError if there is no file to be had.
+        """Raises JobError if there is no file to be had.
 
         `pools` has the bytes of a block's keys and of its values in each pool; `layers` has each layer's pool and
         group, None for a layer without keys and values; `budget` is in bytes.
@@ -152,7 +152,7 @@ class Spill:
                 self._do(self._file.write, pool, leaving, [(0, before)]).result()
 
     def begin(self, needed: Sequence[Ints], changed: Sequence[Ints]) -> None:
-        """A step begins that reads the blocks `needed` of each group and writes those `changed` (both ascending)."""
+        """Begin a step that reads the blocks `needed` of each group and writes those `changed` (both ascending)."""
         if not self._buffers:
             keys, values = (max(size) for size in zip(*self._pools, strict=True))
             self._buffers = [new_pool(self._n_blocks, (keys, values)) for _ in range(BUFFERS)]
@@ -167,7 +167,7 @@ class Spill:
             self._read(turn)
 
     def acquire(self, layer: int) -> LayerPools:
-        """The pool of the layer whose turn it is, when its blocks have been read."""
+        """Return the pool of the layer whose turn it is, when its blocks have been read."""
         assert layer == self._turns[self._turn], (layer, self._turns, self._turn)
         arrived = self._reads.pop(layer)
         if not arrived.done():
@@ -181,7 +181,7 @@ class Spill:
         return self._buffer(self._turn)
 
     def release(self, layer: int) -> None:
-        """The layer that was acquired last has been computed: write what changed, and read what has its buffer next."""
+        """Release the layer that was acquired last: write its changes, and read what has its buffer next."""
         pool, group = self._of(layer)
         self._do(self._file.write, pool, self._buffer(self._turn), self._writing[group])
         self._turn += 1
@@ -195,13 +195,13 @@ class Spill:
         self._file.close()
 
     def _of(self, layer: int) -> tuple[int, int]:
-        """A layer's pool and group."""
+        """Return a layer's pool and group."""
         found = self._layers[layer]
         assert found is not None, layer
         return found
 
     def _buffer(self, turn: int) -> LayerPools:
-        """The buffer of a turn, in the form of its layer's pool."""
+        """Return the buffer of a turn, in the form of its layer's pool."""
         pool, _ = self._of(self._turns[turn])
         keys, values = (
             memory.reshape(-1)[: self._n_blocks * nbytes].reshape(self._n_blocks, nbytes)

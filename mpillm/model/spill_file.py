@@ -20,7 +20,7 @@ class SpillFile:
     """A file without a name, which goes with the process. Its space is taken at once: a full disk is known early."""
 
     def __init__(self, folder: Path, nbytes: int, direct: bool) -> None:
-        """JobError if it cannot be had. `direct`: all transfers will be of whole pages, past the page cache."""
+        """Raises JobError if it cannot be had. `direct`: all transfers will be of whole pages, past the page cache."""
         if in_memory(folder):
             raise JobError(
                 f"memory.spill_dir = {folder} is in memory; give a directory on a local disk of each node."
@@ -77,7 +77,7 @@ class SpillFile:
 
 
 def _reopened_direct(file: int, name: str) -> int:
-    """A descriptor that passes the page cache by; the same one where the file system has none such."""
+    """Return a descriptor that passes the page cache by; the same one where the file system has none such."""
     try:
         direct = os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
     except OSError:

@@ -44,7 +44,7 @@ class AnswerLengths:
         self._kept = lru_cache(KNOWN)(self._held)
 
     def most(self, body: Asked) -> AnswerLength:
-        """The maximum length of an answer; UNBOUNDED without a grammar, or if the grammar sets no limit."""
+        """Return the maximum length of an answer; UNBOUNDED without a grammar, or if the grammar sets no limit."""
         asked = {
             key: value
             for key in Asked.__struct_fields__
@@ -59,7 +59,7 @@ class AnswerLengths:
         return UNBOUNDED if asked else self._of_job
 
     def _held(self, outputs: bytes) -> AnswerLength:
-        """The maximum length of an answer with `outputs`, a value of structured_outputs in JSON."""
+        """Return the maximum length of an answer with `outputs`, a value of structured_outputs in JSON."""
         try:
             asked = msgspec.json.decode(outputs, type=_Outputs)
             if (choices := bytes(asked.choice)) not in (b"", b"null"):
@@ -76,7 +76,7 @@ class AnswerLengths:
 
 
 def decisions(texts: list[str]) -> int:
-    """The maximum number of places in one of `texts` at which another text with the same beginning differs from it."""
+    """Return the maximum number of places in one of `texts` where another text with the same beginning differs."""
     ordered = sorted(set(texts))
     common = [_common(*two) for two in pairwise(ordered)]
     before, behind = _lower(common), _lower(common[::-1])[::-1]
@@ -84,7 +84,7 @@ def decisions(texts: list[str]) -> int:
 
 
 def _common(one: str, other: str) -> int:
-    """The number of characters at the beginning that two texts have in common."""
+    """Return the number of characters at the beginning that two texts have in common."""
     return sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(one, other, strict=False)))
 
 
@@ -103,7 +103,7 @@ def _lower(common: list[int]) -> list[frozenset[int]]:
 
 
 def longest_match(pattern: str) -> int:
-    """An upper bound of the characters that a regular expression matches; UNKNOWN if there is no bound."""
+    """Return an upper bound of the characters that a regular expression matches; UNKNOWN if there is no bound."""
     if "{," in pattern:  # its meaning differs between libraries
         return UNKNOWN
     # For each open group: characters of its longest finished branch, and of the current branch.

@@ -26,13 +26,13 @@ KV_TYPE = "f16"
 
 
 def drafts(spec: Spec, config: ModelConfig) -> bool:
-    """Whether a job has a draft model that its model can use."""
+    """Return whether a job has a draft model that its model can use."""
     usable = spec.batch.speculation in ("auto", "always") and config.generates
     return spec.draft.model is not None and usable and not _has_states(config)
 
 
 def nbytes(spec: Spec, config: ModelConfig, asked: InputNeeds, stages: int) -> int:
-    """The maximum bytes of a job's draft model on each rank that leads a replica of `stages` stages."""
+    """Return the maximum bytes of a job's draft model on each rank that leads a replica of `stages` stages."""
     return _planned(spec.draft, spec.memory.max_context, asked, stages) if drafts(spec, config) else 0
 
 
@@ -49,7 +49,7 @@ def _has_states(config: ModelConfig) -> bool:
 
 
 def layout_of(section: DraftSection, source: Source, config: ModelConfig) -> CacheLayout:
-    """The layout of a draft model's cache; JobError if the model cannot draft."""
+    """Return the layout of a draft model's cache; JobError if the model cannot draft."""
     layout = rank_layouts(config, [WHOLE], KV_TYPE)[0]
     if not config.generates or _has_states(config) or not layout.windows:
         raise JobError(

@@ -50,7 +50,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def demand_of(asked: InputNeeds) -> Demand | None:
-    """The demand of an input; None if it has no requests."""
+    """Return the demand of an input; None if it has no requests."""
     if not asked.sequences or not asked.prompt_tokens + asked.generated_tokens:
         return None
     return Demand(asked.sequences, asked.prompt_tokens, asked.generated_tokens, asked.scored_tokens)
@@ -96,7 +96,7 @@ def estimate(placement: Placement, given: Demand | None) -> Estimate:
 
 
 def faster_wire(placement: Placement, demand: Demand | None) -> tuple[Wire, str]:
-    """The wire for shards on several hosts, and the reason: Q8_0 if f32 takes at least DEAR times as long, else f32."""
+    """Return the wire for shards on several hosts, and the reason: Q8_0 if f32 takes DEAR times as long, else f32."""
     exact, rounded = (estimate(placement.with_wire(wire), demand).seconds for wire in ("f32", "q8_0"))
     times = exact / rounded
     if times < DEAR:
@@ -114,7 +114,7 @@ class _Kind:
         self._loading = loading_time(stages, plan.ranks)
 
     def time(self, requests: int) -> JobTime:
-        """The time that one of them takes for `requests` requests."""
+        """Return the time that one of them takes for `requests` requests."""
         if requests not in self._known:
             own = self._demand.of(requests)
             sequences = at_once(self._plan, self._replica, own)
@@ -124,7 +124,7 @@ class _Kind:
         return self._known[requests]
 
     def seconds(self, requests: int) -> float:
-        """The seconds that one of them takes for `requests` requests."""
+        """Return the seconds that one of them takes for `requests` requests."""
         return self.time(requests).seconds
 
 
@@ -139,14 +139,14 @@ def _kinds(placement: Placement, demand: Demand) -> list[_Kind]:
 
 
 def _shared(kinds: Sequence[_Kind], demand: Demand) -> tuple[float, list[int]]:
-    """The seconds of a demand on all replicas, and how many requests a replica of each kind computes."""
+    """Return the seconds of a demand on all replicas, and how many requests a replica of each kind computes."""
     return shared_time(
         [kind.seconds for kind in kinds], [len(kind.numbers) for kind in kinds], demand.requests
     )
 
 
 def stage_layers_by_speed(placement: Placement, number: int, asked: InputNeeds) -> tuple[int, ...] | None:
-    """The number of layers that each stage of a replica should have; None if an even division is about as fast.
+    """Return the number of layers that each stage of a replica should have; None if an even division is about as fast.
 
     The layers of `placement` must be divided evenly.
     """
@@ -175,7 +175,7 @@ def stage_layers_by_speed(placement: Placement, number: int, asked: InputNeeds) 
 
 
 def replica_shares(placement: Placement, given: Demand | None) -> list[float]:
-    """The part of the requests that each replica should compute so that all end at the same time.
+    """Return the part of the requests that each replica should compute so that all end at the same time.
 
     The parts are equal if speeds are not known, or if they differ by less than the error of a short measurement.
     """
@@ -207,7 +207,7 @@ def rank_seconds(placement: Placement, given: Demand | None) -> list[float]:
 
 
 def at_once(plan: ReplicaPlan, replica: Replica, demand: Demand) -> float:
-    """The number of sequences of average length that steps and the KV cache allow to run at once."""
+    """Return the number of sequences of average length that steps and the KV cache allow to run at once."""
     windows = plan.caches[0].windows
     maximum = plan.capacity.sequences(plan.step.sequences, windows) * replica.stages
     if not windows:

@@ -51,7 +51,7 @@ class GrammarNeeds(msgspec.Struct, frozen=True):
     together: int = 0  # bytes of all compiled grammars
 
     def kept(self, at_once: int, vocab: int) -> int:
-        """Bytes that are kept while `at_once` requests use a grammar each, with a vocabulary of `vocab` tokens."""
+        """Return bytes kept while `at_once` requests use a grammar each, with a vocabulary of `vocab` tokens."""
         if not self.together:
             return 0
         return FIRST + WORD * vocab + min(self.together, (CACHED + at_once) * self.largest)
@@ -91,12 +91,12 @@ class GrammarCounter:
         self._together += held
 
     def needs(self) -> GrammarNeeds:
-        """The memory of all grammars that were counted."""
+        """Return the memory of all grammars that were counted."""
         return GrammarNeeds(self._largest, self._together)
 
 
 def compiled_bytes(grammar: bytes) -> int:
-    """Bytes of a compiled grammar, given in JSON, with the states of its lexer that answers reach."""
+    """Return bytes of a compiled grammar, given in JSON, with the states of its lexer that answers reach."""
     multiple = 1
     for found in _MULTIPLE.findall(grammar):
         multiple = min(math.lcm(multiple, remainders(float(found))), MAX_MULTIPLE)

@@ -128,7 +128,7 @@ def read(path: Path, ranks: int | None = None) -> Machines:
 
 
 def machines_of(hosts: Sequence[Host], ranks: int | None = None) -> Machines:
-    """The machines of the first `ranks` ranks of these hosts (None: of all)."""
+    """Return the machines of the first `ranks` ranks of these hosts (None: of all)."""
     per_host, free = list[int](), list[int]()
     names, speeds, cores = list[str](), list[Speed](), list[int]()
     for host in hosts:
@@ -146,7 +146,7 @@ def machines_of(hosts: Sequence[Host], ranks: int | None = None) -> Machines:
 
 
 def alike(ranks: int, ranks_per_host: int, memory: int | None) -> Machines:
-    """The machines of `ranks` ranks on equal hosts with assumed speeds.
+    """Return the machines of `ranks` ranks on equal hosts with assumed speeds.
 
     Each host has `memory` bytes (None: the memory and the cores of this host).
     """

@@ -146,7 +146,7 @@ def input_needs(
 
 
 def _arrow(spec: Spec, results: int) -> int:
-    """Bytes for an input or a table in Parquet, with `results` bytes of results."""
+    """Return bytes for an input or a table in Parquet, with `results` bytes of results."""
     read, written = needs_arrow(spec.input_path), spec.output.format == "parquet"
     if not (read or written):
         return 0
@@ -156,7 +156,7 @@ def _arrow(spec: Spec, results: int) -> int:
 
 
 def _texts_of_pairs(body: Body) -> msgspec.Raw:
-    """The texts of a line's queries and documents, each once, as a JSON list; empty if there are none."""
+    """Return the texts of a line's queries and documents, each once, as a JSON list; empty if there are none."""
     texts: list[Any] = []
     for given in (getattr(body, name) for name in PAIR_KEYS):
         if given:
@@ -167,7 +167,7 @@ def _texts_of_pairs(body: Body) -> msgspec.Raw:
 
 
 def _prompt_tokens(body: Body, counter: TokenCounter, around: Around) -> Tokens:
-    """The tokens of all prompts of a line, with those that the model adds to them; each prompt counts once."""
+    """Return the tokens of all prompts of a line, with those that the model adds to them; each prompt counts once."""
     if body.messages:
         texts, messages = (
             counter.count(bytes(body.messages), chat=True),
@@ -194,7 +194,7 @@ def _prompt_tokens(body: Body, counter: TokenCounter, around: Around) -> Tokens:
 
 
 def _of_sequences(body: Body, count: int, prompts: Tokens) -> tuple[int, int | None]:
-    """The prompt tokens of all sequences of a line: an estimate, and the maximum (None: unknown).
+    """Return the prompt tokens of all sequences of a line: an estimate, and the maximum (None: unknown).
 
     The estimate counts the prompt of several answers once.
     """
@@ -234,19 +234,19 @@ def _blocks(body: Body, count: int, prompts: Tokens, new: int, spec: Spec) -> in
 
 
 def _new_tokens(body: Body, spec: Spec) -> int:
-    """The maximum number of generated tokens of a sequence."""
+    """Return the maximum number of generated tokens of a sequence."""
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     return min(max(spec.sampling.max_tokens if asked is None else asked, 0), spec.memory.max_context)
 
 
 def _scores(body: Body) -> bool:
-    """Whether a body asks for log-probabilities of the prompt."""
+    """Return whether a body asks for log-probabilities of the prompt."""
     echoed = bool(body.echo) and body.logprobs is not None and body.logprobs is not False
     return echoed or body.prompt_logprobs is not None
 
 
 def checking_bytes(raw: bytes, context: int) -> int:
-    """The maximum bytes of memory for checking a line."""
+    """Return the maximum bytes of memory for checking a line."""
     length = len(raw)
     if length <= SHORT:
         return 0
@@ -259,7 +259,7 @@ def checking_bytes(raw: bytes, context: int) -> int:
 
 
 def _asked(body: Body, spec: Spec, hidden: int, length: int) -> tuple[int, int, int]:
-    """The number of choices, the bytes that are kept of each choice, and the bytes of the answer.
+    """Return the number of choices, the bytes that are kept of each choice, and the bytes of the answer.
 
     `length` is the maximum number of tokens of all prompts.
     """
@@ -286,5 +286,5 @@ def _asked(body: Body, spec: Spec, hidden: int, length: int) -> tuple[int, int, 
 
 
 def _each(alternatives: int) -> int:
-    """The number of log-probabilities of each token."""
+    """Return the number of log-probabilities of each token."""
     return 1 + min(max(alternatives, 0), MAX_LOGPROBS)

@@ -61,7 +61,7 @@ class InputNeeds:
     alike: int = sys.maxsize  # the maximum number of sequences whose first block is that of an earlier one
 
     def outputs(self, sequences: int, tokens: int, drafted: int, micro_batches: int) -> int:
-        """The maximum number of rows of a step that have logits.
+        """Return the maximum number of rows of a step that have logits.
 
         A step has up to `sequences` sequences and `tokens` rows; each sequence has one token and up to `drafted` drafts
         in it. Running sequences are divided into `micro_batches` steps.
@@ -72,7 +72,7 @@ class InputNeeds:
         return min(tokens, min(sequences, -(-running // micro_batches)) * (1 + drafted))
 
     def rows(self, held: bool, drafted: int) -> int:
-        """The maximum number of rows of a step of unlimited size; a sequence has up to `drafted` drafts.
+        """Return the maximum number of rows of a step of unlimited size; a sequence has up to `drafted` drafts.
 
         `held`: the cache has space for all blocks, so no sequence loses its blocks and is computed again.
         """
@@ -81,7 +81,7 @@ class InputNeeds:
         return min(self.tokens, self.prompts + (1 + drafted) * self.sequences) if held else self.tokens
 
     def blocks_at_once(self, sequences: int, tokens: int, part: float = 1.0) -> int:
-        """The maximum number of used blocks in one group if `sequences` run at once and a step has `tokens` rows.
+        """Return the maximum number of used blocks in one group if `sequences` run and a step has `tokens` rows.
 
         For a part of the lines: those that fill most blocks.
         """
@@ -89,14 +89,14 @@ class InputNeeds:
         return self._filled(part) + min(self.at_once(sequences, tokens), self.sequences_of(part))
 
     def sequences_of(self, part: float) -> int:
-        """The maximum number of sequences of a part of the lines."""
+        """Return the maximum number of sequences of a part of the lines."""
         return self.sequences if part >= 1 else min(self._lines_of(part) * self.largest, self.sequences)
 
     def _lines_of(self, part: float) -> int:
         return math.ceil(part * self.lines - EXACT)
 
     def _filled(self, part: float) -> int:
-        """The blocks of a part of the lines."""
+        """Return the blocks of a part of the lines."""
         assert self.blocks is not None
         if part >= 1:
             return self.blocks
@@ -107,7 +107,7 @@ class InputNeeds:
         return found
 
     def at_once(self, sequences: int, tokens: int) -> int:
-        """The maximum number of sequences that have blocks, if up to `sequences` run and a step has `tokens` rows.
+        """Return the maximum number of sequences with blocks, if up to `sequences` run and a step has `tokens` rows.
 
         Each step has a row for each running sequence. The other rows are for prompts, in the worst case the shortest
         ones; the last of them may continue in the next step. A sequence ends when it has its tokens. Sequences that
@@ -121,7 +121,7 @@ class InputNeeds:
         return min(running, most)
 
     def _begun(self, rows: int) -> int:
-        """The maximum number of prompts that `rows` rows are enough for."""
+        """Return the maximum number of prompts that `rows` rows are enough for."""
         found = 0
         for tokens, count in self.lengths:
             own = min(count, rows // tokens)
@@ -131,11 +131,11 @@ class InputNeeds:
         return self.sequences
 
     def fill(self, blocks: int, groups: int, sequences: int, tokens: int) -> bool:
-        """Whether `blocks` blocks are enough even if no two sequences share a block."""
+        """Return whether `blocks` blocks are enough even if no two sequences share a block."""
         return groups * (self.tokens // KV_BLOCK + self.at_once(sequences, tokens)) <= blocks
 
     def kept(self, sequences: int, vocab: int) -> int:
-        """Bytes that rank 0 keeps if `sequences` sequences run at once, with a vocabulary of `vocab` tokens."""
+        """Return bytes that rank 0 keeps if `sequences` sequences run at once, with a vocabulary of `vocab` tokens."""
         # The running sequences, and finished ones of a line whose other sequences run.
         at_once = min(self.sequences, sequences + self.largest)
         answers = COPIES * min(self.answer, MAX_ANSWER) + at_once * self.choice
@@ -148,5 +148,5 @@ NO_INPUT = InputNeeds()
 
 
 def line_bytes(lines: int) -> int:
-    """Bytes that rank 0 keeps of `lines` lines, besides their names."""
+    """Return bytes that rank 0 keeps of `lines` lines, besides their names."""
     return LINE * lines + ORDERED * min(lines, PIECE) + min(UNSORTED * lines, UNSORTED_LINES)

@@ -39,7 +39,7 @@ class Demand:
         return (self.prompt + self.generated / 2) / self.requests if self.requests else 0.0
 
     def of(self, requests: int) -> Demand:
-        """The part of the demand that `requests` of the requests make."""
+        """Return the part of the demand that `requests` of the requests make."""
         part = requests / self.requests
         return Demand(requests, *(part * tokens for tokens in astuple(self)[1:]))
 
@@ -76,7 +76,7 @@ class JobTime:
 def job_time(
     stages: Sequence[Stage], demand: Demand, step_tokens: int, sequences: float, loading: float = 0.0
 ) -> JobTime:
-    """The time that a replica takes for a demand.
+    """Return the time that a replica takes for a demand.
 
     A step has up to `step_tokens` rows, `sequences` sequences run at once, and loading takes `loading` seconds.
     """
@@ -103,7 +103,7 @@ def job_time(
 
 
 def loading_time(stages: Sequence[Stage], ranks: Sequence[RankPlan]) -> float:
-    """Seconds until a replica's ranks have loaded their weights, touched all memory, and set up their kernels."""
+    """Return seconds until a replica's ranks have loaded weights, touched all memory, and set up their kernels."""
     works = [work for stage in stages for work in stage.works]
     speeds = [speed for stage in stages for speed in stage.speeds]
     # The first step sets up the kernels, one stage after the other, while weights are loaded.
@@ -120,7 +120,7 @@ def _loading(rank: RankPlan, work: RankWork, speed: Speed) -> float:
 def shared_time(
     takes: Sequence[Callable[[int], float]], counts: Sequence[int], requests: int
 ) -> tuple[float, list[int]]:
-    """The seconds of replicas that share `requests` so that all end together, and the requests of each replica by kind.
+    """Return the seconds of replicas that share `requests` so that all end together, and each replica's by kind.
 
     For each kind there are a number of replicas in `counts` and a function in `takes`: a replica of the kind takes
     takes(n) seconds for n requests.
@@ -132,7 +132,7 @@ def shared_time(
     known = [[take(number) for number in tried] for take in takes]
 
     def within(seconds: float) -> list[int]:
-        """The number of requests that a replica of each kind computes in `seconds` seconds."""
+        """Return the number of requests that a replica of each kind computes in `seconds` seconds."""
         return [int(np.interp(seconds, own, tried) + 1e-6) if seconds >= own[0] else 0 for own in known]
 
     high = min(own[-1] for own in known)

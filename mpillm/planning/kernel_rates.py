@@ -90,7 +90,7 @@ def kernel_rates(
 
 
 def part_of_core(used: float, passed: float, again: Callable[[], float]) -> float:
-    """The part of a core that a thread has: it ran for `used` of the last `passed` seconds.
+    """Return the part of a core that a thread has: it ran for `used` of the last `passed` seconds.
 
     A control group's quota stops a thread repeatedly, and so do ranks that share its core; `typical` does not count
     that. The disturbance by other programs is usually shorter, so a part below WHOLE is measured `again`. That takes
@@ -103,7 +103,7 @@ def part_of_core(used: float, passed: float, again: Callable[[], float]) -> floa
 
 
 def _measured_part() -> float:
-    """The part of a core that this thread has during PERIODS seconds (a period of a quota is usually 0.1 s)."""
+    """Return the part of a core that this thread has during PERIODS seconds (a period of a quota is usually 0.1 s)."""
     began, used = time.perf_counter(), time.thread_time()
     while time.perf_counter() - began < PERIODS:
         plain_code(LOOK_TURNS)
@@ -199,7 +199,7 @@ def _attention(context: int, threads: int, seconds: float) -> tuple[float, float
 
 
 def _values(threads: int, seconds: float) -> float:
-    """The average values/s of a norm, an activation function and quantisation."""
+    """Return the average values/s of a norm, an activation function and quantisation."""
     width = NUMPY_WIDTH if kernels.path() == "numpy" else WIDTH
     x, weight = np.ones((VALUE_ROWS, width), np.float32), np.ones(width, np.float32)
     out, bounds = np.empty_like(x), np.array([0, width], np.int32)

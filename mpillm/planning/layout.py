@@ -48,7 +48,7 @@ class Layouts:
     _known: dict[tuple[Any, ...], ReplicaPlan] = field(default_factory=dict, init=False, compare=False)
 
     def choose(self, machines: Machines) -> Found:
-        """The fastest layout on all ranks of these machines; LayoutError if no layout is possible."""
+        """Return the fastest layout on all ranks of these machines; LayoutError if no layout is possible."""
         planner = self._planner_of(machines)
         rule = planner.found(self._by_rule(planner))
         if not self._open(machines):
@@ -70,7 +70,7 @@ class Layouts:
         return replace(best, chosen=replace(best.chosen, compared=_compared(best, [rule, *others])))
 
     def of_one(self, machines: Machines, stages: int, shards: int) -> Found:
-        """One replica of `stages` x `shards` ranks on all of these machines; LayoutError if that is impossible."""
+        """Return one replica of `stages` x `shards` ranks on all of these machines; LayoutError if impossible."""
         planner = self._planner_of(machines)
         found = replicas.choose(planner.config, machines.ranks, 1, stages, shards, machines.ranks_per_host)
         return planner.found(Chosen(found, ""))
@@ -79,12 +79,12 @@ class Layouts:
         return LayoutPlanner(self.spec, self.planner, self.asked, machines, self._known)
 
     def _open(self, machines: Machines) -> bool:
-        """Whether other layouts than the rule's are compared."""
+        """Return whether other layouts than the rule's are compared."""
         several = len(machines.ranks_per_host) > 1
         return several and bool(machines.speeds) and self.spec.wire.between_stages == "f32"
 
     def _by_rule(self, planner: LayoutPlanner) -> Chosen:
-        """The layout of the rule, with `self.shards` if that is possible."""
+        """Return the layout of the rule, with `self.shards` if that is possible."""
         given = self.spec.layout.shards
         if self.shards is not None and given == "auto":
             with suppress(LayoutError):
@@ -140,7 +140,7 @@ def _smallest(planner: LayoutPlanner, shards: int) -> Replicas:
 
 
 def _counts(hosts: int, most: int | None) -> list[int]:
-    """The numbers of replicas that are tried on `hosts` hosts, up to `most`."""
+    """Return the numbers of replicas that are tried on `hosts` hosts, up to `most`."""
     maximum = hosts if most is None else min(hosts, most)
     if maximum <= ALL_COUNTS:
         return list(range(1, maximum + 1))

@@ -100,13 +100,13 @@ class LayoutPlanner:
         return self._planner.config
 
     def plans(self, chosen: Chosen) -> Iterator[ReplicaPlan]:
-        """The plan of each replica: what its ranks will hold."""
+        """Return the plan of each replica: what its ranks will hold."""
         return self._planner.replicas(
             self.spec, chosen.replicas, self._asked, self.machines, chosen.shares, self._known
         )
 
     def _placement(self, chosen: Chosen) -> Placement:
-        """A layout with the plans of its replicas."""
+        """Return a layout with the plans of its replicas."""
         plans, replicas = list(self.plans(chosen)), chosen.replicas
         return Placement(self.spec, self.config, self.machines, replicas, plans).with_wire(chosen.wire)
 

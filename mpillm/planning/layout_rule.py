@@ -18,7 +18,7 @@ from mpillm.spec import Spec
 
 
 def by_rule(planner: LayoutPlanner, count: int | Auto, shards: int | Auto, requests: int | None) -> Chosen:
-    """The layout with `count` replicas ("auto": by the rule) of `shards` shards; LayoutError if that is impossible.
+    """Return the layout with `count` replicas ("auto": by the rule) of `shards` shards; LayoutError if impossible.
 
     `requests` is the number of requests of the input (None: unknown).
     """
@@ -46,7 +46,7 @@ def by_rule(planner: LayoutPlanner, count: int | Auto, shards: int | Auto, reque
 def _as_many_as_possible(
     planner: LayoutPlanner, shards: int | Auto, requests: int | None
 ) -> tuple[Replicas | None, str]:
-    """The layout with most replicas of at least one host each that requests and memory allow, and the reason."""
+    """Return the layout with most replicas of at least one host each that requests and memory allow, and the reason."""
     machines, stages = planner.machines, planner.spec.layout.stages
     hosts = len(machines.ranks_per_host)
     maximum = hosts if requests is None else min(hosts, requests)

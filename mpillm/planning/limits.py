@@ -41,7 +41,7 @@ class StepSize:
 
 
 def step_size(spec: Spec, rows: Activations, places: Sequence[Place], streams: bool) -> StepSize:
-    """The size of a step on ranks at `places`; `streams`: some of them stream weights.
+    """Return the size of a step on ranks at `places`; `streams`: some of them stream weights.
 
     If tokens attend to later ones, a step takes a prompt of the maximum length.
     """
@@ -69,7 +69,7 @@ def limits(
     asked: InputNeeds = NO_INPUT,
     part: float = 1.0,
 ) -> Limits:
-    """The limits of steps and caches on ranks at `places`; JobError if the caches are too small for any request.
+    """Return the limits of steps and caches on ranks at `places`; JobError if the caches are too small for any request.
 
     For each rank, `layouts` has the layout of its cache, `streamed` the bytes of weights that it streams, and `kv` the
     budget of its cache (None: that of `spec` for all). `max_context` is the maximum number of tokens of a request, and
@@ -114,7 +114,7 @@ class CacheCapacity:
         return self.slots + self.saved
 
     def sequences(self, maximum: int, windows: Sequence[int]) -> int:
-        """The number of sequences that a step can have, up to `maximum`."""
+        """Return the number of sequences that a step can have, up to `maximum`."""
         if windows:
             maximum = min(maximum, max(self.blocks // len(windows), 1))
         return min(maximum, self.slots) if self.slots else maximum
@@ -122,7 +122,7 @@ class CacheCapacity:
     def needed(
         self, groups: int, asked: InputNeeds, step: StepSize, stages: int, part: float = 1.0
     ) -> tuple[int, int]:
-        """The maximum number of blocks and states that a part of an input uses; all of them if that is not known.
+        """Return the maximum number of blocks and states that a part of an input uses; all of them if unknown.
 
         Full blocks are kept after their sequence has ended. The blocks that are not full are those of the sequences
         that run at once.
@@ -156,7 +156,7 @@ def cache_capacity(
     sequences: int,
     kv: Sequence[int] | None = None,
 ) -> CacheCapacity:
-    """The capacity of memory.kv and memory.kv_spill on all ranks if up to `sequences` sequences run at once.
+    """Return the capacity of memory.kv and memory.kv_spill on all ranks if up to `sequences` sequences run at once.
 
     `kv` has the budget of each rank (None: that of `spec` for all). States get up to half of memory.kv, or all of it if
     layers keep nothing else. An eighth of their slots is for saved states.
@@ -189,7 +189,7 @@ def used_capacity(
     asked: InputNeeds,
     part: float = 1.0,
 ) -> CacheCapacity:
-    """The part of a capacity that a run takes: what steps and a part of the input use, enough for the longest request.
+    """Return the part of a capacity that a run takes: for steps and a part of the input, or the longest request.
 
     A replica that computes more than its part takes no more of it.
     """
@@ -204,7 +204,7 @@ def used_capacity(
 
 
 def useful_blocks(tokens: int, windows: Sequence[int], step_tokens: int) -> int:
-    """The maximum blocks, in all groups, of a sequence of `tokens` tokens, of which `step_tokens` are in one step."""
+    """Return the maximum blocks, in all groups, of a sequence of `tokens` tokens, `step_tokens` of them in one step."""
     return sum(
         min(blocks_for(tokens), window_blocks(window) + blocks_for(step_tokens))
         if window
@@ -214,14 +214,14 @@ def useful_blocks(tokens: int, windows: Sequence[int], step_tokens: int) -> int:
 
 
 def cached_tokens(n_blocks: int, windows: Sequence[int], max_context: int) -> int:
-    """The tokens that `n_blocks` blocks hold in sequences of `max_context` tokens; 0 if the model keeps no tokens."""
+    """Return the tokens that `n_blocks` blocks hold in sequences of `max_context` tokens; 0 if tokens are not kept."""
     if not windows:
         return 0
     return n_blocks * KV_BLOCK * blocks_for(max_context) // blocks_needed(max_context, windows)
 
 
 def cache_in_memory(spec: Spec, layout: CacheLayout, n_blocks: int, n_slots: int, capacity: int) -> int:
-    """The maximum bytes of memory of a rank's cache if `n_blocks` of `capacity` blocks are used.
+    """Return the maximum bytes of memory of a rank's cache if `n_blocks` of `capacity` blocks are used.
 
     Large pools consist of huge pages, each of which takes all of its memory as soon as one of its blocks is used.
     """
@@ -233,12 +233,12 @@ def cache_in_memory(spec: Spec, layout: CacheLayout, n_blocks: int, n_slots: int
 
 
 def cache_in_file(spec: Spec, layout: CacheLayout, n_blocks: int, n_slots: int) -> int:
-    """The bytes of a rank's cache that are on disk if `n_blocks` blocks are used."""
+    """Return the bytes of a rank's cache that are on disk if `n_blocks` blocks are used."""
     sizes = [sum(nbytes) for nbytes in layout.pools]
     return nbytes_in_file(sizes, spec.memory.kv_bytes - n_slots * layout.state_nbytes, n_blocks)
 
 
 def step_description(sequences: int, tokens: int, streamed: int) -> str:
-    """The size of a step in words; `streamed` is the maximum number of bytes that a rank reads for it."""
+    """Return the size of a step in words; `streamed` is the maximum number of bytes that a rank reads for it."""
     size = f"a step has up to {count_of(sequences, 'sequence')} and {count_of(tokens, 'token')}"
     return f"{shown_bytes(streamed)} of weights are read for each step; {size}" if streamed else size

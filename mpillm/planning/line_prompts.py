@@ -55,7 +55,7 @@ class LineSize(Body):
 
 
 def prompts_in(raw: bytes) -> int:
-    """The number of prompts in a JSON value."""
+    """Return the number of prompts in a JSON value."""
     if not raw.startswith(b"["):
         return 1
     found: list[Any] = msgspec.json.decode(raw, type=list[msgspec.Raw])
@@ -87,7 +87,7 @@ def lengths(body: Body, count: int, prompts: Tokens) -> Counter[int]:
 
 
 def alike(body: Body, count: int, prompts: Tokens, begun: set[int]) -> int:
-    """The number of a line's sequences whose first block may be that of an earlier sequence.
+    """Return the number of a line's sequences whose first block may be that of an earlier sequence.
 
     `begun` has the hashes of the first blocks of earlier prompts of ids; those of this line are added.
     """
@@ -109,6 +109,6 @@ def alike(body: Body, count: int, prompts: Tokens, begun: set[int]) -> int:
 
 
 def adjusts(sampling: SamplingSection) -> bool:
-    """Whether a job changes the logits from which tokens are drawn."""
+    """Return whether a job changes the logits from which tokens are drawn."""
     penalties = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
     return bool(penalties or sampling.response_format or sampling.structured_outputs)

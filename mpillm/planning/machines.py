@@ -61,31 +61,31 @@ class Machines:
         return [host for host, count in enumerate(self.ranks_per_host) for _ in range(count)]
 
     def speed_of(self, rank: int) -> Speed:
-        """The speed of a rank; if no speeds are known, its part of the assumed speed of its host."""
+        """Return the speed of a rank; if no speeds are known, its part of the assumed speed of its host."""
         if self.speeds:
             return self.speeds[rank]
         return ASSUMED.shared_by(self.ranks_per_host[self.host_of_rank[rank]])
 
     def link(self, ranks: Sequence[int]) -> LinkRate:
-        """The slowest link between these ranks."""
+        """Return the slowest link between these ranks."""
         hosts = self.host_of_rank
         if len({hosts[rank] for rank in ranks}) == 1:
             return INSIDE
         return between([self.speed_of(rank) for rank in ranks])
 
     def firsts(self) -> list[int]:
-        """The first rank of each host."""
+        """Return the first rank of each host."""
         return list(itertools.accumulate(self.ranks_per_host, initial=0))[:-1]
 
     def host_names(self) -> list[str]:
-        """The name of each host."""
+        """Return the name of each host."""
         return [
             self.names[first] if self.names else f"host {number + 1}"
             for number, first in enumerate(self.firsts())
         ]
 
     def slowest_first(self) -> list[int]:
-        """The hosts, the slowest first; of equally fast ones, the last host comes first."""
+        """Return the hosts, the slowest first; of equally fast ones, the last host comes first."""
         rates = [
             max(self.speeds[first].products.values(), key=max)[-1] * count if self.speeds else 0.0
             for first, count in zip(self.firsts(), self.ranks_per_host, strict=True)
@@ -127,7 +127,7 @@ class Machines:
         return self.of_ranks([rank for rank, host in enumerate(self.host_of_rank) if host not in hosts])
 
     def of_ranks(self, ranks: Sequence[int]) -> Machines:
-        """The machines of some of the ranks."""
+        """Return the machines of some of the ranks."""
         hosts = self.host_of_rank
         loads = [self.loads[rank] for rank in ranks] if self.loads else ()
         return replace(
@@ -140,7 +140,7 @@ class Machines:
         )
 
     def _speeds_of(self, ranks: Sequence[int], loads: Sequence[tuple[str, float]]) -> list[Speed]:
-        """The speeds of some of the ranks if the others leave them their cores; equal speeds are one object."""
+        """Return the speeds of some of the ranks if the others leave them their cores; equal speeds are one object."""
         before, now = _crowding(self.loads), _crowding(loads)
         eased, found = dict[tuple[int, float], Speed](), list[Speed]()
         for rank in ranks:

@@ -125,7 +125,7 @@ def speeds(
 
 
 def linked(world: World, speeds: Sequence[Speed], links: Sequence[LinkTiming]) -> list[Speed]:
-    """The speeds of ranks, with the measured links of their hosts to other hosts; equal speeds are one object."""
+    """Return the speeds of ranks, with the measured links of their hosts; equal speeds are one object."""
     found, known = list[Speed](), dict[tuple[int, int], Speed]()
     for speed, number in zip(speeds, world.nodes.numbers, strict=True):
         outward = _outward(world, links, number)
@@ -139,13 +139,13 @@ def linked(world: World, speeds: Sequence[Speed], links: Sequence[LinkTiming]) -
 
 
 def _outward(world: World, links: Sequence[LinkTiming], number: int) -> list[LinkTiming]:
-    """The links of the host with this number to other hosts."""
+    """Return the links of the host with this number to other hosts."""
     numbers = world.nodes.numbers
     return [link for link in links if number in (of := [numbers[r] for r in link.ranks]) and of[0] != of[1]]
 
 
 def _with_others(measured: Products, main: str, kinds: Sequence[str]) -> Products:
-    """The rates of products of all `kinds`: of those that were not measured, in proportion to those of type `main`."""
+    """Return the rates of products of all `kinds`: if not measured, in proportion to those of type `main`."""
     assumed = ASSUMED.products
     return {
         kind: measured.get(kind)
@@ -189,7 +189,7 @@ def hosts(world: World, ranks: Sequence[Measured], links: Sequence[LinkTiming]) 
 
 
 def summed(rates: Sequence[Sequence[float]]) -> list[float]:
-    """The sums of the ranks' operations/s, in units of 10^9."""
+    """Return the sums of the ranks' operations/s, in units of 10^9."""
     return [round(sum(of_all) / 1e9, 3) for of_all in zip(*rates, strict=True)]
 
 
@@ -198,7 +198,7 @@ def _or_none(rate: float) -> float | None:
 
 
 def _cached(path: Path) -> bool:
-    """Whether the page cache has a file, most likely."""
+    """Return whether the page cache has a file, most likely."""
     with path.open("rb", buffering=0) as file:
         return cached(file.fileno(), 0, path.stat().st_size)
 

@@ -76,7 +76,7 @@ class Rows:
 
 
 def activations(kind: Activations, place: Place, step: Rows) -> int:
-    """The bytes of the rows of a step on a rank, with their logits and the messages under way.
+    """Return the bytes of the rows of a step on a rank, with their logits and the messages under way.
 
     The cosines and sines of all positions count too, for both kinds of factors of LongRoPE.
     """
@@ -93,7 +93,7 @@ def activations(kind: Activations, place: Place, step: Rows) -> int:
 
 
 def logits(config: ModelConfig, place: Place, step: Rows) -> int:
-    """The bytes of a tile of logits; 0 on ranks of other stages than the last."""
+    """Return the bytes of a tile of logits; 0 on ranks of other stages than the last."""
     tile = min(step.outputs, TILE) * len(vocab_axis(config.vocab).entries(place))
     return 4 * step.copies * tile if place.is_last_stage else 0
 
@@ -108,7 +108,7 @@ def step_rows(
     stages: int,
     streams: bool,
 ) -> Rows:
-    """The maxima of a step, which are no more than the input can ask for.
+    """Return the maxima of a step, which are no more than the input can ask for.
 
     `cache` is the used capacity of the KV cache, and `windows` are those of its groups. If some rank `streams` weights,
     one step may have all sequences (see `Pace`); else they are divided into `stages` steps.
@@ -128,7 +128,7 @@ def step_rows(
 
 
 def taken_later(spec: Spec, source: Source, place: Place, streams: bool) -> int:
-    """The planned bytes of a rank that are used only after the memory for loading was released.
+    """Return the planned bytes of a rank that are used only after the memory for loading was released.
 
     0 if the rank `streams` weights or reads them without the page cache, because its threads then keep their
     buffers. Logits do not count, because weights in the page cache are packed only before the second step.
@@ -148,7 +148,7 @@ def process(
     streams: bool,
     network: bool = False,
 ) -> int:
-    """The bytes of Python, MPI, the libraries, the tokenizer, and the descriptions of the model and the rank's pages.
+    """Return the bytes of Python, MPI, libraries, tokenizer, and the descriptions of the model and the rank's pages.
 
     `pages` has the bytes of each page. Rank 0 keeps `kept` bytes of the input and the answers (see `input_memory`), and
     an index of finished answers. `later` and `streams`: see `taken_later`; `network`: ranks are on several hosts.
@@ -165,7 +165,7 @@ def process(
 
 
 def loaded_model(source: Source, pages: Sequence[int], later: int = 0) -> int:
-    """The bytes of the descriptions of a model and of a rank's pages, and those for loading the pages.
+    """Return the bytes of the descriptions of a model and of a rank's pages, and those for loading the pages.
 
     `pages` has the bytes of each page; `later`: see `taken_later`.
     """
@@ -174,12 +174,12 @@ def loaded_model(source: Source, pages: Sequence[int], later: int = 0) -> int:
 
 
 def loading(source: Source, nbytes: int) -> int:
-    """The bytes that loading `nbytes` bytes of pages takes besides them."""
+    """Return the bytes that loading `nbytes` bytes of pages takes besides them."""
     return min(source.loading_nbytes, LOADING * nbytes)
 
 
 def peak() -> int:
-    """The maximum resident bytes of this process so far, and of its process for chat templates.
+    """Return the maximum resident bytes of this process so far, and of its process for chat templates.
 
     On Linux they come from /proc, because getrusage starts with those of the program that started the process.
     """

@@ -24,7 +24,7 @@ from mpillm.weights.text_files import PROMPTS, text_fields, text_files, text_fol
 def needs_of(
     spec: Spec, config: ModelConfig, source: Source, load: Callable[[], Tokenizer | None] | None = None
 ) -> InputNeeds:
-    """The requirements of the input. `load` returns the model's tokenizer; without it, the tokenizer is loaded here."""
+    """Return the requirements of the input. `load` returns the model's tokenizer; without it, it is loaded here."""
     return input_needs(
         spec,
         config.hidden,
@@ -35,7 +35,7 @@ def needs_of(
 
 
 def around(spec: Spec, config: ModelConfig, source: Source) -> Around:
-    """The bytes of a model's chat template and of its longest prompt for embeddings.
+    """Return the bytes of a model's chat template and of its longest prompt for embeddings.
 
     The template counts 0 if there is none or if there are several. A model without a classifier reads the two texts of
     a pair separately (see `run.opened`).
@@ -61,7 +61,7 @@ def around(spec: Spec, config: ModelConfig, source: Source) -> Around:
 
 
 def _reads_pairs(spec: Spec, config: ModelConfig, source: Source) -> bool:
-    """Whether a model may read a query and a document together."""
+    """Return whether a model may read a query and a document together."""
     if config.classifier is not None or not config.generates:
         return config.classifier is not None
     ids = has_answer_ids(source)
@@ -69,7 +69,7 @@ def _reads_pairs(spec: Spec, config: ModelConfig, source: Source) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if it cannot be read. Loading the model reports such an error."""
+    """Return the JSON object in a file; empty if it cannot be read. Loading the model reports such an error."""
     with suppress(OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     return {}

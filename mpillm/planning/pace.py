@@ -10,12 +10,12 @@ SAME = 1.3  # earlier measurements are still used if no pace has changed by more
 
 
 def same(paces: Sequence[float], before: Sequence[float]) -> bool:
-    """Whether the ranks have about the paces that they had `before`."""
+    """Return whether the ranks have about the paces that they had `before`."""
     return all(1 / SAME < now / then < SAME for now, then in zip(paces, before, strict=True))
 
 
 def by_pace(paces: Sequence[float], ranks_per_host: Sequence[int]) -> Iterator[Speed]:
-    """The assumed speeds of ranks with these paces; ranks that are about as fast as the fastest one count as equal."""
+    """Yield the assumed speeds of ranks with these paces; ranks about as fast as the fastest one count as equal."""
     hosts, fastest = [count for count in ranks_per_host for _ in range(count)], max(paces)
     known: dict[tuple[float, int], Speed] = {}
     for own, count in zip(paces, hosts, strict=True):

@@ -27,11 +27,11 @@ class Placement:
     plans: Sequence[ReplicaPlan]
 
     def with_wire(self, wire: Wire) -> Placement:
-        """The same placement with another wire between the shards of a stage."""
+        """Return the same placement with another wire between the shards of a stage."""
         return replace(self, spec=with_wire(self.spec, wire))
 
     def kind(self, number: int) -> tuple[object, ...]:
-        """A key that is equal for replicas that are equally fast."""
+        """Return a key that is equal for replicas that are equally fast."""
         machines, replica, hosts = self.machines, self.replicas[number], self.machines.host_of_rank
         ranks = replica.ranks
         speeds = [
@@ -42,7 +42,7 @@ class Placement:
         return (*speeds, *places, replica.stages, replica.shards, replica.layers, *works)
 
     def stages(self, number: int) -> list[Stage]:
-        """The stages of a replica with their links; equal stages are one object."""
+        """Return the stages of a replica with their links; equal stages are one object."""
         replica, plan, wire = self.replicas[number], self.plans[number], self.spec.wire
         activations = sum_bytes(BlockType[wire.activations.upper()], self.config.hidden, replica.shards)
         pipe = BlockType[wire.between_stages.upper()].row_bytes(self.config.hidden)

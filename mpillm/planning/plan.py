@@ -148,14 +148,14 @@ def make_plan(spec: Spec, source: Source, config: ModelConfig, machines: Machine
 
 
 def laid_out(spec: Spec, planner: Planner, machines: Machines, asked: InputNeeds) -> Found:
-    """The best layout on all of these machines, with its plans and its time; LayoutError if none is possible."""
+    """Return the best layout on all of these machines, with its plans and its time; LayoutError if none is possible."""
     if by_itself(spec):
         machines, _ = machines.computing(spec.layout.threads)
     return Layouts(spec, planner, spec.layout.replicas, asked.lines or None, asked=asked).choose(machines)
 
 
 def _missing(source: Source) -> int:
-    """The bytes of weights that the files do not have, because a plan needs only their headers."""
+    """Return the bytes of weights that the files do not have, because a plan needs only their headers."""
     pieces = {(path, begin, begin + nbytes) for path, begin, nbytes in source.extents()}
     sizes = {path: path.stat().st_size for path in {path for path, _, _ in pieces}}
     return sum(max(0, end - max(begin, sizes[path])) for path, begin, end in pieces)
@@ -183,7 +183,7 @@ def _too_large(machines: Machines, plans: list[RankPlan]) -> Iterator[str]:
 def _gains(
     spec: Spec, planner: Planner, machines: Machines, asked: InputNeeds, now: Estimate
 ) -> Iterator[tuple[str, float]]:
-    """The gains with one more host, with more memory on each rank, and so on: how many times as fast the job is."""
+    """Yield the gains with one more host, with more memory on each rank, and so on, as factors of the speed."""
     memory = spec.memory
     if not isinstance(memory.kv, (str, int)) or not isinstance(memory.weights, (str, int)):
         return  # ranks have different budgets, so there is not one to raise
@@ -213,7 +213,7 @@ def wire_bytes(
     between_stages: BlockType,
     shared: bool,
 ) -> dict[str, float]:
-    """The bytes of activations that all ranks together send for each token, by kind of message.
+    """Return the bytes of activations that all ranks together send for each token, by kind of message.
 
     The shards of a stage sum rows twice a layer: after attention and after the MLP. If they share memory, they read
     each other's rows. Between stages, each shard sends the hidden state to the same shard of the next stage.
@@ -227,5 +227,5 @@ def wire_bytes(
 
 
 def as_json(plan: Plan) -> str:
-    """The plan as JSON."""
+    """Return the plan as JSON."""
     return readable.as_json(plan).decode()

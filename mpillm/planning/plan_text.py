@@ -19,7 +19,7 @@ _AT_TIMES = ("read", "adapters", "draft")  # columns that few plans need
 
 
 def as_text(plan: Plan) -> str:
-    """The plan as text, whose sentences fit a terminal of 80 columns."""
+    """Return the plan as text, whose sentences fit a terminal of 80 columns."""
     parts = (map(_wrapped, _sentences(plan)), _rank_table(plan), _verdict(plan))
     return "\n\n".join("\n".join(part) for part in parts)
 
@@ -83,7 +83,7 @@ def _sentences(plan: Plan) -> Iterator[str]:
 
 
 def _rank_table(plan: Plan) -> Iterator[str]:
-    """A row for each rank; of many ranks, a row for those that take the same memory."""
+    """Yield a row for each rank; of many ranks, a row for those that take the same memory."""
     many = len(plan.ranks) > MANY
     groups: dict[tuple[str, ...], list[RankPlan]] = {}
     for rank in plan.ranks:
@@ -113,7 +113,7 @@ def _rank_table(plan: Plan) -> Iterator[str]:
 
 
 def _memory(rank: RankPlan) -> dict[str, int]:
-    """The bytes of a rank by the names of the table's columns."""
+    """Return the bytes of a rank by the names of the table's columns."""
     return {
         "weights": rank.weights_held,
         "read": rank.weights_streamed,
@@ -127,7 +127,7 @@ def _memory(rank: RankPlan) -> dict[str, int]:
 
 
 def _span(numbers: list[int]) -> str:
-    """The smallest and the largest of the numbers."""
+    """Return the smallest and the largest of the numbers."""
     return str(numbers[0]) if min(numbers) == max(numbers) else f"{min(numbers)}-{max(numbers)}"
 
 
@@ -143,7 +143,7 @@ def _verdict(plan: Plan) -> Iterator[str]:
 
 
 def _time(plan: Plan) -> Iterator[str]:
-    """The time of the job, what limits it, and what would make it faster."""
+    """Yield the time of the job, what limits it, and what would make it faster."""
     time = plan.time
     known = "measured speeds" if time.measured else "assumed speeds: mpillm doctor --output measures them"
     sequences = count_of(time.requests, "sequence")
@@ -184,7 +184,7 @@ def _duration(seconds: float) -> str:
 
 
 def _layouts(plan: Plan) -> str:
-    """The replicas, grouped by their stages and shards."""
+    """Return the replicas, grouped by their stages and shards."""
     shapes = dict[
         int, tuple[int, int]
     ]()  # for each replica: 1 more than the stage and shard of its last rank

@@ -56,7 +56,7 @@ class Planner:
         shares: Sequence[float],
         known: dict[tuple[Any, ...], ReplicaPlan] | None = None,
     ) -> Iterator[ReplicaPlan]:
-        """The plans of all replicas. Equal replicas are planned once, and their plans are kept in `known`.
+        """Yield the plans of all replicas. Equal replicas are planned once, and their plans are kept in `known`.
 
         `asked` is what the input asks for, and `shares` has the part of its lines that each replica is to compute. The
         plans in `known` are those of one job, on any machines.
@@ -125,7 +125,7 @@ class Planner:
         return ReplicaPlan(caches, step, capacity, max_context, plans, [share.work for share in shares])
 
     def _share(self, spec: Spec, place: Place, cache: CacheLayout) -> WeightsShare:
-        """The weights that the rank at a place holds, and its work in a step."""
+        """Return the weights that the rank at a place holds, and its work in a step."""
         key = (
             "share",
             spec.memory.weights_bytes,
@@ -145,7 +145,7 @@ class Planner:
         return found
 
     def _pages(self, place: Place) -> list[PagePlan]:
-        """The pages of `rank_plans`; each layer has the pages of the first layer of its kind."""
+        """Return the pages of `rank_plans`; each layer has the pages of the first layer of its kind."""
         pages = []
         for layer in grid.stage_layers(self.config.n_layers, place):
             key = "pages", self._kinds[layer], place.shards, place.shard
@@ -155,7 +155,7 @@ class Planner:
         return pages + head_plans(self.config, place, self.source)
 
     def _caches(self, places: Sequence[Place], kv_type: str) -> list[CacheLayout]:
-        """The layouts of `rank_layouts`, each computed once."""
+        """Return the layouts of `rank_layouts`, each computed once."""
         keys = [
             ("cache", kv_type, place.shards, place.shard, grid.stage_layers(self.config.n_layers, place))
             for place in places
@@ -178,7 +178,7 @@ class Planner:
         return memory.process(self.source, self.config, place, share.pages, kept, later, streams, network)
 
     def _like(self, place: Place) -> tuple[Any, ...]:
-        """A key that is equal for places with equal layers."""
+        """Return a key that is equal for places with equal layers."""
         layers = grid.stage_layers(self.config.n_layers, place)
         kinds = layers if self.config.adapters else self._kinds[layers.start : layers.stop]
         return kinds, place.is_last_stage, place.shards, place.shard

@@ -60,7 +60,7 @@ class ReplicaPlan:
 
 
 def problems(spec: Spec, replica: ReplicaPlan) -> Iterator[str]:
-    """A sentence for each reason why a replica cannot run."""
+    """Yield a sentence for each reason why a replica cannot run."""
     minimum = max(rank.weights_minimum for rank in replica.ranks)
     if any(rank.weights_held < rank.weights_minimum for rank in replica.ranks):
         yield (

@@ -22,14 +22,14 @@ class ReplicaSteps:
     times: Sequence[float]  # seconds of a step, for each number of rows
 
     def seconds(self, rows: float) -> float:
-        """The seconds of a step of `rows` rows."""
+        """Return the seconds of a step of `rows` rows."""
         if rows > self.rows[-1]:
             return float(self.times[-1] * rows / self.rows[-1])
         return float(np.interp(rows, self.rows, self.times))
 
 
 def replica_steps(placement: Placement, demand: Demand) -> list[ReplicaSteps]:
-    """The steps of each replica, with sequences like those of a demand."""
+    """Return the steps of each replica, with sequences like those of a demand."""
     found = []
     for number, (replica, plan) in enumerate(zip(placement.replicas, placement.plans, strict=True)):
         stages = placement.stages(number)

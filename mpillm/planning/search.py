@@ -33,7 +33,7 @@ Hosts = frozenset[int]
 def search(
     layouts: Layouts, machines: Machines, needed: int = 0, worth: float = 1.0
 ) -> tuple[Found, list[int]]:
-    """The fastest layout on these hosts or on some of them, and the hosts that are left out.
+    """Return the fastest layout on these hosts or on some of them, and the hosts that are left out.
 
     The first `needed` hosts are never left out. All others are left out unless they make the run `worth` times as fast.
     Of about equally fast choices, the one with the most hosts is returned. LayoutError if no layout is possible.
@@ -44,7 +44,7 @@ def search(
 
 
 def for_run(layouts: Layouts, machines: Machines, worth: float = 1.0) -> tuple[Found, list[int], str]:
-    """The layout of a run on these machines, the hosts that are left out, and a sentence about those, if any.
+    """Return the layout of a run on these machines, the hosts that are left out, and a sentence about those, if any.
 
     Hosts are left out if speeds are known and the run is clearly faster without them, or if they would have nothing to
     do. Rank 0's host is always used: it reads the input and writes the results. `worth` is that of `search`.
@@ -69,7 +69,7 @@ def for_run(layouts: Layouts, machines: Machines, worth: float = 1.0) -> tuple[F
 
 
 def shards_may_save(layouts: Layouts, machines: Machines) -> float:
-    """The seconds that shards on several hosts may save beside rank 0's host alone.
+    """Return the seconds that shards on several hosts may save beside rank 0's host alone.
 
     A network that is not known is taken to be twice as good as the assumed one.
     """
@@ -86,7 +86,7 @@ def shards_may_save(layouts: Layouts, machines: Machines) -> float:
 
 
 def _tried(layouts: Layouts, machines: Machines, needed: int) -> _Tried:
-    """The layouts on these machines and without some of their hosts; LayoutError if no layout is possible."""
+    """Return the layouts on these machines and without some of their hosts; LayoutError if no layout is possible."""
     hosts, tried = len(machines.ranks_per_host), _Tried(layouts, machines, needed)
     most = hosts
     if needed and layouts.requests and not machines.links_known and not by_rank(layouts.spec):
@@ -113,14 +113,14 @@ def _tried(layouts: Layouts, machines: Machines, needed: int) -> _Tried:
 
 
 def _reason(machines: Machines, without: Sequence[int], why: str) -> str:
-    """A sentence that names the hosts that are left out and says why."""
+    """Return a sentence that names the hosts that are left out and says why."""
     names = machines.host_names()
     named = some_of([names[host] for host in without], "host")
     return f"{named} {'is' if len(without) == 1 else 'are'} left out and kept in reserve: {why}."
 
 
 def by_itself(spec: Spec) -> bool:
-    """Whether ranks may be kept in reserve: the job sets no layout, no budget for weights, and no values by rank.
+    """Return whether ranks may be kept in reserve: the job sets no layout, weights' budget, or values by rank.
 
     A budget for weights is that of each rank, so fewer ranks would hold a smaller part of the model.
     """
@@ -130,7 +130,7 @@ def by_itself(spec: Spec) -> bool:
 
 
 def by_rank(spec: Spec) -> bool:
-    """Whether the job has lists of values by rank number. Without some hosts, ranks would have other numbers."""
+    """Return whether the job has lists of values by rank number. Without some hosts, ranks would have other numbers."""
     return any(
         isinstance(value, list) for value in (spec.memory.weights, spec.memory.kv, spec.layout.threads)
     )
@@ -161,7 +161,7 @@ class _Tried:
             self.add(without)
 
     def best(self, worth: float) -> Hosts:
-        """The hosts to leave out; `worth` is that of `search`."""
+        """Return the hosts to leave out; `worth` is that of `search`."""
         best = self._fastest()
         alone = self.found.get(self.alone) if self._needed else None
         if alone is not None and alone.fits and alone.cost < worth * self.found[best].cost:
@@ -169,7 +169,7 @@ class _Tried:
         return best
 
     def _fastest(self) -> Hosts:
-        """The hosts to leave out for the fastest run; of about equally fast choices, the one that leaves out fewest."""
+        """Return the hosts to leave out for the fastest run; of about equal choices, that which leaves out fewest."""
         hand_over = HAND_OVER if self._machines.speeds_known else HAND_OVER_UNSEEN
 
         def cost(found: Found) -> tuple[bool, bool, float]:
@@ -216,7 +216,7 @@ def _candidates(machines: Machines, needed: int) -> Iterator[Hosts]:
 
 
 def _orders(machines: Machines) -> Iterator[Sequence[int]]:
-    """The hosts in several orders, the worst first: by products, by network, by memory, and from the last one on."""
+    """Yield the hosts in several orders, the worst first: by products, by network, by memory, and from the last on."""
     first = machines.firsts()
 
     def by(worth: Callable[[int], float]) -> list[int]:

@@ -13,7 +13,7 @@ SPARE = 1.1  # this factor on planned memory leaves space for mpiexec and the pa
 
 
 def shortage(replicas: Iterable[ReplicaPlan], machines: Machines, in_slurm: bool) -> str | None:
-    """A sentence on the host that lacks most memory, with what to type; None if every host has enough."""
+    """Return a sentence on the host that lacks most memory, with what to type; None if every host has enough."""
     needed = [0] * len(machines.ranks_per_host)
     free = [STARTED * count for count in machines.ranks_per_host]
     plans = [rank for replica in replicas for rank in replica.ranks]

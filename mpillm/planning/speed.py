@@ -41,7 +41,7 @@ class Speed:
         return products, *(getattr(self, field.name) for field in fields(self) if field.name != "products")
 
     def shared_by(self, ranks: float) -> Speed:
-        """The speed of each of `ranks` ranks that share this speed; each has the whole link to other hosts."""
+        """Return the speed of each of `ranks` ranks that share this speed; each has the whole link to other hosts."""
         products = {kind: tuple(rate / ranks for rate in rates) for kind, rates in self.products.items()}
         return replace(
             self,
@@ -55,7 +55,7 @@ class Speed:
         )
 
     def slowed(self, times: float) -> Speed:
-        """The speed of a rank that takes `times` times as long to compute, and has the same link to other hosts."""
+        """Return the speed of a rank that takes `times` times as long to compute and has the same link."""
         return replace(self.shared_by(times), core=self.core / times)
 
     def operations(self, kind: BlockType, rows: float) -> float:
@@ -69,7 +69,7 @@ class Speed:
 
 @cache
 def stand_in(kind: BlockType, known: tuple[str, ...]) -> str:
-    """The known type whose speed stands for that of `kind`: quantised if `kind` is, and of the most similar size."""
+    """Return the known type whose speed stands for that of `kind`: quantised if `kind` is, of the nearest size."""
     name = kind.name.lower()
     if name in known:
         return name

@@ -77,7 +77,7 @@ class RankWork:
     stacked: bool = True  # one kernel call computes all layers, and rows may be computed in lanes
 
     def without_layers(self) -> RankWork:
-        """The same rank with the LM head alone."""
+        """Return the same rank with the LM head alone."""
         return replace(self, layers=0, products={}, experts={}, attention=(), streamed=0, streamed_experts=0,
                        streamed_part=0.0, values=0.0, experts_values=0.0)  # fmt: skip
 
@@ -169,7 +169,7 @@ class StepTime:
 
 
 def rank_time(work: RankWork, speed: Speed, batch: StepRows) -> StepTime:
-    """The seconds of a rank's part of a step, without messages."""
+    """Return the seconds of a rank's part of a step, without messages."""
     share, with_logits = work.expert_share, batch.sequences + batch.scored
     used = 1 - (1 - share) ** batch.rows if share < 1 else 1.0  # of the experts, if choices are independent
     rows_of_expert = max(batch.rows * share / used, 1.0)
@@ -226,7 +226,7 @@ def disk_rate(speed: Speed, page: float) -> float:
 
 
 def stage_time(stage: Stage, batch: StepRows) -> StepTime:
-    """The seconds of a stage: those of its slowest shard, and of the messages of all its shards."""
+    """Return the seconds of a stage: those of its slowest shard, and of the messages of all its shards."""
     times = [rank_time(work, speed, batch) for work, speed in stage.kinds]
     slowest = max(times, key=lambda time: time.total)
     shards, messages, latency = len(stage.works), 0.0, 0.0
@@ -248,7 +248,7 @@ def stage_time(stage: Stage, batch: StepRows) -> StepTime:
 
 
 def sum_bytes(kind: BlockType, hidden: int, shards: int) -> float:
-    """The bytes that all shards of a stage together send to sum one row (`Group.all_reduce`).
+    """Return the bytes that all shards of a stage together send to sum one row (`Group.all_reduce`).
 
     Two shards send each other their parts. Of more shards, each sends a piece of its part to each other shard, and then
     the sum of its own piece.
@@ -259,7 +259,7 @@ def sum_bytes(kind: BlockType, hidden: int, shards: int) -> float:
 
 
 def between(speeds: Sequence[Speed]) -> LinkRate:
-    """The slowest link between the hosts of ranks with these speeds."""
+    """Return the slowest link between the hosts of ranks with these speeds."""
     return LinkRate(max(speed.latency for speed in speeds), min(speed.wire for speed in speeds))
 
 
@@ -279,7 +279,7 @@ class Round:
 
 
 def round_of(stages: Sequence[Stage], batch: StepRows) -> Round:
-    """The fastest round of a batch: as one micro-batch, or as many micro-batches as there are stages."""
+    """Return the fastest round of a batch: as one micro-batch, or as many micro-batches as there are stages."""
     maximum = max(min(len(stages), int(batch.sequences or batch.rows)), 1)
     return min((_round(stages, batch, count) for count in {1, maximum}), key=lambda made: made.seconds)
 
@@ -295,12 +295,12 @@ def _round(stages: Sequence[Stage], batch: StepRows, count: int) -> Round:
 
 
 def _values(weights: WeightCounts, values: float) -> float:
-    """The number of values in norms that takes as long as the `values` that the products of a row read and write."""
+    """Return the number of values in norms that takes as long as the `values` of a row's products."""
     return values + NARROW * max(values - 2 * sum(weights.values()) / WIDTH, 0.0)
 
 
 def _seconds(weights: WeightCounts, speed: Speed, rows: float) -> float:
-    """The seconds of products with `rows` rows; a part of a row takes as long as a whole one."""
+    """Return the seconds of products with `rows` rows; a part of a row takes as long as a whole one."""
     if rows <= 0:
         return 0.0
     rows = max(rows, 1.0)

@@ -53,7 +53,7 @@ class _Found:
 
 
 def job_file(spec: Spec, machines: Machines, rate: float) -> str:
-    """The text of a job file with the least memory for `rate` tokens/s.
+    """Return the text of a job file with the least memory for `rate` tokens/s.
 
     JobError if no amount of memory is enough, MpillmError if the model cannot be read.
     """
@@ -82,7 +82,7 @@ def job_file(spec: Spec, machines: Machines, rate: float) -> str:
 
 
 def _caches(made: Callable[[int | str, int], _Found], best: _Found, rate: float) -> Iterator[int]:
-    """The values of memory.kv to try, in bytes: that of the job (0), then half of it, a quarter, and so on."""
+    """Yield the values of memory.kv to try, in bytes: that of the job (0), then half of it, a quarter, and so on."""
     yield 0
     kv = best.spec.memory.kv
     size = best.spec.memory.kv_bytes // 2 if isinstance(kv, (str, int)) else 0
@@ -96,7 +96,7 @@ def _caches(made: Callable[[int | str, int], _Found], best: _Found, rate: float)
 
 
 def _least_weights(made: Callable[[int | str, int], _Found], kv: int, rate: float) -> _Found:
-    """The job with the least memory.weights, in whole MiB, that is fast enough."""
+    """Return the job with the least memory.weights, in whole MiB, that is fast enough."""
     ranks = made("all", kv).ranks
     low, high = (
         -(-max(getattr(rank, key) for rank in ranks) // MIB) for key in ("weights_minimum", "weights_share")
@@ -108,7 +108,7 @@ def _least_weights(made: Callable[[int | str, int], _Found], kv: int, rate: floa
 
 
 def _text(found: _Found, ranks: int) -> str:
-    """The job file."""
+    """Return the job file."""
     spec, speeds = found.spec, "measured" if found.measured else "assumed"
     said = (
         f"# {found.rate:.1f} tokens/s on {count_of(ranks, 'rank')} ({speeds} speeds); "
@@ -127,7 +127,7 @@ def _text(found: _Found, ranks: int) -> str:
 
 
 def _toml_lines(values: dict[str, Any], usual: dict[str, Any]) -> Iterator[str]:
-    """A job file with the values that differ from the defaults; tables come last."""
+    """Yield a job file with the values that differ from the defaults; tables come last."""
     changed = {key: value for key, value in values.items() if value != usual[key]}
     tables = [
         key for key, value in changed.items() if isinstance(usual[key], dict) and isinstance(value, dict)
@@ -144,7 +144,7 @@ def _toml_lines(values: dict[str, Any], usual: dict[str, Any]) -> Iterator[str]:
 
 
 def _toml(value: Any) -> str:
-    """A value in TOML. TOML has no null, which means the same as no entry."""
+    """Return a value in TOML. TOML has no null, which means the same as no entry."""
     if isinstance(value, dict):
         entries = (f"{json.dumps(key)} = {_toml(own)}" for key, own in value.items() if own is not None)
         return f"{{{', '.join(entries)}}}"

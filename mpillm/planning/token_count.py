@@ -65,7 +65,7 @@ class TokenCounter:
         return self._load()
 
     def count(self, value: bytes, chat: bool = False) -> Tokens:
-        """The tokens of all texts in a JSON value, with those that the tokenizer adds. A chat is one text."""
+        """Return the tokens of all texts in a JSON value, with those that the tokenizer adds. A chat is one text."""
         if self._bytes + len(value) > COUNTED:
             maximum = len(value) + SPECIAL * value.count(b'"') // 2
             counted = max(self._bytes, 1)
@@ -83,7 +83,7 @@ class TokenCounter:
         return self._noted(value, found)
 
     def count_ids(self, value: bytes) -> Tokens:
-        """The tokens of all lists of token ids in a JSON value."""
+        """Return the tokens of all lists of token ids in a JSON value."""
         tokens = value.count(b",") + 1
         if self._bytes + len(value) > COUNTED:
             return Tokens(tokens, tokens, shared=tokens * self._shared // max(self._tokens, 1))
@@ -100,7 +100,7 @@ class TokenCounter:
         return found
 
     def longest(self, value: bytes) -> int:
-        """The tokens of the longest text in a JSON value, or the bytes of the value if texts are not counted."""
+        """Return the tokens of the longest text in a JSON value, or the bytes of the value if texts are not counted."""
         found = self.count(value)
         return max(found.texts, default=len(value))
 
@@ -117,7 +117,7 @@ class TokenCounter:
         return Tokens(sum(lengths), sum(lengths), lengths, sum(known), sum(map(bool, known)), own, again)
 
     def _known_blocks(self, ids: list[int]) -> int:
-        """The number of blocks of a text that were seen before, after the same tokens; the others are remembered.
+        """Return the number of blocks of a text that were seen before, after the same tokens; others are noted.
 
         The block of the last token does not count, because that token is computed in any case.
         """
@@ -132,7 +132,7 @@ class TokenCounter:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All strings of a value except the names in objects."""
+    """Yield all strings of a value except the names in objects."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):

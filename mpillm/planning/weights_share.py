@@ -47,7 +47,7 @@ def _work(
     page: float,
     made: int,
 ) -> RankWork:
-    """The work in a step of the rank at `place`, which has `pages` and `cache`.
+    """Return the work in a step of the rank at `place`, which has `pages` and `cache`.
 
     The rank streams `streamed` bytes of weights, `streamed_experts` of them of experts, in pages of `page` bytes on
     average. `made` bytes of weights are packed in memory before the first step.
@@ -95,7 +95,7 @@ def weights_share(
     cache: CacheLayout,
     in_file: Callable[[PageTensor], bool],
 ) -> WeightsShare:
-    """The weights of the rank at `place`, which has `pages`.
+    """Return the weights of the rank at `place`, which has `pages`.
 
     `in_file` says whether a tensor can be used as it is in its file.
     """

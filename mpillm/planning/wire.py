@@ -16,12 +16,12 @@ from mpillm.spec import Spec
 
 
 def with_wire(spec: Spec, wire: Wire) -> Spec:
-    """The job with `wire.activations` set to `wire`."""
+    """Return the job with `wire.activations` set to `wire`."""
     return msgspec.structs.replace(spec, wire=msgspec.structs.replace(spec.wire, activations=wire))
 
 
 def shards_cross_hosts(machines: Machines, replicas: Replicas) -> bool:
-    """Whether the shards of some stage are on several hosts."""
+    """Return whether the shards of some stage are on several hosts."""
     hosts = machines.host_of_rank
     return any(
         len({hosts[rank] for rank in ranks}) > 1 for replica in replicas for ranks in replica.stage_ranks
@@ -29,7 +29,7 @@ def shards_cross_hosts(machines: Machines, replicas: Replicas) -> bool:
 
 
 def wire_in_words(wire: Wire, shards: int, reason: str) -> str:
-    """The wire, its effect on the answers, and the reason for it, in words."""
+    """Return the wire, its effect on the answers, and the reason for it, in words."""
     if wire == "f32":
         return f"shards send f32, so answers do not depend on their number ({reason})"
     return f"shards send Q8_0, so the last digits of answers depend on their number, {shards} ({reason})"

@@ -165,12 +165,12 @@ def what_was_slow(slowed: Slowed, session: Session, seconds: float) -> str:
 
 
 def is_failure(code: int) -> bool:
-    """Whether engines stop because of an error or an interruption, not at the end or for another layout."""
+    """Return whether engines stop because of an error or an interruption, not at the end or for another layout."""
     return code not in (0, AGAIN)
 
 
 def watched(session: Session) -> bool:
-    """Whether ranks are compared: only ranks of the same replica wait for each other."""
+    """Return whether ranks are compared: only ranks of the same replica wait for each other."""
     return any(len(replica.ranks) > 1 for replica in session.replicas)
 
 

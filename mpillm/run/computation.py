@@ -229,7 +229,7 @@ class Computation:
         )
 
     def _time_left(self) -> float | None:
-        """Seconds, by what this session has computed."""
+        """Return seconds, by what this session has computed."""
         elapsed = time.monotonic() - self._began
         return self._left.seconds(len(self.journal.done), self._dispatcher.begun, elapsed)
 

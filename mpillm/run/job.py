@@ -66,7 +66,7 @@ class OpenedJob:
         self.warnings.append(warning)
 
     def first_errors(self) -> dict[str, str]:
-        """The first SHOWN_ERRORS requests that ended in an error, and their messages."""
+        """Return the first SHOWN_ERRORS requests that ended in an error, and their messages."""
         errors = {line.custom_id: line.error or "" for line in islice(self.input.errors, SHOWN_ERRORS)}
         return dict(islice((errors | self.not_finite).items(), SHOWN_ERRORS))
 
@@ -128,7 +128,7 @@ def unanswered(checked: CheckedInput, journal: Journal) -> int:
 
 
 def results_differ(one: UsedLayout, other: UsedLayout, wire: WireSection) -> bool:
-    """Whether the last digits of results may differ between two layouts."""
+    """Return whether the last digits of results may differ between two layouts."""
     # Journals of earlier versions lack the wire of a layout; if it was f32, the job says so.
     rounded = [1 if "f32" in (layout.wire, wire.activations) else layout.shards for layout in (one, other)]
     return rounded[0] != rounded[1] or (one.stages != other.stages and wire.between_stages != "f32")

@@ -149,7 +149,7 @@ class LayoutChoice:
         self.asked = world.on_rank_0(self._ask)
 
     def _at_first(self, threads: int) -> Machines:
-        """The machines, with what is known of their speeds before any is measured now."""
+        """Return the machines, with what is known of their speeds before any is measured now."""
         world, file = self._world, self._spec.layout.hosts
         if file != "auto":
             numbers = world.gather(world.number)  # some may have been lost while they started
@@ -177,13 +177,13 @@ class LayoutChoice:
         return machines
 
     def _with_links(self, machines: Machines, effort: float) -> Machines:
-        """The machines with their links, which are timed unless they were with as great an effort (collective)."""
+        """Return the machines with their links, timed unless they were with as great an effort (collective)."""
         if effort > self._links_effort:
             self._links, self._links_effort = probe.links(self._world, effort), effort
         return replace(machines, speeds=measure.linked(self._world, machines.speeds, self._links))
 
     def _noted(self, threads: int, effort: float) -> Machines | None:
-        """The machines with speeds that were measured with such an effort by a run before, if they are kept."""
+        """Return the machines with speeds that were measured with such an effort by a run before, if they are kept."""
 
         def find() -> Sequence[Speed] | None:
             return speed_notes.find(self._places(threads), effort, self._paces)
@@ -192,12 +192,12 @@ class LayoutChoice:
         return None if speeds is None else replace(self._machines(), speeds=speeds, measured=True)
 
     def _places(self, threads: int) -> list[str]:
-        """The facts for which measured speeds hold: each rank's host, the model and the program."""
+        """Return the facts for which measured speeds hold: each rank's host, the model and the program."""
         places = [f"{place}, {count_of(threads, 'thread')}" for place in self._world.nodes.places]
         return [*places, str(self._open_model().source.path.absolute()), kernels.path(), version.__version__]
 
     def _machines(self) -> Machines:
-        """The machines of all ranks, without their speeds."""
+        """Return the machines of all ranks, without their speeds."""
         nodes = self._world.nodes
         return Machines(nodes.ranks_per_host, nodes.free, self._world.hosts, loads=self._loads)
 
@@ -239,7 +239,7 @@ class LayoutChoice:
         return LaidOut(found.chosen, machines, ranks, found.time.seconds, said)
 
     def _worth_measuring(self, found: LaidOut) -> bool:
-        """Whether speeds can change the layout or the wire, or, in a long job, the shares of replicas."""
+        """Return whether speeds can change the layout or the wire, or, in a long job, the shares of replicas."""
         spec, given, replicas = self._spec, self._spec.layout, found.chosen.replicas
         if given.hosts != "auto" or len(found.machines.ranks_per_host) == 1:
             return False

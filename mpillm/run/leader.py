@@ -157,7 +157,7 @@ class Leader:
 
 
 def _movable(pending: Pending, sequences: Seq[Sequence]) -> bool:
-    """Whether another leader can continue a line: each choice is finished, or generates and is not in flight."""
+    """Return whether another leader can continue a line: each choice is finished, or generates and is not in flight."""
     requests = pending.work.requests
     return len(sequences) + len(pending.completions) == len(requests) and not any(
         one.in_flight or one.request.only_reads or (one.reached and not one.generated) for one in sequences

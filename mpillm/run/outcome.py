@@ -103,7 +103,7 @@ def _steps(totals: Totals, session: Session) -> report.Steps:
 
 
 def _planned(computation: Computation) -> report.Planned | None:
-    """The time that was planned from the speeds of the hosts; None if they were not measured."""
+    """Return the time that was planned from the speeds of the hosts; None if they were not measured."""
     session, totals, lines = computation.session, computation.totals, computation.job.input
     if not session.machines.speeds_known or not totals.steps:
         return None

@@ -229,7 +229,7 @@ class Session:
         )  # fmt: skip
 
     def _plans(self) -> Iterator[ReplicaPlan]:
-        """The plan of each replica: what its ranks will hold."""
+        """Return the plan of each replica: what its ranks will hold."""
         planner, chosen = self._open_model(), self.chosen
         return planner.replicas(self.job, chosen.replicas, self.needs, self.machines, chosen.shares)
 

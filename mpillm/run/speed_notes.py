@@ -29,7 +29,7 @@ class _Noted(msgspec.Struct, frozen=True):
 
 
 def find(places: Sequence[str], effort: float, paces: Sequence[float]) -> Sequence[Speed] | None:
-    """The speeds of ranks at these places, if they were measured of late with such an effort or a greater one.
+    """Return the speeds of ranks at these places, if they were measured of late with such an effort or a greater one.
 
     They count only if all ranks still have about the paces that they had then.
     """

@@ -80,7 +80,7 @@ class Restarting:
         return begin(rank, self.losses, origin, self.before, slowed)
 
     def _shared(self, world: World) -> Origin | None:
-        """The origin, which others learn from a rank that has computed; None if no such rank is left (collective)."""
+        """Return the origin, which others learn from a rank that has computed; None if no such rank is left."""
         knowing = [rank for rank, knows in enumerate(world.gather(self.origin is not None)) if knows]
         if not knowing:
             return None

@@ -20,7 +20,7 @@ class AnswerLengths:
         self.allowed += allowed
 
     def part(self, running: int) -> float:
-        """The part of what they are allowed that answers will use.
+        """Return the part of their allowed tokens that answers will use.
 
         Those that run are allowed `running` tokens together, and count as whole ones: short ones finish first.
         """
@@ -28,7 +28,7 @@ class AnswerLengths:
         return (self.used + running) / allowed if allowed else 1.0
 
     def whole(self, prompts: int, allowed: int, generated: int) -> float:
-        """The tokens that the running requests will have in the end, prompts included; they have generated `generated`.
+        """Return the tokens that the running requests will have, prompts included; they have generated `generated`.
 
         What is computed of them, divided by this, is the part of these requests that is done.
         """
@@ -44,7 +44,7 @@ class TimeLeft:
         self._begun: float | None = None  # the part of other requests that was computed before, in requests
 
     def seconds(self, answered: int, begun: float, elapsed: float) -> float | None:
-        """The seconds left; None as long as nothing tells them.
+        """Return the seconds left; None as long as nothing tells them.
 
         In `elapsed` seconds `answered` requests were answered, and parts of others that together make `begun` requests.
         The first call tells what was begun before.

@@ -36,7 +36,7 @@ class Refused(HTTPException):
 
 
 def body(work: Work, completions: Sequence[FinishedCompletion], model: Model) -> dict[str, Any]:
-    """The answer as JSON has it, with an id and a time of its own (a batch's answers have neither)."""
+    """Return the answer as JSON has it, with an id and a time of its own (a batch's answers have neither)."""
     made = work.endpoint.response(work, completions, model)
     if isinstance(made.get("id"), str):
         made["id"] = f"{made['id'].partition('-')[0]}-{uuid.uuid4().hex[:24]}"
@@ -46,7 +46,7 @@ def body(work: Work, completions: Sequence[FinishedCompletion], model: Model) ->
 
 
 def error(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """An error in OpenAI's form."""
+    """Return an error in OpenAI's form."""
     kind = "requests" if status == 429 else "server_error" if status >= 500 else "invalid_request_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code or CODES.get(status)}}
 
@@ -72,18 +72,18 @@ class Stream:
         }
 
     def begin(self) -> Iterator[bytes]:
-        """The chunk before any text."""
+        """Yield the chunk before any text."""
         for index in range(len(self._chats)):
             yield self._event(self._choice(index, {"role": "assistant", "content": ""}))
 
     def push(self, choice: int, token: int) -> Iterator[bytes]:
-        """The chunk for a token of a choice."""
+        """Yield the chunk for a token of a choice."""
         stream = self._chats[choice] if self._chats else self._texts[choice]
         if more := stream.push(token):
             yield self._event(self._choice(choice, more))
 
     def end(self, completions: Sequence[FinishedCompletion]) -> Iterator[bytes]:
-        """The chunks after all choices are complete: rest of each text, log-probabilities, reason of the end, usage."""
+        """Yield the chunks after all choices: the rest of each text, log-probabilities, reason of the end, usage."""
         made = msgspec.json.decode(msgspec.json.encode(body(self._work, completions, self._model)))
         for choice in made["choices"]:
             index, delta = choice["index"], None
@@ -98,7 +98,7 @@ class Stream:
         yield DONE
 
     def fail(self, message: str, status: int) -> Iterator[bytes]:
-        """The chunk if there will be no answer."""
+        """Yield the chunk if there will be no answer."""
         yield _event(error(message, status))
 
     def _choice(self, index: int, delta: Any, **more: Any) -> dict[str, Any]:

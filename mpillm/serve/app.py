@@ -41,7 +41,7 @@ IN_MEMORY = 1 << 16  # bytes of a body that are in memory while it arrives and w
 
 
 def make_app(service: ServerState, more_routes: list[Route]) -> ASGIApp:
-    """The ASGI application; `more_routes` are those of files and batches."""
+    """Return the ASGI application; `more_routes` are those of files and batches."""
     routes = [
         *(
             Route(url, _Ask(service, endpoint.url), methods=["POST"])
@@ -169,7 +169,7 @@ class _Ask:
         ticket: Ticket,
         events: Events,
     ) -> list[FinishedCompletion] | None:
-        """The completions, None if there will be none; withdraws the request when the client goes away."""
+        """Return the completions, None if there will be none; withdraws the request when the client goes away."""
         answer = asyncio.ensure_future(events.get())
         gone = asyncio.ensure_future(_disconnected(request))
         try:
@@ -191,7 +191,7 @@ async def _disconnected(request: Request) -> None:
 
 
 async def read_body(request: Request, maximum: int) -> bytes:
-    """A request's body; 413 if it has more than `maximum` bytes."""
+    """Return a request's body. Status 413 if it has more than `maximum` bytes."""
     return b"".join([piece async for piece in _pieces(request, maximum)])
 
 
@@ -218,7 +218,7 @@ def _models(service: ServerState) -> Callable[[Request], Awaitable[Response]]:
 
 
 def _described(service: ServerState, name: str) -> dict[str, Any]:
-    """The model or one of its adapters, as OpenAI's clients and vLLM's have it."""
+    """Return the model or one of its adapters, as OpenAI's clients and vLLM's have it."""
     model = service.model
     return {
         "id": name,
@@ -268,7 +268,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 def _instead(path: str) -> str:
-    """A sentence that names the URL to use instead of an unknown one."""
+    """Return a sentence that names the URL to use instead of an unknown one."""
     urls = [endpoint.url for endpoint in ENDPOINTS] + ["/v1/models", "/v1/files", "/v1/batches"]
     if f"/v1{path}" in urls:
         return f"the base URL ends in /v1, so that this becomes /v1{path}."
@@ -285,7 +285,7 @@ async def _request_error(_: Request, error: Exception) -> Response:
 
 
 async def _not_written(request: Request, error: Exception) -> Response:
-    """The answer if the server's disk is full."""
+    """Return the answer if the server's disk is full."""
     if isinstance(error, NoSpace) or (isinstance(error, OSError) and error.errno in FULL):
         said = "The server's disk is full, so nothing was stored; try again when there is space."
         return JSONResponse(answers.error(said, 507), 507)

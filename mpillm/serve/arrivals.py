@@ -52,7 +52,7 @@ class Ticket:
         self.cancelled = True
 
     def requests(self) -> Iterator[Request]:
-        """The engine's requests."""
+        """Yield the engine's requests."""
         for request in self.work.requests:
             yield replace(request, watch=self._watch(request.choice, request.watch))
 
@@ -162,7 +162,7 @@ class Arrivals:
             self._choices = self._ticket.requests()
 
     def _take_ticket(self) -> Ticket | None:
-        """The next request: one of those that wait, or one of the background."""
+        """Return the next request: one of those that wait, or one of the background."""
         while True:
             with self._changed:
                 if self._waiting:

@@ -66,13 +66,13 @@ class BatchRun:
         self._journal.counted = self._counted
 
     def counts(self) -> RequestCounts:
-        """The numbers of all, completed and failed requests."""
+        """Return the numbers of all, completed and failed requests."""
         bad, done = self._batch.bad, len(self._journal.done)
         failed = bad + self._journal.done.failed
         return RequestCounts(total=len(self._batch), completed=bad + done - failed, failed=failed)
 
     def seconds_left(self) -> float | None:
-        """The remaining seconds, from what this start has computed; None if they cannot be estimated yet."""
+        """Return the remaining seconds, from what this start has computed; None if they cannot be estimated yet."""
         if self._began is None:
             return None
         running = list(self._under_way.values())
@@ -86,7 +86,7 @@ class BatchRun:
         return self._time_left.seconds(len(self._journal.done), begun, time.monotonic() - self._began)
 
     def _counted(self) -> Counts:
-        """The progress of this start for `mpillm status`."""
+        """Return the progress of this start for `mpillm status`."""
         seconds = 0.0 if self._began is None else time.monotonic() - self._began
         left = self.seconds_left()
         return Counts(self._start, seconds, self._prompt, self._generated, shared=0, recomputed=0, left=left)

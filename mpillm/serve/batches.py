@@ -120,7 +120,7 @@ class Batches:
         return made
 
     def now(self, batch: BatchObject) -> BatchObject:
-        """The batch with what is finished of it by now, and with what it waits for."""
+        """Return the batch with its finished part, and with what it waits for."""
         run = self._running.get(batch.id)
         if run is not None:
             left = None if run.cancelled or run.waits else run.seconds_left()

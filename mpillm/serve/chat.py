@@ -157,7 +157,7 @@ class Conversation:
             self._messages.pop()
 
     def _answer(self) -> str:
-        """The answer to the messages so far, written as it comes."""
+        """Return the answer to the messages so far, written as it comes."""
         work = prepare(ChatCompletionsEndpoint.url, {"messages": self._messages}, self._spec, self._model)
         assert isinstance(work.endpoint, ChatCompletionsEndpoint)
         events: queue.SimpleQueue[int | list[FinishedCompletion] | None] = queue.SimpleQueue()
@@ -209,7 +209,7 @@ class Conversation:
 
 
 def _keys() -> str:
-    """The effect of keys."""
+    """Return the effect of keys."""
     started = launched_by(os.environ)
     if started is None:
         return f"{CTRL_D}between answers, leave"

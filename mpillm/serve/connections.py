@@ -77,6 +77,6 @@ class Quiet:
 
 
 async def gone(_: Any, error: Exception) -> JSONResponse:
-    """The answer, which nobody gets, to a request whose client has gone before its end."""
+    """Return the answer, which nobody gets, to a request whose client has gone before its end."""
     assert isinstance(error, ClientDisconnect)
     return JSONResponse(answers.error("The client has disconnected.", 499), 499)

@@ -45,13 +45,13 @@ class Descriptions:
             directory.remove_temporary_files()
 
     def path(self, name: str) -> Path:
-        """The path of the content of `name`; KeyError if that is no id."""
+        """Return the path of the content of `name`; KeyError if that is no id."""
         if not _ID.fullmatch(name):
             raise KeyError(name)
         return self.folder / name
 
     def read(self, name: str) -> Any:
-        """The description of `name`; KeyError if there is none."""
+        """Return the description of `name`; KeyError if there is none."""
         try:
             return msgspec.json.decode(self.path(name).with_suffix(".json").read_bytes(), type=self._kind)
         except FileNotFoundError:
@@ -63,7 +63,7 @@ class Descriptions:
             file.write(msgspec.json.encode(described))
 
     def all(self) -> list[Any]:
-        """All descriptions, the newest first."""
+        """Return all descriptions, the newest first."""
         found = [self.read(path.stem) for path in self.folder.glob("*.json") if _ID.fullmatch(path.stem)]
         return sorted(found, key=lambda each: (each.created_at, each.id), reverse=True)
 
@@ -100,7 +100,7 @@ class FileStore:
         return made
 
     def content(self, name: str) -> Path:
-        """The path of a file's content; KeyError if there is no such file."""
+        """Return the path of a file's content; KeyError if there is no such file."""
         self.read(name)
         return self._descriptions.path(name)
 

@@ -20,7 +20,7 @@ REQUEST_ID = "x-request-id"  # OpenAI's clients show it as _request_id
 
 
 def guarded(app: ASGIApp, service: ServerState) -> ASGIApp:
-    """The application for those who may ask it."""
+    """Return the application for those who may ask it."""
     inner: ASGIApp = _Named(_Guard(app, service))
     if not service.origins:
         return inner
@@ -81,7 +81,7 @@ class _Guard:
         return None
 
     def _foreign(self, headers: Headers) -> str | None:
-        """The origin of a page of another site that asks from a browser and may not; None if there is none."""
+        """Return the origin of a page of another site that asks from a browser and may not; None if there is none."""
         origin, host = headers.get("origin"), headers.get("host", "")
         allowed = self._service.origins
         if "*" in allowed or origin in allowed or not (origin or "sec-fetch-site" in headers):
@@ -98,7 +98,7 @@ class _Guard:
 
 
 def _is_local(host: str) -> bool:
-    """Whether a browser's name of a server is an address, or localhost."""
+    """Return whether a browser's name of a server is an address, or localhost."""
     name = urlsplit(f"//{host}").hostname or ""
     if name == "localhost" or name.endswith(".localhost"):
         return True

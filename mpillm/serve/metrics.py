@@ -71,12 +71,12 @@ class Metrics:
         self._requests.labels(endpoint, str(status)).inc()
 
     def described(self) -> Iterator[tuple[str, str]]:
-        """The name of each metric as Prometheus shows it, and what it is."""
+        """Yield the name of each metric as Prometheus shows it, and what it is."""
         for metric in self._registry.collect():
             yield metric.name + ("_total" if metric.type == "counter" else ""), metric.documentation
 
     def exposition(self, arrivals: Arrivals) -> tuple[bytes, str]:
-        """The text that Prometheus reads, and its content type."""
+        """Return the text that Prometheus reads, and its content type."""
         self._waiting.set(arrivals.waiting)
         self._running.set(arrivals.running)
         return generate_latest(self._registry), CONTENT_TYPE_LATEST

@@ -41,13 +41,13 @@ _ERROR: Described = {
 
 
 def route(key: bool) -> Route:
-    """The route of the document; `key` says whether this server asks for an API key."""
+    """Return the route of the document; `key` says whether this server asks for an API key."""
     made = msgspec.json.encode(document(key))
     return Route(URL, lambda _: Response(made, media_type="application/json"), methods=["GET"])
 
 
 def document(key: bool = False) -> Described:
-    """The OpenAPI document of all URLs but the page's; with `key` those below /v1 ask for the API key."""
+    """Return the OpenAPI document of all URLs but the page's; with `key` those below /v1 ask for the API key."""
     named = "#/components/schemas/{name}"
     references, schemas = msgspec.json.schema_components(_KINDS, ref_template=named)
     of = dict(zip(_KINDS, references, strict=True))
@@ -148,7 +148,7 @@ def _operation(
     key: bool = True,
     streams: bool = False,
 ) -> Described:
-    """The description of a URL and a method. `answers` is the media type; `key` is False if no API key is needed."""
+    """Return the description of a URL and a method. `answers`: media type; `key`: False if it needs no API key."""
     shown: Described = {"schema": answer or {"type": "object"}} if answers == "application/json" else {}
     error = {
         "description": "what is wrong",

@@ -11,7 +11,7 @@ from mpillm.spec import Spec
 
 
 def prepare(url: str, content: dict[str, Any], spec: Spec, model: Model) -> Work:
-    """The work of a body; RequestError says what is wrong with it."""
+    """Return the work of a body; RequestError says what is wrong with it."""
     endpoint = bodies.read_body({"url": url, "body": content})
     # Draws are keyed by the name: a seed in the body names it, so that the same body gives the same answer.
     seed = getattr(endpoint, "seed", None)

@@ -126,7 +126,7 @@ def _lead(
 
 
 def _claim(data: Path) -> int:
-    """The descriptor that keeps other servers out of a directory of batches; JobError if there is one."""
+    """Return the descriptor that keeps other servers out of a directory of batches; JobError if there is one."""
     directory.make(data)
     with explained(data):
         file = os.open(data, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -137,7 +137,7 @@ def _claim(data: Path) -> int:
 
 
 def _listen(options: ServeOptions) -> socket.socket:
-    """A socket that listens where the options say; JobError if there is something else."""
+    """Return a socket that listens where the options say; JobError if there is something else."""
     try:
         family = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((options.host, options.port), family=family, backlog=1024)

@@ -47,13 +47,13 @@ class ServerState:
     started: float = field(default_factory=time.time)
 
     def no_model(self, name: str) -> Refused:
-        """The error for a model that the server does not have."""
+        """Return the error for a model that the server does not have."""
         has = ", ".join(map(repr, (self.model.name, *self.model.adapters)))
         said = f"There is no model {name[:100]!r}; this server has {has}."
         return Refused(404, said, "model", "model_not_found")
 
     def prepare(self, url: str, body: IO[bytes]) -> Prepared:
-        """The work of a body; RequestError or Refused says what is wrong with it."""
+        """Return the work of a body; RequestError or Refused says what is wrong with it."""
         body.seek(0)
         raw = body.read()
         if checking_bytes(raw, self.model.max_position) > CHECKED:

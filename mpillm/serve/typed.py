@@ -29,7 +29,7 @@ class Typed(Protocol):
 
 
 def typed(person: bool, ended: Callable[[], bool]) -> Typed:
-    """The lines of the standard input.
+    """Return the lines of the standard input.
 
     `person` says whether somebody types them, who wants to be asked; `ended` whether a launcher's own input has ended.
     """

@@ -42,7 +42,7 @@ class Wanted(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def routes(files: FileStore, batches: Batches) -> list[Route]:
-    """The routes below /v1/files and /v1/batches."""
+    """Return the routes below /v1/files and /v1/batches."""
 
     async def upload(request: Request) -> Response:
         try:
@@ -133,7 +133,7 @@ def routes(files: FileStore, batches: Batches) -> list[Route]:
 
 
 def _route(path: str, **handlers: Handler) -> Route:
-    """A URL with a handler for each method; 404 for what they do not find."""
+    """Return a URL with a handler for each method; 404 for what they do not find."""
 
     async def handle(request: Request) -> Response:
         try:
@@ -154,7 +154,7 @@ def _check_query(request: Request, known: dict[str, Any]) -> None:
 
 
 def _part(request: Request, found: list[Any]) -> dict[str, Any]:
-    """The part of a list that the query asks for: up to `limit` entries (all) after the one with the id `after`."""
+    """Return the part of a list that the query asks for: up to `limit` entries (all) after the id `after`."""
     after, limit = request.query_params.get("after"), request.query_params.get("limit")
     ids = [each.id for each in found]
     if after is not None and after not in ids:

@@ -70,7 +70,7 @@ class Spec(Section, frozen=True, kw_only=True):
         return Path(self.output.path)
 
     def model_on(self, host: str) -> str:
-        """The model as a host knows it; JobError if the job says nothing for this host."""
+        """Return the model as a host knows it; JobError if the job says nothing for this host."""
         own: str = _own("model", self.model, 0, host)
         return own
 
@@ -80,7 +80,7 @@ class Spec(Section, frozen=True, kw_only=True):
         return [self.model] if isinstance(self.model, str) else list(self.model.values())
 
     def on_rank(self, rank: int, host: str) -> Spec:
-        """The job as a rank on a host goes about it: with one value of each key that can have several.
+        """Return the job as a rank on a host goes about it: with one value of each key that can have several.
 
         JobError if there is none for it.
         """
@@ -96,7 +96,7 @@ class Spec(Section, frozen=True, kw_only=True):
         )
 
     def identity(self) -> dict[str, Any]:
-        """The settings that change a result, by dotted key: jobs that agree in them may share an output directory.
+        """Return the settings that change a result, by dotted key: equal ones may share an output directory.
 
         Not in it: the layout, the budgets, the batch, `job` (they change no result), and the model's and the input's
         content, which the journal knows by their own fingerprints.
@@ -115,14 +115,14 @@ class Spec(Section, frozen=True, kw_only=True):
         return values
 
     def fingerprint(self) -> str:
-        """A hash of `identity`, 32 hexadecimal digits."""
+        """Return a hash of `identity`, 32 hexadecimal digits."""
         return hashlib.blake2b(
             msgspec.json.encode(self.identity(), order="sorted"), digest_size=16
         ).hexdigest()
 
 
 def tightest(specs: Sequence[Spec]) -> Spec:
-    """A job of one rank each with the smallest budgets of all of them."""
+    """Return a job of one rank each with the smallest budgets of all of them."""
     weights = min((spec.memory.weights for spec in specs), key=_budget)
     kv = min((spec.memory.kv for spec in specs), key=_budget)
     return msgspec.structs.replace(
@@ -135,7 +135,7 @@ def _budget(value: Any) -> float:
 
 
 def _own(key: str, value: Any, rank: int, host: str) -> Any:
-    """A rank's own value of a key; hosts on paper that are alike have a number behind their name.
+    """Return a rank's own value of a key; equal hosts on paper have a number behind their name.
 
     If hosts are not known (""), as for the supervisor, it is any that a table has.
     """
@@ -156,7 +156,7 @@ def _own(key: str, value: Any, rank: int, host: str) -> Any:
 
 
 def known_keys() -> Iterator[str]:
-    """Every key a job can have, dotted."""
+    """Return every key that a job can have, dotted."""
     for field in msgspec.structs.fields(Spec):
         if isinstance(field.type, type) and issubclass(field.type, Section):
             yield from (f"{field.name}.{key}" for key in field.type.__struct_fields__)
@@ -178,6 +178,6 @@ _CALLED_ELSEWHERE = {
 
 
 def key_called(name: str) -> str | None:
-    """The dotted key of a job whose last word this is, or that others call so; None if there is none."""
+    """Return the dotted key of a job whose last word this is, or that others call so; None if there is none."""
     own = (key for key in known_keys() if key.rpartition(".")[2] == name)
     return next(own, None) or _CALLED_ELSEWHERE.get(name)

@@ -18,7 +18,7 @@ _MISSING = object()
 
 
 def nearest(key: str, known: set[str]) -> str:
-    """The known key that was likely meant: of this last word, beginning so in its section, or spelled alike."""
+    """Return the known key that was likely meant: of this last word, beginning so in its section, or spelled alike."""
     section, _, leaf = key.rpartition(".")
     leaf = leaf.lower().replace("-", "_")
     siblings = sorted(name for name in known if name.rpartition(".")[0] == section)
@@ -38,7 +38,7 @@ def nearest(key: str, known: set[str]) -> str:
 
 
 def other_job(path: Path) -> str:
-    """A sentence that names an existing job file instead of a missing one."""
+    """Return a sentence that names an existing job file instead of a missing one."""
     beside = [file.stem for file in path.parent.glob("*.toml")]
     if close := difflib.get_close_matches(path.stem, beside, n=1):
         return f"did you mean {path.parent / close[0]}.toml?"
@@ -46,7 +46,7 @@ def other_job(path: Path) -> str:
 
 
 def instead_of(text: str, problem: str) -> str:
-    """A sentence on what to write instead of the line that a TOML parser's `problem` names; empty if it is unknown."""
+    """Return a sentence on what to write instead of the line in a TOML parser's `problem`; empty if unknown."""
     found = re.search(r"at line (\d+)", problem)
     line = text.splitlines()[int(found[1]) - 1].partition("#")[0].strip() if found else ""
     key, equals, value = (part.strip() for part in line.partition("="))
@@ -79,7 +79,7 @@ def explain(error: msgspec.ValidationError, values: dict[str, Any]) -> str:
 
 
 def plain_words(text: str) -> str:
-    """One of msgspec's sentences, in the words of those who write TOML and JSON, to go on another one with."""
+    """Return one of msgspec's sentences, in the words of those who write TOML and JSON, to go on another one with."""
     text = re.sub(r"`([^`]*)`", lambda found: " or ".join(map(_plain, found[1].split(" | "))), text)
     return text[0].lower() + text[1:]
 
@@ -98,7 +98,7 @@ def _look_up(values: Any, path: str) -> Any:
 
 
 def allowed_words(root: type[msgspec.Struct], path: str) -> str:
-    """The words a key of `root` takes, and that it takes a number where it does; "" if it takes no words."""
+    """Return the words a key of `root` takes, and that it takes a number where it does; "" if it takes no words."""
     kind: Any = root
     for key in path.split("."):
         struct = next((part for part in (kind, *get_args(kind)) if hasattr(part, "__struct_fields__")), root)

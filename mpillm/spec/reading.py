@@ -138,7 +138,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def toml(text: str) -> dict[str, Any]:
-    """The tables of a TOML text; ValueError says what is wrong with it."""
+    """Return the tables of a TOML text; ValueError says what is wrong with it."""
     try:
         values: dict[str, Any] = tomllib.loads(text)
     except RecursionError:
@@ -182,7 +182,7 @@ def _find_beside(values: dict[str, Any], folder: Path) -> None:
 
 
 def _beside(model: Any, folder: Path) -> Any:
-    """A model's path from the job file's directory; one that begins with a variable is each host's own."""
+    """Return a model's path from the job file's directory; one that begins with a variable is each host's own."""
     if not isinstance(model, str) or not model or model.startswith(("hf:", "$")):
         return model
     path = "/" in model or model.endswith((".gguf", ".m"))
@@ -211,7 +211,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def _keys(name: str) -> list[str]:
-    """The keys of a dotted name, which may be quoted as in TOML."""
+    """Return the keys of a dotted name, which may be quoted as in TOML."""
     try:
         value: Any = toml(f"{name} = 0")
     except ValueError:
@@ -224,7 +224,7 @@ def _keys(name: str) -> list[str]:
 
 
 def _value(text: str) -> Any:
-    """A TOML value; else a list, an object or a string of JSON; else the text itself."""
+    """Return a TOML value; else a list, an object or a string of JSON; else the text itself."""
     try:
         parsed = toml(f"value = {text}")
         if set(parsed) == {"value"}:

@@ -167,7 +167,7 @@ class MemorySection(Section, frozen=True):
         return 0 if self.kv_spill == "none" else byte_size(self.kv_spill)
 
     def context(self, max_position: int) -> int:
-        """Tokens that a sequence has at most, of a model that was made for `max_position`."""
+        """Return tokens that a sequence has at most, of a model that was made for `max_position`."""
         return min(self.max_context, max_position)
 
     @property

@@ -11,7 +11,7 @@ for _power, _letter in enumerate("KMGT", 1):
 
 
 def byte_size(value: str | int) -> int:
-    """Bytes meant by 1073741824, "2GiB" (powers of 1024) or "500MB" (powers of 1000); ValueError says what is wrong."""
+    """Return the bytes of 1073741824, "2GiB" (powers of 1024) or "500MB" (of 1000); ValueError says what is wrong."""
     if isinstance(value, int):
         return value
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
@@ -27,7 +27,7 @@ def byte_size(value: str | int) -> int:
 
 
 def unit_meant(value: object) -> str:
-    """A remark on a size that is too small: that a number without a unit counts bytes; empty for other sizes."""
+    """Return a remark on a size that is too small: that a number without a unit counts bytes; empty for other sizes."""
     return (
         f" ({value} is {value} bytes; write {value}GiB for more)"
         if re.fullmatch(r"\d{1,4}", str(value))
@@ -36,7 +36,7 @@ def unit_meant(value: object) -> str:
 
 
 def shown_bytes(count: float) -> str:
-    """Bytes for people: "1.5 GiB"."""
+    """Return bytes for people: "1.5 GiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -45,6 +45,6 @@ def shown_bytes(count: float) -> str:
 
 
 def shown_value(value: object) -> str:
-    """A value in a message, not at its whole length."""
+    """Return a value in a message, not at its whole length."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"

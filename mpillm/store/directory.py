@@ -72,14 +72,14 @@ class Directory(Descriptor):
         return file
 
     def unnamed(self) -> int:
-        """The descriptor of a new file without a name: nothing is left of it when it is closed."""
+        """Return the descriptor of a new file without a name: nothing is left of it when it is closed."""
         name = f"unnamed.{secrets.token_hex(8)}.tmp"
         file = self.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         os.unlink(name, dir_fd=self._file)
         return file
 
     def names(self) -> set[str]:
-        """The names in the directory, without temporary files."""
+        """Return the names in the directory, without temporary files."""
         return {name for name in os.listdir(self._file) if not _TEMPORARY.fullmatch(name)}
 
     def remove_temporary_files(self) -> None:
@@ -89,7 +89,7 @@ class Directory(Descriptor):
                 os.unlink(name, dir_fd=self._file)
 
     def holds(self, name: str, file: int) -> bool:
-        """Whether `name` is still the open `file`."""
+        """Return whether `name` is still the open `file`."""
         try:
             found = os.stat(name, dir_fd=self._file, follow_symlinks=False)
         except FileNotFoundError:
@@ -97,7 +97,7 @@ class Directory(Descriptor):
         return os.path.samestat(found, os.fstat(file))
 
     def is_at_its_path(self) -> bool:
-        """Whether the path still leads to this directory; true if that cannot be determined."""
+        """Return whether the path still leads to this directory; true if that cannot be determined."""
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(self._file))
         except (FileNotFoundError, NotADirectoryError):
@@ -106,7 +106,7 @@ class Directory(Descriptor):
             return error.errno != errno.ESTALE
 
     def whereabouts(self) -> Path | None:
-        """The current path of the directory; None if it was deleted, or if the system cannot tell (not on Linux)."""
+        """Return the current path of the directory; None if it was deleted, or the system cannot tell (not Linux)."""
         try:
             path = Path(os.readlink(f"/proc/self/fd/{self._file}"))
             return path if os.path.samestat(os.stat(path), os.fstat(self._file)) else None
@@ -160,7 +160,7 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def explanation(path: Path, error: OSError) -> MpillmError:
-    """The sentence for a failed write to `path`."""
+    """Return the sentence for a failed write to `path`."""
     if error.errno in FULL:
         return NoSpace(
             f"There is no space left for {path} ({error.strerror}); nothing that was finished is lost: free some "

@@ -26,7 +26,7 @@ from mpillm.store.output import INPUT, Claim
 
 
 def lines_path(spec: Spec) -> Path:
-    """The path of the lines, once the input is prepared."""
+    """Return the path of the lines, once the input is prepared."""
     return spec.input_path if forms.is_lines(spec.input_path) else spec.output_path / INPUT
 
 
@@ -62,7 +62,7 @@ def opened(spec: Spec) -> Iterator[IO[bytes]]:
 
 
 def _check_columns(spec: Spec, columns: list[str]) -> None:
-    """JobError if a table lacks what is asked of its rows."""
+    """Raise JobError if a table lacks what is asked of its rows."""
     has = ", ".join(map(repr, columns))
     twice = next((name for name in columns if columns.count(name) > 1), None)
     if twice is not None:

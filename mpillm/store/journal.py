@@ -159,7 +159,7 @@ class Journal(Descriptor):
             self._write(framed(Verified(self._end, self._state), self._end))
 
     def _without_unverified(self, found: Scan) -> Scan:
-        """The content of the journal, without what may have been computed with other files of the model."""
+        """Return the content of the journal, without what may have been computed with other files of the model."""
         if found.verified is None:
             return found
         stored, now = set(found.verified.state.split("+")), set(self._state.split("+"))
@@ -187,7 +187,7 @@ class Journal(Descriptor):
             self._unmarked -= 1
 
     def drop_unverified(self) -> None:
-        """The model's files have changed: drop what is not verified."""
+        """Drop unverified records, because the model's files have changed."""
         self._waiting.clear()
         with explained(self.path):
             os.ftruncate(self._file, self._verified)
@@ -236,7 +236,7 @@ class Journal(Descriptor):
         return len(places)
 
     def check(self) -> None:
-        """Interrupted if the file was deleted or replaced; call this regularly."""
+        """Raise Interrupted if the file was deleted or replaced; call this regularly."""
         if not self._directory.holds(JOURNAL, self._file):
             raise Interrupted(
                 f"The journal {self.path} was deleted or replaced during the run; put it back and run the "
@@ -267,7 +267,7 @@ class Journal(Descriptor):
             log.warning("The unfinished end of %s stays for now: %s.", self.path, error.strerror)
 
     def read(self, custom_id: str) -> Result:
-        """The record of a finished request; Interrupted if it is damaged: the next run answers it again."""
+        """Return the record of a finished request; Interrupted if it is damaged: the next run answers it again."""
         offset = self.done.offset(custom_id)
         with explained(self.path):
             payload = payload_at(self._file, offset, os.fstat(self._file).st_size)
@@ -279,7 +279,7 @@ class Journal(Descriptor):
         return msgspec.msgpack.decode(payload, type=Result)
 
     def finished(self) -> Iterator[str]:
-        """The custom_ids of the finished requests, in the order in which they were finished."""
+        """Return the custom_ids of the finished requests, in the order in which they were finished."""
         return (name.custom_id for name in self._names(self.done))
 
     def _names(self, done: Done) -> Iterator[Name]:
@@ -290,7 +290,7 @@ class Journal(Descriptor):
                     yield msgspec.msgpack.decode(payload, type=Name)
 
     def partial(self, line: Line) -> dict[int, PartialCompletion]:
-        """The tokens that earlier runs generated for an unfinished line, by choice; each line can be asked for once."""
+        """Return the tokens that earlier runs generated for an unfinished line, by choice; only once for a line."""
         found: dict[int, PartialCompletion] = {}
         with explained(self.path):
             size = os.fstat(self._file).st_size

@@ -31,7 +31,7 @@ def _opened(directory: Directory) -> Iterator[int | None]:
 
 
 def began(claim: Claim) -> datetime:
-    """The time when the run in the claimed directory first began: now, if it has no readable journal yet.
+    """Return the time when the run in the claimed directory first began: now, if it has no readable journal yet.
 
     A chat template that asks for the date gets this one, so that a run that is resumed tomorrow gives the same bytes.
     """
@@ -43,7 +43,7 @@ def began(claim: Claim) -> datetime:
 
 
 def first_layout(claim: Claim) -> UsedLayout | None:
-    """The layout on which the run in the claimed directory has answered its first requests."""
+    """Return the layout on which the run in the claimed directory has answered its first requests."""
     with _opened(claim.directory) as file:
         for _, payload in good_records(file) if file is not None else ():
             if (tag := tag_of(payload)) == "layout":
@@ -54,7 +54,7 @@ def first_layout(claim: Claim) -> UsedLayout | None:
 
 
 def finished(path: Path) -> Finished | None:
-    """The end of the run in this directory; None if it is not finished, or if its input has grown since."""
+    """Return the end of the run in this directory; None if it is not finished, or if its input has grown since."""
     with explained(path):
         try:
             directory = Directory(path)

@@ -93,7 +93,7 @@ def merge(parts: Sequence[Path], output: Path) -> Merged:
 
 
 def _parts(given: Sequence[Path]) -> list[Path]:
-    """The directories to merge: those given, or the directories in the only one given if it is not itself a run's."""
+    """Return the directories to merge: those given, or those in the only one given if it is not a run's."""
     found = list(given)
     if len(given) == 1 and given[0].is_dir() and not (given[0] / JOURNAL).exists():
         found = sorted(path for path in given[0].iterdir() if (path / JOURNAL).exists())
@@ -118,13 +118,13 @@ def _parts(given: Sequence[Path]) -> list[Path]:
 
 
 def _names(parts: Sequence[Path]) -> list[str]:
-    """A name for each part: its directory's, or its path where two directories have the same name."""
+    """Return a name for each part: its directory's, or its path where two directories have the same name."""
     names = [printable(part.resolve().name) for part in parts]
     return names if len(set(names)) == len(names) else [printable(str(part)) for part in parts]
 
 
 def _metadata(parts: Sequence[Path]) -> dict[str, Any]:
-    """The attributes that results.h5 has in all parts; JobError names the first that differs."""
+    """Return the attributes that results.h5 has in all parts; JobError names the first that differs."""
     first: dict[str, Any] = {}
     for part in parts:
         with h5py.File(part / HDF5) as h5:
@@ -151,7 +151,7 @@ def _lines(part: Path) -> Iterator[bytes]:
 
 
 def _all_different(parts: Sequence[Path]) -> bool:
-    """Whether no custom_id occurs twice, by hashes of 8 bytes (equal hashes only make the names longer)."""
+    """Return whether no custom_id occurs twice, by hashes of 8 bytes (equal hashes only make the names longer)."""
     decode = msgspec.json.Decoder(_Id).decode
     hashes = b"".join(
         blake2b(decode(line).custom_id.encode(), digest_size=8).digest()
@@ -162,7 +162,7 @@ def _all_different(parts: Sequence[Path]) -> bool:
 
 
 def _renamed(line: bytes, part: str) -> bytes:
-    """A line of results.jsonl whose custom_id, and the ids made from it, have the part's name in front."""
+    """Return a line of results.jsonl whose custom_id, and the ids made from it, have the part's name in front."""
     parsed = msgspec.json.decode(line, type=_PartLine)
     before, parsed.custom_id = parsed.custom_id, f"{part}/{parsed.custom_id}"
     old, new = hashed_id(before), hashed_id(parsed.custom_id)

@@ -91,7 +91,7 @@ def _merge_dataset(
 
 
 def _renamed_text(stored: str, part: str) -> str:
-    """A custom_id as results.h5 stores it, with the part's name in front."""
+    """Return a custom_id as results.h5 stores it, with the part's name in front."""
     custom_id = msgspec.json.decode(stored, type=str) if stored.startswith('"') else stored
     return hdf5_text(f"{part}/{custom_id}")
 

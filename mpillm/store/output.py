@@ -29,7 +29,7 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # errors of file syst
 
 
 def refuse_no_directory(path: Path) -> None:
-    """JobError if there is no directory at `path`, which should be that of a run."""
+    """Raise JobError if there is no directory at `path`, which should be that of a run."""
     if path.is_dir():
         return
     if path.exists():
@@ -79,7 +79,7 @@ class Claim:
             self._open = unless_claimed.pop_all()
 
     def check(self) -> None:
-        """Interrupted if the directory is no longer at its path, or no longer this run's; call it every so often."""
+        """Raise Interrupted if the directory is no longer at its path, or no longer this run's."""
         if not self.directory.is_at_its_path():
             now = self.directory.whereabouts()
             raise Interrupted(
@@ -124,7 +124,7 @@ class Claim:
 
 
 def owner_of(lock: int) -> str:
-    """The process named in the open lock file: the last one that claimed the directory."""
+    """Return the process named in the open lock file: the last one that claimed the directory."""
     return os.pread(lock, 200, 0).decode(errors="replace").strip()
 
 

@@ -11,12 +11,12 @@ import msgspec
 
 
 def printable(text: str) -> str:
-    """A path or a name, with escapes such as \\xe9 for bytes that are not UTF-8."""
+    """Return a path or a name, with escapes such as \\xe9 for bytes that are not UTF-8."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def path_of(text: str) -> Path:
-    """The path that `printable` wrote as `text`: `text` itself if that file exists, else with the escaped bytes."""
+    """Return the path that `printable` wrote as `text`: `text` if that file exists, else with escaped bytes."""
     path = Path(text)
     if path.exists():
         return path
@@ -25,7 +25,7 @@ def path_of(text: str) -> Path:
 
 
 def as_json(value: Any) -> bytes:
-    """A struct or plain values as indented JSON."""
+    """Return a struct or plain values as indented JSON."""
     return msgspec.json.format(msgspec.json.encode(_printable(msgspec.to_builtins(value))), indent=2)
 
 

@@ -137,7 +137,7 @@ Record = JournalHeader | InputKeys | Result | PartialResult | UsedLayout | Count
 
 
 def line_key(line: Line) -> bytes:
-    """The key of a line: a hash of its name and content."""
+    """Return the key of a line: a hash of its name and content."""
     return hashlib.blake2b(line.digest + line.custom_id.encode(), digest_size=KEY_BYTES).digest()
 
 
@@ -160,14 +160,14 @@ class Done:
         self.failed += status != 200
 
     def offset(self, custom_id: str) -> int:
-        """The place of the record of a request; KeyError if there is none."""
+        """Return the place of the record of a request; KeyError if there is none."""
         place = self._places.get(custom_id)
         if place is None:
             raise KeyError(custom_id)
         return place >> STATUS_BITS
 
     def offsets(self) -> Iterator[int]:
-        """The places of the records, in the order of the file."""
+        """Return the places of the records, in the order of the file."""
         return (int(place) >> STATUS_BITS for place in self._places.numbers())
 
     def drop_from(self, offset: int) -> None:
@@ -195,7 +195,7 @@ class Scan:
 
 
 def framed(record: Record, offset: int) -> bytes:
-    """The bytes of a record that will begin at `offset`."""
+    """Return the bytes of a record that will begin at `offset`."""
     payload = msgspec.msgpack.encode(record)
     place = _PLACE.pack(offset, len(payload))
     return HEAD.pack(_MAGIC, len(payload), zlib.crc32(place), _checksum(place, payload)) + payload
@@ -208,7 +208,7 @@ def _checksum(place: bytes, payload: bytes) -> int:
 
 
 def payload_at(file: int, offset: int, size: int) -> bytes | None:
-    """The payload of the record at `offset` in a file of `size` bytes; None if no good record begins there."""
+    """Return the payload of the record at `offset` in a file of `size` bytes; None if no good record begins there."""
     head = os.pread(file, HEAD.size, offset)
     if len(head) < HEAD.size:
         return None
@@ -284,7 +284,7 @@ def good_records(file: int, begin: int = 0) -> Iterator[tuple[int, bytes]]:
 
 
 def _next_magic(file: int, offset: int, size: int) -> int | None:
-    """The place of the next record, which may begin at `offset` or later."""
+    """Return the place of the next record, which may begin at `offset` or later."""
     while offset < size:
         chunk = os.pread(file, _CHUNK + len(_MAGIC) - 1, offset)
         if (at := chunk.find(_MAGIC)) >= 0:
@@ -298,5 +298,5 @@ class _Tag(msgspec.Struct, frozen=True):
 
 
 def tag_of(payload: bytes) -> str:
-    """The type of a record, by its MessagePack."""
+    """Return the type of a record, by its MessagePack."""
     return msgspec.msgpack.decode(payload, type=_Tag).type

@@ -137,7 +137,7 @@ class Report(msgspec.Struct, kw_only=True):
         return self.phases.get("compute", self.seconds) or self.seconds
 
     def all_starts(self) -> Start:
-        """The work of all starts of the command."""
+        """Return the work of all starts of the command."""
         starts = [*self.earlier, Start(seconds=self.computing, tokens=self.tokens)]
         names = Tokens.__struct_fields__
         tokens = Tokens(**{name: sum(getattr(start.tokens, name) for start in starts) for name in names})
@@ -148,11 +148,11 @@ class Report(msgspec.Struct, kw_only=True):
         return self.tokens.generated / self.computing if self.computing else 0.0
 
     def total_rate(self) -> float:
-        """Tokens per second of computing, prompts' and generated, without those that were shared."""
+        """Return tokens per second of computing, prompts' and generated, without those that were shared."""
         return self.tokens.computed / self.computing if self.computing else 0.0
 
     def weights_per_token(self) -> float:
-        """Bytes of weights that all ranks have loaded, divided by all tokens that went through the model."""
+        """Return bytes of weights that all ranks have loaded, divided by all tokens that went through the model."""
         tokens = self.tokens.computed
         loaded = sum(of.get("loaded", 0) for rank in self.ranks for of in (rank.weights, rank.experts))
         return loaded / tokens if tokens else 0.0
@@ -162,12 +162,12 @@ class Report(msgspec.Struct, kw_only=True):
         return self.tokens.generated / self.batch.turns if self.batch.turns else 0.0
 
     def waited_for_weights(self) -> float:
-        """The part of the computing time in which the rank that waited most waited for weights."""
+        """Return the part of the computing time in which the rank that waited most waited for weights."""
         waited = max((rank.seconds.get("weights", 0.0) for rank in self.ranks), default=0.0)
         return waited / self.computing if self.computing else 0.0
 
     def slowest(self) -> tuple[RankStatistics, str] | None:
-        """The rank for which the others wait, and what takes most of its time; None if no rank is clearly slower."""
+        """Return the rank that the others wait for, and what takes most of its time; None if none is clearly slower."""
         busy = [sum(rank.seconds.get(key, 0.0) for key in BUSY) for rank in self.ranks]
         if (at := slowest(busy)) is None:
             return None
@@ -175,7 +175,7 @@ class Report(msgspec.Struct, kw_only=True):
         return rank, BUSY[max(BUSY, key=lambda key: rank.seconds.get(key, 0.0))]
 
     def bubbles(self) -> float | None:
-        """The part of the time of computing in which a stage had nothing to do, on average; None without stages."""
+        """Return the part of the computing time in which a stage was idle, on average; None without stages."""
         known = [rank.seconds for rank in self.ranks if rank.seconds]
         if self.stages == 1 or not known:
             return None
@@ -183,13 +183,13 @@ class Report(msgspec.Struct, kw_only=True):
         return max(1 - at_work / (len(known) * self.computing), 0.0)
 
     def expert_hits(self) -> tuple[int, int]:
-        """The number of uses of experts that found them in memory, and of all uses, on all ranks."""
+        """Return the number of uses of experts that found them in memory, and of all uses, on all ranks."""
         counts = [(rank.experts["hits"], rank.experts["misses"]) for rank in self.ranks if rank.experts]
         hits = sum(hit for hit, _ in counts)
         return int(hits), int(hits + sum(missed for _, missed in counts))
 
     def wire_bytes(self) -> dict[str, float]:
-        """Bytes sent by all ranks, by kind of message."""
+        """Return bytes sent by all ranks, by kind of message."""
         kinds = sorted({kind for rank in self.ranks for kind in rank.messages})
         return {
             kind: sum(rank.messages.get(kind, {}).get("bytes_sent", 0) for rank in self.ranks)
@@ -197,13 +197,13 @@ class Report(msgspec.Struct, kw_only=True):
         }
 
     def wire_bytes_per_token(self) -> dict[str, float]:
-        """The bytes on the wire, divided by all tokens that went through the model."""
+        """Return the bytes on the wire, divided by all tokens that went through the model."""
         tokens = self.tokens.computed
         return {kind: count / tokens if tokens else 0.0 for kind, count in self.wire_bytes().items()}
 
 
 def slowest(busy: Sequence[float]) -> int | None:
-    """The rank with the longest busy time; None if no rank is clearly slower than the others."""
+    """Return the rank with the longest busy time; None if no rank is clearly slower than the others."""
     at = max(range(len(busy)), key=busy.__getitem__, default=0)
     others = sorted([*busy[:at], *busy[at + 1 :]])
     if not others or busy[at] < STANDS_OUT * others[len(others) // 2]:
@@ -219,7 +219,7 @@ def write(directory: Directory, report: Report) -> None:
 
 
 def read(directory: Path) -> Report:
-    """The report of a finished run; JobError if there is none."""
+    """Return the report of a finished run; JobError if there is none."""
     refuse_no_directory(directory)
     path = directory / JSON
     try:

@@ -22,7 +22,7 @@ NO_PLOTS = "The page has no plots: they need matplotlib (pip install 'mpillm[plo
 
 
 def summary(report: Report) -> Iterator[str]:
-    """The few lines that are said when a run ends."""
+    """Yield the few lines that are said when a run ends."""
     done = report.requests
     resumed = f" ({done.resumed} by earlier runs)" if done.resumed else ""
     yield f"{count_of(done.total, 'request')}{resumed}: {done.ok} answered, {done.errors} with an error."
@@ -102,13 +102,13 @@ def summary(report: Report) -> Iterator[str]:
 
 
 def _draft_model(report: Report) -> str | None:
-    """The draft model that was to draft where that saves time; None if there is none."""
+    """Return the draft model that was to draft where that saves time; None if there is none."""
     asked: str | None = report.job.get("draft", {}).get("model")
     return asked if report.job.get("batch", {}).get("speculation") == "auto" else None
 
 
 def _memory_used(ranks: Sequence[RankStatistics]) -> str:
-    """The memory of the rank that took most and, where hosts have several ranks, of all ranks of a host."""
+    """Return the memory of the rank that took most and, where hosts have several ranks, of all ranks of a host."""
     used, hosts = list[tuple[int, int]](), dict[str, tuple[int, int]]()
     for rank in ranks:
         peak, planned = rank.memory_peak, sum(rank.memory.values())
@@ -139,7 +139,7 @@ def write_html(directory: Path, figures: Path | None = None) -> tuple[Path, str 
 
 
 def cite(report: Report) -> str:
-    """A line that says what decided the answers, for a publication."""
+    """Return a line that says what decided the answers, for a publication."""
     job, model = report.job, report.model
     facts = [f"mpillm {report.versions.get('mpillm', '?')}", f"model {model.get('name', '?')}"]
     if "fingerprint" in model:
@@ -217,7 +217,7 @@ def _page(name: str, report: Report, drawn: Sequence[tuple[str, str]], missing: 
 
 
 def _what(report: Report) -> str:
-    """The model and the input, where and when."""
+    """Return the model and the input, where and when."""
     hosts = count_of(len({rank.host for rank in report.ranks}), "host")
     ranks = count_of(len(report.ranks), "rank")
     asked = f", input {report.input.path}" if report.input else ""
@@ -228,7 +228,7 @@ def _what(report: Report) -> str:
 
 
 def _starts(report: Report) -> str:
-    """The work of each start of the command, with its seconds of computing, and the sums."""
+    """Return the work of each start of the command, with its seconds of computing, and the sums."""
     named = [(str(number), start) for number, start in enumerate(report.earlier, 1)]
     named.append(("last", Start(seconds=report.computing, tokens=report.tokens)))
     named.append(("all", report.all_starts()))
@@ -240,7 +240,7 @@ def _starts(report: Report) -> str:
 
 
 def _times(report: Report) -> str:
-    """The seconds of the phases, and of what came before them."""
+    """Return the seconds of the phases, and of what came before them."""
     before = report.seconds - sum(report.phases.values())
     rows = [("starting the processes", before)] if before > 0 else []
     rows += [(PHASES.get(key, key), value) for key, value in report.phases.items()]
@@ -282,7 +282,7 @@ def _paging_tables(report: Report) -> Iterator[str]:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table, numbers on the right and texts on the left; only words of more than LONG letters are broken.
+    """Return a table, numbers on the right and texts on the left; only words of more than LONG letters are broken.
 
     On a phone each row of a wide one is a card, and the names of the columns stand before the cells.
     """

@@ -58,7 +58,7 @@ class Plot:
         return ["rank", *(f"{name} ({self.unit})" for name in self.columns[1:])]
 
     def figure(self) -> Any:
-        """A figure of matplotlib; ImportError without it."""
+        """Return a figure of matplotlib; ImportError without it."""
         from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 
         figure = Figure(figsize=(WIDTH, self.height), layout="constrained")
@@ -66,7 +66,7 @@ class Plot:
         return figure
 
     def svg(self) -> str:
-        """The figure for a page: its lines and letters have the colour of the page's text."""
+        """Return the figure for a page: its lines and letters have the colour of the page's text."""
         import matplotlib as mpl  # type: ignore[import-not-found, unused-ignore]
 
         out = io.StringIO()
@@ -78,12 +78,12 @@ class Plot:
 
 
 def available() -> bool:
-    """Whether there is matplotlib."""
+    """Return whether there is matplotlib."""
     return find_spec("matplotlib") is not None
 
 
 def plots(report: Report, directory: Path) -> Iterator[Plot]:
-    """The plots of a run, whose files are in `directory`; those that would be empty are left out."""
+    """Yield the plots of a run, whose files are in `directory`; those that would be empty are left out."""
     if len(report.timeline) > 1 and len((throughput := _throughput(report.timeline)).rows) > 1:
         yield throughput
     seconds = dict(SECONDS)
@@ -157,7 +157,7 @@ def _throughput(timeline: Sequence[tuple[float, int, int]]) -> Plot:
 
 
 def _rates(counted: Sequence[tuple[float, int]]) -> Iterator[Row]:
-    """The beginning and the end of each stretch of time, and the rate in it; short stretches are taken together."""
+    """Yield the beginning, the end and the rate of each stretch of time; short stretches are taken together."""
     shortest = (counted[-1][0] - counted[0][0]) / 100
     ends = [counted[0]]
     for point in counted[1:]:
@@ -188,7 +188,7 @@ def _by_rank(
     value: Callable[[RankStatistics, str], float],
     unit: str,
 ) -> Iterator[Plot]:
-    """A plot with a bar for each rank; `kinds` has what the page calls a kind. What no rank has is left out."""
+    """Yield a plot with a bar for each rank; `kinds` has what the page calls a kind. What no rank has is left out."""
     values = {kind: [value(rank, kind) for rank in report.ranks] for kind in kinds}
     found = [kind for kind in kinds if any(values[kind])]
     if found:
@@ -201,7 +201,7 @@ def _by_rank(
 
 
 def _bars_height(bars: int) -> float:
-    """The height in inches of a figure with `bars` bars."""
+    """Return the height in inches of a figure with `bars` bars."""
     return min(1.0 + 0.3 * bars, 20.0)
 
 
@@ -249,7 +249,7 @@ def _draw_rates(axes: Axes, plot: Plot) -> None:
 
 
 def _draw_stacked(axes: Axes, plot: Plot) -> None:
-    """A bar for each rank. What is too narrow to be seen in any of them is not in the legend."""
+    """Draw a bar for each rank. What is too narrow to be seen in any of them is not in the legend."""
     names, *values = zip(*plot.rows, strict=True)
     left = [0.0] * len(names)
     longest = max(map(sum, zip(*values, strict=True)))
@@ -299,7 +299,7 @@ def _draw_histogram(axes: Axes, plot: Plot) -> None:
 
 
 def _legend(axes: Axes) -> None:
-    """A legend above the plot."""
+    """Draw a legend above the plot."""
     axes.legend(
         loc="lower left", bbox_to_anchor=(0, 1), ncols=LEGEND_COLUMNS, frameon=False, fontsize="small",
         handlelength=1.2, columnspacing=1.2,

@@ -36,7 +36,7 @@ _IDS = np.dtype("<i4")
 
 
 def finished_record(work: Work, completions: Sequence[FinishedCompletion], model: Model) -> Result:
-    """The journal's record of a request that went well; `completions` in the order of `work.requests`."""
+    """Return the journal's record of a request that went well; `completions` in the order of `work.requests`."""
     line = result_line(work, completions, model)
     prompts = [_bytes(prompt, _IDS) for prompt in work.prompts]
     choices = [_choice(work, completion, model) for completion in completions]
@@ -44,7 +44,7 @@ def finished_record(work: Work, completions: Sequence[FinishedCompletion], model
 
 
 def ended(work: Work, completions: Sequence[FinishedCompletion], model: Model) -> Result:
-    """The journal's record of a request whose choices are all computed: an error if any of them is not finite."""
+    """Return the journal's record of a request whose choices are computed: an error if one is not finite."""
     try:
         check_finite(completions)
         return finished_record(work, completions, model)
@@ -53,7 +53,7 @@ def ended(work: Work, completions: Sequence[FinishedCompletion], model: Model) -
 
 
 def failed_record(work: Work, message: str, status: int = 400) -> Result:
-    """The journal's record of a request that ended in an error."""
+    """Return the journal's record of a request that ended in an error."""
     return Result(work.custom_id, line_key(work.line), status, error_line(work.custom_id, message, status))
 
 
@@ -134,7 +134,7 @@ def write_hdf5(
 
 
 def hdf5_text(text: str) -> str:
-    """A string as results.h5 stores it: a JSON string if it has a zero character, which HDF5 cannot store.
+    """Return a string as results.h5 stores it: a JSON string if it has a zero character, which HDF5 cannot store.
 
     A string that begins with a double quote becomes a JSON string too, so that a reader can tell the two apart.
     """

@@ -20,7 +20,7 @@ MODEL_FILE = "model/"  # begins the keys of an identity that are files of the mo
 
 
 def refuse_other_job(journal: Path, was: JournalHeader, now: JournalHeader) -> None:
-    """OutputError if the header `was` of a journal belongs to another job than `now`, or has another format."""
+    """Raise OutputError if the header `was` of a journal belongs to another job than `now`, or has another format."""
     if was.version != VERSION:
         raise OutputError(
             f"The journal {journal} is of format {was.version} (mpillm {was.written_by}) and this mpillm knows "
@@ -56,7 +56,7 @@ def _other_model(journal: Path, name: str, before: object, after: object) -> str
 def refuse_changed_lines(
     journal: Path, old: bytes, keys: bytes, lines: Iterable[Line], done: Iterable[Name]
 ) -> None:
-    """OutputError if a line has changed or is missing; lines may be added anywhere.
+    """Raise OutputError if a line has changed or is missing; lines may be added anywhere.
 
     `old` are the keys of the lines that the journal had, `keys` those of `lines` now; `done` are finished requests.
     """
@@ -88,6 +88,6 @@ def _as_numbers(keys: bytes) -> NDArray[np.uint64]:
 
 
 def _are_in(numbers: NDArray[np.uint64], wanted: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Whether each of the wanted numbers is among sorted numbers, which are not empty."""
+    """Return whether each of the wanted numbers is among sorted numbers, which are not empty."""
     found: NDArray[np.bool_] = numbers[np.searchsorted(numbers, wanted).clip(max=len(numbers) - 1)] == wanted
     return found

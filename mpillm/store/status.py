@@ -52,7 +52,7 @@ class Status(msgspec.Struct, kw_only=True, frozen=True):
         return 1 if self.errors else 0
 
     def lines(self) -> Iterator[str]:
-        """The status as text."""
+        """Yield the status as text."""
         running = f" by {self.owner}" if self.owner else ""
         yield f"{self.directory}: {self.state}{running}"
         yield f"  model     {self.model}"
@@ -80,12 +80,12 @@ class Status(msgspec.Struct, kw_only=True, frozen=True):
 
 
 def ago(seconds: float) -> str:
-    """A duration as h:mm:ss."""
+    """Return a duration as h:mm:ss."""
     return str(timedelta(seconds=round(seconds)))
 
 
 def _largest_file(header: JournalHeader) -> str:
-    """The name of the model's largest file."""
+    """Return the name of the model's largest file."""
     files = {
         name.removeprefix(MODEL_FILE): facts["bytes"]
         for name, facts in header.identity.items()
@@ -130,7 +130,7 @@ class Reader:
             raise NotBegun(f"The directory {path} is not the output directory of a run: it has no {JOURNAL}.")
 
     def look(self) -> Status:
-        """The status now; OutputError if the journal cannot be read."""
+        """Return the status now; OutputError if the journal cannot be read."""
         owner = self._owner()
         with explained(self._path / JOURNAL):
             file = self._directory.open(JOURNAL, os.O_RDONLY)
@@ -172,7 +172,7 @@ class Reader:
         )
 
     def _owner(self) -> str | None:
-        """The process that holds the lock of the directory; None if there is none."""
+        """Return the process that holds the lock of the directory; None if there is none."""
         with contextlib.suppress(FileNotFoundError):
             file = self._directory.open(LOCK, os.O_RDONLY)
             try:

@@ -48,7 +48,7 @@ _INTEGERS = range(-(2**63), 2**63)
 
 
 def check_library(format: TableFormat) -> None:
-    """JobError if what writes the format is not installed."""
+    """Raise JobError if what writes the format is not installed."""
     if format == "parquet":
         try:
             import pyarrow.parquet  # noqa: F401 - whether it is there
@@ -57,7 +57,7 @@ def check_library(format: TableFormat) -> None:
 
 
 def file_name(format: TableFormat) -> str:
-    """The name of a run's table in its output directory."""
+    """Return the name of a run's table in its output directory."""
     return f"table.{format}"
 
 
@@ -95,7 +95,7 @@ def write(directory: Directory, lines: Path, digest: str | None, format: TableFo
 
 
 def row_of(line: Row) -> Row:
-    """A table's row for a line of results.jsonl, with its first choice or text; what the line lacks is null.
+    """Return a table's row for a line of results.jsonl, with its first choice or text; what the line lacks is null.
 
     `custom_id`, `status`, `error`; `text` (of a multiple choice the likeliest), `reasoning`, `tool_calls`,
     `finish_reason`; `logprob`, the sum over a prompt that was scored, or over the likeliest choice; `embedding`;
@@ -127,7 +127,7 @@ def row_of(line: Row) -> Row:
 
 
 def _logprob(choice: Row, body: Row) -> float | None:
-    """The sum over a prompt that was scored."""
+    """Return the sum over a prompt that was scored."""
     logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
     if logprobs is None or body["usage"].get("completion_tokens"):
         return None
@@ -142,7 +142,7 @@ def _vector(given: list[float] | str | None) -> list[float] | None:
 
 
 def _ranked(results: list[Row] | None) -> list[float | None] | None:
-    """The scores of documents in the request's order; null for those that `top_n` left out."""
+    """Return the scores of documents in the request's order; null for those that `top_n` left out."""
     if results is None:
         return None
     scores: list[float | None] = [None] * (1 + max(item["index"] for item in results))
@@ -152,7 +152,7 @@ def _ranked(results: list[Row] | None) -> list[float | None] | None:
 
 
 def _joined(directory: Directory, lines: Path, digest: str | None) -> Iterator[tuple[Row, Row, int]]:
-    """Each row of the input, its answer's row, and the bytes of both; JobError if they do not belong together."""
+    """Yield each row of the input, its answer's row, and the bytes of both; JobError if they do not belong together."""
     seen = hashlib.blake2b(digest_size=16)
     changed = JobError(f"The input {lines} has changed since the run; restore it, or run the job again.")
     with opened(lines) as file, open(directory.open(JSONL, os.O_RDONLY), "rb") as answers:
@@ -167,7 +167,7 @@ def _joined(directory: Directory, lines: Path, digest: str | None) -> Iterator[t
 
 
 def _columns(raw: bytes) -> Row:
-    """The columns of a row; empty if the row is no object."""
+    """Return the columns of a row; empty if the row is no object."""
     try:
         row = decode_line(raw)
     except RequestError:
@@ -196,7 +196,7 @@ class _TableColumns:
             )
 
     def shown(self) -> dict[str, str]:
-        """The answer's columns that the table has: what `row_of` calls them, and what the table does.
+        """Return the answer's columns that the table has: what `row_of` calls them, and what the table does.
 
         Where the input has a column of the same name, `answer_` stands before it. A custom_id is one column, unless
         the job gives requests another one than their rows have.
@@ -283,7 +283,7 @@ def _write_parquet(
 
 
 def _arrow_type(kinds: set[str]) -> Any:
-    """The type of a column with values of these kinds: a text (of JSON) where no other holds all of them."""
+    """Return the type of a column with values of these kinds: a text (of JSON) where no other holds all of them."""
     import pyarrow
 
     if kinds == {"bool"}:
@@ -296,7 +296,7 @@ def _arrow_type(kinds: set[str]) -> Any:
 
 
 def as_cell(value: Any) -> str:
-    """A string as it is, any other value as JSON."""
+    """Return a string as it is, any other value as JSON."""
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 

@@ -56,7 +56,7 @@ class Parts(msgspec.Struct, kw_only=True, frozen=True):
         return max(part.exit_code for part in self.parts)
 
     def lines(self) -> Iterator[str]:
-        """The status as text: the sums, and the parts that are not complete."""
+        """Yield the status as text: the sums, and the parts that are not complete."""
         complete = sum(part.state == "complete" for part in self.parts)
         yield f"{self.directory}: {count_of(len(self.parts), 'run')} begun, {complete} complete"
         share = f" ({100 * self.answered / self.total:.0f} %)" if self.total else ""
@@ -88,7 +88,7 @@ class PartsReader:
         return sorted(path for path in self._path.iterdir() if (path / JOURNAL).exists())
 
     def look(self) -> Parts:
-        """The status now; OutputError if a journal cannot be read."""
+        """Return the status now; OutputError if a journal cannot be read."""
         parts = list[Status]()
         for path in self._found():
             if (now := self._complete.get(path)) is None:
@@ -104,7 +104,7 @@ class PartsReader:
 
 
 def reader_of(path: Path) -> Reader | PartsReader:
-    """The reader of an output directory, or of one with the parts of an array."""
+    """Return the reader of an output directory, or of one with the parts of an array."""
     try:
         return Reader(path)
     except NotBegun:
@@ -114,7 +114,7 @@ def reader_of(path: Path) -> Reader | PartsReader:
 
 
 def when_begun(path: Path, say: Callable[[str], None]) -> Reader | PartsReader:
-    """The reader of a directory as soon as a run has begun in it, which may be queued; says once that it waits."""
+    """Return the reader of a directory as soon as a run has begun in it; says once that it waits."""
     said = False
     while True:
         try:

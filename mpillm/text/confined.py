@@ -143,7 +143,7 @@ class ConfinedTemplate:
 
 
 def _check_size(chat: Any, max_chars: int) -> None:
-    """RequestError if the values of a chat are nested too deeply or too many, or if it is longer than it may be.
+    """Raise RequestError if the values of a chat are nested too deeply or too many, or if it is longer than it may be.
 
     A template may leave out some of the words, so they may be a few times as many as those of the rendered chat.
     """

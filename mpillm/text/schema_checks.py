@@ -22,19 +22,19 @@ _PARTS = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\{(?P<count>\d+)(?:,\d*)?\}|.", r
 
 
 def check_maximum(what: str, count: int, maximum: int) -> None:
-    """RequestError if there are more than that."""
+    """Raise RequestError if there are more than that."""
     if count > maximum:
         raise RequestError(f"there are {count} {what}; the maximum is {maximum}")
 
 
 def check_pattern(pattern: str) -> None:
-    """RequestError if a regular expression is too long, or asks for too many copies of its parts."""
+    """Raise RequestError if a regular expression is too long, or asks for too many copies of its parts."""
     check_maximum("characters of the regular expression", len(pattern), MAX_PATTERN)
     check_repeated("the regular expression", repeated(pattern))
 
 
 def check_repeated(what: str, copies: int) -> None:
-    """RequestError if there are more than MAX_REPEATED copies of parts in what has them."""
+    """Raise RequestError if there are more than MAX_REPEATED copies of parts in what has them."""
     if copies > MAX_REPEATED:
         raise RequestError(f"{what} asks for more than {MAX_REPEATED} copies of its parts")
 
@@ -62,7 +62,7 @@ def repeated(pattern: str) -> int:
 
 
 def check_schema(schema: Any) -> None:
-    """RequestError if a schema has more references, or longer patterns or divisors, than llguidance can take."""
+    """Raise RequestError if a schema has more references, or longer patterns or divisors, than llguidance can take."""
     references: list[Any] = []
     characters = values = copies = 0
     multiple = 1
@@ -119,7 +119,7 @@ class _Ends:
         self._ending: set[str] = set()  # references to schemas that values can obey
 
     def check(self, references: Iterable[Any]) -> None:
-        """RequestError if no value that ends obeys the schema, in which there are these references."""
+        """Raise RequestError if no value that ends obeys the schema, in which there are these references."""
         left = list(dict.fromkeys(name for name in references if isinstance(name, str)))
         before = -1
         while before != len(self._ending):

@@ -66,7 +66,7 @@ class Diagnosis:
         return JobError.exit_code if self.faults else 0
 
     def lines(self) -> Iterator[str]:
-        """All for people; "!" begins what should be seen to."""
+        """Yield all for people; "!" begins what should be seen to."""
         yield from self.findings
         yield from (f"! {line}" for line in (*self.faults, *self.advice))
         if not self.faults:
@@ -96,7 +96,7 @@ def examine(world: World, model: str | None) -> Diagnosis:
 
 
 def _model(name: str | None) -> tuple[Path | None, str]:
-    """The model to look for: the one that was named (fetched if need be), or the default one if it is there already."""
+    """Return the model to look for: the named one (fetched if need be), or the default one if it is here."""
     if name is not None:
         return models.resolve(name), ""
     path = models.models_dir() / models.CATALOGUE["smollm2-135m"].file
@@ -106,7 +106,7 @@ def _model(name: str | None) -> tuple[Path | None, str]:
 
 
 def _look(world: World, path: Path | None, threads: int) -> tuple[_RankFindings, Path | None]:
-    """The findings of this rank, and the largest of the model's files."""
+    """Return the findings of this rank, and the largest of the model's files."""
     model, file, trouble = None, None, ""
     if path is not None:
         try:
@@ -144,7 +144,7 @@ def _model_found(
 
 
 def _faults(world: World, everyone: Sequence[_RankFindings]) -> Iterator[str]:
-    """The problems that would end a run at its start."""
+    """Yield the problems that would end a run at its start."""
     first = everyone[0]
     troubles = [one.trouble for one in everyone]
     for trouble in filter(None, dict.fromkeys(troubles)):

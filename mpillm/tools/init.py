@@ -39,7 +39,7 @@ SITE = """\
 
 
 def shipped(name: str) -> Path:
-    """A directory that comes with the package, such as `jobs`: in a checkout, or as it was installed."""
+    """Return a directory that comes with the package, such as `jobs`: in a checkout, or as it was installed."""
     package = Path(mpillm.__file__).parent
     for folder in (package / name, package.parent / name):  # beside an installed one others may lie
         if folder.is_dir():

@@ -43,7 +43,7 @@ class PackProgress(Protocol):
         """Tell how many bytes of this rank's files are on the disk, and of how many."""
 
     def downloading(self, done: int, total: int) -> None:
-        """The model is being fetched."""
+        """Show that the model is being fetched."""
 
 
 class PackResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,7 +102,7 @@ def pack(world: World, source: str, target: Path, weights: PackedType, progress:
 
 
 def _open(path: Path, weights: PackedType) -> TensorSource:
-    """The source, delivering what is to be stored."""
+    """Return the source, delivering what is to be stored."""
     source = open_unpacked(path)
     matrices = [info for key, info in source.tensors.items() if ROLES[key.role].quantisable]
     if weights == "source" or {info.stored.lower() for info in matrices} == {weights}:
@@ -122,7 +122,7 @@ def _open(path: Path, weights: PackedType) -> TensorSource:
 def _without(
     source: TensorSource, found: set[Key], config: ModelConfig, about: dict[str, str]
 ) -> list[FilePlan]:
-    """The files where these matrices stay as they are stored, and with one of an expert all of its layer's experts."""
+    """Return the files where these matrices stay as stored, and with one of an expert all of its layer's experts."""
     places = {(key.role, key.layer) for key in found}
     source.keep_as_stored({key for key in source.tensors if (key.role, key.layer) in places})
     return plan_files(source, config, about)
@@ -163,7 +163,7 @@ def _claim(source: Path, target: Path, about: dict[str, str]) -> Iterator[None]:
 
 
 def _about(path: Path) -> dict[str, str] | None:
-    """The source of a packed directory; None if it cannot be read."""
+    """Return the source of a packed directory; None if it cannot be read."""
     try:
         values = json.loads(path.read_bytes())
         if (values.pop("format"), values.pop("version")) != (FORMAT, VERSION):

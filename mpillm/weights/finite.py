@@ -11,7 +11,7 @@ from mpillm.weights.source import Source
 
 
 def check_vectors(source: Source) -> None:
-    """ModelError if a norm or a bias has a value that is not finite: then no answer of the model means anything."""
+    """Raise ModelError if a norm or a bias has a value that is not finite: then no answer means anything."""
     for key, info in source.tensors.items():
         if len(info.shape) == 1 and not _is_finite(source, key):
             raise ModelError(

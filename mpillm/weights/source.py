@@ -85,7 +85,7 @@ class Source(Protocol):
 
 
 def check_tensors(source: Source, model: Inventory) -> None:
-    """ModelError if a tensor is missing, has another shape than the configuration says, or is not in it at all."""
+    """Raise ModelError if a tensor is missing, has another shape than the configuration says, or is unknown to it."""
     known = set()
     for tensor in all_tensors(model):
         info = source.tensors.get(tensor.key)

@@ -31,7 +31,7 @@ class Held:
     key: str = ""
 
     def check(self, grammars: constrain.Grammars) -> None:
-        """RequestError if it cannot be enforced, which names the key if that is why."""
+        """Raise RequestError if it cannot be enforced, which names the key if that is why."""
         try:
             grammars.check(self.grammar)
         except RequestError as error:

@@ -110,7 +110,7 @@ def read_prompts(
 
 
 def check_sequences(key: str, prompts: int, n: int) -> None:
-    """RequestError if `n` choices of each of `prompts` prompts are more than a line may ask for."""
+    """Raise RequestError if `n` choices of each of `prompts` prompts are more than a line may ask for."""
     if prompts * n > MAX_SEQUENCES:
         what = f"{key} has {count_of(prompts, 'prompt')}" + (f" and n is {n}" if n > 1 else "")
         raise RequestError(
@@ -119,7 +119,7 @@ def check_sequences(key: str, prompts: int, n: int) -> None:
 
 
 def check_answer(nbytes: int) -> None:
-    """RequestError if an answer of `nbytes` bytes, an estimate, is more than a line may ask for."""
+    """Raise RequestError if an answer of `nbytes` bytes, an estimate, is more than a line may ask for."""
     if nbytes > MAX_ANSWER:
         raise RequestError(
             f"its answer may take {nbytes >> 20} MiB; the maximum is {MAX_ANSWER >> 20} MiB. Split the "
@@ -210,7 +210,7 @@ def _too_long(which: str, length: str, spec: Spec, model: Model) -> RequestError
 
 
 def check_kv(tokens: int, spec: Spec, model: Model) -> None:
-    """RequestError if `tokens` tokens do not fit into the KV cache: the request would never run."""
+    """Raise RequestError if `tokens` tokens do not fit into the KV cache: the request would never run."""
     if model.kv_tokens is not None and tokens > model.kv_tokens:
         raise RequestError(
             f"it needs {count_of(tokens, 'token')} x {model.kv_token_bytes} bytes = "

@@ -123,7 +123,7 @@ LISTED = "mpillm models lists those that are supported"
 
 
 def family_of(config: Mapping[str, Any], name: str) -> tuple[Family, str, Task]:
-    """The family of a configuration with Hugging Face's keys, the class of its layers and its task.
+    """Return the family of a configuration with Hugging Face's keys, the class of its layers and its task.
 
     ModelError if there is none.
     """
@@ -159,17 +159,17 @@ def family_of(config: Mapping[str, Any], name: str) -> tuple[Family, str, Task]:
 
 
 def architectures() -> list[str]:
-    """The names that `architectures` of a config.json may have, except classes of other tasks with the same layers."""
+    """Return the names that `architectures` of a config.json may have, except other tasks' classes of these layers."""
     return [*_BY_ARCHITECTURE, *sorted(WITH_IMAGES)]
 
 
 def gguf_architectures() -> list[str]:
-    """The names that `general.architecture` of a GGUF file may have."""
+    """Return the names that `general.architecture` of a GGUF file may have."""
     return list(_BY_GGUF)
 
 
 def _unsupported(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about something that is not supported: up to three similar names among the `known` ones."""
+    """Return the end of a sentence about something unsupported: up to three similar names among the `known` ones."""
     stems = {_stem(one): one for one in reversed(list(known))}  # the first of several
     similar = [stems[stem] for stem in get_close_matches(_stem(name), stems, cutoff=0.7)]
     like = f"similar ones that are: {', '.join(similar)}; " if similar else ""
@@ -177,12 +177,12 @@ def _unsupported(name: str, known: Iterable[str]) -> str:
 
 
 def _stem(name: str) -> str:
-    """A class's name without what nearly all of them end in."""
+    """Return a class's name without what nearly all of them end in."""
     return re.sub(r"(For[A-Z]\w+|LMHeadModel|Model)$", "", name).lower()
 
 
 def gguf_family(kind: Any, name: str) -> Family:
-    """The family of a GGUF file by its general.architecture; ModelError if there is none."""
+    """Return the family of a GGUF file by its general.architecture; ModelError if there is none."""
     if not isinstance(kind, str) or kind not in _BY_GGUF:
         if kind is None:
             raise ModelError(f"{name} has no architecture; {LISTED}.")
@@ -193,7 +193,7 @@ def gguf_family(kind: Any, name: str) -> Family:
 
 
 def read_config(config: Mapping[str, Any], name: str = "config.json") -> ModelConfig:
-    """The model of a configuration with Hugging Face's keys; `name` is how error messages call it.
+    """Return the model of a configuration with Hugging Face's keys; `name` is how error messages call it.
 
     Absent keys mean what transformers' configuration classes say. What is not known is refused by name: a key that is
     neither read nor known to be harmless might change the result.

@@ -60,26 +60,26 @@ class Family:
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]]
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
-        """The model of a configuration with Hugging Face's keys; ModelError says what is wrong with it."""
+        """Return the model of a configuration with Hugging Face's keys; ModelError says what is wrong with it."""
         raise NotImplementedError
 
     def classifier(self, fields: Fields) -> ClassifierSpec:
-        """The classifier of its classes ...ForSequenceClassification."""
+        """Return the classifier of its classes ...ForSequenceClassification."""
         return last_token_classifier(fields)
 
     def row_groups(self, config: Mapping[str, Any]) -> RowGroups:
-        """The division of tensors that hold several matrices; tensors that are not in it have equal parts.
+        """Return the division of tensors that hold several matrices; tensors that are not in it have equal parts.
 
         `config` has Hugging Face's keys, and may not have been judged yet.
         """
         return {}
 
     def gguf_names(self, tensors: Collection[str]) -> Names:
-        """The names of the tensors of a GGUF file that has these `tensors`."""
+        """Return the names of the tensors of a GGUF file that has these `tensors`."""
         return self.names
 
     def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
-        """The configuration of a GGUF file with Hugging Face's keys, without its RoPE.
+        """Return the configuration of a GGUF file with Hugging Face's keys, without its RoPE.
 
         `shape_of` tells a tensor's shape, or None if it is not there.
         """
@@ -100,7 +100,7 @@ class Sizes:
 
 
 def read_sizes(fields: Fields, n_layers: int | None = None) -> Sizes:
-    """The sizes of a configuration; `n_layers` is given where num_hidden_layers does not count."""
+    """Return the sizes of a configuration; `n_layers` is given where num_hidden_layers does not count."""
     if n_layers is None:
         n_layers = fields.integer("num_hidden_layers", 1, 4096)
     hidden = fields.integer("hidden_size", 1, 2**20)
@@ -123,22 +123,22 @@ def read_sizes(fields: Fields, n_layers: int | None = None) -> Sizes:
 
 
 def read_width(fields: Fields, key: str = "intermediate_size") -> int:
-    """The inner columns of an MLP."""
+    """Return the inner columns of an MLP."""
     return fields.integer(key, 1, 2**24)
 
 
 def read_activation(fields: Fields, default: str = "silu", key: str = "hidden_act") -> Activation:
-    """The activation of MLPs, by transformers' name of it."""
+    """Return the activation of MLPs, by transformers' name of it."""
     return ACTIVATIONS[fields.one_of(key, tuple(ACTIVATIONS), default)]
 
 
 def require_silu(fields: Fields, key: str = "hidden_act") -> None:
-    """ModelError unless the activation is SiLU, which it is in mixers with a state too."""
+    """Raise ModelError unless the activation is SiLU, which it is in mixers with a state too."""
     fields.one_of(key, ("silu", "swish"), default="silu")
 
 
 def read_norm(fields: Fields, key: str = "rms_norm_eps", default: float = 1e-6, **more: Any) -> NormSpec:
-    """The norm of all layers; `more` is what else the family says of it."""
+    """Return the norm of all layers; `more` is what else the family says of it."""
     return NormSpec(fields.number(key, 0, 1, default=default), **more)
 
 
@@ -182,7 +182,7 @@ def read_partial_rotary(fields: Fields, sizes: Sizes, default: float, interleave
 
 
 def read_expert_count(fields: Fields) -> int:
-    """The number of experts of a layer: transformers has two names for it, and writes either."""
+    """Return the number of experts of a layer: transformers has two names for it, and writes either."""
     old, new = (fields.optional_integer(key, 0, 2**16) for key in ("num_experts", "num_local_experts"))
     if "num_experts" in fields.values and "num_local_experts" in fields.values and old != new:
         raise fields.fail("num_experts", f"but num_local_experts is {new}")
@@ -191,7 +191,7 @@ def read_expert_count(fields: Fields) -> int:
 
 
 def read_chosen(fields: Fields, count: int, key: str = "num_experts_per_tok") -> int:
-    """The number of experts, of `count`, to which a token goes."""
+    """Return the number of experts, of `count`, to which a token goes."""
     chosen = fields.integer(key, 1, 2**16)
     if chosen > count:
         raise fields.fail(key, f"but the model has {count} experts")
@@ -206,7 +206,7 @@ def model(
     final_norm: NormSpec | None,
     **more: Any,
 ) -> ModelConfig:
-    """The model of these layers; `more` is what else the family says. Reads what is left: special tokens, and tying."""
+    """Return the model of these layers; `more` is what else the family says. Reads the rest: special tokens, tying."""
     bos, eos = (fields.integers(key, -LONGEST, LONGEST) for key in ("bos_token_id", "eos_token_id"))
     fields.flag("tie_word_embeddings")  # the tensors say so
     layers = tuple(layer(number) for number in range(sizes.n_layers))
@@ -235,7 +235,7 @@ def model(
 
 
 def _check_layer_types(fields: Fields, architecture: str, layers: Sequence[LayerSpec]) -> None:
-    """ModelError if layer_types, which the family has not read, says something else than what its layers are."""
+    """Raise ModelError if layer_types, which the family has not read, says something else than what its layers are."""
     if "layer_types" in fields.read:
         return
     types = read_layer_types(fields, len(layers), FULL, SLIDING)
@@ -249,7 +249,7 @@ def _check_layer_types(fields: Fields, architecture: str, layers: Sequence[Layer
 
 
 def _longest(fields: Fields, max_position: int) -> int:
-    """The most positions of a sequence.
+    """Return the most positions of a sequence.
 
     Dual chunk attention (Qwen 2.5 1M) changes nothing up to the length that the model was trained with: longer
     sequences are not computed.
@@ -259,7 +259,7 @@ def _longest(fields: Fields, max_position: int) -> int:
 
 
 def _short_length(fields: Fields, layers: Sequence[LayerSpec]) -> int:
-    """The tokens of the longest sequence that has LongRoPE's short factors; 0 without LongRoPE."""
+    """Return the tokens of the longest sequence that has LongRoPE's short factors; 0 without LongRoPE."""
     rotaries = {getattr(layer.mixer, "rotary", None) for layer in layers}
     lengths = {
         rotary.config.original_max_position
@@ -274,6 +274,6 @@ def _short_length(fields: Fields, layers: Sequence[LayerSpec]) -> int:
 
 
 def refuse_qk_norm(fields: Fields, architecture: str, has: bool) -> None:
-    """ModelError if use_qk_norm says something else than what the architecture is built with."""
+    """Raise ModelError if use_qk_norm says something else than what the architecture is built with."""
     if fields.raw("use_qk_norm") not in (None, has):
         raise fields.fail("use_qk_norm", f"but {architecture} is built {'with' if has else 'without'} that")

@@ -43,7 +43,7 @@ _LAYER = {
 
 
 def with_biases(names: Mapping[str, str]) -> dict[str, Roles]:
-    """The roles of weights and of their biases, of old files' norms (gamma and beta) too."""
+    """Return the roles of weights and of their biases, of old files' norms (gamma and beta) too."""
     ends = (("weight", ""), ("bias", "_bias"), ("gamma", ""), ("beta", "_bias"))
     return {
         f"{name}.{end}": (role + of,)
@@ -150,7 +150,7 @@ class Roberta(Bert):
 
 
 def encoder_sizes(fields: Fields, max_position: int) -> Sizes:
-    """The sizes of an encoder whose heads divide its width."""
+    """Return the sizes of an encoder whose heads divide its width."""
     hidden, heads = fields.integer("hidden_size", 1, 2**20), fields.integer("num_attention_heads", 1, 2**16)
     if hidden % heads:
         raise fields.fail("hidden_size", f"but must be a multiple of num_attention_heads ({heads})")
@@ -159,7 +159,7 @@ def encoder_sizes(fields: Fields, max_position: int) -> Sizes:
 
 
 def first_token_classifier(fields: Fields) -> ClassifierSpec:
-    """The classifier of encoders: a dense layer with tanh, and a matrix, of the first token's state.
+    """Return the classifier of encoders: a dense layer with tanh, and a matrix, of the first token's state.
 
     Some GGUF files have been made without the former.
     """

@@ -175,7 +175,7 @@ class Youtu(DeepSeek):
 
 
 def latent_sizes(fields: Fields) -> Sizes:
-    """The sizes; `head_dim` is that of the part of a head that turns, as transformers has it."""
+    """Return the sizes; `head_dim` is that of the part of a head that turns, as transformers has it."""
     heads = fields.integer("num_attention_heads", 1, 2**16)
     if fields.integer("num_key_value_heads", 1, 2**16, default=heads) != heads:
         raise fields.fail("num_key_value_heads", f"but latents are expanded for each of the {heads} heads")
@@ -215,7 +215,7 @@ def latent_attention(fields: Fields, sizes: Sizes, interleaved: bool) -> LatentA
 
 
 def _dense(fields: Fields, architecture: str, n_layers: int) -> list[bool]:
-    """The layers that have one MLP instead of experts."""
+    """Return the layers that have one MLP instead of experts."""
     if architecture == _YOUTU:
         return [True] * n_layers
     if architecture != _LITE:

@@ -129,7 +129,7 @@ class ExaoneMixture(Family):
 
 
 def _attention(fields: Fields, sizes: Sizes, norm: NormSpec) -> list[AttentionSpec]:
-    """The RoPE of each layer. If some layers have a window, those without one have no RoPE."""
+    """Return the RoPE of each layer. If some layers have a window, those without one have no RoPE."""
     window, rotary = fields.optional_integer("sliding_window", 1, LONGEST) or 0, read_rotary(fields, sizes)
     return [
         attention_of(sizes, rotary, window, qk_norm=norm)
@@ -140,7 +140,7 @@ def _attention(fields: Fields, sizes: Sizes, norm: NormSpec) -> list[AttentionSp
 
 
 def _layer_types(fields: Fields, n_layers: int, window: int) -> Sequence[str]:
-    """Each layer's type; without layer_types sliding_window_pattern says that every n-th layer has no window."""
+    """Return each layer's type; without layer_types sliding_window_pattern says that every n-th layer has no window."""
     types = read_layer_types(fields, n_layers, FULL, SLIDING)
     if not window or types is not None:
         fields.raw("sliding_window_pattern")

@@ -129,7 +129,7 @@ class Falcon(Family):
 
 
 def _kv_heads(config: Mapping[str, Any], heads: int) -> int:
-    """The number of heads of keys and values."""
+    """Return the number of heads of keys and values."""
     if config.get("new_decoder_architecture") is True:
         count = config.get("num_kv_heads")
         return count if type(count) is int and count > 0 else heads

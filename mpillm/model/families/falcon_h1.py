@@ -135,7 +135,7 @@ class FalconH1(Family):
 
 
 def _inner(config: Mapping[str, Any], hidden: int) -> int:
-    """The columns of the Mamba-2 part: mamba_d_ssm, or mamba_expand times the hidden size if that is null."""
+    """Return the columns of the Mamba-2 part: mamba_d_ssm, or mamba_expand times the hidden size if that is null."""
     inner = config.get("mamba_d_ssm", 1024)
     if type(inner) is int:
         return inner

@@ -188,7 +188,7 @@ def _rotary(fields: Fields, sizes: Sizes, kind: str) -> Rotary:
 
 
 def _full_sizes(fields: Fields, sizes: Sizes, types: list[str], same: bool) -> Sizes:
-    """The sizes of layers without a window: two keys have them, or since transformers 5 a table of all such layers.
+    """Return the sizes of layers without a window, from two keys or, since transformers 5, a table of such layers.
 
     An empty table says that they are those of other layers.
     """

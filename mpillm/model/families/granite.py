@@ -187,14 +187,14 @@ class GraniteSwa(Granite):
 
 
 def _scales(fields: GgufFields, head_dim: int) -> dict[str, float]:
-    """The factors of a GGUF file; without one of scores it is what llama.cpp takes, not transformers."""
+    """Return the factors of a GGUF file; without one of scores it is what llama.cpp takes, not transformers."""
     scales = [fields.number(name, 0.0) for name in _SCALES]
     scales[0] = scales[0] or head_dim**-0.5
     return {key: scale for key, scale in zip(MULTIPLIERS, scales, strict=True) if scale}
 
 
 def _windows(fields: Fields, n_layers: int) -> tuple[int, ...]:
-    """Each layer's window: without layer_types every fourth has none, from the first on."""
+    """Return each layer's window: without layer_types every fourth has none, from the first on."""
     window = fields.optional_integer("sliding_window", 1, LONGEST) or 0
     every = [SLIDING if number % 4 else FULL for number in range(n_layers)]
     types = read_layer_types(fields, n_layers, FULL, SLIDING) or every
@@ -202,7 +202,7 @@ def _windows(fields: Fields, n_layers: int) -> tuple[int, ...]:
 
 
 def _by_base(fields: Fields, rotaries: Sequence[Rotary | None]) -> Sequence[Rotary | None]:
-    """The layers' RoPE with the bases in layer_rope_theta, if it is there."""
+    """Return the layers' RoPE with the bases in layer_rope_theta, if it is there."""
     bases = fields.raw("layer_rope_theta")
     if bases is None:
         return rotaries

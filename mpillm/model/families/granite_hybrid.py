@@ -157,7 +157,7 @@ class GraniteHybrid(Family):
 
 
 def _inner(config: Mapping[str, Any], hidden: int) -> int:
-    """The columns of a Mamba-2 layer: mamba_expand times the hidden size, or the number that a GGUF file has."""
+    """Return the columns of a Mamba-2 layer: mamba_expand times the hidden size, or the number that a GGUF file has."""
     if type(config.get("mamba_inner")) is int:
         return int(config["mamba_inner"])
     expand = config.get("mamba_expand", USUAL["mamba_expand"])
@@ -165,7 +165,7 @@ def _inner(config: Mapping[str, Any], hidden: int) -> int:
 
 
 def _layer_types(fields: Fields, architecture: str, n_layers: int) -> Sequence[str]:
-    """The kind of each layer; Bamba tells the numbers of those with attention."""
+    """Return the kind of each layer; Bamba tells the numbers of those with attention."""
     if architecture == _BAMBA:
         attending = fields.integers("attn_layer_indices", 0, 4096)
         return [_ATTENTION[0] if layer in attending else _MAMBA[0] for layer in range(n_layers)]
@@ -175,7 +175,7 @@ def _layer_types(fields: Fields, architecture: str, n_layers: int) -> Sequence[s
 
 
 def _mlp(fields: Fields) -> MlpSpec | ExpertsSpec:
-    """A shared MLP, and perhaps experts beside it."""
+    """Return a shared MLP, and perhaps experts beside it."""
     count, width = fields.integer("num_local_experts", 0, 2**16), read_width(fields)
     shared = read_width(fields, "shared_intermediate_size")
     converted = fields.values.get("gguf_weights") is True

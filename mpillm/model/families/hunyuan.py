@@ -141,7 +141,7 @@ def _rotary(fields: Fields, sizes: Sizes) -> Rotary:
 
 
 def _of_layers(fields: Fields, key: str, n_layers: int, default: int) -> tuple[int, ...]:
-    """A number for each layer; published files have one for all, or a list."""
+    """Return a number for each layer; published files have one for all, or a list."""
     given = fields.integers(key, 1, 2**24) or (default,)
     if len(given) not in (1, n_layers):
         raise fields.fail(key, f"but must be a number, or {n_layers} of them, one per layer")

@@ -14,7 +14,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"  # values of layer_types
 def read_layer_types(
     fields: Fields, n_layers: int, *supported: str, key: str = "layer_types"
 ) -> Sequence[str] | None:
-    """The names in layer_types, one for each layer; None if the key is absent."""
+    """Return the names in layer_types, one for each layer; None if the key is absent."""
     types = fields.raw(key)
     if types is None:
         return None
@@ -41,7 +41,7 @@ def read_window_types(fields: Fields, n_layers: int, every: int) -> list[str]:
 def read_windows(
     fields: Fields, architecture: str, n_layers: int, window: int, first: int, some: bool
 ) -> tuple[int, ...]:
-    """Each layer's sliding window, 0 where there is none: `window` from layer `first` on, or as layer_types says.
+    """Return each layer's sliding window, 0 if none: `window` from layer `first` on, or as layer_types says.
 
     `some`: the architecture may have windows in some layers only.
     """

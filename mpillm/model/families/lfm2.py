@@ -133,7 +133,7 @@ class Lfm2(Family):
 
 
 def _layer_types(fields: Fields, n_layers: int) -> Sequence[str]:
-    """The kind of each layer, or what the numbers of those with attention say."""
+    """Return the kind of each layer, or what the numbers of those with attention say."""
     attending = fields.integers("full_attn_idxs", 0, 4096)
     types = read_layer_types(fields, n_layers, _CONV, FULL)
     if types is not None:
@@ -144,7 +144,7 @@ def _layer_types(fields: Fields, n_layers: int) -> Sequence[str]:
 
 
 def _width(fields: Fields) -> int:
-    """The inner columns of a dense model's MLPs."""
+    """Return the inner columns of a dense model's MLPs."""
     width = read_width(fields, "block_ff_dim" if "block_ff_dim" in fields.values else "intermediate_size")
     fields.raw("intermediate_size")
     unit = fields.integer("block_multiple_of", 1, 2**20)

@@ -94,7 +94,7 @@ _MLP = ("gate_bias", "up_bias", "down_bias")
 
 
 def _biases(present: set[str], fields: GgufFields) -> dict[str, Any]:
-    """Whether there are biases is not in the metadata: the tensors tell."""
+    """Read whether there are biases from the tensors: the metadata do not say it."""
     result: dict[str, Any] = {}
     for name, roles in (("attention_bias", set(_ATTENTION)), ("mlp_bias", set(_MLP))):
         if present & roles and not roles <= present:

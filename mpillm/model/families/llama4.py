@@ -145,7 +145,7 @@ class Llama4(Family):
 
 
 def _sparse(fields: Fields, n_layers: int) -> list[bool]:
-    """The layers that have experts."""
+    """Return the layers that have experts."""
     step = fields.integer("interleave_moe_layer_step", 1, LONGEST, default=1)
     if fields.raw("moe_layers") is None:
         return [layer % step == step - 1 for layer in range(n_layers)]
@@ -154,7 +154,7 @@ def _sparse(fields: Fields, n_layers: int) -> list[bool]:
 
 
 def _turns(fields: Fields, n_layers: int) -> list[bool]:
-    """The layers that have RoPE: no_rope_layers has a 1 for each of them."""
+    """Return the layers that have RoPE: no_rope_layers has a 1 for each of them."""
     interval = fields.integer("no_rope_layer_interval", 1, LONGEST, default=4)
     given = fields.integers("no_rope_layers", 0, 1)
     if not given:

@@ -61,7 +61,7 @@ _TRAINING = (
 
 
 def hf_names(prefix: str) -> dict[str, Roles]:
-    """The names of a mixer's tensors, which begin with `prefix`."""
+    """Return the names of a mixer's tensors, which begin with `prefix`."""
     layer = f"layers.{{l}}.{prefix}."
     return {
         f"{layer}in_proj.weight": INPUTS,
@@ -80,7 +80,7 @@ def hf_names(prefix: str) -> dict[str, Roles]:
 def read_mamba(
     fields: Fields, keys: Mapping[str, str], inner: int, norm: NormSpec | None, **more: Any
 ) -> Mamba2Spec:
-    """The mixer with `inner` columns; `more` is what else the family says of it."""
+    """Return the mixer with `inner` columns; `more` is what else the family says of it."""
     for key in _TRAINING:
         fields.raw(key)
     heads = fields.integer(keys["heads"], 1, 2**16)
@@ -109,7 +109,7 @@ def read_mamba(
 
 
 def read_limit(fields: Fields) -> tuple[float, float]:
-    """The bounds of steps; the upper one may be infinite, as JSON or transformers write it."""
+    """Return the bounds of steps; the upper one may be infinite, as JSON or transformers write it."""
     key = "time_step_limit"
     value = fields.raw(key)
     if value is None:
@@ -122,7 +122,7 @@ def read_limit(fields: Fields) -> tuple[float, float]:
 
 
 def mamba_rows(config: Mapping[str, Any], keys: Mapping[str, str], inner: int) -> RowGroups:
-    """The division of a mixer's fused tensors; `config` may not have been checked yet."""
+    """Return the division of a mixer's fused tensors; `config` may not have been checked yet."""
 
     def size(word: str) -> int:
         value = config.get(keys[word], USUAL.get(keys[word]))
@@ -139,7 +139,7 @@ def mamba_rows(config: Mapping[str, Any], keys: Mapping[str, str], inner: int) -
 
 
 def gguf_mamba(fields: GgufFields, keys: Mapping[str, str]) -> dict[str, Any]:
-    """The keys of a GGUF file's Mamba-2 layers, whose rates are no logarithms."""
+    """Return the keys of a GGUF file's Mamba-2 layers, whose rates are no logarithms."""
     inner, heads = fields.integer("ssm.inner_size"), fields.integer("ssm.time_step_rank")
     if heads < 1 or inner % heads:
         raise ModelError(f"{fields.path}: {heads} heads do not divide ssm.inner_size, {inner}.")

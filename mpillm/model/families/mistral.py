@@ -127,7 +127,7 @@ class Mistral(Family):
 
 
 def _tuning(fields: Fields) -> Tuning | None:
-    """The growth of scores with positions, which the RoPE table defines."""
+    """Return the growth of scores with positions, which the RoPE table defines."""
     rope = Fields(rope_table(fields), f"{fields.name}, rope parameters")
     beta = rope.optional_number("llama_4_scaling_beta", 0, 1e6)
     if not beta:

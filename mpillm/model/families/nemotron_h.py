@@ -173,13 +173,13 @@ _OF_PARTS = {
 
 
 def _kind(shape_of: ShapeOf, layer: int) -> str:
-    """The kind of a layer of a GGUF file."""
+    """Return the kind of a layer of a GGUF file."""
     roles = {"mamba_rates": _MAMBA, "q": FULL, "router": _EXPERTS}
     return next((kind for role, kind in roles.items() if shape_of(Key(role, layer)) is not None), _MLP)
 
 
 def _layer_types(fields: Fields) -> Sequence[str]:
-    """The kind of each layer, by its name or by a letter; sets how many there are."""
+    """Return the kind of each layer, by its name or by a letter; sets how many there are."""
     pattern = fields.raw("hybrid_override_pattern")
     key = "layers_block_type" if "layers_block_type" in fields.values else "layer_types"
     if fields.values.get(key) is None and isinstance(pattern, str):

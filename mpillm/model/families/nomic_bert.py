@@ -131,7 +131,7 @@ class NomicBert(Family):
 
 
 def _renamed(fields: Fields) -> Fields:
-    """The fields of a published configuration under the names that transformers gives them."""
+    """Return the fields of a published configuration under the names that transformers gives them."""
     values = {_OLD.get(key, key): value for key, value in fields.values.items()}
     if values.get("hidden_act") == "swiglu":
         values["hidden_act"] = "silu"

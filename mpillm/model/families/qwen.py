@@ -193,7 +193,7 @@ def _types_absent(fields: Fields) -> bool:
 def _experts(
     fields: Fields, architecture: str, activation: Activation
 ) -> tuple[ExpertsSpec | None, Callable[[int], bool]]:
-    """The experts of the layers that have them, and which layers those are."""
+    """Return the experts of the layers that have them, and which layers those are."""
     if architecture not in (_MIXTURE, _QWEN2_MIXTURE):
         return None, lambda layer: False
     count = read_expert_count(fields)
@@ -220,7 +220,7 @@ def _experts(
 
 
 def _biases(fields: Fields, architecture: str) -> tuple[bool, bool]:
-    """Whether q, k and v have biases, and whether attention's output has."""
+    """Return whether q, k and v have biases, and whether attention's output has."""
     if architecture == _QWEN2_MIXTURE:
         return fields.flag("qkv_bias"), False
     if architecture != _QWEN2:

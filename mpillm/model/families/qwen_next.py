@@ -189,7 +189,7 @@ class QwenNext(Family):
 
 
 def _refuse(fields: Fields) -> None:
-    """ModelError for what no published model of the family has."""
+    """Raise ModelError for what no published model of the family has."""
     if fields.raw("attn_output_gate") not in (None, True):
         raise fields.fail("attn_output_gate", "but only attention with a gate is supported")
     for key in ("mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"):
@@ -225,7 +225,7 @@ def _layer_types(fields: Fields, n_layers: int) -> Sequence[str]:
 
 
 def _mlps(fields: Fields, architecture: str, n_layers: int) -> Callable[[int], MlpSpec | ExpertsSpec]:
-    """The feed-forward part of each layer."""
+    """Return the feed-forward part of each layer."""
     if architecture == _DENSE:
         dense = MlpSpec(read_width(fields))
         return lambda layer: dense

@@ -26,7 +26,7 @@ _ACTIVATIONS: Mapping[str, Decision] = {"Sigmoid": "sigmoid", "Identity": "ident
 
 
 def split_task(named: str, known: Collection[str]) -> tuple[str, Task] | None:
-    """The class among those that are `known` which computes the layers of the class `named`, and its task.
+    """Return the class among those that are `known` which computes the layers of the class `named`, and its task.
 
     Transformers builds the classes of all tasks around the same layers (Qwen3Model, Qwen3ForCausalLM, ...).
     """
@@ -44,7 +44,7 @@ def split_task(named: str, known: Collection[str]) -> tuple[str, Task] | None:
 
 
 def read_labels(fields: Fields) -> tuple[str, ...]:
-    """The names of a classifier's labels; transformers leaves them away where there are two without a name."""
+    """Return the names of a classifier's labels; transformers leaves them away where there are two without a name."""
     names = fields.raw("id2label")
     count = fields.optional_integer("num_labels", 1, 2**20)
     fields.read |= {"label2id"}
@@ -57,7 +57,7 @@ def read_labels(fields: Fields) -> tuple[str, ...]:
 
 
 def read_decision(fields: Fields, labels: int) -> Decision:
-    """The activation for logits: that of problem_type, or the one that Sentence Transformers wrote down.
+    """Return the activation for logits: that of problem_type, or the one that Sentence Transformers wrote down.
 
     Else they are probabilities of labels that exclude each other, or of the only one, as in vLLM.
     """
@@ -81,7 +81,7 @@ def read_decision(fields: Fields, labels: int) -> Decision:
 
 
 def last_token_classifier(fields: Fields) -> ClassifierSpec:
-    """The classifier that decoders have: a matrix, of the last token's hidden state."""
+    """Return the classifier that decoders have: a matrix, of the last token's hidden state."""
     labels = read_labels(fields)
     return ClassifierSpec(
         "last", (DenseSpec("classifier", len(labels)),), labels, read_decision(fields, len(labels))

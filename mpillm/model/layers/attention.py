@@ -90,23 +90,23 @@ class AttentionSpec:
         return not (self.o_bias or self.qk_norm_by_head)
 
     def norms_shards(self, place: Place) -> bool:
-        """Whether q and k are normalised over the heads of several shards, which then exchange sums inside it."""
+        """Return whether q and k are normalised over heads of several shards, which then exchange sums."""
         return self.qk_norm_whole and place.shards > 1
 
     def norms_apart(self, place: Place) -> bool:
-        """Whether q and k are normalised outside of the kernel."""
+        """Return whether q and k are normalised outside of the kernel."""
         return self.qk_norm_by_head or self.norms_shards(place)
 
     def heads(self, block: int) -> Axis:
-        """The axis of query heads."""
+        """Return the axis of query heads."""
         return axis(self.n_heads, self.head_dim, block)
 
     def axes(self, block: int) -> tuple[Axis, ...]:
-        """The axes that limit the number of shards; `block` is the block size of weights that are cut by columns."""
+        """Return the axes that limit the number of shards; `block`: block size of weights that are cut by columns."""
         return (self.heads(block),)
 
     def tensors(self, layer: int, hidden: int, block: int) -> Iterator[TensorSpec]:
-        """The tensors of attention in a layer, in the order of a page."""
+        """Yield the tensors of attention in a layer, in the order of a page."""
         heads, hd = self.heads(block), self.head_dim
         kv_heads = heads.shared(self.n_heads // self.n_kv_heads)
         queries, keys = self.n_heads * hd, self.n_kv_heads * hd
@@ -137,13 +137,13 @@ class AttentionSpec:
             yield TensorSpec(Key("o_bias", layer), (hidden,))
 
     def cache(self, place: Place, block: int) -> tuple[LayerCache, ...]:
-        """The part of a sequence that a layer keeps on the rank at `place`."""
+        """Return the part of a sequence that a layer keeps on the rank at `place`."""
         kept = not self.bidirectional  # what later tokens do not change, they need
         window = self.window if kept else 0
         return (TokenCache(len(self.kv_heads(place, block)), self.head_dim, self.head_dim, window, kept),)
 
     def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
-        """Bytes that a row takes at most: queries, keys, values, gates, attention's output, what is multiplied.
+        """Return bytes that a row takes at most: queries, keys, values, gates, attention's output, what is multiplied.
 
         `copied` is the bytes of a value in the forms in which matrices take their input.
         """
@@ -152,7 +152,7 @@ class AttentionSpec:
         return widest + int(copied * (hidden + heads * self.head_dim))
 
     def compute(self, given: MixerInput) -> tuple[Floats, Floats | None]:
-        """The output of all shards for x [m, hidden], and the output's bias."""
+        """Return the output of all shards for x [m, hidden], and the output's bias."""
         if self.norms_apart(given.rank.place):
             return self._with_norms_apart(given)
         return attend(self, given)
@@ -203,7 +203,7 @@ class AttentionSpec:
             np.multiply(normed.reshape(values.shape), page.vector(role), out=values)
 
     def kernel(self, page: Page, norm: kernels.Norm | None, place: Place, block: int) -> kernels.Attention:
-        """The kernels' attention of a loaded page, whose memory it refers to; `norm` is that of its input."""
+        """Return the kernels' attention of a loaded page, whose memory it refers to; `norm` is that of its input."""
         vector, v = page.vector, "k" if self.v_is_k else "v"
         heads, kv_heads, share = (
             self.heads(block),
@@ -246,12 +246,12 @@ class AttentionSpec:
         )
 
     def _gate(self, page: Page) -> dict[str, Any]:
-        """The kernel's gate and its bias, where there are any."""
+        """Return the kernel's gate and its bias, where there are any."""
         gate = {"gate": page.matrix("q_gate")} if self.gate else {}
         return gate | ({"gate_bias": page.vector("q_gate_bias")} if self.gate and self.qkv_bias else {})
 
     def kv_heads(self, place: Place, block: int) -> range:
-        """The KV heads of the rank at `place`."""
+        """Return the KV heads of the rank at `place`."""
         return self.heads(block).shared(self.n_heads // self.n_kv_heads).units(place)
 
 
@@ -269,7 +269,7 @@ class _Attention(Protocol):
     def kernel(
         self, page: Page, norm: kernels.Norm | None, place: Place, block: int
     ) -> kernels.Attention | kernels.LatentAttention:
-        """The kernels' attention of a loaded page; `norm` is that of its input."""
+        """Return the kernels' attention of a loaded page; `norm` is that of its input."""
 
 
 def attend(spec: _Attention, given: MixerInput) -> tuple[Floats, Floats | None]:

@@ -34,24 +34,24 @@ class BesideSpec:
         return next((mixer.turn for mixer, _ in self.mixers if mixer.turn), None)
 
     def axes(self, block: int) -> tuple[Axis, ...]:
-        """The axes that limit the number of shards; `block` as in `grid.axis`."""
+        """Return the axes that limit the number of shards; `block` as in `grid.axis`."""
         return tuple(axis for mixer, _ in self.mixers for axis in mixer.axes(block))
 
     def tensors(self, layer: int, hidden: int, block: int) -> Iterator[TensorSpec]:
-        """The tensors of all in a layer, in the order in which they lie in a page."""
+        """Yield the tensors of all in a layer, in the order in which they lie in a page."""
         for mixer, _ in self.mixers:
             yield from mixer.tensors(layer, hidden, block)
 
     def cache(self, place: Place, block: int) -> tuple[LayerCache, ...]:
-        """The part of a sequence that a layer keeps on the rank at `place`."""
+        """Return the part of a sequence that a layer keeps on the rank at `place`."""
         return tuple(kept for mixer, _ in self.mixers for kept in mixer.cache(place, block))
 
     def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
-        """Bytes that a row takes at most: the widest mixer's, and the sum."""
+        """Return bytes that a row takes at most: the widest mixer's, and the sum."""
         return 4 * hidden + max(mixer.row_nbytes(place, block, hidden, copied) for mixer, _ in self.mixers)
 
     def compute(self, given: MixerInput) -> tuple[Floats, None]:
-        """The output of all shards for x [m, hidden]; no bias is left to add."""
+        """Return the output of all shards for x [m, hidden]; no bias is left to add."""
         total = np.zeros_like(given.x)
         for mixer, scale in self.mixers:
             part, bias = mixer.compute(given)

@@ -30,7 +30,7 @@ class EntrySpec:
     skipped: int = 0
 
     def tensors(self, hidden: int) -> Iterator[TensorSpec]:
-        """The tensors of the entry."""
+        """Yield the tensors of the entry."""
         for role, count in (("positions", self.positions), ("segments", self.segments)):
             if count:
                 yield TensorSpec(Key(role), (count * hidden,))
@@ -49,7 +49,7 @@ class EntrySpec:
             x[:] = rank.normalise(x, self.norm.kernel(page, "embed_norm"))
 
     def _places(self, batch: Batch) -> Ints:
-        """The numbers of the rows' positions."""
+        """Return the numbers of the rows' positions."""
         if self.padding is None:
             positions: Ints = batch.positions + np.int32(self.skipped)
             return positions

@@ -85,11 +85,11 @@ class ExpertsSpec:
         return False
 
     def columns(self, block: int) -> Axis:
-        """The axis of an expert's inner columns; `block` as in `grid.axis`."""
+        """Return the axis of an expert's inner columns; `block` as in `grid.axis`."""
         return axis(self.width, block=block)
 
     def axes(self, block: int) -> tuple[Axis, ...]:
-        """The axes that limit the number of shards."""
+        """Return the axes that limit the number of shards."""
         return (self.columns(block), *(self.shared.axes(block) if self.shared else ()))
 
     def first_page(self, layer: int, hidden: int) -> Iterator[TensorSpec]:
@@ -110,13 +110,13 @@ class ExpertsSpec:
             yield from self._latent_tensors("latent_in", layer, (self.latent, hidden))
 
     def _latent_tensors(self, role: str, layer: int, shape: tuple[int, int]) -> Iterator[TensorSpec]:
-        """One of both matrices, whole on every rank."""
+        """Yield one of both matrices, whole on every rank."""
         yield TensorSpec(Key(role, layer), shape)
         if self.latent_bias:
             yield TensorSpec(Key(f"{role}_bias", layer), shape[:1])
 
     def tensors(self, page: str, layer: int, hidden: int, block: int) -> Iterator[TensorSpec]:
-        """The tensors of its page: those of the shared MLP, and what widens the experts' rows."""
+        """Yield the tensors of its page: those of the shared MLP, and what widens the experts' rows."""
         assert self.shared is not None
         for matrix in self.shared.pages:
             yield from self.shared.tensors(matrix, layer, hidden, block)
@@ -124,7 +124,7 @@ class ExpertsSpec:
             yield from self._latent_tensors("latent_out", layer, (hidden, self.latent))
 
     def experts(self, layer: int, hidden: int, block: int) -> Sequence[PageSpec]:
-        """A page for each expert."""
+        """Return a page for each expert."""
         columns, rows = self.columns(block), self.latent or hidden
         tensors = [
             *([TensorSpec(Key("gate", layer, 0), (self.width, rows), columns)] if self.gated else []),
@@ -140,7 +140,7 @@ class ExpertsSpec:
         return ExpertPages(layer, self.count, tuple(tensors))
 
     def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
-        """Bytes that a row takes at most: an expert's with the sums of all panels, or the shared MLP's."""
+        """Return bytes that a row takes at most: an expert's with the sums of all panels, or the shared MLP's."""
         sums = 4 * (self.columns(block).panels // place.shards) * hidden
         widest = sums + self.mixed_row_nbytes(place, block, hidden, copied)
         if self.scaled_input:
@@ -154,11 +154,11 @@ class ExpertsSpec:
         return widest
 
     def mixed_row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
-        """Bytes that a row of an expert takes at most."""
+        """Return bytes that a row of an expert takes at most."""
         return MlpSpec(self.width).row_nbytes(place, block, hidden, copied)
 
     def prepare(self, rank: Rank, layer: int, first: Page, norm: NormSpec | None, x: Floats) -> Prepared:
-        """The normed rows of x [m, hidden], and the experts that the router chooses for them."""
+        """Return the normed rows of x [m, hidden], and the experts that the router chooses for them."""
         h = self._normed(rank, layer, first, norm, x)
         own, after = h, None
         if self.latent:
@@ -182,7 +182,7 @@ class ExpertsSpec:
     def foresee(
         self, rank: Rank, layer: int, first: Page, norm: NormSpec | None, x: Floats
     ) -> NDArray[np.integer[Any]]:
-        """The experts that the router would choose for x [m, hidden], those that weigh most first.
+        """Return the experts that the router would choose for x [m, hidden], those that weigh most first.
 
         Rows change little from one layer to the next, so for those that enter the MLP of the layer before this is a
         guess at what this layer needs (arXiv 2312.17238).
@@ -193,12 +193,12 @@ class ExpertsSpec:
         return likely[: np.count_nonzero(weight)]
 
     def _normed(self, rank: Rank, layer: int, first: Page, norm: NormSpec | None, x: Floats) -> Floats:
-        """The rows that the MLP sees."""
+        """Return the rows that the MLP sees."""
         before = rank.kept(lambda: norm.kernel(first, "ffn_norm") if norm else None, "ffn_norm", layer)
         return rank.normalise(x, before)
 
     def _route(self, rank: Rank, layer: int, first: Page, h: Floats, x: Floats) -> tuple[Floats, Ints]:
-        """The weights and numbers [m, chosen] of the experts of rows x, whose norm is h."""
+        """Return the weights and numbers [m, chosen] of the experts of rows x, whose norm is h."""
         seen = h
         if self.apart:
             seen = rank.normalise(x, self._own_norm(rank, layer, first, "router_norm"))
@@ -213,13 +213,13 @@ class ExpertsSpec:
         return weights, ids
 
     def _own_norm(self, rank: Rank, layer: int, first: Page, role: str) -> kernels.Norm:
-        """One of the norms of what is `apart`, which outlives the page."""
+        """Return one of the norms of what is `apart`, which outlives the page."""
         assert self.apart is not None
         norm, copy = self.apart, not rank.all_resident
         return rank.kept(lambda: norm.kernel(first, role, copy), role, layer)
 
     def compute(self, rank: Rank, layer: int, prepared: Prepared, x: Floats) -> tuple[Floats, None]:
-        """The output of all shards for x [m, hidden]; no bias is left to add."""
+        """Return the output of all shards for x [m, hidden]; no bias is left to add."""
         part, shared = self._mixture(rank, layer, prepared), None
         rank.group.all_reduce(part)
         if self.shared:
@@ -248,7 +248,7 @@ class ExpertsSpec:
         return part, None
 
     def _through(self, rank: Rank, page: Page, role: str, rows: Floats) -> Floats:
-        """The product of rows and one of the latent's matrices."""
+        """Return the product of rows and one of the latent's matrices."""
         out = rank.times(rows, page, role)
         if self.latent_bias:
             out += page.vector(f"{role}_bias")
@@ -259,7 +259,7 @@ class ExpertsSpec:
         return self.shared.of_pages(dict.fromkeys(self.shared.pages, page))
 
     def _mixture(self, rank: Rank, layer: int, prepared: Prepared) -> Floats:
-        """The weighted sum [m, hidden or latent] of what each row's experts make of it.
+        """Return the weighted sum [m, hidden or latent] of what each row's experts make of it.
 
         Experts are added up in the order of their numbers within each of the shard's column panels, and only then are
         panels folded: the sums are the same however many shards the panels are spread over.
@@ -284,7 +284,7 @@ class ExpertsSpec:
         return out
 
     def _expert(self, place: Place) -> Callable[[Page], kernels.Expert]:
-        """A function that makes the kernels' expert from a page; the first shard adds the bias of its output."""
+        """Return a function that makes the kernels' expert from a page; the first shard adds the bias of its output."""
 
         def make(page: Page) -> kernels.Expert:
             gate = page.matrix("gate") if self.gated else None

@@ -52,15 +52,15 @@ class GatedDeltaSpec:
         return 1 if self.tiled else self.n_heads // self.n_keys
 
     def heads(self, block: int) -> Axis:
-        """The axis of values: heads, in groups of those that share a key head."""
+        """Return the axis of values: heads, in groups of those that share a key head."""
         return axis(self.n_heads // self.share, self.share * self.dv, block)
 
     def axes(self, block: int) -> tuple[Axis, ...]:
-        """The axes that limit the number of shards; `block` as in `grid.axis`."""
+        """Return the axes that limit the number of shards; `block` as in `grid.axis`."""
         return (self.heads(block),)
 
     def tensors(self, layer: int, hidden: int, block: int) -> Iterator[TensorSpec]:
-        """The tensors of the mixer in a layer, in the order of a page."""
+        """Yield the tensors of the mixer in a layer, in the order of a page."""
         values = self.heads(block)
         each = Axis(values.bounds, self.share)
         keys = None if self.tiled else Axis(values.bounds, self.dk)
@@ -82,25 +82,25 @@ class GatedDeltaSpec:
         yield TensorSpec(Key("delta_out", layer), (hidden, narrow), cols=values)
 
     def cache(self, place: Place, block: int) -> tuple[LayerCache, ...]:
-        """The part of a sequence that a layer keeps on the rank at `place`: rows of convolutions, states of heads."""
+        """Return the part of a sequence that a layer keeps on the rank at `place`: convolution rows, heads' states."""
         keys, heads = self._counts(place, block)
         channels = 2 * keys * self.dk + heads * self.dv
         return (kept_state(self.taps, channels, heads, self.dk, self.dv),)
 
     def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
-        """Bytes that a row takes at most: before and after the convolutions, gates, output, and what is multiplied."""
+        """Return bytes that a row takes at most: around the convolutions, gates, output, and products' inputs."""
         keys, heads = self._counts(place, block)
         widest = 4 * (4 * keys * self.dk + 4 * heads * self.dv + 2 * heads)
         return widest + int(copied * (hidden + heads * self.dv))
 
     def compute(self, given: MixerInput) -> tuple[Floats, Floats | None]:
-        """The output of all shards for x [m, hidden]; no bias is left to add."""
+        """Return the output of all shards for x [m, hidden]; no bias is left to add."""
         return recur(self, given)
 
     def kernel(
         self, page: Page, norm: kernels.Norm | None, place: Place, block: int
     ) -> kernels.GatedDeltaNet:
-        """The kernels' operation of a loaded page, whose memory it refers to; `norm` is that of its input."""
+        """Return the kernels' operation of a loaded page, whose memory it refers to; `norm` is that of its input."""
         units, stored = self.heads(block).units(place), page.vector("delta_rates")
         if self.tiled:
             key_of_head = np.array(units, np.int32) % self.n_keys
@@ -128,6 +128,6 @@ class GatedDeltaSpec:
         )
 
     def _counts(self, place: Place, block: int) -> tuple[int, int]:
-        """The key heads and the heads of the rank at `place`."""
+        """Return the key heads and the heads of the rank at `place`."""
         units = len(self.heads(block).units(place))
         return (self.n_keys if self.tiled else units), units * self.share

@@ -81,15 +81,15 @@ class LatentAttentionSpec:
         return self.kv_rank + self.rotary.dim
 
     def heads(self, block: int) -> Axis:
-        """The axis of heads, with the entries of their values."""
+        """Return the axis of heads, with the entries of their values."""
         return axis(self.n_heads, self.value_dim, block)
 
     def axes(self, block: int) -> tuple[Axis, ...]:
-        """The axes that limit the number of shards; `block` is the block size of weights that are cut by columns."""
+        """Return the axes that limit the number of shards; `block`: block size of weights that are cut by columns."""
         return (self.heads(block),)
 
     def tensors(self, layer: int, hidden: int, block: int) -> Iterator[TensorSpec]:
-        """The tensors of attention in a layer, in the order of a page."""
+        """Yield the tensors of attention in a layer, in the order of a page."""
         values, rank, width = self.heads(block), self.kv_rank, self.key_dim + self.rotary.dim
         queries, latents = replace(values, width=width), replace(values, width=rank)
         if self.q_norm:
@@ -113,11 +113,11 @@ class LatentAttentionSpec:
             yield TensorSpec(Key("o_bias", layer), (hidden,))
 
     def cache(self, place: Place, block: int) -> tuple[LayerCache, ...]:
-        """The part of a sequence that a layer keeps on the rank at `place`: no values, as the keys contain them."""
+        """Return the part of a sequence that a layer keeps on the rank at `place`: no values, which keys contain."""
         return (TokenCache(1, self.head_dim, 0),)
 
     def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
-        """Bytes that a row takes at most: all that is between hidden states and attention's output.
+        """Return bytes that a row takes at most: all that is between hidden states and attention's output.
 
         `copied` as in `AttentionSpec.row_nbytes`.
         """
@@ -128,13 +128,13 @@ class LatentAttentionSpec:
         return widest + int(copied * multiplied)
 
     def compute(self, given: MixerInput) -> tuple[Floats, Floats | None]:
-        """The output of all shards for x [m, hidden], and the output's bias."""
+        """Return the output of all shards for x [m, hidden], and the output's bias."""
         return attend(self, given)
 
     def kernel(
         self, page: Page, norm: kernels.Norm | None, place: Place, block: int
     ) -> kernels.LatentAttention:
-        """The kernels' attention of a loaded page, whose memory it refers to; `norm` is that of its input."""
+        """Return the kernels' attention of a loaded page, whose memory it refers to; `norm` is that of its input."""
         low = self.q_norm is not None
         attention = adapted.AdaptedLatentAttention if page.adapted else kernels.LatentAttention
         return attention(

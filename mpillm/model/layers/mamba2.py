@@ -78,18 +78,18 @@ class Mamba2Spec:
         return self.out_norm is not None and self.n_groups == 1
 
     def heads(self, block: int) -> Axis:
-        """The axis of what is cut together: a head's dimensions, or a group's."""
+        """Return the axis of dimensions that are cut together: a head's, or a group's."""
         per_group = self.n_heads // self.n_groups
         if self.out_norm:
             return axis(self.n_groups, per_group * self.dv, block)
         return axis(self.n_heads, self.dv, block)
 
     def axes(self, block: int) -> tuple[Axis, ...]:
-        """The axes that limit the number of shards; `block` as in `grid.axis`."""
+        """Return the axes that limit the number of shards; `block` as in `grid.axis`."""
         return () if self.whole else (self.heads(block),)
 
     def tensors(self, layer: int, hidden: int, block: int) -> Iterator[TensorSpec]:
-        """The tensors of the mixer in a layer, in the order of a page."""
+        """Yield the tensors of the mixer in a layer, in the order of a page."""
         wide, groups = self.n_heads * self.dv, self.n_groups * self.dk
         values, each, shared = self._axes(block)
         for role, width, rows in (
@@ -118,23 +118,23 @@ class Mamba2Spec:
             yield TensorSpec(Key("mamba_out_bias", layer), (hidden,))
 
     def cache(self, place: Place, block: int) -> tuple[LayerCache, ...]:
-        """The part of a sequence that a layer keeps on the rank at `place`: rows of convolutions, states of heads."""
+        """Return the part of a sequence that a layer keeps on the rank at `place`: convolution rows, heads' states."""
         heads, groups = (len(own) for own in self._own(place, block))
         channels = heads * self.dv + 2 * groups * self.dk
         return (kept_state(self.taps, channels, heads, self.dk, self.dv),)
 
     def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
-        """Bytes that a row takes at most: before and after the convolutions, gates, output, and what is multiplied."""
+        """Return bytes that a row takes at most: around the convolutions, gates, output, and products' inputs."""
         heads, groups = (len(own) for own in self._own(place, block))
         widest = 4 * (4 * groups * self.dk + 4 * heads * self.dv + 2 * heads)
         return widest + int(copied * (hidden + heads * self.dv))
 
     def compute(self, given: MixerInput) -> tuple[Floats, Floats | None]:
-        """The output of all shards for x [m, hidden], and the output's bias."""
+        """Return the output of all shards for x [m, hidden], and the output's bias."""
         return recur(self, given, not self.whole, "mamba_out_bias" if self.out_bias else "")
 
     def kernel(self, page: Page, norm: kernels.Norm | None, place: Place, block: int) -> kernels.Mamba2:
-        """The kernels' operation of a loaded page, whose memory it refers to; `norm` is that of its input."""
+        """Return the kernels' operation of a loaded page, whose memory it refers to; `norm` is that of its input."""
         (heads, groups), scales = self._own(place, block), self.scales
         gate, x, b, c, dt, out = (
             page.matrix(f"mamba_{name}") for name in ("gate", "x", "b", "c", "dt", "out")
@@ -171,7 +171,7 @@ class Mamba2Spec:
         )
 
     def _input_biases(self, page: Page) -> tuple[dict[str, Any], Floats]:
-        """The kernel's biases of gate, x, b and c, where there are any, and what is added to steps."""
+        """Return the kernel's biases of gate, x, b and c, where there are any, and what is added to steps."""
         added: Floats = page.vector("mamba_dt_bias")
         if not self.in_bias:
             return {}, added
@@ -180,14 +180,14 @@ class Mamba2Spec:
         return {"input_biases": biases}, added + of_steps * np.float32(self.scales.dt)
 
     def _norms(self, page: Page, groups: int) -> list[kernels.Norm]:
-        """The norms of a rank's groups."""
+        """Return the norms of a rank's groups."""
         if self.out_norm is None:
             return []
         weights = np.split(page.vector("mamba_norm"), groups)
         return [kernels.Norm(len(weight), self.out_norm.eps, weight) for weight in weights]
 
     def _axes(self, block: int) -> tuple[Axis | None, Axis | None, Axis | None]:
-        """The axes of values, of heads, and of b and c; none where every shard has all."""
+        """Return the axes of values, of heads, and of b and c; none where every shard has all."""
         if self.whole:
             return None, None, None
         values, per_group = self.heads(block), self.n_heads // self.n_groups
@@ -196,7 +196,7 @@ class Mamba2Spec:
         return values, Axis(values.bounds), Axis(values.bounds, self.dk, per_group)
 
     def _own(self, place: Place, block: int) -> tuple[range, range]:
-        """The heads of the rank at `place`, and their groups."""
+        """Return the heads of the rank at `place`, and their groups."""
         _, each, shared = self._axes(block)
         if each is None or shared is None:
             return range(self.n_heads), range(self.n_groups)

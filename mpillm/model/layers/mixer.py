@@ -43,19 +43,19 @@ class Mixer(Protocol):
         """The RoPE of its heads, if they have one."""
 
     def axes(self, block: int) -> tuple[Axis, ...]:
-        """The axes that limit the number of shards."""
+        """Return the axes that limit the number of shards."""
 
     def tensors(self, layer: int, hidden: int, block: int) -> Iterator[TensorSpec]:
-        """The tensors of the mixer in a layer, in the order of a page."""
+        """Return the tensors of the mixer in a layer, in the order of a page."""
 
     def cache(self, place: Place, block: int) -> tuple[LayerCache, ...]:
-        """The part of a sequence that a layer keeps on the rank at `place`."""
+        """Return the part of a sequence that a layer keeps on the rank at `place`."""
 
     def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
-        """Bytes that a row takes at most; `copied`: bytes of a value in the forms in which matrices take it."""
+        """Return bytes that a row takes at most; `copied`: bytes of a value in the forms in which matrices take it."""
 
     def compute(self, given: MixerInput) -> tuple[Floats, Floats | None]:
-        """The sum of what all shards make of x [m, hidden], and the bias that is still to be added.
+        """Return the sum of what all shards make of x [m, hidden], and the bias that is still to be added.
 
         The results of a sequence's rows do not depend on how they are cut into steps, nor on other sequences.
         """

@@ -59,11 +59,11 @@ class MlpSpec:
         return not self.bias
 
     def columns(self, block: int) -> Axis:
-        """The axis of its inner columns; `block` as in `grid.axis`."""
+        """Return the axis of its inner columns; `block` as in `grid.axis`."""
         return axis(self.width, block=block)
 
     def axes(self, block: int) -> tuple[Axis, ...]:
-        """The axes that limit the number of shards."""
+        """Return the axes that limit the number of shards."""
         return (self.columns(block),)
 
     def first_page(self, layer: int, hidden: int) -> Iterator[TensorSpec]:
@@ -71,7 +71,7 @@ class MlpSpec:
         yield from ()
 
     def tensors(self, page: str, layer: int, hidden: int, block: int) -> Iterator[TensorSpec]:
-        """The tensors of one of its pages."""
+        """Yield the tensors of one of its pages."""
         role, columns = self.prefix + page, self.columns(block)
         if page == DOWN:
             yield TensorSpec(Key(role, layer), (hidden, self.width), cols=columns)
@@ -82,16 +82,16 @@ class MlpSpec:
             yield TensorSpec(Key(f"{role}_bias", layer), (width,), rows)
 
     def experts(self, layer: int, hidden: int, block: int) -> Sequence[PageSpec]:
-        """The pages of experts: there are none."""
+        """Return the pages of experts: there are none."""
         return ()
 
     def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
-        """Bytes that a row takes at most: gate and up, and what is multiplied (see `AttentionSpec.row_nbytes`)."""
+        """Return bytes that a row takes at most: gate, up, and products' inputs (see `AttentionSpec.row_nbytes`)."""
         width = len(self.columns(block).entries(place))
         return 4 * 2 * width + int(copied * (hidden + width))
 
     def mixed_row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
-        """Bytes that a row of an expert takes at most: there are none."""
+        """Return bytes that a row of an expert takes at most: there are none."""
         return 0
 
     def prepare(self, rank: Rank, layer: int, first: Page, norm: NormSpec | None, x: Floats) -> Any:
@@ -101,7 +101,7 @@ class MlpSpec:
         return rank.normalise(x, norm.kernel(first, "ffn_norm") if norm else None)
 
     def compute(self, rank: Rank, layer: int, prepared: Any, x: Floats) -> tuple[Floats, Floats | None]:
-        """The output of all shards for x [m, hidden], and the bias that is still to be added to it."""
+        """Return the output of all shards for x [m, hidden], and the bias that is still to be added to it."""
         if self._whole(rank, layer):
             part = np.empty_like(x)
             rank.compute(prepared, x, part)
@@ -113,11 +113,11 @@ class MlpSpec:
         return part, bias
 
     def _whole(self, rank: Rank, layer: int) -> bool:
-        """Whether it is computed as one operation, not page by page."""
+        """Return whether it is computed as one operation, not page by page."""
         return rank.all_resident and not rank.adapts(layer, self.adaptable)
 
     def kernel(self, rank: Rank, layer: int, first: Page, norm: NormSpec | None) -> kernels.Mlp:
-        """The whole MLP as one operation of the kernels, which refers to the memory of its pages."""
+        """Return the whole MLP as one operation of the kernels, which refers to the memory of its pages."""
 
         def make() -> kernels.Mlp:
             with ExitStack() as stack:
@@ -146,7 +146,7 @@ class MlpSpec:
         )
 
     def output_bias(self, rank: Rank, layer: int) -> Floats | None:
-        """The bias [hidden] of its output, which is added once all shards have been summed."""
+        """Return the bias [hidden] of its output, which is added once all shards have been summed."""
         if not self.bias:
             return None
         with rank.page(layer, DOWN) as page:
@@ -156,7 +156,7 @@ class MlpSpec:
     def in_steps(
         self, rank: Rank, page_of: Callable[[str], AbstractContextManager[Page]], h: Floats
     ) -> Floats:
-        """The output of this shard for normed rows h, both f32 [m, hidden]. A matrix is in use only for its product."""
+        """Return the output of this shard for normed rows h, both f32 [m, hidden]. Each matrix is used once."""
         inputs = []
         for name in self.pages[:-1]:
             with page_of(name) as page:

@@ -27,14 +27,14 @@ class NormSpec:
     weights: bool = True
 
     def tensors(self, role: str, layer: int, width: int) -> Iterator[TensorSpec]:
-        """The weights of the norm, and its bias if it has one, whose role is `role` + "_bias"."""
+        """Yield the weights of the norm, and its bias if it has one, whose role is `role` + "_bias"."""
         if self.weights:
             yield TensorSpec(Key(role, layer), (width,))
         if self.bias:
             yield TensorSpec(Key(f"{role}_bias", layer), (width,))
 
     def kernel(self, page: Page, role: str, copy: bool = False, width: int = 0) -> kernels.Norm:
-        """The norm of a loaded page, whose memory it refers to unless that is to be copied.
+        """Return the norm of a loaded page, whose memory it refers to unless that is to be copied.
 
         `width` is that of a norm without weights.
         """

@@ -39,11 +39,11 @@ class Rank:
         self._kept: dict[tuple[object, ...], Any] = {}
 
     def page(self, layer: int, name: str) -> Use[Page]:
-        """A page, loaded and kept in memory while in the `with` block."""
+        """Return a page, loaded and kept in memory while in the `with` block."""
         return self.weights.cycle.use(self._pages[layer, name])
 
     def adapted(self, page: Page) -> Page:
-        """The page with what adapters add in this step; the page itself if they add nothing."""
+        """Return the page with what adapters add in this step; the page itself if they add nothing."""
         if not self.low_ranks:
             return page
         keys = ((role, Key(role, page.plan.layer)) for role in page.plan.index)
@@ -51,11 +51,11 @@ class Rank:
         return AdaptedPage(page, low) if low else page
 
     def adapts(self, layer: int, roles: Sequence[str]) -> bool:
-        """Whether adapters add to one of a layer's matrices in this step."""
+        """Return whether adapters add to one of a layer's matrices in this step."""
         return bool(self.low_ranks) and any(Key(role, layer) in self.low_ranks for role in roles)
 
     def experts(self, layer: int, experts: NDArray[np.integer[Any]]) -> Any:
-        """The loaded pages of the experts [n] of a layer, by ascending numbers, as many at a time as are in memory."""
+        """Return the loaded pages of a layer's experts [n], by ascending numbers, as many at a time as fit."""
         assert self.weights.experts is not None
         return self.weights.experts.ready_groups((self._first_expert[layer] + experts).tolist())
 
@@ -71,7 +71,7 @@ class Rank:
         self.weights.experts.expect((self._first_expert[layer] + experts).tolist())
 
     def kept(self, make: Callable[[], T], *key: object) -> T:
-        """The result of `make` for loaded pages: made once if all pages stay in memory, else for each step."""
+        """Return the result of `make` for loaded pages: made once if all pages stay in memory, else for each step."""
         if not self.all_resident:
             return make()
         found: T | None = self._kept.get(key)
@@ -100,7 +100,7 @@ class Rank:
         kernels.compute(work, *args, 1 if small else self.threads)
 
     def normalise(self, x: Floats, norm: kernels.Norm | None) -> Floats:
-        """The norm of rows f32 [m, hidden], as a new array; without a norm the rows themselves."""
+        """Return the norm of rows f32 [m, hidden], as a new array; without a norm the rows themselves."""
         if norm is None:
             return x
         out = np.empty(x.shape, np.float32)
@@ -111,7 +111,7 @@ class Rank:
         return out
 
     def times(self, x: Floats, page: Page, role: str) -> Floats:
-        """x @ matrix.T: f32 [m, n]."""
+        """Return x @ matrix.T: f32 [m, n]."""
         matrix = page.matrix(role)
         out = np.empty((len(x), matrix.n), np.float32)
         products = adapted.AdaptedProducts if page.adapted else kernels.Products

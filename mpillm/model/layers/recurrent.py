@@ -21,7 +21,7 @@ class _Recurrent(Protocol):
     """A mixer whose kernel takes each sequence's rows through its state in their order."""
 
     def kernel(self, page: Page, norm: kernels.Norm | None, place: Place, block: int) -> Any:
-        """The kernels' operation of a loaded page, whose memory it refers to; `norm` is that of its input."""
+        """Return the kernels' operation of a loaded page, whose memory it refers to; `norm` is that of its input."""
 
 
 def recur(
@@ -44,7 +44,7 @@ def recur(
 
 
 def kept_state(taps: int, channels: int, heads: int = 0, dk: int = 0, dv: int = 0) -> SequenceState:
-    """What is kept of a sequence, in float32: the last rows of convolutions over `channels`, and `heads` states
+    """Return what is kept of a sequence, in float32: the last rows of convolutions over `channels`, and `heads` states
     [dk, dv]."""
     return SequenceState(4 * ((taps - 1) * channels + kernels.delta_floats(heads, dk, dv)))
 
@@ -52,12 +52,12 @@ def kept_state(taps: int, channels: int, heads: int = 0, dk: int = 0, dv: int = 
 def convolutions(
     layer: int, taps: int, parts: Sequence[tuple[str, int, Axis | None]]
 ) -> Iterator[TensorSpec]:
-    """The tensors of short convolutions: a role, the channels, and the axis that shards share, of each."""
+    """Yield the tensors of short convolutions: a role, the channels, and the axis that shards share, of each."""
     for role, channels, rows in parts:
         entries = rows and Axis(rows.bounds, rows.width * taps, rows.share)
         yield TensorSpec(Key(role, layer), (channels * taps,), entries)
 
 
 def taps_first(page: Page, role: str, taps: int) -> Floats:
-    """A convolution [taps, channels] of a loaded page."""
+    """Return a convolution [taps, channels] of a loaded page."""
     return np.ascontiguousarray(page.vector(role).reshape(-1, taps).T)

@@ -34,15 +34,15 @@ class ShortConvSpec:
     turn = None
 
     def channels(self, block: int) -> Axis:
-        """The axis of channels; `block` as in `grid.axis`."""
+        """Return the axis of channels; `block` as in `grid.axis`."""
         return axis(self.width, block=block)
 
     def axes(self, block: int) -> tuple[Axis, ...]:
-        """The axes that limit the number of shards."""
+        """Return the axes that limit the number of shards."""
         return (self.channels(block),)
 
     def tensors(self, layer: int, hidden: int, block: int) -> Iterator[TensorSpec]:
-        """The tensors of the mixer in a layer, in the order of a page."""
+        """Yield the tensors of the mixer in a layer, in the order of a page."""
         channels = self.channels(block)
         for role in ("conv_b", "conv_c", "conv_v"):
             yield TensorSpec(Key(role, layer), (self.width, hidden), channels)
@@ -54,22 +54,22 @@ class ShortConvSpec:
             yield TensorSpec(Key("conv_out_bias", layer), (hidden,))
 
     def cache(self, place: Place, block: int) -> tuple[LayerCache, ...]:
-        """The part of a sequence that a layer keeps on the rank at `place`: the convolution's last inputs."""
+        """Return the part of a sequence that a layer keeps on the rank at `place`: the convolution's last inputs."""
         return (kept_state(self.taps, len(self.channels(block).entries(place))),)
 
     def row_nbytes(self, place: Place, block: int, hidden: int, copied: float) -> int:
-        """Bytes that a row takes at most: three products, what the convolution makes, and what is multiplied."""
+        """Return bytes that a row takes at most: three products, what the convolution makes, and what is multiplied."""
         width = len(self.channels(block).entries(place))
         return 4 * 4 * width + int(copied * (hidden + width))
 
     def compute(self, given: MixerInput) -> tuple[Floats, Floats | None]:
-        """The output of all shards for x [m, hidden], and the output's bias."""
+        """Return the output of all shards for x [m, hidden], and the output's bias."""
         return recur(self, given, out_bias="conv_out_bias" if self.bias else "")
 
     def kernel(
         self, page: Page, norm: kernels.Norm | None, place: Place, block: int
     ) -> kernels.GatedConvolution:
-        """The kernels' operation of a loaded page, whose memory it refers to; `norm` is that of its input."""
+        """Return the kernels' operation of a loaded page, whose memory it refers to; `norm` is that of its input."""
         b, c, v, out = (page.matrix(f"conv_{name}") for name in ("b", "c", "v", "out"))
         taps = taps_first(page, "conv_taps", self.taps)
         if not self.bias:

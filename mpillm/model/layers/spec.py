@@ -46,7 +46,7 @@ class LayerSpec:
         return tuple(part for part in (self.mixer, self.mlp) if part)
 
     def stackable(self, place: Place) -> bool:
-        """Whether it may be part of a `kernels.LayerStack`: shards exchange nothing inside its parts."""
+        """Return whether it may be part of a `kernels.LayerStack`: shards exchange nothing inside its parts."""
         whole = len(self.parts) == 2 and all(part.fused for part in self.parts)
         if isinstance(self.mixer, AttentionSpec) and self.mixer.norms_shards(place):
             return False
@@ -54,23 +54,23 @@ class LayerSpec:
         return whole and not (self.parallel or self.scaled or self.entry or sums)
 
     def axes(self, block: int) -> Iterator[Axis]:
-        """The axes that limit the number of shards."""
+        """Yield the axes that limit the number of shards."""
         for part in self.parts:
             yield from part.axes(block)
 
     def pages(self, layer: int, hidden: int, block: int) -> Iterator[PageSpec]:
-        """The pages that every step uses. The first one has the mixer, all norms, and what chooses experts."""
+        """Yield the pages that every step uses. The first one has the mixer, all norms, and what chooses experts."""
         yield PageSpec(ATTENTION, tuple(self._first_page(layer, hidden, block)), layer)
         if self.mlp:
             for name in self.mlp.pages:
                 yield PageSpec(name, tuple(self.mlp.tensors(name, layer, hidden, block)), layer)
 
     def experts(self, layer: int, hidden: int, block: int) -> Sequence[PageSpec]:
-        """The pages of experts."""
+        """Return the pages of experts."""
         return self.mlp.experts(layer, hidden, block) if self.mlp else ()
 
     def cache(self, place: Place, block: int) -> tuple[LayerCache, ...]:
-        """The part of a sequence that the layer keeps on the rank at `place`."""
+        """Return the part of a sequence that the layer keeps on the rank at `place`."""
         return self.mixer.cache(place, block) if self.mixer else ()
 
     def _first_page(self, layer: int, hidden: int, block: int) -> Iterator[TensorSpec]:

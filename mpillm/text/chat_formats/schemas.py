@@ -113,7 +113,7 @@ def text(schema: Mapping[str, Any], end: str, strict: bool, lark: Lark) -> str:
 
 
 def check_keywords(schema: Mapping[str, Any], known: frozenset[str]) -> None:
-    """RequestError if a schema has a keyword beyond the known ones."""
+    """Raise RequestError if a schema has a keyword beyond the known ones."""
     if unknown := sorted(schema.keys() - known):
         raise RequestError(
             f"{unknown[0]!r} in the schema of a strict tool cannot be enforced in how this model writes calls"

@@ -24,7 +24,7 @@ class Arrays:
         self.pipes, self.buffers = (list(map(_empty, sizes)) for sizes in (graph.pipes, graph.buffers))
 
     def at(self, pointer: Pointer) -> tuple[Array, bool]:
-        """The array of a pointer, and whether it consists of Q8_0 blocks."""
+        """Return the array of a pointer, and whether it consists of Q8_0 blocks."""
         arrays, sizes = self.pipes, self.graph.pipes
         if pointer.source == BUFFER:
             arrays, sizes = self.buffers, self.graph.buffers
@@ -35,11 +35,11 @@ class Arrays:
         return array.reshape(-1) if pointer.kind == RAW else array, size.type is BlockType.Q8_0
 
     def floats(self, index: int) -> Floats:
-        """The buffer number `index`, f32 [z, y, x]."""
+        """Return the buffer number `index`, f32 [z, y, x]."""
         return self.buffers[index]
 
     def positions(self, pipe: int, rows: int) -> NDArray[np.int64]:
-        """The positions [rows] of a step's rows."""
+        """Return the positions [rows] of a step's rows."""
         return self.pipes[pipe].reshape(-1)[:rows].astype(np.int64)
 
 
@@ -60,7 +60,7 @@ class OperationContext:
         )
 
     def config(self, layout: str) -> tuple[Any, ...]:
-        """The operation's own settings; `layout` is in struct's notation."""
+        """Return the operation's own settings; `layout` is in struct's notation."""
         return struct.unpack_from(f"<{layout}", self.operation.config)
 
     @property
@@ -71,7 +71,7 @@ class OperationContext:
 
 
 def from_q8_0(x: Array) -> Floats:
-    """The values of rows of Q8_0 blocks [.., row bytes]."""
+    """Return the values of rows of Q8_0 blocks [.., row bytes]."""
     flat = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
     out = np.empty((len(flat), x.shape[-1] // BlockType.Q8_0.block_bytes * 32), np.float32)
     kernels.dequantize(BlockType.Q8_0, flat, out.shape[1], out)
@@ -79,7 +79,7 @@ def from_q8_0(x: Array) -> Floats:
 
 
 def to_q8_0(x: Floats) -> Array:
-    """Rows of values [.., n] as Q8_0 blocks uint8 [.., row bytes]."""
+    """Return rows of values [.., n] as Q8_0 blocks uint8 [.., row bytes]."""
     flat = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
     out = np.empty((len(flat), BlockType.Q8_0.row_bytes(x.shape[-1])), np.uint8)
     kernels.quantize(BlockType.Q8_0, flat, out)

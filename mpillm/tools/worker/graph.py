@@ -80,7 +80,7 @@ class Graph:
 
 
 def read_graph(root: Link) -> Graph:
-    """The graph that a root sends, with its weights; StrangeRootError if it is not as this version has it."""
+    """Return the graph that a root sends, with its weights; StrangeRootError if it is not as this version has it."""
     root.await_acknowledgement()
     rows, nodes, count = root.numbers("III")
     pipes = tuple(_named_size(root) for _ in _counted(root, count))

@@ -67,11 +67,11 @@ class Link:
         return struct.unpack(f"<{layout}", self.read(struct.calcsize(f"<{layout}")))
 
     def number(self) -> int:
-        """A number of 32 bits."""
+        """Return a number of 32 bits."""
         return int(self.numbers("I")[0])
 
     def string(self) -> str:
-        """A string with its length, which counts the zero at its end."""
+        """Return a string with its length, which counts the zero at its end."""
         length = self.number()
         if not 0 < length <= MOST_STRING:
             raise StrangeRootError(f"{self.who} sent a name of {length} bytes: it is of another version.")
@@ -94,7 +94,7 @@ class Link:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """The socket that roots connect to; JobError if it cannot be had."""
+    """Return the socket that roots connect to; JobError if it cannot be had."""
     if port > MOST_PORT:
         raise JobError(f"--port {port} cannot be listened on: ports go up to {MOST_PORT}.")
     try:

@@ -22,7 +22,7 @@ HALVES = 1  # NnRopeType: what RoPE turns together; 0 and 2 turn pairs
 
 
 def prepare(operation: Operation, arrays: Arrays, threads: int) -> Step:
-    """The operation as a function of a step's rows; StrangeRootError if it is none that is known."""
+    """Return the operation as a function of a step's rows; StrangeRootError if it is none that is known."""
     make = _MAKERS.get(operation.code)
     if make is None:
         raise StrangeRootError(

@@ -37,7 +37,7 @@ def quantised_to(quantize: str) -> BlockType | None:
 
 
 def check_unquantised(quantize: str, path: Path, extents: Mapping[Key, Extent]) -> None:
-    """JobError for a model at `path` that is quantised already, unless it stays as it is."""
+    """Raise JobError for a model at `path` that is quantised already, unless it stays as it is."""
     for key, extent in extents.items() if quantised_to(quantize) else ():
         if ROLES[key.role].quantisable and extent.stored.quantised:
             raise JobError(

@@ -134,20 +134,20 @@ def window_types(fields: GgufFields, n_layers: int, every: int) -> list[str]:
 
 
 def refuse_experts(fields: GgufFields) -> None:
-    """ModelError if the file has experts."""
+    """Raise ModelError if the file has experts."""
     if fields.integer("expert_count", 0):
         raise ModelError(f"{fields.path}: experts are not supported in {fields.kind} files.")
     fields.integer("expert_used_count", 0)
 
 
 def refuse_gating(fields: GgufFields) -> None:
-    """ModelError if a file's router is another one than a sigmoid, which an absent field means as well."""
+    """Raise ModelError if a file's router is another one than a sigmoid, which an absent field means as well."""
     if (fields.integer("expert_gating_func", 2) or 2) != 2:
         raise ModelError(f"{fields.path}: {fields.kind}.expert_gating_func must be 2, a sigmoid.")
 
 
 def refuse_window(fields: GgufFields) -> None:
-    """ModelError if the file has a sliding window."""
+    """Raise ModelError if the file has a sliding window."""
     if fields.integer("attention.sliding_window", 0):
         raise ModelError(f"{fields.path}: attention.sliding_window is not supported in {fields.kind} files.")
 

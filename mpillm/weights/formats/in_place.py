@@ -117,7 +117,7 @@ class InPlaceLoader(MappingLoader):
                 yield plan, Page(plan, own, self._places.pop(plan.name) | self._filled(entries, own, pool))
 
     def release(self, plan: PagePlan) -> None:
-        """The maps go when the files are closed: the next run finds the pages where they are."""
+        """Keep the maps until the files are closed; the next run finds the pages where they are."""
 
     def _unmap(self, entries: Iterable[PageTensor]) -> None:
         """Give back the mapped pages of blocks that are packed now."""

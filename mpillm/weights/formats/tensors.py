@@ -68,7 +68,7 @@ class TensorSource:
             file.release(0, file.size)  # the header has been read
 
     def check_unquantised(self, quantize: str) -> None:
-        """JobError if a job's `quantize` would quantise what is quantised already."""
+        """Raise JobError if a job's `quantize` would quantise what is quantised already."""
         check_unquantised(quantize, self.path, self._extents)
 
     @cached_property  # who plans asks for every place

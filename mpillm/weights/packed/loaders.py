@@ -82,7 +82,7 @@ class ReadLoader(ParallelLoader):
         return Page(plan, buffer)
 
     def release(self, plan: PagePlan) -> None:
-        """The memory goes with the last view of it."""
+        """Release a page; its memory is freed with the last view of it."""
 
     def close(self) -> None:
         super().close()

@@ -58,7 +58,7 @@ class WeightCache(Pager[T]):
         budget: int | None = None,
         policy: Policy = "cycle",
     ) -> None:
-        """JobError if the budget is too small for a page in use and the next one."""
+        """Raises JobError if the budget is too small for a page in use and the next one."""
         if policy not in ("cycle", "lru"):
             raise JobError(f'The weight cache has no policy "{policy}"; it has cycle and lru.')
         super().__init__(pages, loader)
@@ -150,7 +150,7 @@ class WeightCache(Pager[T]):
             return slot.page
 
     def _acquire_resident(self, page: int) -> T:
-        """All pages are in memory for good: no thread touches the slots, so no lock is needed."""
+        """Use a page when all pages are in memory for good: no thread touches the slots, so no lock is needed."""
         self.counters.hits += 1
         slot = self._slots[page]
         assert slot.page is not None
@@ -179,7 +179,7 @@ class WeightCache(Pager[T]):
         return self.budget - self._fixed_bytes - sum(self._charged[other] for other in used)
 
     def _wake_threads(self) -> None:
-        """A use has begun or ended: a thread may now load what it could not. If all pages fit, none waits for that."""
+        """Wake the threads after a use has begun or ended: they may load more now. If all pages fit, none waits."""
         if self.budget < self.total:
             self._changed.notify_all()
 

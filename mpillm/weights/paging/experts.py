@@ -141,7 +141,7 @@ class ExpertCache(Pager[T]):
         self._evictable[pages] = 0.0
 
     def _use_resident(self, pages: Sequence[int]) -> list[T]:
-        """All pages are in memory for good: no thread touches the slots, so no lock is needed."""
+        """Use pages when all pages are in memory for good: no thread touches the slots, so no lock is needed."""
         found = []
         for page in pages:
             slot = self._slots[page]

@@ -42,7 +42,7 @@ class _Watched:
             raise changed(file.path)
 
     def check(self) -> None:
-        """ModelError if the file's size or its time of change is not what it was."""
+        """Raise ModelError if the file's size or its time of change is not what it was."""
         now = os.fstat(self.descriptor)
         if (now.st_size, now.st_mtime_ns) != (self._first.st_size, self._first.st_mtime_ns):
             raise changed(self.path)

@@ -45,10 +45,10 @@ class Loader(Protocol[Loaded_co]):
         """
 
     def release(self, plan: PagePlan) -> None:
-        """The page was dropped: nobody reads its bytes any more."""
+        """Release a page that was dropped: nobody reads its bytes any more."""
 
     def close(self) -> None:
-        """The cache is closed."""
+        """Release everything: the cache is closed."""
 
 
 class BufferLoader(Generic[T]):
@@ -69,7 +69,7 @@ class BufferLoader(Generic[T]):
         return ()
 
     def release(self, plan: PagePlan) -> None:
-        """The buffer is freed with the last view of it."""
+        """Release a page; its buffer is freed with the last view of it."""
 
     def close(self) -> None:
         """There is nothing to release."""
@@ -163,7 +163,7 @@ class Pager(Generic[T]):
         raise NotImplementedError
 
     def _on_loaded(self, page: int) -> None:
-        """A page has been loaded."""
+        """Note that a page has been loaded."""
 
     def _count(self, slot: Slot[T] | None) -> bool:
         """Count a use; return whether it is a hit."""

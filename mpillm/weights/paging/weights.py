@@ -102,7 +102,7 @@ class Weights:
 
 
 def check_budget(plans: Sequence[PagePlan], budget: int) -> None:
-    """JobError if a budget is too small for these pages."""
+    """Raise JobError if a budget is too small for these pages."""
     minimum = minimum_budget(plans)
     if budget < minimum:
         experts_too = " and two experts" if split(plans)[1] else ""

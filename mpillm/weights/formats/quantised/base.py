@@ -38,7 +38,7 @@ class Method:
             del tensors[name]
 
     def check(self, raw: Raw, dtypes: tuple[str, ...], *shapes: tuple[int, ...]) -> None:
-        """ModelError if a tensor is of another type, or of none of these shapes."""
+        """Raise ModelError if a tensor is of another type, or of none of these shapes."""
         if raw.dtype not in dtypes or raw.shape not in shapes:
             raise ModelError(
                 f"{raw.file.path}: tensor {raw.name} is {raw.dtype} {list(raw.shape)}, but must be "

@@ -107,7 +107,7 @@ class QuarkMethod(Method):
             yield from (spec for spec in specs if isinstance(spec, Mapping))
 
     def _refuse_rotations(self) -> None:
-        """ModelError if activations are rotated while the model runs."""
+        """Raise ModelError if activations are rotated while the model runs."""
         algorithms = self.config.get("algo_config")
         for algorithm in algorithms if isinstance(algorithms, list) else [algorithms]:
             if isinstance(algorithm, Mapping) and any(
