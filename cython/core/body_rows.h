@@ -5,11 +5,10 @@ typedef void (*tile_function)(const uint8_t *w, const uint8_t *x, long count, vf
 
 /* With few rows, memory bandwidth is the limit: tiles are read as one stream, which is prefetched this many bytes ahead into
  * the first-level cache.  Prefetching into the second level took a seventh longer, and several streams up to half as long
- * again.  (x86 only: Arm's hardware prefetchers follow the stream.) */
+ * again.  (Not for Zen 4 and Arm, whose own prefetchers follow the stream.) */
 enum { AHEAD = 6144 };
 
 MK_INLINE void fetch_ahead(const uint8_t *w, long bytes) {
-    if (!VEC_FETCHES) return;
     for (long line = 0; line < bytes; line += 64) __builtin_prefetch(w + AHEAD + line);
 }
 

@@ -32,6 +32,13 @@ static int may_have_tiles(void) {
 #endif
 }
 
+static int is_amd(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid(0, &a, &b, &c, &d) && c == 0x444d4163; /* AuthenticAMD */
+}
+
+int mk_is_zen4;
+
 /* Returns the features of this machine that paths need. */
 static unsigned look(void) {
     unsigned a, b, c, d, c1, b7 = 0, c7 = 0, d7 = 0, a71 = 0, found = MK_HAS_SCALAR;
@@ -39,7 +46,9 @@ static unsigned look(void) {
     unsigned xcr0 = saved_registers();
     if ((xcr0 & XMM_YMM) != XMM_YMM || !bit(c1, 28)) return found;
     found |= MK_HAS_AVX;
+    const unsigned family = (a >> 8 & 0xf) + (a >> 20 & 0xff);
     if (__get_cpuid_count(7, 0, &a, &b7, &c7, &d7) && a >= 1) __get_cpuid_count(7, 1, &a71, &b, &c, &d);
+    mk_is_zen4 = is_amd() && family == 25 && bit(b7, 16); /* the Zen 3 of this family have no AVX-512 */
     if (!(bit(b7, 5) && bit(c1, 12) && bit(c1, 29))) return found; /* AVX2, FMA, F16C */
     found |= MK_HAS_AVX2;
     if (bit(a71, 4)) found |= MK_HAS_AVX_VNNI;
@@ -61,8 +70,7 @@ static unsigned detect(void) {
 
 int mk_f16_is_free(void) {
     static int known, is_free;
-    unsigned a, b, c, d;
-    if (!known) is_free = __get_cpuid(0, &a, &b, &c, &d) && c == 0x444d4163 /* AuthenticAMD */, known = 1;
+    if (!known) is_free = is_amd(), known = 1;
     return is_free;
 }
 #elif defined(MK_ARM)

@@ -248,12 +248,16 @@ enum {
     X(scalar, MK_HAS_SCALAR) X(avx, MK_HAS_AVX) X(avx2, MK_HAS_AVX2) X(avx2vnni, MK_HAS_AVX_VNNI)            \
     X(avx512, MK_HAS_AVX512) X(avx512bf16, MK_HAS_SLOW_BF16) X(avx512vnni, MK_HAS_AVX512_VNNI)               \
     X(avx512bf16, MK_HAS_FAST_BF16) MK_AMX_PATH(X)
+/* Whether this is a Zen 4, which decodes 1.05 to 1.2 times as fast if kernels do not prefetch (one thread, whole model). */
+extern int mk_is_zen4;
 int mk_pairs_are_chains(void); /* whether this processor's VDPBF16PS equals the two fma of body_float.h */
 #elif defined(MK_ARM)
+#define mk_is_zen4 0
 enum { MK_HAS_SCALAR = 1, MK_HAS_NEON = 2, MK_HAS_DOTPROD = 4, MK_HAS_I8MM = 8 };
 #define MK_PATHS(X) \
     X(scalar, MK_HAS_SCALAR) X(neon, MK_HAS_NEON) X(neondot, MK_HAS_DOTPROD) X(neoni8mm, MK_HAS_I8MM)
 #else
+#define mk_is_zen4 0
 enum { MK_HAS_SCALAR = 1 };
 #define MK_PATHS(X) X(scalar, MK_HAS_SCALAR)
 #endif
