@@ -39,12 +39,18 @@ class Tokens(msgspec.Struct, kw_only=True):
     prompt: int  # all tokens of the prompts
     generated: int
     shared: int = 0  # prompt tokens that were not computed, because another request began alike
-    recomputed: int = 0  # computed a second time, because the KV cache was full
+    # Computed again, because the KV cache was full or an earlier start had begun the answer.
+    recomputed: int = 0
 
     @property
     def computed(self) -> int:
         """Tokens that went through the model, each once."""
         return self.prompt - self.shared + self.generated
+
+    @property
+    def passed(self) -> int:
+        """Tokens that went through the model, as often as they did."""
+        return self.computed + self.recomputed
 
 
 class Start(msgspec.Struct, kw_only=True):
@@ -153,7 +159,7 @@ class Report(msgspec.Struct, kw_only=True):
 
     def weights_per_token(self) -> float:
         """Return bytes of weights that all ranks have loaded, divided by all tokens that went through the model."""
-        tokens = self.tokens.computed
+        tokens = self.tokens.passed
         loaded = sum(of.get("loaded", 0) for rank in self.ranks for of in (rank.weights, rank.experts))
         return loaded / tokens if tokens else 0.0
 
@@ -198,7 +204,7 @@ class Report(msgspec.Struct, kw_only=True):
 
     def wire_bytes_per_token(self) -> dict[str, float]:
         """Return the bytes on the wire, divided by all tokens that went through the model."""
-        tokens = self.tokens.computed
+        tokens = self.tokens.passed
         return {kind: count / tokens if tokens else 0.0 for kind, count in self.wire_bytes().items()}
 
 

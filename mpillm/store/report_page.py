@@ -43,6 +43,11 @@ def summary(report: Report) -> Iterator[str]:
             f"With {count_of(len(report.earlier), 'earlier start')} of this command: "
             f"{computed} in {everything.seconds:.1f} s of computing."
         )
+    if tokens.recomputed:
+        yield (
+            f"{count_of(tokens.recomputed, 'token')} {'was' if tokens.recomputed == 1 else 'were'} computed again, "
+            "because the KV cache was full or an earlier start had begun the answers."
+        )
     if not tokens.computed:
         return
     if report.batch.streamed:

@@ -252,6 +252,16 @@ def test_shared_tokens_are_said_and_are_no_work() -> None:
     ]
 
 
+def test_tokens_that_are_computed_again_are_said_and_divide_bytes() -> None:
+    """A run that continues unfinished answers computes their prompts again: bytes of a token were too many."""
+    run = made()
+    before = run.wire_bytes_per_token()
+    run.tokens.recomputed = run.tokens.computed
+    assert run.wire_bytes_per_token() == {kind: count / 2 for kind, count in before.items()}
+    said = list(report_page.summary(run))
+    assert any(line.startswith(f"{run.tokens.computed} tokens were computed again") for line in said)
+
+
 def test_what_streaming_costs_a_token() -> None:
     streamed = made()
     streamed.batch.streamed = 500
