@@ -6,11 +6,13 @@ A plan is `RANK:POINT:COUNT:SIGNAL,...`: the rank gets the signal when it comes 
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,12 +53,15 @@ def run(world: World, *args: Any) -> Any:
 
     World.limit_threads = threads  # type: ignore[method-assign] # each point is watched once
     # Whoever goes on keeps its tokenizer: with a second one it would take more memory than planned.
-    load, loaded = session.load_tokenizer, list[Any]()
+    load, loaded = session.load_tokenizer, weakref.WeakSet[Any]()
 
     def load_once(*args: Any) -> Any:
+        gc.collect()
         assert not loaded, "this rank has a tokenizer"
-        loaded.append(load(*args))
-        return loaded[0]
+        tokenizer = load(*args)
+        if tokenizer is not None:  # some models have none
+            loaded.add(tokenizer)
+        return tokenizer
 
     session.load_tokenizer = load_once
     if {"give", "get"} & set(sys.argv[1].split(":")):  # the second replica gives all back when it has begun
