@@ -107,15 +107,19 @@ def starter_folder() -> str:
     return os.path.dirname(starter) if os.path.basename(starter) in STARTERS else ""
 
 
-def loaded_library_path() -> str:
-    """Return the path of the MPI library that this process has mapped; "" if it cannot be determined."""
+def mapped_files() -> list[str]:
+    """Return the paths of the files that this process has mapped, once for each part; none if they are not visible."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
-        return ""
-    files = (line.split(maxsplit=5)[5] for line in lines if line.count("/"))
+        return []
+    return [line.split(maxsplit=5)[5] for line in lines if line.count("/")]
+
+
+def loaded_library_path() -> str:
+    """Return the path of the MPI library that this process has mapped; "" if it cannot be determined."""
     names = ("libmpi.so", "libmpi_abi.so", "libmpich.so", "libmpi_cray.so", "libmpi_gnu")
-    return next((file for file in files if os.path.basename(file).startswith(names)), "")
+    return next((file for file in mapped_files() if os.path.basename(file).startswith(names)), "")
 
 
 def cannot_meet(library: Library, launch: Launch | None, environ: Mapping[str, str]) -> bool:

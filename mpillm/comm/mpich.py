@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from pathlib import Path
+
+from mpillm.comm.launch import mapped_files
 
 _NAMES = "/dev/shm/mpich_shm_"
 
@@ -15,9 +16,7 @@ def unlink_shared_memory() -> None:
     It goes with the last process that has it. With its name, the memory of ranks that are killed would be taken until
     the machine starts anew.
     """
-    with contextlib.suppress(OSError):
-        mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
-        for name in sorted(mapped):
-            if name.startswith(_NAMES):
-                with contextlib.suppress(OSError):  # another rank was faster
-                    os.unlink(name)
+    for name in sorted(set(mapped_files())):
+        if name.startswith(_NAMES):
+            with contextlib.suppress(OSError):  # another rank was faster
+                os.unlink(name)

@@ -83,7 +83,7 @@ def once(
 
 
 def _ended(words: Sequence[str], told: Sequence[int], remarks: Remarks, attended: bool) -> int:
-    """mpiexec's exit code when it has ended; it and its ranks are stopped as soon as `told` has a signal.
+    """Return mpiexec's exit code when it has ended; it and its ranks are stopped as soon as `told` has a signal.
 
     The terminal tells an attended mpiexec of Ctrl-C.
     """
