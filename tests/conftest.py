@@ -25,6 +25,14 @@ HANGS = 240  # seconds after which a program hangs: not how long one may take on
 hypothesis.settings.register_profile("shared", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("shared")
 
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print why each test that was run again had failed."""
+    for report in terminalreporter.getreports("rerun"):
+        terminalreporter.write_sep("_", f"first run of {report.nodeid}")
+        terminalreporter.write_line(report.longreprtext)
+
+
 # An outer mpiexec or Slurm job leaves variables that would make a test's ranks join it.
 _FOREIGN = ("OMP_", "OMPI_", "PMIX_", "PMI_", "PRTE_", "MPIR_", "HYDI_", "HYDRA_", "SLURM_", "MPILLM_")
 

@@ -28,12 +28,13 @@ from mpillm.weights.io.filesystem import network_kind
 from mpillm.weights.source import Source
 from mpillm.weights.text_files import text_fields, text_folder
 
-# Measured on x86-64 with Open MPI and MPICH: 45 MiB for Python and MPI, 40 for the libraries, 14 for a heap in use.
-PROCESS = 104 * 2**20
+# Measured on x86-64 with Open MPI and MPICH, for the leader of a replica: 45 MiB for Python and MPI, 40 for the
+# libraries, 22 for a heap in use.
+PROCESS = 108 * 2**20
 # Additional bytes if ranks are on several hosts: MPI's buffers and those for measuring (4 to 9 MiB with three hosts).
 NETWORK = 10 * 2**20
-OF_RANK_0 = 16 * 2**20  # the part of PROCESS for libraries that rank 0 alone loads, for the input and results
-RESULTS = 12 * 2**20  # the part of OF_RANK_0 that is used only when results.h5 is written, at the end
+OF_LEADER = 20 * 2**20  # the part of PROCESS for libraries that leaders alone load, for the input and results
+RESULTS = 12 * 2**20  # the part of OF_LEADER that is used only when results.h5 is written, at the end
 # Bytes of each entry of the vocabulary: in the tokenizer, which rank 0 has (560 measured, 670 with the fields of a GGUF
 # file); and in the fields of a GGUF file, which all ranks have.
 WORD, FIELD = 768, 256
@@ -150,8 +151,9 @@ def process(
 ) -> int:
     """Return the bytes of Python, MPI, libraries, tokenizer, and the descriptions of the model and the rank's pages.
 
-    `pages` has the bytes of each page. Rank 0 keeps `kept` bytes of the input and the answers (see `input_memory`), and
-    an index of finished answers. `later` and `streams`: see `taken_later`; `network`: ranks are on several hosts.
+    `pages` has the bytes of each page. Rank 0 keeps `kept` bytes of the input and the answers (see `input_memory`;
+    0 for other ranks), the leader of each replica an index of finished answers. `later` and `streams`: see
+    `taken_later`; `network`: ranks are on several hosts.
     """
     found = PROCESS + NETWORK * network + loaded_model(source, pages, later)
     if streams and source.loading_nbytes:
@@ -161,7 +163,7 @@ def process(
     if place.rank == 0:
         words = fields or (folder is not None and (folder / "tokenizer.json").exists())
         return found + kept + answer_index.NBYTES + (WORD * config.vocab if words else 0)
-    return found - OF_RANK_0 + (FIELD * config.vocab if fields else 0)
+    return found - OF_LEADER + (FIELD * config.vocab if fields else 0)
 
 
 def loaded_model(source: Source, pages: Sequence[int], later: int = 0) -> int:

@@ -50,6 +50,11 @@ def assert_same_results(one: Path, other: Path) -> None:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
+def assert_memory_as_planned(found: dict[str, Any]) -> None:
+    for rank in found["ranks"]:
+        assert rank["memory_peak"] <= sum(rank["memory"].values()), rank
+
+
 def test_the_same_bytes_under_each_mpi(mpi: Mpi, source: Path, alone: Path, tmp_path: Path) -> None:
     ranks, places = (2, [(0, 0), (1, 0)]) if mpi.name == "mpich" else (3, [(0, 0), (0, 1), (1, 0)])
     done = run(mpi, ranks, source, tmp_path / "out", REPLICAS, "batch.max_num_seqs=4")
@@ -58,6 +63,7 @@ def test_the_same_bytes_under_each_mpi(mpi: Mpi, source: Path, alone: Path, tmp_
     ours, theirs = report(tmp_path / "out"), report(alone)
     assert [(rank["replica"], rank["stage"]) for rank in ours["ranks"]] == places
     assert ours["replicas"] == 2
+    assert_memory_as_planned(ours)
     assert ours["tokens"]["generated"] == theirs["tokens"]["generated"]
     assert ours["tokens"]["prompt"] == theirs["tokens"]["prompt"]
     # Both have computed: the other leader has had lines, and rank 0 answers.
@@ -87,8 +93,7 @@ def test_the_others_compute_what_a_lost_replica_had(
     assert_same_results(alone, tmp_path / "out")
     found = report(tmp_path / "out")
     assert found["replicas"] == left
-    for rank in found["ranks"]:  # those of the first session count too: little of them may stay
-        assert rank["memory_peak"] <= sum(rank["memory"].values())
+    assert_memory_as_planned(found)  # the peaks are those of both sessions: little of the first may stay
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
