@@ -307,6 +307,9 @@ class Chaos:
             if start.launcher.poll() is not None:
                 self._decks[ulfm].append(name)
                 break
+            if name == STOPPED and len(self._ranks(start)) < 2:
+                self._decks[ulfm].append(name)
+                break  # nobody would notice it
             told = f"{name}, with ULFM" if ulfm else name
             self._count(told, f"{pause:.1f} s")
             start.since = time.monotonic()
@@ -358,7 +361,7 @@ class Chaos:
         while start.launcher.poll() is None and (waited := time.monotonic() - start.since) < PATIENCE:
             said = self._said(start).decode(errors="replace")
             lost = " ".join(re.findall(r"^mpillm: Lost (.*); the others", said, re.MULTILINE))
-            told = lost.count("rank ") >= start.gone
+            told = len(set(re.findall(r"rank \d+", lost))) >= start.gone  # each sentence names all lost ranks
             if told:
                 self.counts.at_work_again.setdefault(kind, []).append(waited)
             # The rank had nothing to do any more, or more than one loss is told of at once.
