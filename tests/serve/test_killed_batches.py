@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import openai
@@ -33,6 +34,24 @@ KILLS = (
     "status after 3",
 )
 
+PROGRAM = "tests.serve.program"
+
+
+def start_and_die(folder: Path, command: list[str | Path], env: dict[str, str]) -> None:
+    """Start a server that ends itself with SIGKILL."""
+    words = ["serve", "--model", CHAT, "--port", "0", "--data", folder / "data"]
+    with open(folder / "log", "wb") as log:
+        done = subprocess.run(
+            [str(word) for word in (*command, "-m", PROGRAM, *words)],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            timeout=HANGS,
+            check=False,
+        )
+    assert done.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL, signal.SIGKILL), env["KILLED"]
+
 
 def killed_again_and_again(
     folder: Path, command: list[str | Path], env: dict[str, str], kills: tuple[str, ...]
@@ -41,9 +60,8 @@ def killed_again_and_again(
     source = "".join(f"{json.dumps(line)}\n" for line in [*LINES, WRONG]).encode()
     notes = folder / "notes"
     env = {**env, "NOTES": str(notes)}
-    program = "tests.serve.program"
     with (
-        serving(folder, command, {**env, "KILLED": kills[0]}, program=program) as (url, process),
+        serving(folder, command, {**env, "KILLED": kills[0]}, program=PROGRAM) as (url, process),
         openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client,
     ):
         file = client.files.create(file=("in.jsonl", source), purpose="batch")
@@ -51,21 +69,10 @@ def killed_again_and_again(
             input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
         )
         assert process.wait(HANGS) != 0
-    words = ["serve", "--model", CHAT, "--port", "0", "--data", folder / "data"]
     for kill in kills[1:]:
-        with open(folder / "log", "wb") as log:
-            again = subprocess.run(
-                [str(word) for word in (*command, "-m", program, *words)],
-                env={**env, "KILLED": kill},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                timeout=HANGS,
-                check=False,
-            )
-        assert again.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL, signal.SIGKILL), kill
+        start_and_die(folder, command, {**env, "KILLED": kill})
     with (
-        serving(folder, command, env, program=program) as (url, _),
+        serving(folder, command, env, program=PROGRAM) as (url, _),
         openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client,
     ):
         state = ended(client, made.id)
@@ -93,6 +100,34 @@ def test_killed_near_the_end(tmp_path: Path) -> None:
 def test_killed_near_the_end_on_two_ranks(mpi: Mpi, tmp_path: Path) -> None:
     kills = (KILLS[0], *KILLS[5:10:2])
     killed_again_and_again(tmp_path, mpi.command(2), mpi.environment(), kills)
+
+
+def test_what_was_cancelled_stays_cancelled(tmp_path: Path) -> None:
+    """Killed as soon as it was asked to cancel, and before and after it has noted the end of the batch."""
+    env = clean_environment(NOTES=str(tmp_path / "notes"))
+    source = "".join(f"{json.dumps(line)}\n" for line in LINES).encode()
+    with (
+        serving(tmp_path, [sys.executable], {**env, "KILLED": "status after 2"}, program=PROGRAM) as (url, _),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        file = client.files.create(file=("in.jsonl", source), purpose="batch")
+        made = client.batches.create(
+            input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
+        )
+        while client.batches.retrieve(made.id).status != "in_progress":
+            time.sleep(0.01)
+        with pytest.raises(openai.APIConnectionError):
+            client.batches.cancel(made.id)
+    for kill in ("status before 1", "status after 1"):
+        start_and_die(tmp_path, [sys.executable], {**env, "KILLED": kill})
+    with (
+        serving(tmp_path, [sys.executable], env, program=PROGRAM) as (url, _),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client,
+    ):
+        state = ended(client, made.id)
+        assert (state.status, state.request_counts.total) == ("cancelled", 40)
+        assert state.request_counts.completed < 40
+        assert [each.id for each in client.files.list(purpose="batch")] == [file.id]
 
 
 def test_another_server_with_the_same_directory(tmp_path: Path) -> None:
