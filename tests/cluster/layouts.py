@@ -1,6 +1,6 @@
 """What mpillm chooses beside other layouts, measured on nine clusters: `python -m tests.cluster.layouts --model PATH`.
 
-As in `table.py` hosts are network namespaces with a thread each (root; about a minute for a job on a cluster). More
+As in `table.py` hosts are network namespaces with a thread each (root; minutes for a job on a cluster). More
 hosts than cores share them, which real machines do not: with `--core` each host is a machine with a part of a core.
 That is right for many answers. Of one answer the stages compute in turn, and each of them is as fast as a whole core.
 `tests/planning/test_clusters.py` asks the same of the model of the time, on paper.
@@ -12,8 +12,9 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from tests.cluster.compare import ROUNDS, compare
 from tests.cluster.hosts import Hosts, missing
-from tests.cluster.table import QUOTA, Cluster, compare, limited
+from tests.cluster.table import QUOTA, Cluster, limited
 from tests.conftest import FINDERS
 
 # Hosts, the rate of their cables in tc's words, and whether the second one has a third of a core.
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument(
         "--cluster", type=int, action="append", choices=range(len(CLUSTERS)), help="these alone"
     )
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="runs of each layout, which take turns")
     parser.add_argument("--core", type=float, help="the part of a core that each host has of its own")
     options = parser.parse_args()
     mpi = FINDERS["openmpi"]()
@@ -61,7 +63,8 @@ def main() -> None:
                 for model in options.model:
                     label = f"{count} hosts, {rate}{', one slow' if slow else ''}, {model.name}:"
                     parts += [
-                        compare(cluster, model, count, lines, label) for lines in options.lines or (1, 32)
+                        compare(cluster.job, Path(name), model, count, lines, label, options.rounds)
+                        for lines in options.lines or (1, 32)
                     ]
     print(f"auto reaches at least {min(parts):.2f} of the best of its job; in {len(parts)} jobs", flush=True)
 

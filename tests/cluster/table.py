@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from tests.cluster import peer
+from tests.cluster.compare import JobRun, compare, in_words
 from tests.cluster.hosts import Hosts, missing
 from tests.cluster.ranks import Measured
 from tests.conftest import FINDERS, MISSING, ROOT, Mpi, run_bounded
@@ -71,11 +72,8 @@ class Cluster:
         words = [model, json.dumps(settings), str(time.time()), str(PROMPT), str(TOKENS)]
         return Measured(**json.loads(self.start(ranks, "tests.cluster.ranks", *words).splitlines()[-1]))
 
-    def job(self, model: Path, ranks: int, lines: int, *settings: str) -> tuple[float, str]:
-        """Seconds of a job of so many answers of 32 tokens, or one of 256, all but mpiexec's start, and its layout.
-
-        With the layout are the seconds that were planned, if speeds were measured.
-        """
+    def job(self, model: Path, ranks: int, lines: int, *settings: str) -> JobRun:
+        """A job of so many answers of 32 tokens, or one of 256."""
         body = {"max_tokens": 32 if lines > 1 else 256, "ignore_eos": True}
         fetch_memory()
         with model.open("rb") as file:
@@ -90,8 +88,7 @@ class Cluster:
         self.start(ranks, "mpillm", "run", *words)
         report = json.loads((output / "report.json").read_text())
         layout = f"{report['replicas']} x {report['stages']} x {report['shards']}"
-        planned = f" ({report['planned']['seconds']:.2f} s planned)" if report.get("planned") else ""
-        return report["seconds"], layout + planned
+        return JobRun(report["seconds"], layout, (report.get("planned") or {"seconds": 0.0})["seconds"])
 
 
 @contextlib.contextmanager
@@ -161,34 +158,15 @@ def alone(cluster: Cluster, model: Path, program: Path | None, rate: str) -> Non
     show(f"{rate} 4 hosts, ours, stages", cluster.timed(model, 4, shards=1, stages=4, replicas=1))
 
 
-def compare(cluster: Cluster, model: Path, ranks: int, lines: int, name: str) -> float:
-    """Run a job on one host, on every kind of layout of so many hosts, and as mpillm chooses; the part of the best."""
-    ways = {
-        "one host": (1, ()),
-        "replicas": (ranks, (f"layout.replicas={ranks}",)),
-        "stages": (ranks, ("layout.replicas=1", f"layout.stages={ranks}")),
-        "auto": (ranks, ()),
-    }
-    if ranks.bit_count() == 1:
-        ways["shards"] = ranks, ("layout.replicas=1", f"layout.shards={ranks}")
-    if ranks == 4:
-        ways["2 x 2"] = ranks, ("layout.replicas=1", "layout.stages=2", "layout.shards=2")
-    took = {way: cluster.job(model, own, lines, *words) for way, (own, words) in ways.items()}
-    for way, (seconds, layout) in took.items():
-        print(f"{name} {lines} answers, {way:9} {seconds:7.2f} s  {layout}", flush=True)
-    part = min(seconds for seconds, _ in took.values()) / took["auto"][0]
-    print(f"{name} {lines} answers: auto reaches {part:.2f} of the best", flush=True)
-    return part
-
-
 def together(cluster: Cluster, model: Path, rate: str) -> None:
     """Jobs of 1 and 32 answers on every layout of two hosts, and as mpillm chooses; then with a slow host."""
     for lines in (1, 32):
-        compare(cluster, model, 2, lines, rate)
+        compare(cluster.job, cluster.folder, model, 2, lines, rate)
     for lines in SLOW_LINES:
-        whole, _ = cluster.job(model, 1, lines)
+        whole = cluster.job(model, 1, lines).seconds
         with slowed(cluster.hosts, 2):
-            seconds, layout = cluster.job(model, 2, lines)
+            made = cluster.job(model, 2, lines)
+        seconds, layout = made.seconds, in_words(made)
         print(
             f"{rate} {lines} answers, a host at {QUOTA}: {layout} {seconds:.2f} s, {whole / seconds:.2f} times as fast "
             f"as one host ({whole:.2f} s), {whole / seconds / (1 + QUOTA):.2f} of the sum of speeds",
