@@ -1,8 +1,13 @@
 /* Products with BF12 weights (coded.h).  Rows of W become BF16 four at a time, in registers for one row of x, else in the
  * first cache, and are multiplied as in body_float.h, with the bits of BF16. */
 
-enum { CODED_ROWS = 32 /* rows of x that pass by a block, at most */, CODED_AHEAD = 8192 /* bytes that are fetched ahead */ };
+enum { CODED_ROWS = 32 /* rows of x that pass by a block, at most */ };
 enum { CODED_GROUP = VEC_ROWS > 4 ? 8 : 4 /* rows of x at a time */ };
+
+/* From rows decoded from w to the line that is prefetched meanwhile, or 0 (ahead_of). */
+MK_INLINE long coded_ahead(const int T, const uint8_t *w, const uint8_t *decoded) {
+    return ahead_of(T) ? w + ahead_of(T) - decoded : 0;
+}
 
 typedef uint8_t decoded_rows[MK_TILE * MK_BF16_BLOCK * 2] __attribute__((aligned(64)));
 
@@ -38,7 +43,7 @@ static void four_times_one(const uint8_t *block, int first, long steps, const ui
     UNROLL
     for (int r = 0; r < 4; r++) acc[r] = vf_set1(0.0f);
     for (; steps--; from += MK_CODED_FOUR, x += BF16_STEP) {
-        for (int line = 0; line < MK_CODED_FOUR; line += 64) __builtin_prefetch(from + CODED_AHEAD + line);
+        fetch_ahead(from, MK_CODED_FOUR, ahead_of(1));
         UNROLL
         for (int pair = 0; pair < 2; pair++) { /* which compilers keep in registers */
             uint8_t rows[2][64];
@@ -111,7 +116,7 @@ static void block_times_one(const uint8_t *block, long columns, const uint8_t *x
     for (int r = 0; r < MK_TILE; r += 4)
         if (decoded >> r / 4 & 1) {
             decode_four(block, r, steps, four);
-            decoded_times_1(4, four, block + CODED_AHEAD + r * steps * 48 - four, x, 0, columns, sums + r);
+            decoded_times_1(4, four, coded_ahead(1, block + r * steps * 48, four), x, 0, columns, sums + r);
         } else {
             four_times_one(block, r, steps, x, sums + r);
         }
@@ -139,7 +144,7 @@ static void coded_panel(const mk_matmul_job *job, int rows, int p, long tile, in
         for (long c = 0; c < columns; c += MK_BF16_BLOCK) {
             const long width = columns - c < MK_BF16_BLOCK ? columns - c : MK_BF16_BLOCK;
             const uint8_t *from = x + c / 32 * BF16_STEP * GROUP(T);
-            long ahead = w + CODED_AHEAD - decoded;
+            long ahead = coded_ahead(T, w, decoded);
             if (T == 1) block_times_one(w, width, from, acc);
             else decode_block(w, mk_blocks(width, 32), decoded);
             for (int t = 0; t < rows && T > 1; t += T, ahead = 0)

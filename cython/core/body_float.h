@@ -13,8 +13,8 @@
  * adds the chain times the block's scale to the lane's sum. */
 
 /* w: `rows` (1..16) rows of W, at a distance of `stride` bytes.  ahead: how many bytes after each line of W the line begins that
- * is prefetched (0: that of the next rows; FETCHED: none, because W is in the cache).  x: T rows, as float_rows of api.c has
- * made them; their groups have a distance of x_stride bytes.  sums [T]: lane r is the product with row r of W. */
+ * is prefetched (0: as ahead_of says, or that of the next rows; FETCHED: none, because W is in the cache).  x: T rows, as
+ * float_rows of api.c has made them; their groups have a distance of x_stride bytes.  sums [T]: lane r is the product with row r of W. */
 typedef void (*float_function)(const uint8_t *w, long stride, long ahead, int rows, const uint8_t *x, long x_stride,
                                long columns, vf *sums);
 
@@ -84,7 +84,8 @@ MK_INLINE void float_steps(const int type, const int R, const int T, const uint8
         float_step(type, R, T, rows, x, x_stride, acc);
         UNROLL
         for (int r = 0; r < R; r++) {
-            __builtin_prefetch(rows[r] + ahead); /* the pages of a mapped file are small, so each row may be in its own page */
+            /* The pages of a mapped file are small, so each row may be in its own page. */
+            if (ahead || T >= MK_GROUP) __builtin_prefetch(rows[r] + ahead);
             rows[r] += bytes;
         }
     }
@@ -218,7 +219,7 @@ HOT void float_tile(const int type, const int R, const int T, const uint8_t *w, 
     const int step = mk_float_step(type);
     const long depth = T < MK_GROUP ? columns : DEPTH; /* with few rows of x, a row of W is read from its beginning to its end */
     vf acc[MK_TILE * FLOAT_ROWS];
-    if (!ahead) ahead = IN_ORDER(type, T) ? AHEAD : R * stride;
+    if (!ahead) ahead = IN_ORDER(type, T) ? ahead_of(T) : R * stride;
     for (int i = 0; i < MK_TILE * T; i++) acc[i] = vf_set1(0.0f);
     for (long begin = 0; begin < columns; begin += depth) {
         const long count = columns - begin < depth ? columns - begin : depth;

@@ -38,8 +38,8 @@ HOT void panel_tile(const int R, const int T, const uint8_t *w, long stride, con
     UNROLL
     for (int i = R * T; i < chains * R * T; i++) acc[i] = vi_set1(0);
     for (; count--; from += PANEL_BLOCK, q += GROUP(T) * MK_BLOCK) {
-        if (few && VEC_FETCHES) fetch_ahead(from, PANEL_BLOCK);
-        else if (!few)
+        if (few) fetch_ahead(from, PANEL_BLOCK, ahead_of(T));
+        else
             for (const uint8_t *end = ahead + fetched; ahead < end; ahead += 64) __builtin_prefetch(ahead, 0, 2);
         UNROLL
         for (int g = 0; g < 8; g++) {

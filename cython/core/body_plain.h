@@ -103,8 +103,7 @@ MK_INLINE part_scales load_plain_scales(const int type, const uint8_t *w) {
     return of;
 }
 
-HOT void quantised_tile(const int type, const int T, const int fetches, const uint8_t *w, const uint8_t *x, long count,
-                        vf *sums) {
+HOT void quantised_tile(const int type, const int T, const uint8_t *w, const uint8_t *x, long count, vf *sums) {
     const int scales = mk_scale_bytes(type) * MK_TILE;
     const long bytes = (long)mk_block_bytes(type) * MK_TILE;
     vf acc[MK_GROUP];
@@ -112,7 +111,7 @@ HOT void quantised_tile(const int type, const int T, const int fetches, const ui
     for (int t = 0; t < T; t++) acc[t] = vf_set1(0.0f);
     for (long b = 0; b < count; b++, w += bytes, x += T * MK_ACTIVATION) {
         const mk_activation *a = (const void *)x;
-        if (fetches) fetch_ahead(w, bytes);
+        fetch_ahead(w, bytes, ahead_of(T));
 #ifdef VEC_DOT
         if (T == 1) {
             vi dot = vi_set1(start_of(type, a));

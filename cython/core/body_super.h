@@ -58,8 +58,7 @@ MK_INLINE vi dot_of_half(const int type, const mk_activation *a, const int h, co
 }
 
 /* K-quants, 32 columns at a time. */
-HOT void super_tile(const int type, const int T, const int fetches, const uint8_t *w, const uint8_t *x, long count,
-                    vf *sums) {
+HOT void super_tile(const int type, const int T, const uint8_t *w, const uint8_t *x, long count, vf *sums) {
     const int bytes = mk_part_bytes(type), step = mk_part_scales(type);
     vf acc[MK_GROUP];
     UNROLL
@@ -69,7 +68,8 @@ HOT void super_tile(const int type, const int T, const int fetches, const uint8_
         const uint8_t *small = w + mk_scales_at(type), *part = w + mk_values_at(type);
         for (int s = 0; s < MK_PARTS; s++, x += T * MK_ACTIVATION, small += step, part += bytes) {
             const mk_activation *a = (const void *)x;
-            if (fetches) fetch_ahead(small, step), fetch_ahead(part, bytes);
+            fetch_ahead(small, step, ahead_of(T));
+            fetch_ahead(part, bytes, ahead_of(T));
 #ifdef VEC_DOT
             if (T == 1) {
                 vi dots[2];

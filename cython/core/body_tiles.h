@@ -3,8 +3,7 @@
 
 #define TILE(kind, type, T)                                                                 \
     static void type##_##T(const uint8_t *w, const uint8_t *x, long count, vf *sums) { \
-        if (VEC_FETCHES && !mk_is_zen4) kind##_tile(type, T, 1, w, x, count, sums);         \
-        else kind##_tile(type, T, 0, w, x, count, sums);                                    \
+        kind##_tile(type, T, w, x, count, sums);                                            \
     }
 #define TILES(kind, type) TILE(kind, type, 1) TILE(kind, type, 2) TILE(kind, type, 3) TILE(kind, type, 4)
 #define TILES_FLOAT(type)

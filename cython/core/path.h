@@ -248,7 +248,7 @@ enum {
     X(scalar, MK_HAS_SCALAR) X(avx, MK_HAS_AVX) X(avx2, MK_HAS_AVX2) X(avx2vnni, MK_HAS_AVX_VNNI)            \
     X(avx512, MK_HAS_AVX512) X(avx512bf16, MK_HAS_SLOW_BF16) X(avx512vnni, MK_HAS_AVX512_VNNI)               \
     X(avx512bf16, MK_HAS_FAST_BF16) MK_AMX_PATH(X)
-/* Whether this is a Zen 4, which decodes 1.05 to 1.2 times as fast if kernels do not prefetch (one thread, whole model). */
+/* Whether this is a Zen 4, for which kernels prefetch less (body_rows.h). */
 extern int mk_is_zen4;
 int mk_pairs_are_chains(void); /* whether this processor's VDPBF16PS equals the two fma of body_float.h */
 #elif defined(MK_ARM)
