@@ -18,10 +18,6 @@ from mpillm.comm.launch import SUPERVISED, Library
 from mpillm.launching.hostfile import HostSlots
 from mpillm.launching.remarks import Remarks
 
-LOOK = 0.2  # seconds between two looks at what runs
-WATCH = 2.0  # seconds between two looks at the ranks, and at the hostfile
-LINGER = 10.0  # seconds for mpiexec to end when no rank runs here, and nothing tells that others do
-STOPPING = 30.0  # seconds for the ranks to end when they are told to
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 _AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -12,21 +11,9 @@ from types import FrameType
 from mpillm.comm.launch import STOPS, Library
 from mpillm.errors import Interrupted
 from mpillm.launching.hostfile import HostSlots, write_hosts
-from mpillm.launching.mpiexec import (
-    LINGER,
-    LOOK,
-    STOPPING,
-    WATCH,
-    Settings,
-    command,
-    end_session,
-    ranks_below,
-    ranks_of,
-    start,
-    stopped_by,
-    tell_to_stop,
-)
+from mpillm.launching.mpiexec import Settings, command, ranks_of, stopped_by
 from mpillm.launching.remarks import Remarks
+from mpillm.launching.watch import run_watched
 
 # How mpiexec ends after Ctrl-C: Open MPI's, and MPICH's after the second one.
 _INTERRUPTED = (1, 130, 255, -signal.SIGINT)
@@ -52,6 +39,9 @@ def once(
     def tell(number: int, _frame: FrameType | None) -> None:
         told.append(number)
 
+    def shall_stop() -> bool:  # the terminal itself tells an attended mpiexec of Ctrl-C
+        return any(not attended or number != signal.SIGINT for number in told)
+
     before = [signal.signal(number, tell) for number in STOPS]
     try:
         with tempfile.TemporaryDirectory(prefix="mpillm-") as name:
@@ -60,7 +50,7 @@ def once(
                 write_hosts(hostfile, hosts, library)
             ranks = ranks_of(settings, hosts)
             words = command(library, settings, ranks, hostfile, Path(name), survivors=False)
-            code = _ended([*words, *program], told, remarks, attended)
+            code = run_watched([*words, *program], remarks, shall_stop, attended=attended)
     finally:
         for number, handler in zip(STOPS, before, strict=True):
             signal.signal(number, handler)
@@ -80,31 +70,3 @@ def once(
         return Interrupted.exit_code
     remarks.show()
     return code
-
-
-def _ended(words: Sequence[str], told: Sequence[int], remarks: Remarks, attended: bool) -> int:
-    """Return mpiexec's exit code when it has ended; it and its ranks are stopped as soon as `told` has a signal.
-
-    The terminal tells an attended mpiexec of Ctrl-C.
-    """
-    launcher = start(words, remarks, attended)
-    give_up = float("inf")
-    looked, active = time.monotonic(), float("inf")
-    try:
-        while launcher.poll() is None and time.monotonic() < give_up:
-            remarks.listen(LOOK)
-            now = time.monotonic()
-            if now - looked > WATCH:
-                looked = now
-                if ranks_below(launcher.pid):
-                    active = now
-                elif now - active > LINGER:  # mpiexec waits for hosts that are out of reach
-                    give_up = min(give_up, now)
-            if give_up == float("inf") and any(not attended or number != signal.SIGINT for number in told):
-                tell_to_stop(launcher)
-                give_up = now + STOPPING
-        remarks.waits = launcher.poll() is None and not told
-    finally:
-        end_session(launcher)
-        remarks.close()
-    return launcher.returncode

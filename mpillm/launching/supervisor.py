@@ -17,22 +17,10 @@ from types import FrameType
 from mpillm.comm.launch import STOPS, Library
 from mpillm.errors import Interrupted, JobError, LayoutError
 from mpillm.launching.hostfile import HostSlots, hostfile_text, read_hosts, write_hosts
-from mpillm.launching.mpiexec import (
-    LINGER,
-    LOOK,
-    STOPPING,
-    WATCH,
-    Settings,
-    command,
-    end_session,
-    ranks_below,
-    ranks_of,
-    start,
-    stopped_by,
-    tell_to_stop,
-)
+from mpillm.launching.mpiexec import Settings, command, ranks_of, stopped_by
 from mpillm.launching.reach import NoHostError, answering, silent_hosts
 from mpillm.launching.remarks import Remarks
+from mpillm.launching.watch import LOOK, run_watched
 from mpillm.planning import plan
 from mpillm.spec import Spec
 from mpillm.store.directory import Directory
@@ -42,7 +30,6 @@ from mpillm.store.results import JSONL
 
 log = logging.getLogger(__name__)
 
-ASK = 15.0  # seconds between two questions to the hosts, while no rank runs yet
 BACK_OFF = (1.0, 5.0, 20.0, 60.0)  # seconds before the next start, by the number of starts without progress
 
 
@@ -185,42 +172,29 @@ class Supervisor:
         hostfile = folder / "hosts" if hosts else None
         if hostfile:
             write_hosts(hostfile, hosts, self._library)
-        launcher = start(
-            [*command(self._library, self._settings, ranks, hostfile, folder), *self._program], remarks
-        )
-        log.info("started %d ranks", ranks)
-        give_up = float("inf")  # when mpiexec is ended by force
-        looked = asked = active = time.monotonic()
-        grown, seen = False, False
-        try:
-            while launcher.poll() is None and time.monotonic() < give_up:
-                remarks.listen(LOOK)
-                self._journal_seen = self._journal_seen or self._journal_size() > 0
-                now = time.monotonic()
-                changed = False
-                if now - looked > WATCH:
-                    looked = now
-                    changed = self._hostfile_text() not in (known, "")
-                    if ranks_below(launcher.pid) or self._journal_size() > size:
-                        seen, active, size = True, now, self._journal_size()
-                    elif seen and now - active > LINGER:  # mpiexec waits for hosts that are out of reach
-                        give_up = min(give_up, now)
-                    # While its daemons start, Open MPI waits for ever for a host that is lost.
-                    if not seen and now - asked > ASK:
-                        asked = now
-                        if silent_hosts(self._settings.agent, hosts):
-                            give_up = now
-                if (self._told or changed) and give_up == float("inf"):
-                    if not self._told:
-                        grown = True
-                        self._say("The hostfile has changed; the run starts again with its hosts.")
-                    tell_to_stop(launcher)
-                    give_up = now + STOPPING
-            remarks.waits = launcher.poll() is None and not self._told and not grown
-        finally:
-            end_session(launcher)
-            remarks.close()
-        return launcher.returncode, grown
+        grown = False
+
+        def shall_stop() -> bool:
+            self._journal_seen = self._journal_seen or self._journal_size() > 0
+            return grown or self._told is not None
+
+        def have_worked() -> bool:
+            nonlocal size, grown
+            if not shall_stop() and self._hostfile_text() not in (known, ""):
+                grown = True
+                self._say("The hostfile has changed; the run starts again with its hosts.")
+            before, size = size, max(size, self._journal_size())
+            return size > before
+
+        def cannot_start() -> (
+            bool
+        ):  # while its daemons start, Open MPI waits for ever for a host that is lost
+            return bool(silent_hosts(self._settings.agent, hosts))
+
+        words = command(self._library, self._settings, ranks, hostfile, folder)
+        log.info("starting %d ranks", ranks)
+        code = run_watched([*words, *self._program], remarks, shall_stop, have_worked, cannot_start)
+        return code, grown
 
     def _hostfile_text(self) -> str:
         with contextlib.suppress(OSError):

@@ -17,7 +17,7 @@ from mpillm.cli import main, supervise
 from mpillm.comm.launch import Library
 from mpillm.comm.program import library
 from mpillm.errors import Interrupted, JobError, LayoutError
-from mpillm.launching import mpiexec, once, reach, supervisor
+from mpillm.launching import mpiexec, once, reach, supervisor, watch
 from mpillm.launching.hostfile import HostSlots, read_hosts, write_hosts
 from mpillm.launching.mpiexec import Settings
 from mpillm.launching.reach import why_silent
@@ -86,7 +86,7 @@ def test_what_is_started_once_ends_with_the_first_rank_that_dies(
         assert attended == (name == "chat")
         return mpiexec.start(["true"], remarks, attended)
 
-    monkeypatch.setattr(once, "start", start)
+    monkeypatch.setattr(watch, "start", start)
     monkeypatch.setattr(supervise, "library", lambda: OPENMPI)
     assert main(["launch", "-n", "2", *name.split()]) == 0
     assert "ulfm" not in started[0]
@@ -97,11 +97,11 @@ def test_mpiexec_that_waits_for_a_host_that_is_out_of_reach_is_ended(
 ) -> None:
     """Open MPI's does so for ever, when the ranks on this machine have ended."""
     here = iter([True])
-    monkeypatch.setattr(once, "ranks_below", lambda pid: next(here, False))
+    monkeypatch.setattr(watch, "ranks_below", lambda pid: next(here, False))
     monkeypatch.setattr(once, "command", lambda *words, survivors: ["sh", "-c", "sleep 1000"])
     monkeypatch.setattr(supervise, "library", lambda: OPENMPI)
     for name in ("WATCH", "LOOK", "LINGER"):
-        monkeypatch.setattr(once, name, 0.1)
+        monkeypatch.setattr(watch, name, 0.1)
     assert main(["launch", "-n", "2", "serve"]) == 75
     assert (
         "The ranks ended (mpiexec waited for a host that was lost); run the same" in capsys.readouterr().err
@@ -302,7 +302,7 @@ def started(folder: Path, monkeypatch: pytest.MonkeyPatch, settings: Settings) -
     (folder / "in.jsonl").write_text('{"prompt": "a"}\n')
     monkeypatch.setattr(supervisor, "command", lambda *words: ["sleep", "1000"])
     for name in ("WATCH", "ASK", "LOOK", "LINGER"):
-        monkeypatch.setattr(supervisor, name, 0.1)
+        monkeypatch.setattr(watch, name, 0.1)
     return Supervisor(job(folder, f"model={model_path('chat')}"), OPENMPI, settings, [], *[print] * 3)
 
 
@@ -333,7 +333,7 @@ def test_others_may_go_on_when_this_machine_has_lost_its_ranks(
 ) -> None:
     """As long as the journal grows; then mpiexec waits for what is lost."""
     here, grows = iter([True]), iter(range(1, 20))
-    monkeypatch.setattr(supervisor, "ranks_below", lambda pid: next(here, False))
+    monkeypatch.setattr(watch, "ranks_below", lambda pid: next(here, False))
     of = started(tmp_path, monkeypatch, Settings(2))
     monkeypatch.setattr(of, "_journal_size", lambda: next(grows, 20))
     assert of._once(2, [], tmp_path, Remarks(print, print)) == (-9, False)
