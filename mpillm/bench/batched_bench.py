@@ -20,6 +20,7 @@ PINNED = (
 )
 TURNS = 2  # turns of one process; only the last one counts, because the first one fills the page cache
 CONTEXT = 256  # the context's size is a multiple of it
+ATTEMPTS = 5  # of a run whose table is cut: llama.cpp's rows are written in a thread, and its end does not wait for it
 
 
 class BatchedBench:
@@ -44,22 +45,27 @@ class BatchedBench:
         command += [word for option, value in sizes.items() for word in (option, str(value))]
         # Settings of our OpenMP must not slow down the other program.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
-        with tempfile.TemporaryDirectory() as folder:  # it leaves a log where it runs
-            done = subprocess.run(
-                command,
-                check=False,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                env=environment,
-                cwd=folder,
-            )
-        rows = _rows(done.stdout) or _rows(done.stderr)  # versions differ in where they print it
-        if done.returncode or len(rows) != TURNS:
-            said = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
-            raise JobError(f"{self._name} failed with exit code {done.returncode}: {said}")
-        seconds = rows[-1]
-        return [seconds["T_PP s"]] + [seconds["T_TG s"] / steps] * (tokens - 1)
+        for _ in range(ATTEMPTS):
+            with tempfile.TemporaryDirectory() as folder:  # it leaves a log where it runs
+                done = subprocess.run(
+                    command,
+                    check=False,
+                    capture_output=True,
+                    text=True,
+                    errors="replace",
+                    env=environment,
+                    cwd=folder,
+                )
+            if done.returncode:
+                said = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
+                raise JobError(f"{self._name} failed with exit code {done.returncode}: {said}")
+            rows = _rows(done.stdout) or _rows(done.stderr)  # versions differ in where they print it
+            if len(rows) == TURNS:
+                return [rows[-1]["T_PP s"]] + [rows[-1]["T_TG s"] / steps] * (tokens - 1)
+        raise JobError(
+            f"{self._name} ended {ATTEMPTS} times before it had printed its {TURNS} measurements; "
+            "measure on a machine that does nothing else, and give the path of llama-batched-bench."
+        )
 
     def start(self, prompt: Sequence[int]) -> float:
         raise JobError(f"{self._name} does not report the time of a start; leave startup out of --what.")
@@ -74,4 +80,5 @@ def _rows(text: str) -> list[dict[str, float]]:
     if not table:
         return []
     heads = [head.strip() for head in table[0]]
-    return [dict(zip(heads, map(float, row), strict=True)) for row in table[1:] if not row[0].startswith("-")]
+    whole = [row for row in table[1:] if len(row) == len(heads) and not row[0].startswith("-")]
+    return [dict(zip(heads, map(float, row), strict=True)) for row in whole]

@@ -45,11 +45,21 @@ def test_the_second_time_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert said == f"-m {tmp_path}/m.gguf -npl 4,4 -t 3 -c 512 -b 512 -npp 64 -ntg 8 {{{core}}}"
 
 
+def test_a_table_that_is_cut_is_measured_again(tmp_path: Path) -> None:
+    """llama.cpp's program ended before its last row was written on a loaded machine, with exit code 0."""
+    lines = TABLE.splitlines(keepends=True)
+    cuts = ["".join(lines[:5]), "".join(lines[:5]) + lines[5][:40]]
+    log = "turn = os.path.getsize(log) if os.path.exists(log := sys.argv[0] + '.turns') else 0"
+    code = f"{log}\nopen(log, 'a').write('.')\nprint({[*cuts, TABLE]!r}[turn], end='')"
+    peer = BatchedBench("ik", program(tmp_path, code), Path("m.gguf"), 1, [min(os.sched_getaffinity(0))])
+    assert peer.run([[1] * 64] * 4, 9) == [0.866, *[0.08] * 8]
+
+
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
         ("sys.exit('no such model')", "ik failed with exit code 1: no such model"),
-        ("", "ik failed with exit code 0: it said nothing"),
+        ("", r"ik ended 5 times before it had printed its 2 measurements; measure on a machine that does"),
     ],
 )
 def test_a_program_that_fails_is_named(tmp_path: Path, code: str, reason: str) -> None:
