@@ -43,12 +43,14 @@ static void float_panel(const mk_matmul_job *job, int rows, int p, long tile, in
     const long columns = job->bounds[p + 1] - job->bounds[p], x_stride = MK_GROUP * job->x_stride;
     const long stride = job->row_bytes ? job->row_bytes : mk_row_bytes(type, columns);
     const unsigned mode = type == MK_BF16 ? mk_flush_denormals() : 0;
-    long ahead = again ? FETCHED : 0;
-    if (side_by_side(job) && !again) /* the next panel, or the next tile's first one */
+    const int several = side_by_side(job) && !again;
+    long ahead = again || (several && unaided(rows)) ? FETCHED : 0;
+    if (several && !ahead) /* the next panel, or the next tile's first one */
         ahead = p + 1 < job->panels ? job->at[p + 1] - job->at[p] : job->at[0] - job->at[p] + MK_TILE * stride;
     const float_function of_shape = FLOAT_TILE_FUNCTIONS(type)[rows - 1];
     for (long first = tile * MK_TILE; tiles--; first += MK_TILE, sums += rows) {
         const int n = job->n - first < MK_TILE ? (int)(job->n - first) : MK_TILE;
+        if (several && unaided(rows) && !p) mk_look_at(job->at[0] + first * stride, n, stride);
         of_shape(job->at[p] + first * stride, stride, ahead, n, x, x_stride, columns, sums);
     }
     if (type == MK_BF16) mk_restore(mode);
