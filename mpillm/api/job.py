@@ -16,6 +16,7 @@ from mpillm import spec
 from mpillm.api.plain import json_of, ranks_of
 from mpillm.api.results import Results
 from mpillm.errors import Interrupted, JobError, MpillmError
+from mpillm.launching.mpiexec import CALLER
 
 
 class Job:
@@ -51,13 +52,14 @@ class Job:
         """Run the job on `ranks` ranks of this machine, or continue it; return the results.
 
         The results include requests with an error. Ranks that fail are started again. Raises MpillmError if the job
-        cannot run, and Interrupted (or KeyboardInterrupt after Ctrl-C) if it stopped; the same call continues it.
+        cannot run, and Interrupted (or KeyboardInterrupt after Ctrl-C) if it stopped; the same call continues it. If
+        this process ends in any way, the run stops too.
         """
         words = [sys.executable, "-m", "mpillm", "launch", "-n", str(ranks_of(ranks)), "run", *self._words]
         # A session of its own: Ctrl-C is passed on once, and then waited for.
         with subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            errors="replace", start_new_session=True,
+            errors="replace", start_new_session=True, env={**os.environ, CALLER: str(os.getpid())},
         ) as process:  # fmt: skip
             try:
                 _, said = process.communicate()

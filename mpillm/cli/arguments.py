@@ -58,7 +58,11 @@ def command_parser() -> argparse.ArgumentParser:
     doctor = add("doctor", help="check MPI, threads, kernels, the model file, network and disk")
     doctor.add_argument("--model", default=None, help="a model that every rank must be able to read")
     doctor.add_argument(
-        "--output", type=_file, metavar="FILE", help="write the measurements to this file, for plan --hosts"
+        "-o",
+        "--output",
+        type=_file,
+        metavar="FILE",
+        help="write the measurements to this file, for plan --hosts",
     )
     supervise.add(add("launch", help="start ranks, and start them again after a failure"))
     # What follows is the harness's, whose options are no options here.
@@ -126,7 +130,10 @@ def _add_models(add: Add) -> None:
     worker.add_argument("--host", default="0.0.0.0", help="the address that the root connects to (all)")
     worker.add_argument("--port", type=positive, default=9990, help="port to listen on (9990)")
     worker.add_argument("--nthreads", type=positive, default=1, metavar="N", help="threads (1)")
-    add("models", help="list the catalogue with sizes, and all supported architectures")
+    models = add("models", help="list the models that pull knows by name, with licences, sizes and memory")
+    models.add_argument(
+        "--architectures", action="store_true", help="list all supported architectures instead"
+    )
     pull = add("pull", help="fetch a model of the catalogue, or hf:owner/name")
     pull.add_argument("name", help="such as smollm2-135m")
     init = add("init", help="write job files, hostfiles, Slurm scripts or the documentation")
@@ -173,7 +180,7 @@ def _add_results(add: Add) -> None:
         type=Path,
         help="output directories of finished runs, or one directory that contains them",
     )
-    merge.add_argument("--output", required=True, type=Path, help="directory for the merged results")
+    merge.add_argument("-o", "--output", required=True, type=Path, help="directory for the merged results")
 
 
 def _job_arguments(parser: argparse.ArgumentParser) -> None:
@@ -186,7 +193,7 @@ def _job_arguments(parser: argparse.ArgumentParser) -> None:
         "--input",
         help="requests: JSON lines, an array, CSV, TSV, Parquet; - for stdin",
     )
-    parser.add_argument("--output", help="directory for the results")
+    parser.add_argument("-o", "--output", help="directory for the results")
 
 
 def _file(text: str) -> Path:

@@ -187,12 +187,15 @@ def _models(options: argparse.Namespace) -> int:
     from mpillm.catalogue import models
     from mpillm.model.families import architectures, gguf_architectures
 
-    print("\n".join(models.listed()))
+    if not options.architectures:
+        print("\n".join(models.listed()))
+        print("\nOther models run too: mpillm models --architectures lists all that are supported.")
+        return 0
     for heading, names in (
         ("Supported architectures of Hugging Face directories (in config.json):", architectures()),
         ("Supported architectures of GGUF files:", gguf_architectures()),
     ):
-        print(f"\n{heading}")
+        print(heading)
         shown = textwrap.wrap(", ".join(names), 78, break_on_hyphens=False)
         print(textwrap.indent("\n".join(shown), "  "))
     return 0
@@ -203,6 +206,8 @@ def _report(options: argparse.Namespace) -> int:
 
     path, missing = report_page.write_html(options.directory, options.figures)
     print(path)
+    if options.figures:
+        print(options.figures)
     if missing:
         print(missing, file=sys.stderr)
     return 0
@@ -221,7 +226,8 @@ def _merge(options: argparse.Namespace) -> int:
     made = merge.merge(options.parts, options.output)
     if made.renamed:
         print("The parts share custom_ids, so each custom_id begins with the name of its part.")
-    print(f"{options.output}: {count_of(made.requests, 'request')}, {made.errors} with an error.")
+    requests = f"{count_of(made.requests, 'request')} of {count_of(made.parts, 'part')}"
+    print(f"{options.output}: {requests}, {made.errors} with an error.")
     return 0
 
 

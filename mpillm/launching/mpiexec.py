@@ -18,6 +18,7 @@ from mpillm.comm.launch import SUPERVISED, Library
 from mpillm.launching.hostfile import HostSlots
 from mpillm.launching.remarks import Remarks
 
+CALLER = "MPILLM_CALLER"  # names the process whose end stops a run that it has started: a script that called Job.run
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 _AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
@@ -87,6 +88,14 @@ def stopped_by(told: signal.Signals) -> str:
     return f"Stopped by {told.name}; run the same command again to continue."
 
 
+def stop_with_caller() -> None:
+    """Have this process told to stop when its caller is gone, if it has one; the handlers of signals are set before."""
+    if caller := os.environ.pop(CALLER, None):
+        _end_with_parent()
+        if os.getppid() != int(caller):  # it is gone already
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def ranks_of(settings: Settings, hosts: Sequence[HostSlots]) -> int:
     """Return the number of ranks on these hosts; without any, of those on this machine."""
     return sum(host.slots for host in hosts) or settings.ranks or 1
@@ -120,5 +129,5 @@ def as_root() -> dict[str, str]:
 
 
 def _end_with_parent() -> None:
-    """In the child before it becomes mpiexec: it shall end when the supervisor is gone, and its ranks with it."""
+    """Have the kernel send SIGTERM to this process (mpiexec, a supervisor) when the one that started it is gone."""
     ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)

@@ -17,7 +17,7 @@ from types import FrameType
 from mpillm.comm.launch import STOPS, Library
 from mpillm.errors import Interrupted, JobError, LayoutError
 from mpillm.launching.hostfile import HostSlots, hostfile_text, read_hosts, write_hosts
-from mpillm.launching.mpiexec import Settings, command, ranks_of, stopped_by
+from mpillm.launching.mpiexec import Settings, command, ranks_of, stop_with_caller, stopped_by
 from mpillm.launching.reach import NoHostError, answering, silent_hosts
 from mpillm.launching.remarks import Remarks
 from mpillm.launching.watch import LOOK, run_watched
@@ -73,6 +73,7 @@ class Supervisor:
         """Return the exit code: 0 or 1 for a complete run, 2 for a wrong job, 75 if it may go on later."""
         before = [signal.signal(number, self._tell) for number in STOPS]
         try:
+            stop_with_caller()
             with contextlib.ExitStack() as stack:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mpillm-")))
                 self._open_output(stack)

@@ -147,9 +147,7 @@ def _time(plan: Plan) -> Iterator[str]:
     time = plan.time
     known = "measured speeds" if time.measured else "assumed speeds: mpillm doctor --output measures them"
     sequences = count_of(time.requests, "sequence")
-    tokens = (
-        f"{sequences}, {count_of(time.prompt_tokens, 'prompt token')} and up to {time.generated_tokens} more"
-    )
+    tokens = f"{sequences}, about {count_of(time.prompt_tokens, 'prompt token')} and up to {time.generated_tokens} more"
     yield f"time      {_duration(time.seconds)} for {'the input:' if time.of_input else 'an input of'}"
     yield f"          {tokens}"
     yield f"          ({known})"

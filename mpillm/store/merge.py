@@ -21,9 +21,10 @@ from mpillm.store import report
 from mpillm.store.directory import Directory, make
 from mpillm.store.hdf5 import GrowingDataset, new_file
 from mpillm.store.merge_results import _chunks, merge_results
-from mpillm.store.output import JOURNAL, refuse_no_directory
+from mpillm.store.output import JOURNAL, LOCK, refuse_no_directory
 from mpillm.store.readable import printable
 from mpillm.store.results import HDF5, JSONL, TIMINGS
+from mpillm.store.watching import outputs_in
 
 FILES = (JSONL, HDF5, TIMINGS, report.JSON)
 
@@ -32,6 +33,7 @@ FILES = (JSONL, HDF5, TIMINGS, report.JSON)
 class Merged:
     """The files and numbers of a merge."""
 
+    parts: int
     requests: int
     errors: int
     renamed: bool  # whether every custom_id got its part's name in front
@@ -89,14 +91,14 @@ def merge(parts: Sequence[Path], output: Path) -> Merged:
         _merge_timings(directory, parts)
         made = _merge_reports(parts, ids)
         report.write(directory, made)
-    return Merged(sum(counts), made.requests.errors, renamed)
+    return Merged(len(parts), sum(counts), made.requests.errors, renamed)
 
 
 def _parts(given: Sequence[Path]) -> list[Path]:
     """Return the directories to merge: those given, or those in the only one given if it is not a run's."""
     found = list(given)
     if len(given) == 1 and given[0].is_dir() and not (given[0] / JOURNAL).exists():
-        found = sorted(path for path in given[0].iterdir() if (path / JOURNAL).exists())
+        found = outputs_in(given[0])
         if not found:
             raise JobError(f"{given[0]} contains no output directory of a run.")
     for part in found:
@@ -107,7 +109,7 @@ def _parts(given: Sequence[Path]) -> list[Path]:
                 f"{part} has no {missing[0]}: "
                 + (
                     "that part is not finished, run its command again."
-                    if (part / JOURNAL).exists()
+                    if (part / JOURNAL).exists() or (part / LOCK).exists()
                     else "it is not the output directory of a run."
                 )
             )

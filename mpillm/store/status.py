@@ -102,6 +102,10 @@ class Starting(Interrupted):
     """A run has the directory, or had it, and has not written its journal yet."""
 
 
+class NothingComputed(Starting):
+    """A run had the directory, and ended before it wrote its journal."""
+
+
 class Reader:
     """The journal of a directory, read again and again: each time only what is new."""
 
@@ -124,7 +128,7 @@ class Reader:
             if owner is not None:
                 raise Starting(f"The run in {path} is starting ({owner}); look again in a few seconds.")
             if LOCK in names <= {LOCK, INPUT}:
-                raise Starting(
+                raise NothingComputed(
                     f"The run in {path} was stopped before it computed anything; type its command again."
                 )
             raise NotBegun(f"The directory {path} is not the output directory of a run: it has no {JOURNAL}.")

@@ -10,10 +10,10 @@ from typing import Literal
 
 import msgspec
 
-from mpillm.errors import JobError
-from mpillm.store.output import JOURNAL
+from mpillm.errors import Interrupted, JobError
+from mpillm.store.output import JOURNAL, LOCK
 from mpillm.store.results import JSONL
-from mpillm.store.status import NotBegun, Reader, Starting, Status, ago
+from mpillm.store.status import NotBegun, NothingComputed, Reader, Starting, Status, ago
 from mpillm.words import count_of, tokens_of
 
 LOOK = 0.5  # seconds between two looks for a journal
@@ -24,14 +24,16 @@ class Parts(msgspec.Struct, kw_only=True, frozen=True):
 
     directory: str
     parts: list[Status]
+    starting: list[str] = []  # names of parts that have no journal yet
+    not_begun: list[str] = []  # of parts that ended before they had one
 
     @property
     def state(self) -> Literal["running", "stopped", "complete"]:
         """Running if one part is, complete if all are."""
         states = {part.state for part in self.parts}
-        if "running" in states:
+        if "running" in states or self.starting:
             return "running"
-        return "stopped" if "stopped" in states else "complete"
+        return "stopped" if "stopped" in states or self.not_begun else "complete"
 
     @property
     def total(self) -> int:
@@ -53,12 +55,14 @@ class Parts(msgspec.Struct, kw_only=True, frozen=True):
     @property
     def exit_code(self) -> int:
         """75 if a part is not complete, 1 if a request ended in an error, else 0."""
-        return max(part.exit_code for part in self.parts)
+        codes = [part.exit_code for part in self.parts]
+        return max([*codes, Interrupted.exit_code] if self.starting or self.not_begun else codes)
 
     def lines(self) -> Iterator[str]:
         """Yield the status as text: the sums, and the parts that are not complete."""
         complete = sum(part.state == "complete" for part in self.parts)
-        yield f"{self.directory}: {count_of(len(self.parts), 'run')} begun, {complete} complete"
+        begun = len(self.parts) + len(self.starting) + len(self.not_begun)
+        yield f"{self.directory}: {count_of(begun, 'run')} begun, {complete} complete"
         share = f" ({100 * self.answered / self.total:.0f} %)" if self.total else ""
         errors = sum(part.errors for part in self.parts)
         yield f"  requests  {self.answered} of {self.total}{share}{f', {errors} with an error' if errors else ''}"
@@ -70,6 +74,14 @@ class Parts(msgspec.Struct, kw_only=True, frozen=True):
             if part.state != "complete":
                 far = f"{part.answered} of {part.total} requests, written {ago(part.idle)} ago"
                 yield f"  {Path(part.directory).name}  {part.state}: {far}"
+        yield from (f"  {name}  starting" for name in self.starting)
+        for name in self.not_begun:
+            yield f"  {name}  stopped before it computed anything; run its command again"
+
+
+def outputs_in(directory: Path) -> list[Path]:
+    """Return the directories in a directory of which a run has, or had, the lock or a journal, by their names."""
+    return sorted(path for path in directory.iterdir() if (path / JOURNAL).exists() or (path / LOCK).exists())
 
 
 class PartsReader:
@@ -82,22 +94,30 @@ class PartsReader:
         if not self._found():
             if (path / JSONL).exists():
                 raise JobError(f"{path} was made by mpillm merge and is complete; type: mpillm report {path}")
+            if not any(path.iterdir()):
+                raise NotBegun(f"No run has begun in {path} yet: it is empty.")
             raise NotBegun(f"The directory {path} is not the output directory of a run: it has no {JOURNAL}.")
 
     def _found(self) -> list[Path]:
-        return sorted(path for path in self._path.iterdir() if (path / JOURNAL).exists())
+        return outputs_in(self._path)
 
     def look(self) -> Parts:
         """Return the status now; OutputError if a journal cannot be read."""
         parts = list[Status]()
+        starting, not_begun = list[str](), list[str]()
         for path in self._found():
             if (now := self._complete.get(path)) is None:
-                with closing(Reader(path)) as reader:
-                    now = reader.look()
+                try:
+                    with closing(Reader(path)) as reader:
+                        now = reader.look()
+                except Starting as now_or_before:
+                    ended = isinstance(now_or_before, NothingComputed)
+                    (not_begun if ended else starting).append(path.name)
+                    continue
             if now.state == "complete":
                 self._complete[path] = now
             parts.append(now)
-        return Parts(directory=str(self._path), parts=parts)
+        return Parts(directory=str(self._path), parts=parts, starting=starting, not_begun=not_begun)
 
     def close(self) -> None:
         """Do nothing: no file is open between two looks."""

@@ -16,8 +16,9 @@ import psutil
 import pytest
 
 from mpillm.api import remote
+from mpillm.store.status import Reader
 from tests.conftest import HANGS, clean_environment
-from tests.e2e.jobs import CHAT
+from tests.e2e.jobs import CHAT, write_lines
 
 pytestmark = pytest.mark.mpiexec
 
@@ -112,3 +113,31 @@ def test_ranks_whose_caller_has_gone(tmp_path: Path) -> None:
     """It was interrupted before it knew of them."""
     words = [sys.executable, "-m", "mpillm", "ranks", str(tmp_path / "socket"), "-n", "2"]
     assert subprocess.run(words, env=remote._environment(), timeout=HANGS, check=False).returncode == 0
+
+
+JOB = """
+import sys
+from mpillm import Job
+
+body = {"max_tokens": 400}
+Job(model=sys.argv[1], input="in.jsonl", output="out", sampling=body, memory={"kv": "64MiB"}).run(2)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_job_stops_with_the_script_that_runs_it(number: signal.Signals, tmp_path: Path) -> None:
+    """Otherwise the same call, which continues it, would find the run of a script that is gone in its directory."""
+    lines = [{"prompt": f"the quick {n}", "ignore_eos": True} for n in range(2000)]
+    write_lines(tmp_path / "in.jsonl", lines)
+    words = [sys.executable, "-c", JOB, CHAT]
+    with subprocess.Popen(words, cwd=tmp_path, env=clean_environment(), stderr=subprocess.DEVNULL) as caller:
+        journal = tmp_path / "out/journal"
+        while not journal.exists() or not journal.stat().st_size:
+            assert caller.poll() is None
+            time.sleep(0.05)
+        started = psutil.Process(caller.pid).children(recursive=True)
+        assert len(started) >= 4  # launch, mpiexec, two ranks
+        caller.send_signal(number)
+    assert not psutil.wait_procs(started, timeout=HANGS)[1]
+    with contextlib.closing(Reader(tmp_path / "out")) as reader:
+        assert reader.look().state == "stopped"

@@ -370,12 +370,14 @@ def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]  # fmt: skip
     hub.files.clear()
     with pytest.raises(
-        ModelError, match="'NoSuchForCausalLM' is not supported; mpillm models lists those that are"
+        ModelError,
+        match="'NoSuchForCausalLM' is not supported; mpillm models --architectures lists those that are",
     ):
         pull("hf:owner/strange")
     assert hub.files == ["owner/strange/config.json"], "nothing else was fetched"
     with pytest.raises(
-        ModelError, match="has architecture 'clip', which is not supported; mpillm models lists"
+        ModelError,
+        match="has architecture 'clip', which is not supported; mpillm models --architectures lists",
     ):
         pull("hf:owner/clip/mmproj.gguf")
     assert hub.files == ["owner/strange/config.json"]

@@ -79,7 +79,7 @@ def test_a_configuration_is_judged_before_tensors(tmp_path: Path) -> None:
     for change, words in (
         (
             {"architectures": ["StrangeForCausalLM"]},
-            "'StrangeForCausalLM' is not supported; mpillm models lists",
+            "'StrangeForCausalLM' is not supported; mpillm models --architectures lists",
         ),
         ({"clip_qkv": 8.0}, "clip_qkv = 8.0 may change the result"),
         ({}, "tensor 'strange' belongs to no architecture"),

@@ -19,7 +19,10 @@ from tests.model.configs import MOE, fixture, read
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"architectures": ["BloomForCausalLM"]}, "architecture 'BloomForCausalLM' is not supported; mpillm models"),
+        (
+            {"architectures": ["BloomForCausalLM"]},
+            "architecture 'BloomForCausalLM' is not supported; mpillm models --architectures",
+        ),
         ({"architectures": ["Qwen5ForCausalLM"]}, "not supported; similar ones that are: Qwen3_5ForCausalLM, Qwen3For"),
         ({"architectures": None, "model_type": "mamba"}, "architectures is missing"),
         ({"architectures": []}, "architectures must be a list of one name"),

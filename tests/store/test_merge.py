@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import sys
@@ -110,6 +111,11 @@ def test_what_cannot_be_merged_is_named(runs: Path, tmp_path: Path) -> None:
         JobError, match=r"begun has no results.jsonl: that part is not finished, run its command"
     ):
         merge([runs / "whole", tmp_path / "begun"], tmp_path / "out")
+    shutil.copytree(runs / "parts", tmp_path / "array")
+    (tmp_path / "array/003").mkdir()
+    (tmp_path / "array/003/journal.lock").touch()  # a part that was refused, or killed, while it started
+    with pytest.raises(JobError, match=r"003 has no results.jsonl: that part is not finished"):
+        merge([tmp_path / "array"], tmp_path / "out")
     (tmp_path / "out").mkdir()
     with pytest.raises(JobError, match="contains no output directory of a run"):
         merge([tmp_path / "out"], tmp_path / "out")
@@ -148,6 +154,19 @@ def test_the_status_of_parts(runs: Path, tmp_path: Path) -> None:
     assert "\n  001  stopped: 0 of 1 requests, written 0:00:" in cut.stdout
     found = json.loads(run_bounded([*status, "--json"], env=clean_environment()).stdout)
     assert [part["state"] for part in found["parts"]] == ["complete", "stopped", "complete"]
+    (parts / "003").mkdir()
+    (parts / "003/journal.lock").touch()  # as of a run that was refused, or killed, while it started
+    early = run_bounded(status, env=clean_environment())
+    assert early.returncode == 75
+    assert ": 4 runs begun, 2 complete\n" in early.stdout
+    assert early.stdout.endswith("\n  003  stopped before it computed anything; run its command again\n")
+    with open(parts / "003/journal.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run_bounded(status, env=clean_environment()).stdout.endswith("\n  003  starting\n")
+    (tmp_path / "none").mkdir()
+    none = run_bounded([*words, "status", tmp_path / "none"], env=clean_environment())
+    assert (none.returncode, "No run has begun in" in none.stderr) == (2, True)
+    shutil.rmtree(parts / "003")
     page = run_bounded([*words, "report", parts], env=clean_environment())
     assert (page.returncode, f"with mpillm merge {parts} --output DIR" in page.stderr) == (2, True)
     merge([runs / "parts"], tmp_path / "merged")

@@ -159,7 +159,10 @@ def test_rope_factors(tmp_path):
             "llama.rope.freq_base is nan, but must be one finite number",
         ),
         ({"extra": {"rope.scaling.attn_factor": 2.0}}, "attn_factor without yarn is not supported"),
-        ({"arch": "bloom"}, "has architecture 'bloom', which is not supported; mpillm models lists"),
+        (
+            {"arch": "bloom"},
+            "has architecture 'bloom', which is not supported; mpillm models --architectures lists",
+        ),
         (
             {"arch": "qwen2", "extra": {"attention.sliding_window": 8}},
             "sliding_window is not supported in qwen2",

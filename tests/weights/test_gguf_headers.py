@@ -184,7 +184,9 @@ def test_refuses_hostile_headers(tmp_path, case):
 def test_no_architecture(tmp_path):
     path = tmp_path / "m.gguf"
     path.write_bytes(gguf_bytes())
-    with pytest.raises(ModelError, match="has no architecture; mpillm models lists those that are supported"):
+    with pytest.raises(
+        ModelError, match="has no architecture; mpillm models --architectures lists those that are supported"
+    ):
         open_source(path)
 
 

@@ -119,7 +119,7 @@ MODEL_TYPES: dict[str, str] = {
     model_type: name for family in FAMILIES for name, model_type in family.architectures.items()
 } | {model_type: name for family in FAMILIES for model_type, name in family.model_types.items()}
 
-LISTED = "mpillm models lists those that are supported"
+LISTED = "mpillm models --architectures lists those that are supported"
 
 
 def family_of(config: Mapping[str, Any], name: str) -> tuple[Family, str, Task]:
