@@ -65,6 +65,8 @@ SYSTEM = {
     "apt",
     "pip",
     "python3",
+    "ssh-copy-id",
+    "ssh-keygen",
     "sudo",
     ".",
 }

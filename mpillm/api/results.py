@@ -37,6 +37,10 @@ class Ragged:
         row = range(len(self))[index(row)]
         return self.values[self.offsets[row] : self.offsets[row + 1]]
 
+    def __repr__(self) -> str:
+        """Return the sizes, as a notebook shows them."""
+        return f"<Ragged: {count_of(len(self), 'row')}, {count_of(len(self.values), 'value')} ({self.values.dtype})>"
+
 
 class Results:
     """A finished run's output directory.

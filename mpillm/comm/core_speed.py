@@ -48,8 +48,9 @@ def typical(call: Callable[[T], object], data: Sequence[T], for_seconds: float) 
     """
     call(data[0])
     seconds, first = list[float](), time.perf_counter()
+    # A busy machine may take the core away for longer than all calls may last, before the first one too.
     while (passed := time.perf_counter() - first) < for_seconds or (
-        len(seconds) < CALLS and passed < PATIENCE * for_seconds
+        len(seconds) < CALLS and (not seconds or passed < PATIENCE * for_seconds)
     ):
         start = time.thread_time()
         call(data[len(seconds) % len(data)])

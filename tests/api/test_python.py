@@ -266,6 +266,7 @@ def test_a_job(tmp_path: Path) -> None:
     assert job.spec.sampling.max_tokens == 3
     found = job.run()
     assert repr(found) == f"<Results {tmp_path / 'out'}: 5 requests>"
+    assert re.fullmatch(r"<Ragged: \d+ rows, \d+ values \(int32\)>", repr(found.tokens))
     with pytest.raises(ValueError, match="frames of pandas or polars, not of 'numpy'"):
         found.frame("numpy")  # type: ignore[arg-type]
     with pytest.raises(JobError, match=r"belongs to another job: sampling\.seed"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -188,6 +189,13 @@ def test_a_timing_ends_however_short_its_call_is(monkeypatch: pytest.MonkeyPatch
     calls.clear()
     core_speed.typical(calls.append, [0], 0.006)
     assert len(calls) <= 1 + core_speed.CALLS
+
+
+def test_a_timing_on_a_core_that_was_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first call, for longer than all of them may take: there is one call nevertheless."""
+    passed = itertools.chain([0.0], itertools.count(10.0, 10.0))
+    monkeypatch.setattr(core_speed.time, "perf_counter", lambda: next(passed))
+    assert core_speed.typical(core_speed.plain_code, [100], 0.001) > 0
 
 
 def test_what_a_kernel_gives_is_measured() -> None:
