@@ -141,7 +141,6 @@ MISTAKES = {
     "a key like none": ("plan --set layout.xyz=1", "there are layout.hosts, layout.replicas, layout.shards"),
     "a letter for the model": ("run -m smollm2-135m", "there is no option -m; type --model smollm2-135m"),
     "a letter for the input": ("plan -i a.jsonl", "there is no option -i; type --input a.jsonl"),
-    "a letter for the output": ("run -o out", "there is no option -o; type --output out"),
     "a letter for a port": ("serve -p 80", "there is no option -p; type --port 80"),
     "a letter at launch": ("launch -n 2 run -m x", "there is no option -m; type --model x"),
     "a job in YAML": ("run jobs.yaml", "The job file jobs.yaml does not exist; a job is TOML, and mpillm init"),
