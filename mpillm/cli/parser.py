@@ -57,7 +57,7 @@ class CommandParser(argparse.ArgumentParser):
             message = f"{message}; type --mpi-option=WORD"
         elif message.startswith("the following arguments are required"):
             wanted = [action for action in self._actions if action.required]
-            shown = [" ".join([*action.option_strings[:1], _shown(action)]) for action in wanted]
+            shown = [" ".join([*action.option_strings[-1:], _shown(action)]) for action in wanted]
             message = f"{message}; type {self.prog} {' '.join(shown)}"
         elif given := re.match(r"(argument .*): invalid choice: '?(.*?)'? \(choose from (.*)\)", message):
             words = re.findall(r"[\w-]+", given[3])

@@ -219,7 +219,7 @@ MISTAKES = {
     "a host with its port": ("serve --host localhost:80", "is not a host; type --host localhost --port 80"),
     "a host as an address": ("serve --host http://127.0.0.1", "is not a host; type --host 127.0.0.1"),
     "a token": ("serve --token abc", "there is no option --token: type --api-key KEY"),
-    "a directory for measurements": ("doctor --output .", "argument --output: . is a directory; give a file"),
+    "a directory for measurements": ("doctor --output .", "argument -o/--output: . is a directory; give a file"),
     "nobody may wait": ("serve --max-waiting 0", "argument --max-waiting: 0 is not a positive number"),
     "ranks without -n": ("launch 2 run a.toml", "the number of ranks needs -n: mpillm launch -n 2 run a.toml."),
     "srun's ranks": ("launch --ntasks 4 run", "there is no option --ntasks; type -n 4"),
