@@ -1,4 +1,4 @@
-"""Estimate how long a job takes on a layout, and what limits it, from the speeds of its machines and `step_time`."""
+"""Estimate how long a job takes on a layout, and what limits it, from the speeds of its machines and `stage_time`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from mpillm.planning.input_needs import InputNeeds
 from mpillm.planning.job_time import Demand, JobTime, job_time, loading_time, shared_time
 from mpillm.planning.placement import Placement
 from mpillm.planning.rank_plan import ReplicaPlan
-from mpillm.planning.step_time import Stage, StepRows, rank_time, round_of, stage_time
+from mpillm.planning.stage_time import Stage, round_of, stage_time
+from mpillm.planning.step_time import StepRows, rank_time
 
 # Layers or requests are divided unevenly only if that makes the run faster by this factor.
 UNEVEN = 1.1

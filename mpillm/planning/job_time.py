@@ -10,7 +10,8 @@ import numpy as np
 
 from mpillm.planning.rank_plan import RankPlan
 from mpillm.planning.speed import Speed
-from mpillm.planning.step_time import LOAD, RankWork, Round, Stage, StepRows, round_of
+from mpillm.planning.stage_time import Round, Stage, round_of
+from mpillm.planning.step_time import LOAD, RankWork, StepRows
 
 # Seconds of rank 0 on a core of speed 1 (see `step_time`): for a line and its answer, and for a token of a prompt.
 REQUEST, PROMPT_TOKEN = 150e-6, 2e-6

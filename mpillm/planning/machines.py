@@ -10,7 +10,7 @@ from functools import cached_property
 
 from mpillm.comm.cores import reserve_in_words, with_cores
 from mpillm.planning.speed import ASSUMED, Speed
-from mpillm.planning.step_time import INSIDE, LinkRate, between
+from mpillm.planning.stage_time import INSIDE, LinkRate, between
 from mpillm.words import some_of
 
 
@@ -72,6 +72,27 @@ class Machines:
         if len({hosts[rank] for rank in ranks}) == 1:
             return INSIDE
         return between([self.speed_of(rank) for rank in ranks])
+
+    @cached_property
+    def crowding(self) -> dict[str, float]:
+        """For each machine, the number of busy threads that share a core if all ranks work, at least 1."""
+        return _crowding(self.loads)
+
+    def crowded(self, ranks: Sequence[int]) -> bool:
+        """Return whether a machine of these ranks has fewer cores than busy threads if all ranks work."""
+        return bool(self.loads) and any(self.crowding[self.loads[rank][0]] > 1 for rank in ranks)
+
+    def alone(self, ranks: Sequence[int], others: Sequence[tuple[int, float]]) -> float:
+        """Return how many times as fast these ranks are if `others` work only a part of the time, and no more ranks do.
+
+        The slowest of them counts. `speeds` are those while all ranks work.
+        """
+        if not self.crowded(ranks):
+            return 1.0
+        loads = [self.loads[rank] for rank in ranks]
+        loads += [(machine, part * load) for rank, part in others for machine, load in [self.loads[rank]]]
+        now = _crowding(loads)
+        return min(self.crowding[machine] / now[machine] for machine, _ in loads[: len(ranks)])
 
     def firsts(self) -> list[int]:
         """Return the first rank of each host."""
@@ -141,7 +162,7 @@ class Machines:
 
     def _speeds_of(self, ranks: Sequence[int], loads: Sequence[tuple[str, float]]) -> list[Speed]:
         """Return the speeds of some of the ranks if the others leave them their cores; equal speeds are one object."""
-        before, now = _crowding(self.loads), _crowding(loads)
+        before, now = self.crowding, _crowding(loads)
         eased, found = dict[tuple[int, float], Speed](), list[Speed]()
         for rank in ranks:
             speed = self.speeds[rank]

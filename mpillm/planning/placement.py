@@ -11,7 +11,7 @@ from mpillm.model.config import ModelConfig
 from mpillm.partition.replicas import Replica
 from mpillm.planning.machines import Machines
 from mpillm.planning.rank_plan import ReplicaPlan
-from mpillm.planning.step_time import Stage, sum_bytes
+from mpillm.planning.stage_time import Stage, sum_bytes
 from mpillm.planning.wire import with_wire
 from mpillm.spec import Spec
 
@@ -39,7 +39,8 @@ class Placement:
         ]
         places = [hosts[rank] - hosts[replica.first] for rank in ranks]
         works = map(id, self.plans[number].works)
-        return (*speeds, *places, replica.stages, replica.shards, replica.layers, *works)
+        loads = [machines.loads[rank] for rank in ranks] if machines.crowded(ranks) else []
+        return (*speeds, *places, replica.stages, replica.shards, replica.layers, *works, *loads)
 
     def stages(self, number: int) -> list[Stage]:
         """Return the stages of a replica with their links; equal stages are one object."""
@@ -55,8 +56,21 @@ class Placement:
             own, next_one = self.machines.link(group), None
             if at + 1 < len(groups):
                 next_one = self.machines.link([*group, *groups[at + 1]])
-            key = (*map(id, works), *map(id, speeds), own, next_one)
+            crowded, alone = self.machines.crowded(group), self._alone(number, group)
+            key = (*map(id, works), *map(id, speeds), own, next_one, crowded, alone)
             if key not in alike:
-                alike[key] = Stage(works, speeds, activations, own, pipe, next_one)
+                alike[key] = Stage(works, speeds, activations, own, pipe, next_one, crowded, alone)
             found.append(alike[key])
         return found
+
+    def _alone(self, number: int, group: Sequence[int]) -> float:
+        """Return `Stage.alone` of a stage's ranks: of each other replica, one stage works at a time."""
+        if not self.machines.crowded(group):
+            return 1.0
+        others = [
+            (rank, 1 / replica.stages)
+            for other, replica in enumerate(self.replicas)
+            for rank in replica.ranks
+            if other != number
+        ]
+        return self.machines.alone(group, others)

@@ -27,7 +27,7 @@ from mpillm.planning.needs import needs_of
 from mpillm.planning.planner import Planner
 from mpillm.planning.rank_plan import RankPlan, problems
 from mpillm.planning.search import by_itself, search
-from mpillm.planning.step_time import sum_bytes
+from mpillm.planning.stage_time import sum_bytes
 from mpillm.planning.wire import shards_cross_hosts, wire_in_words
 from mpillm.spec import Spec, shown_bytes
 from mpillm.store import readable

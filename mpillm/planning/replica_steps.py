@@ -1,4 +1,4 @@
-"""Estimate the seconds of a replica's steps by their number of rows, with the model of `step_time`."""
+"""Estimate the seconds of a replica's steps by their number of rows, with the model of `stage_time`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 from mpillm.planning.estimate import at_once
 from mpillm.planning.job_time import Demand
 from mpillm.planning.placement import Placement
-from mpillm.planning.step_time import StepRows, round_of
+from mpillm.planning.stage_time import round_of
+from mpillm.planning.step_time import StepRows
 
 
 @dataclass(frozen=True)

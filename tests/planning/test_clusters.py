@@ -8,11 +8,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
+from dataclasses import replace
 
 import msgspec
 import pytest
 
 from mpillm import spec
+from mpillm.comm.parts import CROWDED_ADDER
 from mpillm.errors import LayoutError
 from mpillm.model.opening import config_of, open_source
 from mpillm.planning import pace
@@ -143,6 +145,28 @@ def test_those_who_share_a_machine_have_its_cores_alone_without_the_others() -> 
     assert [speed.core for speed in machines.of_ranks([1, 2]).speeds] == [0.5 / 0.75, 1.0]
     assert machines.of_ranks([0, 1, 2]).speeds == speeds
     assert [speed.core for speed in machines.of_ranks([1]).of_ranks([0]).speeds] == [0.5 / 0.75]
+
+
+@pytest.mark.parametrize("planner", ["0.1B"], indirect=True)
+def test_hosts_that_share_cores_compute_one_answer_in_turn(planner: Planner) -> None:
+    """Of four containers on two cores, measured while all compute.
+
+    One stage works at a time and has a core of its own: all stages take about as long as one host would. Two shards
+    have cores of their own while the others wait. Four have not, and each sum waits for their turns.
+    """
+    apart = machines_of([host(1.0)] * 4)
+    half = replace(apart, speeds=[apart.speeds[0].slowed(2)] * 4)
+    shared = replace(half, loads=[("one machine", 0.5)] * 4)
+
+    def step(machines: Machines, stages: int, shards: int) -> float:
+        words = "layout.replicas=1", f"layout.stages={stages}", f"layout.shards={shards}"
+        return 1 / layouts(planner, 1, *words).choose(machines).time.decode_one
+
+    assert step(half, 4, 1) > 1.5 * step(apart, 4, 1)
+    assert step(shared, 4, 1) == pytest.approx(step(apart, 4, 1))
+    turns = 2 * planner.config.n_layers * CROWDED_ADDER
+    assert step(shared, 2, 2) == pytest.approx(step(apart, 2, 2) + turns)
+    assert step(shared, 1, 4) > step(half, 1, 4) + 2.5 * turns
 
 
 def test_hosts_with_a_quota_compute_one_answer_as_stages(planner: Planner) -> None:

@@ -16,7 +16,7 @@ from mpillm import spec
 from mpillm.errors import Interrupted, LayoutError
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition.replicas import Replica
-from mpillm.planning import step_time
+from mpillm.planning import stage_time
 from mpillm.planning.estimate import DEAR, demand_of, estimate, replica_shares
 from mpillm.planning.hosts import Host, machines_of
 from mpillm.planning.input_needs import InputNeeds
@@ -180,13 +180,13 @@ def test_a_host_that_takes_long_to_get_ready_is_left_out_of_a_short_job() -> Non
 
 def test_what_is_alike_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many hosts there are, with links as they are or faster ones."""
-    calls, rank_time = list[int](), step_time.rank_time
+    calls, rank_time = list[int](), stage_time.rank_time
 
     def counted(work: RankWork, speed: Speed, batch: StepRows) -> StepTime:
         calls.append(1)
         return rank_time(work, speed, batch)
 
-    monkeypatch.setattr(step_time, "rank_time", counted)
+    monkeypatch.setattr(stage_time, "rank_time", counted)
 
     def computed(hosts: int) -> int:
         calls.clear()

@@ -15,11 +15,18 @@ from hypothesis import strategies as st
 from mpillm.kernels import KV_BLOCK, BlockType
 from mpillm.planning.job_time import PROMPT_TOKEN, REQUEST, Demand, job_time
 from mpillm.planning.speed import WIDTH, Speed
+from mpillm.planning.stage_time import (
+    HIDDEN,
+    INSIDE,
+    LinkRate,
+    Stage,
+    between,
+    round_of,
+    stage_time,
+)
 from mpillm.planning.step_time import (
     APART,
     DRAWN,
-    HIDDEN,
-    INSIDE,
     LAYER,
     LOAD,
     NARROW,
@@ -29,15 +36,10 @@ from mpillm.planning.step_time import (
     STREAMED,
     WAIT,
     AttentionWork,
-    LinkRate,
     RankWork,
-    Stage,
     StepRows,
-    between,
     disk_rate,
     rank_time,
-    round_of,
-    stage_time,
 )
 from tests.job_helpers import CHAT
 from tests.planning.times import main as compare_times
