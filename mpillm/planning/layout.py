@@ -157,7 +157,7 @@ def _compared(best: Found, found: list[Found]) -> str:
     if not second.fits:
         return f"no other of {len(found)} layouts fits"
     times = second.time.seconds / best.time.seconds
-    if times < 1:  # the rule's layout was kept, because the other one is not clearly faster (CLEARLY)
+    if times < 1.005:  # below 1 the rule's layout was kept: the other one is not clearly faster (CLEARLY)
         return f"as good as any of {len(found)} layouts tried; {what} would take about as long"
     return f"the best of {len(found)} layouts tried; {what} would take {times:.2f} times as long"
 

@@ -39,7 +39,7 @@ class Tokens(msgspec.Struct, kw_only=True):
     prompt: int  # all tokens of the prompts
     generated: int
     shared: int = 0  # prompt tokens that were not computed, because another request began alike
-    # Computed again, because the KV cache was full or an earlier start had begun the answer.
+    # Computed again, because the KV cache was full, or another replica or an earlier start had begun the answer.
     recomputed: int = 0
 
     @property

@@ -12,7 +12,7 @@ from mpillm.store.directory import replacing
 from mpillm.store.readable import as_json, printable
 from mpillm.store.report import RankStatistics, Report, Start, read
 from mpillm.store.report_plots import MESSAGES, available, plots, write_figures
-from mpillm.words import count_of, tokens_of
+from mpillm.words import count_of, listed, tokens_of
 
 HTML = "report.html"
 # What the page calls the phases of a run; what is before them is the start of its processes.
@@ -44,9 +44,11 @@ def summary(report: Report) -> Iterator[str]:
             f"{computed} in {everything.seconds:.1f} s of computing."
         )
     if tokens.recomputed:
+        causes = ["the KV cache was full", "an earlier start had begun the answers"]
+        causes[1:1] = ["another replica went on with them"] if report.replicas > 1 else []
         yield (
             f"{count_of(tokens.recomputed, 'token')} {'was' if tokens.recomputed == 1 else 'were'} computed again, "
-            "because the KV cache was full or an earlier start had begun the answers."
+            f"because {listed(causes, 'or')}."
         )
     if not tokens.computed:
         return

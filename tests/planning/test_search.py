@@ -309,6 +309,8 @@ def test_a_layout_that_is_hardly_faster_is_not_said_to_be_slower() -> None:
         return cast(Found, made)
 
     best, other = found(1.0, 1), found(0.99, 2)
+    equal = found(1.004, 2)
+    assert _compared(best, [best, equal]).endswith("would take about as long")
     assert _compared(best, [best, other]).endswith("2 stages x 1 shard would take about as long")
     assert _compared(other, [best, other]).endswith("would take 1.01 times as long")
 

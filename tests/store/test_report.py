@@ -260,6 +260,10 @@ def test_tokens_that_are_computed_again_are_said_and_divide_bytes() -> None:
     assert run.wire_bytes_per_token() == {kind: count / 2 for kind, count in before.items()}
     said = list(report_page.summary(run))
     assert any(line.startswith(f"{run.tokens.computed} tokens were computed again") for line in said)
+    cause = "another replica went on with them"
+    assert not any(cause in line for line in said)
+    run.replicas = 2
+    assert any(cause in line for line in report_page.summary(run))
 
 
 def test_what_streaming_costs_a_token() -> None:
