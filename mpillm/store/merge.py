@@ -220,6 +220,7 @@ def _merge_reports(parts: Sequence[Path], ids: Sequence[str]) -> report.Report:
         earlier=[start for each in made for start in each.earlier],
         batch=_merged_steps([each.batch for each in made]),
         planned=None,
+        parts=sum(each.parts for each in made),
         ranks=[msgspec.structs.replace(rank, rank=number) for number, rank in enumerate(ranks)],
         timeline=timeline,
         errors=dict(itertools.islice(errors, report.SHOWN_ERRORS)),

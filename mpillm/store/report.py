@@ -130,6 +130,7 @@ class Report(msgspec.Struct, kw_only=True):
     replicas: int = 1
     wire: dict[str, str] = {}  # how activations went, by the key of the job's [wire]
     ranks: list[RankStatistics]
+    parts: int = 1  # runs that `merge` has put together; `ranks` are those of all of them
     versions: dict[str, str]
     timeline: list[
         tuple[float, int, int]
@@ -169,13 +170,15 @@ class Report(msgspec.Struct, kw_only=True):
 
     def waited_for_weights(self) -> float:
         """Return the part of the computing time in which the rank that waited most waited for weights."""
-        waited = max((rank.seconds.get("weights", 0.0) for rank in self.ranks), default=0.0)
-        return waited / self.computing if self.computing else 0.0
+        waited = [rank.seconds.get("weights", 0.0) for rank in self.ranks]
+        # The ranks of merged parts computed for a part of the time; their mean is known.
+        most = max(waited, default=0.0) if self.parts == 1 else self.parts * sum(waited) / len(waited)
+        return most / self.computing if self.computing else 0.0
 
     def slowest(self) -> tuple[RankStatistics, str] | None:
         """Return the rank that the others wait for, and what takes most of its time; None if none is clearly slower."""
         busy = [sum(rank.seconds.get(key, 0.0) for key in BUSY) for rank in self.ranks]
-        if (at := slowest(busy)) is None:
+        if self.parts > 1 or (at := slowest(busy)) is None:  # ranks of other parts do not wait
             return None
         rank = self.ranks[at]
         return rank, BUSY[max(BUSY, key=lambda key: rank.seconds.get(key, 0.0))]
@@ -186,7 +189,7 @@ class Report(msgspec.Struct, kw_only=True):
         if self.stages == 1 or not known:
             return None
         at_work = sum(seconds.get(key, 0.0) for seconds in known for key in (*BUSY, "all_reduce"))
-        return max(1 - at_work / (len(known) * self.computing), 0.0)
+        return max(1 - at_work / (len(known) / self.parts * self.computing), 0.0)
 
     def expert_hits(self) -> tuple[int, int]:
         """Return the number of uses of experts that found them in memory, and of all uses, on all ranks."""

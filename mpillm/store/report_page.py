@@ -86,7 +86,7 @@ def summary(report: Report) -> Iterator[str]:
         rank, why = found
         yield f"The slowest rank was rank {rank.rank} on {rank.host}: it was {why} while others waited for it."
     if measured := [rank for rank in report.ranks if rank.memory]:
-        yield _memory_used(measured)
+        yield _memory_used(measured, together=report.parts == 1)
     hits, uses = report.expert_hits()
     if uses:
         read = sum(rank.experts["loaded"] for rank in report.ranks if rank.experts)
@@ -114,8 +114,8 @@ def _draft_model(report: Report) -> str | None:
     return asked if report.job.get("batch", {}).get("speculation") == "auto" else None
 
 
-def _memory_used(ranks: Sequence[RankStatistics]) -> str:
-    """Return the memory of the rank that took most and, where hosts have several ranks, of all ranks of a host."""
+def _memory_used(ranks: Sequence[RankStatistics], together: bool) -> str:
+    """Return the memory of the rank that took most and, if they ran together, of all ranks of a host with several."""
     used, hosts = list[tuple[int, int]](), dict[str, tuple[int, int]]()
     for rank in ranks:
         peak, planned = rank.memory_peak, sum(rank.memory.values())
@@ -123,7 +123,7 @@ def _memory_used(ranks: Sequence[RankStatistics]) -> str:
         peaks, plans = hosts.get(rank.host, (0, 0))
         hosts[rank.host] = peaks + peak, plans + planned
     line = "Memory: at most {} on a rank ({} planned)".format(*map(shown_bytes, max(used)))
-    if len(hosts) < len(used):
+    if together and len(hosts) < len(used):
         line += "; {} on all ranks of a host ({} planned)".format(*map(shown_bytes, max(hosts.values())))
     return f"{line}."
 
@@ -194,7 +194,8 @@ def _page(name: str, report: Report, drawn: Sequence[tuple[str, str]], missing: 
         parts += [
             "<h2>Starts</h2>",
             _starts(report),
-            "<p>What follows is of the last start; the plots of answers are of all starts.</p>",
+            f"<p>What follows is of the last start{' of each part' if report.parts > 1 else ''}; "
+            "the plots of answers are of all starts.</p>",
         ]
     figures = [
         f"<figure><figcaption>{html.escape(caption)}</figcaption>{svg}</figure>" for caption, svg in drawn
@@ -228,6 +229,7 @@ def _what(report: Report) -> str:
     hosts = count_of(len({rank.host for rank in report.ranks}), "host")
     ranks = count_of(len(report.ranks), "rank")
     asked = f", input {report.input.path}" if report.input else ""
+    asked = f", {report.parts} merged parts" if report.parts > 1 else asked
     began = report.began[:19].replace("T", " ")
     return printable(
         f"mpillm: model {report.model.get('name', '?')}{asked}, on {ranks} of {hosts}, from {began} UTC."

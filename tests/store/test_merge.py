@@ -83,6 +83,13 @@ def test_parts_give_what_the_whole_gives(runs: Path, tmp_path: Path) -> None:
     assert sums.errors.keys() == one.errors.keys() == {"refused"}
     assert sums.timeline[-1][1] == one.tokens.generated
     assert sums.batch.turns == one.batch.turns
+    assert (sums.parts, one.parts) == (3, 1)
+    for rank in sums.ranks:  # they ran apart: none waited for another, and their memory is not that of a host
+        rank.seconds["compute"] = rank.rank * 100.0
+    assert sums.slowest() is None
+    said = "\n".join(report_page.summary(sums))
+    assert "at most" in said
+    assert "on all ranks of a host" not in said
     assert report_page.write_html(merged)[0].is_file()
 
 
