@@ -51,9 +51,14 @@ def binary(head: bytes) -> str | None:
 
 
 def alike(path: Path) -> str | None:
-    """Return a question whether a file with a name like that of the missing `path` was meant; None if there is none."""
+    """Return a question whether a file with a name like that of the missing `path` was meant; None if there is none.
+
+    Of a link without a target it returns that it is one.
+    """
+    if path.is_symlink():
+        return "it is a symbolic link that leads nowhere."
     try:
-        beside = [other.name for other in path.parent.iterdir()]
+        beside = [other.name for other in path.parent.iterdir() if other.name != path.name]
     except OSError:
         return None
     close = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.7)

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from mpillm.api.results import Results
+from mpillm.store.hdf5 import existing_file
 from mpillm.store.results import HDF5
 from mpillm.words import count_of
 
@@ -114,7 +114,7 @@ def _settings(first: Results, second: Results) -> Iterator[str]:
 
 def _attributes(directory: Path) -> Iterator[tuple[str, str]]:
     """Yield the attributes of results.h5; those that are JSON objects key by key."""
-    with h5py.File(directory / HDF5) as file:
+    with existing_file(directory / HDF5) as file:
         for name, value in file.attrs.items():
             text = str(value)
             if not text.startswith("{"):

@@ -11,12 +11,12 @@ from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
-import h5py
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from mpillm.errors import JobError
+from mpillm.store.hdf5 import existing_file
 from mpillm.store.output import refuse_no_directory
 from mpillm.store.results import HDF5, JSONL
 from mpillm.store.table import as_cell, row_of
@@ -174,7 +174,7 @@ class Results:
         return polars.DataFrame(rows, infer_schema_length=None)
 
     def _read(self, name: str) -> Any:
-        with h5py.File(self.directory / HDF5) as file:
+        with existing_file(self.directory / HDF5) as file:
             return file[name][:]
 
     def _ragged(self, group: str, values: str) -> Ragged:

@@ -29,8 +29,11 @@ class Tracer:
     def started(cls, world: World, path: Path) -> Iterator[Tracer]:
         """Record in the block (collective); raises JobError if the file could not be written at the end."""
         with world.together():
-            if world.rank == 0 and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
-                raise JobError(f"--trace {path} cannot be written: give a file in an existing directory.")
+            unsuited = path.exists() and not path.is_file()
+            if world.rank == 0 and (unsuited or not os.access(path.absolute().parent, os.W_OK)):
+                raise JobError(
+                    f"--trace {path} cannot be written: give a file in a directory that exists and can be written."
+                )
         try:
             yield cls(path, world)
         finally:

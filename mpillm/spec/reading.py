@@ -256,7 +256,7 @@ def _refuse_unknown(values: dict[str, Any], where: str, arguments: Set[str] = fr
 
 def _refuse_overwriting(spec: Spec) -> None:
     """An input inside the output directory would be taken for a result, or replaced by one."""
-    source, target = spec.input_path.resolve(), spec.output_path.resolve()
+    source, target = (Path(os.path.realpath(path)) for path in (spec.input_path, spec.output_path))
     if source == target or target in source.parents:
         how = "are the same" if source == target else "overlap: the input lies inside"
         raise JobError(

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
-from mpillm.errors import FULL, MpillmError, NoSpace, OutputError
+from mpillm.errors import FULL, MpillmError, NoSpace, OutputError, of_system
 
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{16}\.tmp")
 SYNC_BYTES = 1 << 24  # bytes of one fsync, during which the process handles no signal
@@ -62,6 +62,7 @@ class Directory(Descriptor):
             )
         except OSError as error:
             if error.errno != errno.ELOOP:
+                error.filename = str(self.path / name)
                 raise
             raise OutputError(
                 f"{self.path / name} is a symbolic link, which is not followed; remove it, or give another output."
@@ -120,7 +121,8 @@ class Directory(Descriptor):
         with explained(self.path / name):
             try:
                 with open(self.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL), "w+b") as file:
-                    yield file
+                    with _of_another_file():
+                        yield file
                     file.flush()
                     os.fsync(file.fileno())
                 os.rename(temporary, name, src_dir_fd=self._file, dst_dir_fd=self._file)
@@ -133,8 +135,9 @@ class Directory(Descriptor):
 
 def make(path: Path) -> None:
     """Make a directory if need be; OutputError if that fails."""
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"The output {path} is a file; give a directory.")
+    if os.path.lexists(path) and not path.is_dir():
+        what = "a file" if path.exists() else "a symbolic link that leads nowhere"
+        raise OutputError(f"The output {path} is {what}; give a directory.")
     with explained(path):
         path.mkdir(parents=True, exist_ok=True)
 
@@ -151,11 +154,27 @@ def replacing(path: Path) -> Iterator[io.BufferedRandom]:
 
 
 @contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn an OSError inside into the sentence for it: a full disk is NoSpace, anything else OutputError."""
+def _of_another_file() -> Iterator[None]:
+    """Turn an OSError that names a file into the sentence for that one; a failed write to an open file names none."""
     try:
         yield
     except OSError as error:
+        if error.filename is not None and (known := of_system(error)) is not None:
+            raise known from error
+        raise
+
+
+@contextlib.contextmanager
+def explained(path: Path, reads: bool = False) -> Iterator[None]:
+    """Turn an OSError inside into the sentence for it: a full disk is NoSpace, anything else OutputError.
+
+    `reads` says that the block only reads.
+    """
+    try:
+        yield
+    except OSError as error:
+        if reads:
+            raise OutputError(f"{path} cannot be read: {error.strerror or error}.") from error
         raise explanation(path, error) from error
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from mpillm.errors import JobError
 from mpillm.store.directory import SYNC_BYTES, Directory
 
 if TYPE_CHECKING:
@@ -35,6 +37,21 @@ def new_file(directory: Directory, name: str) -> Iterator[tuple[h5py.File, Calla
             _bound_metadata(h5)
             yield h5, guarded.check
         guarded.check()
+
+
+@contextlib.contextmanager
+def existing_file(path: Path) -> Iterator[h5py.File]:
+    """Open an HDF5 file to read; JobError if that fails."""
+    import h5py
+
+    try:
+        file = h5py.File(path)
+    except OSError as error:
+        if error.errno is not None:
+            raise JobError(f"{path} cannot be read: {os.strerror(error.errno)}.") from error
+        raise JobError(f"{path} is damaged; run the command that made it once more.") from error
+    with file:
+        yield file
 
 
 def _bound_metadata(h5: h5py.File) -> None:

@@ -18,7 +18,7 @@ from mpillm.store.records import Finished, JournalHeader, UsedLayout, good_recor
 @contextlib.contextmanager
 def _opened(directory: Directory) -> Iterator[int | None]:
     """The journal of the directory, opened for reading; None if there is none yet."""
-    with explained(directory.path / JOURNAL):
+    with explained(directory.path / JOURNAL, reads=True):
         try:
             file = directory.open(JOURNAL, os.O_RDONLY)
         except FileNotFoundError:
@@ -55,7 +55,7 @@ def first_layout(claim: Claim) -> UsedLayout | None:
 
 def finished(path: Path) -> Finished | None:
     """Return the end of the run in this directory; None if it is not finished, or if its input has grown since."""
-    with explained(path):
+    with explained(path, reads=True):
         try:
             directory = Directory(path)
         except FileNotFoundError:

@@ -11,7 +11,6 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import h5py
 import msgspec
 import numpy as np
 
@@ -19,7 +18,7 @@ from mpillm.batch.work import hashed_id
 from mpillm.errors import JobError
 from mpillm.store import report
 from mpillm.store.directory import Directory, make
-from mpillm.store.hdf5 import GrowingDataset, new_file
+from mpillm.store.hdf5 import GrowingDataset, existing_file, new_file
 from mpillm.store.merge_results import _chunks, merge_results
 from mpillm.store.output import JOURNAL, LOCK, refuse_no_directory
 from mpillm.store.readable import printable
@@ -129,7 +128,7 @@ def _metadata(parts: Sequence[Path]) -> dict[str, Any]:
     """Return the attributes that results.h5 has in all parts; JobError names the first that differs."""
     first: dict[str, Any] = {}
     for part in parts:
-        with h5py.File(part / HDF5) as h5:
+        with existing_file(part / HDF5) as h5:
             attributes = dict(h5.attrs)
         first = first or attributes
         for key in sorted(first.keys() | attributes.keys()):
@@ -178,7 +177,7 @@ def _renamed(line: bytes, part: str) -> bytes:
 
 def _merge_timings(directory: Directory, parts: Sequence[Path]) -> None:
     with new_file(directory, TIMINGS) as (h5, check), ExitStack() as stack:
-        opened = [stack.enter_context(h5py.File(part / TIMINGS)) for part in parts]
+        opened = [stack.enter_context(existing_file(part / TIMINGS)) for part in parts]
         for name in opened[0]:
             column = GrowingDataset(h5, name, opened[0][name].dtype)
             for chunk in itertools.chain.from_iterable(_chunks(source[name]) for source in opened):

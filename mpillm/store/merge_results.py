@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mpillm.errors import JobError
 from mpillm.store.directory import Directory
-from mpillm.store.hdf5 import GrowingDataset, TextColumn, new_file
+from mpillm.store.hdf5 import GrowingDataset, TextColumn, existing_file, new_file
 from mpillm.store.results import HDF5, JSONL, TIMINGS, hdf5_text
 
 CHUNK = 1 << 16  # values that are copied at once
@@ -38,7 +38,7 @@ def merge_results(
     many lines each part has. JobError if a part's results.h5 has another number of lines.
     """
     with new_file(directory, HDF5) as (h5, check), ExitStack() as stack:
-        opened = [stack.enter_context(h5py.File(part / HDF5)) for part in parts]
+        opened = [stack.enter_context(existing_file(part / HDF5)) for part in parts]
         for part, source, count in zip(parts, opened, counts, strict=True):
             if len(source["requests/line"]) != count:
                 raise JobError(

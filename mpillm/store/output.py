@@ -39,6 +39,11 @@ def refuse_no_directory(path: Path) -> None:
     )
 
 
+def foreign_names(names: set[str]) -> list[str]:
+    """Return the names in a directory without a journal that keep a run from using it."""
+    return sorted(name for name in names - {LOCK, INPUT} if not name.startswith(".nfs"))
+
+
 def try_lock(descriptor: int, path: Path) -> bool:
     """Lock an open file or directory at `path` until it is closed; False if another process has locked it."""
     try:
@@ -133,7 +138,7 @@ def _open_directory(path: Path) -> Directory:
     make(path)
     directory = Directory(path)
     names = directory.names()
-    foreign = sorted(name for name in names - {LOCK, INPUT} if not name.startswith(".nfs"))
+    foreign = foreign_names(names)
     if foreign and JOURNAL not in names:
         directory.close()
         raise OutputError(

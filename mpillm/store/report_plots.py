@@ -12,11 +12,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from mpillm.comm.counters import WAITED_FOR
 from mpillm.store.directory import make, replacing
+from mpillm.store.hdf5 import existing_file
 from mpillm.store.report import BUSY, RankStatistics, Report
 from mpillm.store.results import HDF5, TIMINGS
 
@@ -209,7 +209,7 @@ def _distributions(directory: Path) -> Iterator[Plot]:
     """Lengths of prompts and answers, and seconds that answers took, where the files with them are there."""
     if not (directory / HDF5).is_file() or not (directory / TIMINGS).is_file():
         return
-    with h5py.File(directory / HDF5) as h5, h5py.File(directory / TIMINGS) as timings:
+    with existing_file(directory / HDF5) as h5, existing_file(directory / TIMINGS) as timings:
         lengths = {
             "prompts": np.diff(h5["prompts/offsets"][:]),
             "answers": np.diff(h5["tokens/offsets"][:]),

@@ -113,7 +113,7 @@ class Reader:
         """NotBegun if the directory holds no journal, Starting if a run is about to write one."""
         self._path = path
         self._found = Scan()
-        with explained(path):
+        with explained(path, reads=True):
             try:
                 self._directory = Directory(path)
             except NotADirectoryError:
@@ -136,7 +136,7 @@ class Reader:
     def look(self) -> Status:
         """Return the status now; OutputError if the journal cannot be read."""
         owner = self._owner()
-        with explained(self._path / JOURNAL):
+        with explained(self._path / JOURNAL, reads=True):
             file = self._directory.open(JOURNAL, os.O_RDONLY)
             try:
                 facts = os.fstat(file)

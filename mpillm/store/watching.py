@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -11,7 +12,7 @@ from typing import Literal
 import msgspec
 
 from mpillm.errors import Interrupted, JobError
-from mpillm.store.output import JOURNAL, LOCK
+from mpillm.store.output import JOURNAL, LOCK, foreign_names
 from mpillm.store.results import JSONL
 from mpillm.store.status import NotBegun, NothingComputed, Reader, Starting, Status, ago
 from mpillm.words import count_of, tokens_of
@@ -141,9 +142,21 @@ def when_begun(path: Path, say: Callable[[str], None]) -> Reader | PartsReader:
             return reader_of(path)
         except (NotBegun, Starting):
             if not said:
-                say(f"No run has started in {path} yet; waiting for one (Ctrl-C stops waiting).")
+                say(_waits(path))
             said = True
             time.sleep(LOOK)
+
+
+def _waits(path: Path) -> str:
+    """Return the sentence on a directory in which no run has started."""
+    waits = "waiting for one (Ctrl-C stops waiting)"
+    names = foreign_names(set(os.listdir(path))) if path.is_dir() else []
+    if held := next((name for name in names if (path / name).is_file()), None):
+        return (
+            f"No run has started in {path} yet, and only a directory in it can become the output of one, because it "
+            f"holds {held!r}; {waits}."
+        )
+    return f"No run has started in {path} yet; {waits}."
 
 
 def watch(reader: Reader | PartsReader, every: float, say: Callable[[str], None]) -> None:

@@ -131,9 +131,10 @@ def _without(
 @contextlib.contextmanager
 def _claim(source: Path, target: Path, about: dict[str, str]) -> Iterator[None]:
     """The right to write to the target; OutputError if it holds what is not ours, or another model."""
-    if target.exists() and not target.is_dir():
-        raise OutputError(f"{target} is a file; give a directory to pack to.")
-    here, there = target.resolve(), source.resolve()
+    if os.path.lexists(target) and not target.is_dir():
+        what = "a file" if target.exists() else "a symbolic link that leads nowhere"
+        raise OutputError(f"{target} is {what}; give a directory to pack to.")
+    here, there = (Path(os.path.realpath(path)) for path in (target, source))
     if here == there or there in here.parents:
         raise OutputError(
             f"{target} is inside the model {source}, which is never changed; pack to another directory."

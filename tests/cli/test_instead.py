@@ -78,6 +78,7 @@ MISTAKES = {
     "a port in words": ("serve --port http", "argument --port: 'http' is not a whole number"),
     "no directory": ("report", "type mpillm report DIRECTORY"),
     "no second run": ("compare out", "type mpillm compare FIRST SECOND"),
+    "merged by a letter": ("merge xyz -o m", "The directory xyz does not exist; give the output dir"),
     "merged without an output": ("merge a b", "type mpillm merge PART --output OUTPUT"),
     "a key without its value": ("plan --set sampling.seed 3", "'sampling.seed' is not of the form section.key=value"),
     "a value without --set": (

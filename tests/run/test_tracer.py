@@ -132,7 +132,7 @@ def test_a_trace_that_could_not_be_written_is_said_before_anything_is_computed(
 ) -> None:
     source = write_lines(tmp_path / "in.jsonl", mixed_lines(2))
     done = openmpi.run(1, *command(source, tmp_path / "out"), "--trace", str(tmp_path / "none/trace.json"))
-    assert_one_sentence(done, 2, "--trace", "in an existing directory")
+    assert_one_sentence(done, 2, "--trace", "in a directory that exists and can be written")
     assert not (tmp_path / "out").exists()
 
 

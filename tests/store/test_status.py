@@ -20,6 +20,7 @@ from mpillm.store.status import Reader
 from tests.conftest import Mpi, clean_environment, run_bounded
 from tests.e2e.jobs import command, mixed_lines, run, write_lines
 from tests.e2e.test_resume import wait_for_results
+from tests.job_helpers import CHAT
 
 pytestmark = pytest.mark.mpiexec
 
@@ -62,7 +63,8 @@ def test_a_run_is_seen_from_outside(openmpi: Mpi, tmp_path: Path) -> None:
     output = tmp_path / "out"
     waits = f"No run has started in {output} yet; waiting for one"
     assert left(watcher(output, waits)) == ""
-    output.mkdir()  # as a job script does that writes its log there
+    assert left(watcher(CHAT, "yet, and only a directory in it can become the output of one, because ")) == ""
+    output.mkdir()  # as a job script does
     early = watcher(output, waits)
     launcher = subprocess.Popen(
         [str(word) for word in openmpi.command(1, *command(source, output, "batch.max_num_seqs=2"))],
