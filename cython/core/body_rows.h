@@ -15,9 +15,11 @@ MK_INLINE int unaided(const int T) { return T < MK_GROUP && mk_is_zen4; }
 /* How many bytes ahead kernels prefetch for T rows of x; 0: they do not. */
 MK_INLINE long ahead_of(const int T) { return !VEC_FETCHES || unaided(T) ? 0 : AHEAD; }
 
+MK_INLINE void fetch_lines(const uint8_t *w, long bytes) {
+    for (long line = 0; line < bytes; line += 64) __builtin_prefetch(w + line);
+}
 MK_INLINE void fetch_ahead(const uint8_t *w, long bytes, long ahead) {
-    if (ahead)
-        for (long line = 0; line < bytes; line += 64) __builtin_prefetch(w + ahead + line);
+    if (ahead) fetch_lines(w + ahead, bytes);
 }
 
 /* Row t of T in a block of groups, and how many rows a group has. */

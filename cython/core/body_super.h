@@ -68,8 +68,10 @@ HOT void super_tile(const int type, const int T, const uint8_t *w, const uint8_t
         const uint8_t *small = w + mk_scales_at(type), *part = w + mk_values_at(type);
         for (int s = 0; s < MK_PARTS; s++, x += T * MK_ACTIVATION, small += step, part += bytes) {
             const mk_activation *a = (const void *)x;
-            fetch_ahead(small, step, ahead_of(T));
-            fetch_ahead(part, bytes, ahead_of(T));
+            if (VEC_FETCHES) { /* or what is read now: compilers load it in no order that prefetchers follow */
+                fetch_lines(small + ahead_of(T), step);
+                fetch_lines(part + ahead_of(T), bytes);
+            }
 #ifdef VEC_DOT
             if (T == 1) {
                 vi dots[2];

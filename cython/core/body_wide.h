@@ -8,7 +8,7 @@
 #ifdef VEC_PARTS
 enum { WIDE_W = 4, WIDE_X = 3, WIDE_FOURS = MK_TILE / WIDE_W };
 enum { WIDE_COLUMNS = MK_BF16_BLOCK, WIDE_STEPS = WIDE_COLUMNS / MK_TILE, WIDE_BLOCKS = 4 /* with scales, at most */ };
-enum { WIDE_ROWS = 96, WIDE_FROM = 16 /* fewer rows take less time in body_float.h */ };
+enum { WIDE_ROWS = 96, WIDE_FROM = 20 /* fewer rows take less time in body_float.h */ };
 
 /* The number of `rows` rows of x that are computed together; 0 if there are too few, or if the type has other products. */
 static int wide_rows(int type, long rows) {
