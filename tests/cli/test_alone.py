@@ -15,7 +15,7 @@ COMMANDS = {
     "init": (["init", "job", "job"], 0, "job/quickstart.toml"),
     "report": (["report", "."], 2, "There is no finished run in ."),
     "merge": (["merge", ".", "--output", "merged"], 2, "contains no output directory of a run"),
-    "status": (["status", "."], 2, "The directory . is not the output directory of a run"),
+    "status": (["status", "."], 2, "No run has begun in . yet: it is empty."),
     "compare": (["compare", ".", "."], 2, "There are no results in ."),
     "pull": (["pull", "nothing-like-this"], 2, "nothing-like-this"),
     "worker": (["worker", "--port", "70000"], 2, "--port 70000 cannot be listened on"),
