@@ -23,9 +23,9 @@ from mpillm.comm.faults import RankLost
 from mpillm.comm.meeting import Meeting, initialise
 from mpillm.comm.mpich import unlink_shared_memory
 from mpillm.comm.openmpi import starting
-from mpillm.comm.running import run
+from mpillm.comm.running import CRASHED, in_a_line, run
 from mpillm.comm.world import World, say
-from mpillm.errors import Interrupted, JobError, MpillmError
+from mpillm.errors import Interrupted, JobError, MpillmError, of_system
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -43,6 +43,16 @@ def guard(program: Callable[[World], int]) -> int:
         say(f"mpillm: {error}{_where(started)}")
         launch.end_all(started, error.exit_code, os.environ)
         return error.exit_code
+    except Exception as bug:
+        mpi = sys.modules.get("mpi4py.MPI")
+        if mpi is None or not mpi.Is_initialized():
+            raise
+        told = of_system(bug)
+        say(f"mpillm: {told or in_a_line(bug)}{_where(launch.launched_by(os.environ))}")
+        code = CRASHED if told is None else told.exit_code
+        if not faults.survivable(os.environ):  # where ranks may be lost, the others notice it
+            mpi.COMM_WORLD.Abort(code)  # they wait for this rank
+        os._exit(code)
     return run(world, program)
 
 

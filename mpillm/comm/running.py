@@ -50,7 +50,7 @@ def run(world: World, program: Callable[[World], int]) -> int:
                 world.abort("A rank was lost; run the same command again to continue.", Interrupted.exit_code)
             log.debug("%s", "".join(traceback.format_exception(bug)))
             if (error := _interruption(bug) or of_system(bug)) is None:
-                world.abort(_in_a_line(bug), CRASHED)
+                world.abort(in_a_line(bug), CRASHED)
         return _leave(world, code, error)
 
 
@@ -65,7 +65,7 @@ def run_alone(program: Callable[[], int]) -> int:
         except Exception as bug:
             log.debug("%s", "".join(traceback.format_exception(bug)))
             told = _interruption(bug) or of_system(bug)
-            say(f"mpillm: {told or _in_a_line(bug)}")
+            say(f"mpillm: {told or in_a_line(bug)}")
             return CRASHED if told is None else told.exit_code
 
 
@@ -149,7 +149,7 @@ def _ignore_signals() -> None:
         signal.signal(name, signal.SIG_IGN)
 
 
-def _in_a_line(bug: BaseException) -> str:
+def in_a_line(bug: BaseException) -> str:
     """Return `Error: message (file.py:12 in function)`, which a user can put into a report."""
     what = traceback.format_exception_only(bug)[-1].strip()
     frames = traceback.extract_tb(bug.__traceback__)

@@ -10,6 +10,7 @@ import time
 import numpy as np
 
 from mpillm import version
+from mpillm.comm import core_speed
 from mpillm.comm.launch import launched_by
 from mpillm.comm.program import guard
 from mpillm.comm.world import World
@@ -33,6 +34,11 @@ def fine(world: World) -> int:
 
 def other_version(world: World) -> int:
     """Is not called: rank 1 says that it has another version."""
+    raise AssertionError
+
+
+def bug_at_start(world: World) -> int:
+    """Is not called: the last rank fails while the ranks tell each other who they are."""
     raise AssertionError
 
 
@@ -159,8 +165,14 @@ def threads(world: World) -> int:
     return 0
 
 
+def boom() -> float:
+    raise ValueError("boom")
+
+
 if __name__ == "__main__":
     started = launched_by(os.environ)
     if sys.argv[1] == "other_version" and started and started.rank == 1:
         version.with_sources = lambda: "0.0.9"
+    if sys.argv[1] == "bug_at_start" and (not started or started.rank == started.size - 1):
+        core_speed.pace = boom
     sys.exit(guard(globals()[sys.argv[1]]))

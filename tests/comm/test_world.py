@@ -52,6 +52,7 @@ def test_what_all_raise_is_said_once(mpi: Mpi, name: str, code: int, sentence: s
 @pytest.mark.parametrize(("name", "code", "words"), [
     ("bug_on_one", 70, r"\[1@\S+\] ValueError: boom \(endings\.py:\d+ in bug_on_one; "),
     ("error_on_one", 2, r"\[1@\S+\] This machine's model file is broken\."),
+    ("bug_at_start", 70, r"mpillm: ValueError: boom \(endings\.py:\d+ in boom; .*\(on rank 3 of 4, host "),
 ])  # fmt: skip
 def test_an_error_on_one_rank_ends_all(mpi: Mpi, name: str, code: int, words: str) -> None:
     run = run_ending(mpi, 4, name)
@@ -130,6 +131,7 @@ def test_a_rank_that_mpiexec_bound_to_one_core_is_told(mpi: Mpi) -> None:
     ("fine", 1, ""),
     ("all_refuse", 2, "mpillm: There is no such job."),
     ("all_bug", 70, "boom (endings.py:"),
+    ("bug_at_start", 70, "boom (endings.py:"),
 ])  # fmt: skip
 def test_one_process_needs_no_mpiexec(mpi: Mpi, name: str, code: int, words: str) -> None:
     run = run_bounded([sys.executable, PROGRAM, name], env=mpi.environment())
