@@ -65,7 +65,7 @@ class Supervisor:
         self._program, self._say = program, say
         self._out, self._error = out, error
         self._told: signal.Signals | None = None  # to stop, and by what
-        self._plans = False  # whether it does so now, which takes long for very many ranks
+        self._prepares = False  # whether it asks hosts or plans now, both of which may take long
         self._output: Directory | None = None  # as it was before the first start
         self._journal_seen = False
 
@@ -84,7 +84,7 @@ class Supervisor:
 
     def _tell(self, number: int, _frame: FrameType | None) -> None:
         self._told = signal.Signals(number)
-        if self._plans:
+        if self._prepares:
             raise Interrupted(stopped_by(self._told))
 
     def _open_output(self, stack: contextlib.ExitStack) -> None:
@@ -105,10 +105,10 @@ class Supervisor:
     def _until_complete(self, folder: Path) -> int:
         fruitless, first = 0, True
         while True:
+            self._prepares = True
             hosts = self._hosts(first)
-            self._plans = True
             ranks = ranks_that_work(self._spec, ranks_of(self._settings, hosts))
-            self._plans = False
+            self._prepares = False
             size, written = self._journal_size(), self._journal_written()
             remarks = Remarks(self._out, self._error)
             code, grown = self._once(ranks, hosts, folder, remarks)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -316,6 +317,17 @@ def test_a_host_that_is_lost_while_ranks_start(tmp_path: Path, monkeypatch: pyte
     )
     assert of._once(2, [HostSlots("pi1", 1), HostSlots("pi2", 1)], tmp_path, remarks) == (-9, False)
     assert remarks.cause() == "mpiexec waited for a host that was lost"
+
+
+def test_reading_a_hostfile_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe that nobody writes makes it last."""
+    os.mkfifo(tmp_path / "machines")
+    of = started(tmp_path, monkeypatch, Settings(hostfile=tmp_path / "machines"))
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    with pytest.raises(Interrupted, match=r"^Stopped by SIGTERM; run the same command again to continue\.$"):
+        of.run()
+    timer.join()
 
 
 def test_planning_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
