@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
+from mpillm.batch import requests
 from mpillm.batch.bodies import LINE_KEYS
 from mpillm.batch.endpoints import ENDPOINTS
 from mpillm.batch.rows import forms
@@ -51,7 +52,7 @@ def opened(spec: Spec) -> Iterator[IO[bytes]]:
     """The lines, also before `prepare`; none of standard input, which can be read only once."""
     path = lines_path(spec)
     if path.exists():
-        with path.open("rb") as file:
+        with requests.opened(path) as file:
             yield file
         return
     with tempfile.TemporaryFile() as made:

@@ -77,6 +77,8 @@ def test_what_may_not_be_read(finished: Path, tmp_path: Path, name: str, command
         ("report {loop}", "The directory {loop} does not exist; it is a symbolic link that leads nowhere."),
         ("status {loop}", "{loop} cannot be read: Too many levels of symbolic links."),
         ("run --model {chat} --input {source} --output {new} --trace {pipe}", "--trace {pipe} cannot be written"),
+        ("run --model {chat} --input {pipe} --output {new}", "The input {pipe} is not a file; give a file of requests"),
+        ("plan --model {chat} --input {pipe}", "The input {pipe} is not a file; give a file of requests"),
     ],
 )  # fmt: skip
 def test_links_in_a_circle_and_pipes(finished: Path, tmp_path: Path, words: str, said: str) -> None:

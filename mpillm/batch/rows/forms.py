@@ -33,6 +33,8 @@ def is_lines(path: Path) -> bool:
     """Return whether an input is read as it is: an object a line, in a file that can be read again."""
     if str(path) == STDIN:
         return False
+    if not path.is_file():
+        return True  # the reader reports it; a pipe would wait for its writer here
     try:
         with path.open("rb") as file:
             head, array = begins_array(file)
