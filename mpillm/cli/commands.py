@@ -189,7 +189,7 @@ def _models(options: argparse.Namespace) -> int:
 
     if not options.architectures:
         print("\n".join(models.listed()))
-        print("\nOther models run too: mpillm models --architectures lists all that are supported.")
+        print("\nOther models run too: mpillm models --architectures lists what is supported.")
         return 0
     for heading, names in (
         ("Supported architectures of Hugging Face directories (in config.json):", architectures()),
