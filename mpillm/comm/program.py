@@ -23,9 +23,9 @@ from mpillm.comm.faults import RankLost
 from mpillm.comm.meeting import Meeting, initialise
 from mpillm.comm.mpich import unlink_shared_memory
 from mpillm.comm.openmpi import starting
-from mpillm.comm.running import CRASHED, in_a_line, run
+from mpillm.comm.running import run, say_what_failed
 from mpillm.comm.world import World, say
-from mpillm.errors import Interrupted, JobError, MpillmError, of_system
+from mpillm.errors import Interrupted, JobError, MpillmError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -47,9 +47,7 @@ def guard(program: Callable[[World], int]) -> int:
         mpi = sys.modules.get("mpi4py.MPI")
         if mpi is None or not mpi.Is_initialized():
             raise
-        told = of_system(bug)
-        say(f"mpillm: {told or in_a_line(bug)}{_where(launch.launched_by(os.environ))}")
-        code = CRASHED if told is None else told.exit_code
+        code = say_what_failed(bug, _where(launch.launched_by(os.environ)))
         if not faults.survivable(os.environ):  # where ranks may be lost, the others notice it
             mpi.COMM_WORLD.Abort(code)  # they wait for this rank
         os._exit(code)

@@ -50,7 +50,7 @@ def run(world: World, program: Callable[[World], int]) -> int:
                 world.abort("A rank was lost; run the same command again to continue.", Interrupted.exit_code)
             log.debug("%s", "".join(traceback.format_exception(bug)))
             if (error := _interruption(bug) or of_system(bug)) is None:
-                world.abort(in_a_line(bug), CRASHED)
+                world.abort(_in_a_line(bug), CRASHED)
         return _leave(world, code, error)
 
 
@@ -63,10 +63,15 @@ def run_alone(program: Callable[[], int]) -> int:
             say(f"mpillm: {error}")
             return error.exit_code
         except Exception as bug:
-            log.debug("%s", "".join(traceback.format_exception(bug)))
-            told = _interruption(bug) or of_system(bug)
-            say(f"mpillm: {told or in_a_line(bug)}")
-            return CRASHED if told is None else told.exit_code
+            return say_what_failed(bug)
+
+
+def say_what_failed(bug: Exception, where: str = "") -> int:
+    """Say what a system error or a bug was, with `where` after it; return the exit code for it."""
+    log.debug("%s", "".join(traceback.format_exception(bug)))
+    told = _interruption(bug) or of_system(bug)
+    say(f"mpillm: {told or _in_a_line(bug)}{where}")
+    return CRASHED if told is None else told.exit_code
 
 
 def _leave(world: World, code: int, error: MpillmError | None) -> int:
@@ -149,7 +154,7 @@ def _ignore_signals() -> None:
         signal.signal(name, signal.SIG_IGN)
 
 
-def in_a_line(bug: BaseException) -> str:
+def _in_a_line(bug: BaseException) -> str:
     """Return `Error: message (file.py:12 in function)`, which a user can put into a report."""
     what = traceback.format_exception_only(bug)[-1].strip()
     frames = traceback.extract_tb(bug.__traceback__)

@@ -43,9 +43,8 @@ class Stage:
     pipe_bytes: int = 0  # bytes of a row that each shard sends to the same shard of the next stage
     pipe: LinkRate | None = None  # the link to the next stage; None for the last one
     crowded: bool = False  # ranks share cores, and a sum also waits for their turns
-    alone: float = (
-        1.0  # how many times as fast they are while the other stages wait, and leave them their cores
-    )
+    # how many times as fast they are while the other stages wait, and leave them their cores
+    alone: float = 1.0
 
     @cached_property
     def kinds(self) -> list[tuple[RankWork, Speed]]:
