@@ -133,10 +133,16 @@ class Directory(Descriptor):
                 raise
 
 
+def no_directory(path: Path) -> str:
+    """Return what is at a path instead of a directory; "" if it is one, or if nothing is there."""
+    if not os.path.lexists(path) or path.is_dir():
+        return ""
+    return "a file" if path.exists() else "a symbolic link that leads nowhere"
+
+
 def make(path: Path) -> None:
     """Make a directory if need be; OutputError if that fails."""
-    if os.path.lexists(path) and not path.is_dir():
-        what = "a file" if path.exists() else "a symbolic link that leads nowhere"
+    if what := no_directory(path):
         raise OutputError(f"The output {path} is {what}; give a directory.")
     with explained(path):
         path.mkdir(parents=True, exist_ok=True)

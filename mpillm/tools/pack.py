@@ -20,7 +20,7 @@ from mpillm.errors import JobError, OutputError
 from mpillm.model.config import ModelConfig
 from mpillm.model.opening import config_of, open_unpacked
 from mpillm.spec import shown_bytes
-from mpillm.store.directory import Directory, explained, make, replacing
+from mpillm.store.directory import Directory, explained, make, no_directory, replacing
 from mpillm.store.output import try_lock
 from mpillm.store.readable import printable
 from mpillm.weights.formats.tensors import TensorSource
@@ -131,8 +131,7 @@ def _without(
 @contextlib.contextmanager
 def _claim(source: Path, target: Path, about: dict[str, str]) -> Iterator[None]:
     """The right to write to the target; OutputError if it holds what is not ours, or another model."""
-    if os.path.lexists(target) and not target.is_dir():
-        what = "a file" if target.exists() else "a symbolic link that leads nowhere"
+    if what := no_directory(target):
         raise OutputError(f"{target} is {what}; give a directory to pack to.")
     here, there = (Path(os.path.realpath(path)) for path in (target, source))
     if here == there or there in here.parents:
