@@ -42,7 +42,9 @@ LARGE: dict[str, tuple[Callable[[], Body], int]] = {
 
 @pytest.mark.slow
 def test_requests_take_no_more_than_is_said(cgroup: Cgroup, tmp_path: Path) -> None:
-    job = spec.load(None, SETTINGS, model=str(CHAT), input="/dev/null", output=str(tmp_path))
+    nothing = tmp_path / "nothing.jsonl"
+    nothing.touch()
+    job = spec.load(None, SETTINGS, model=str(CHAT), input=str(nothing), output=str(tmp_path / "out"))
     (planned,) = plan.make(job, 1).ranks
     cgroup.limit(int(SPARE * planned.held) + REQUESTS)
     command: list[str | Path] = [
