@@ -159,7 +159,7 @@ def _add_results(add: Add) -> None:
         "-o", "--output", type=Path, metavar="FILE", help="file to write (table.FORMAT in the directory)"
     )
     export.add_argument(
-        "--input", type=Path, metavar="FILE", help="path of the input, if it was moved after the run"
+        "-i", "--input", type=Path, metavar="FILE", help="path of the input, if it was moved after the run"
     )
     status = add("status", help="show the progress of a run, while it runs or after")
     status.add_argument("directory", type=Path, help="the run's output directory")
@@ -190,6 +190,7 @@ def _job_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", help="catalogue name, Hugging Face directory or GGUF file")
     parser.add_argument(
+        "-i",
         "--input",
         help="requests: JSON lines, an array, CSV, TSV, Parquet; - for stdin",
     )

@@ -84,7 +84,11 @@ ELSEWHERE = {
 }  # fmt: skip
 # The same, where it depends on the command.
 AT_COMMAND = {
-    **{(command, "--input"): f"{command} reads none; type mpillm run --input FILE" for command in ("chat", "serve")},
+    **{
+        (command, name): f"{command} reads none; type mpillm run --input FILE"
+        for command in ("chat", "serve")
+        for name in ("--input", "-i")
+    },
     ("serve", "--output"): "type --data DIRECTORY for uploaded files and batches",
     **{("pack", name): "type --weights TYPE" for name in ("--dtype", "--outtype", "--quantize", "--type")},
     **{("pack", name): "the directory needs none: mpillm pack SRC DST" for name in ("--output", "-o")},
