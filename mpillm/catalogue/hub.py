@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import importlib
 import logging
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mpillm.comm.launch import STOPS
-from mpillm.errors import Interrupted, JobError, MpillmError, OutputError
+from mpillm.errors import FULL, Interrupted, JobError, MpillmError, NoSpace, OutputError
 from mpillm.model.families import gguf_family
 from mpillm.model.opening import judge
 from mpillm.store.directory import replacing
@@ -81,7 +82,7 @@ def pull_hf(name: str, notes: Path) -> Path:
     except MpillmError:
         raise
     except Exception as error:  # errors of the library, its HTTP library and the disk, said in one sentence
-        raise JobError(f"{name} could not be pulled ({_reason(error)}).") from error
+        raise _failed(f"{name} could not be pulled", error) from error
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         with replacing(note) as out:
@@ -112,7 +113,7 @@ def pull_config(name: str) -> Path | None:
     except MpillmError:
         raise
     except Exception as error:  # errors of the library, its HTTP library and the disk
-        raise JobError(f"The configuration of {name} could not be fetched ({_reason(error)}).") from error
+        raise _failed(f"The configuration of {name} could not be fetched", error) from error
 
 
 def _fetch(hub: Any, name: str, repo: str, files: Sequence[str], revision: str | None) -> Path:
@@ -174,6 +175,16 @@ def _library(name: str) -> Any:
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     log.warning("asking the hub for %s", name)
     return hub
+
+
+def _failed(what: str, error: Exception) -> MpillmError:
+    """Return the error to tell the user, which begins with `what`; the same command may work after a full disk."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in FULL or os.strerror(errno.ENOSPC) in str(error):  # Xet's library raises a RuntimeError
+        return NoSpace(
+            f"{what}: no space left on the disk; free some and run the same command again, or set HF_HOME."
+        )
+    return JobError(f"{what} ({_reason(error)}).")
 
 
 def _kinds(error: Exception) -> list[str]:

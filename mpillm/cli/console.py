@@ -76,8 +76,8 @@ class Console:
             self.say(f"{what}: {done / 1e6:.0f}{f' of {total / 1e6:.0f}' if total else ''} MB")
 
     @contextmanager
-    def requests(self, total: int, done: int, tokens: int) -> Iterator[Bar]:
-        """A line of requests, with rates and the time left; `done` and `tokens` are not of this time."""
+    def requests(self, total: int, done: int, tokens: int, since: float) -> Iterator[Bar]:
+        """A line of requests, with rates, the time since `since` and the time left; `tokens` count for no rate."""
         self._rates = rates = self._rates or Rates(tokens)
         if not (total and self._live and self._speaks()):  # a live line of no requests would tell nothing
             yield ProgressLines(total, self.say, done, rates)
@@ -85,7 +85,7 @@ class Console:
         with tqdm(
             total=total, initial=done, bar_format=BEFORE, smoothing=0, file=sys.stderr, ncols=width()
         ) as bar:
-            bar.start_t -= rates.age
+            bar.start_t -= time.monotonic() - since
             yield Live(bar, rates)
 
     def finish(self, made: report.Report, directory: Path) -> None:

@@ -37,11 +37,6 @@ class Rates:
             self._seen.popleft()
 
     @property
-    def age(self) -> float:
-        """Seconds since the beginning."""
-        return time.monotonic() - self._started
-
-    @property
     def elapsed(self) -> float:
         """Seconds from the beginning to the last `add`."""
         return self._seen[-1][0] - self._started

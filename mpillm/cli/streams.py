@@ -20,6 +20,7 @@ from mpillm.cli.terminal import blank, fitted, terminal_of_launcher
 # a terminal instead of being shown.
 _ACTS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _NAMES = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
+_QUOTED = re.compile(r"(?<!\\)\\udc([89a-f][0-9a-f])")  # a byte that was no UTF-8, as repr has it
 _OURS = re.compile(r"mpillm( [\w-]+)?: ")  # how a sentence to the user begins
 
 
@@ -67,7 +68,7 @@ class Unfailing(io.TextIOBase):
             begun = self._last + (self._beside._last if self._beside else "")
             # A live line, which another thread has drawn, or an answer stays; the `^C` of who stops a command goes.
             before = "\n" if begun.strip("\n\r") else blank(self._stream)
-            shown = before + fitted(shown, self._stream)
+            shown = before + fitted(_QUOTED.sub(r"\\x\1", shown), self._stream)
         self._last = shown[-1:] or self._last
         self._try("write", shown)
         return len(text)

@@ -89,8 +89,8 @@ class Computation:
             recomputed=totals.recomputed_tokens,
         )
 
-    def run(self) -> Slowed | None:
-        """Compute all requests; every rank checks that the model's files have not changed.
+    def run(self, since: float) -> Slowed | None:
+        """Compute all requests, as the ranks do since `since`; every rank checks that the model's files are unchanged.
 
         The other ranks stop when everything is computed, and when an error ends the computation. If the layout should
         change, it stops earlier and returns why; `continued` computes the rest.
@@ -98,7 +98,7 @@ class Computation:
         for line in self._capacity():
             self.job.progress.say(line)
         try:
-            slowed = self._compute()
+            slowed = self._compute(since)
         except MpillmError as error:
             with suppress(MpillmError):  # such as a full disk, most likely the reason of the first error too
                 self._dispatcher.stop(error.exit_code)
@@ -124,12 +124,12 @@ class Computation:
         self.journal.check()
         self._checked = time.monotonic()
 
-    def _compute(self) -> Slowed | None:
+    def _compute(self, since: float) -> Slowed | None:
         leader, dispatcher, slowed = self._leader, self._dispatcher, None
         dispatcher.serve()
         left, done = unanswered(self.job.input, self.journal), len(self.journal.done)
         tokens = self.totals.prompt_tokens + self.totals.generated_tokens
-        with self.job.progress.requests(done + left, done, tokens) as bar:
+        with self.job.progress.requests(done + left, done, tokens, since) as bar:
             for finished in leader.engine.run(leader.requests(self._next), partial(self._more, bar)):
                 for completion in finished:
                     if leader.take(completion):

@@ -37,6 +37,7 @@ class RankContext:
         self.world, self.spec, self.progress, self.stack = world, spec, progress, stack
         self.tracer = tracer
         self.start = time.monotonic()
+        self.computes_since = 0.0  # time.monotonic() of the first session; 0 before it
         self.longest_step = 0.0  # seconds
         self._computation: Computation | None = None  # the latest one
 

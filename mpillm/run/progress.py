@@ -47,5 +47,8 @@ class Progress(Protocol):
     def downloading(self, done: int, total: int) -> None:
         """Show the progress of a download: bytes so far, and in total (0 if unknown)."""
 
-    def requests(self, total: int, done: int, tokens: int) -> AbstractContextManager[Bar]:
-        """Show the progress of `total` requests, of which `done` are done and `tokens` tokens computed."""
+    def requests(self, total: int, done: int, tokens: int, since: float) -> AbstractContextManager[Bar]:
+        """Show the progress of `total` requests, of which `done` are done and `tokens` tokens computed.
+
+        The ranks compute since `since` (of time.monotonic), also if another rank was rank 0 then.
+        """

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 def run(world: World, spec: Spec, progress: Progress, trace: Path | None = None) -> Report | None:
     """Run a job on all ranks (collective); return the report on rank 0, None on the others. Raises MpillmError.
 
-    A run that finishes writes a trace to the file `trace`, if given.
+    The run writes a trace to the file `trace`, if given; one that is interrupted, that of rank 0.
     """
     with ExitStack() as stack:
         tracer = stack.enter_context(Tracer.started(world, trace)) if trace else None

@@ -38,7 +38,7 @@ class _Quiet:
     def downloading(self, done: int, total: int) -> None:
         pass
 
-    def requests(self, total: int, done: int, tokens: int) -> AbstractContextManager[Bar]:
+    def requests(self, total: int, done: int, tokens: int, since: float) -> AbstractContextManager[Bar]:
         raise NotImplementedError
 
 

@@ -102,7 +102,7 @@ class Leading:
     def advance(self, rank: RankContext) -> State:
         session = self.computation.session
         with rank.computing(session):
-            if (slowed := self.computation.run()) is None:
+            if (slowed := self.computation.run(rank.computes_since)) is None:
                 return Gathering(self.computation, rank_statistics(session))
         return self._again((), slowed)
 
@@ -276,6 +276,7 @@ def begin(
             world, spec, path, origin, shards, replicated=True, leave_out=True, say=say, find=find
         )
         unless_begun.callback(session.close)
+        rank.computes_since = rank.computes_since or time.monotonic()
         if world.spare:
             return StandingBy(origin, session.speed, losses)
         computation = assistant = None

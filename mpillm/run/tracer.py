@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mpillm import tracing
 from mpillm.comm.world import World
-from mpillm.errors import JobError
+from mpillm.errors import JobError, MpillmError
 from mpillm.store import trace_file
 from mpillm.store.trace_file import RankTrace
 
@@ -27,7 +27,10 @@ class Tracer:
     @classmethod
     @contextmanager
     def started(cls, world: World, path: Path) -> Iterator[Tracer]:
-        """Record in the block (collective); raises JobError if the file could not be written at the end."""
+        """Record in the block (collective); raises JobError if the file could not be written at the end.
+
+        If the block ends with an error, such as Interrupted, rank 0 writes what it has: the others may have ended.
+        """
         with world.together():
             unsuited = path.exists() and not path.is_file()
             if world.rank == 0 and (unsuited or not os.access(path.absolute().parent, os.W_OK)):
@@ -35,7 +38,12 @@ class Tracer:
                     f"--trace {path} cannot be written: give a file in a directory that exists and can be written."
                 )
         try:
-            yield cls(path, world)
+            yield (tracer := cls(path, world))
+        except MpillmError:
+            if world.rank == 0:
+                with suppress(MpillmError):
+                    tracer.write()
+            raise
         finally:
             tracing.stop()
 

@@ -23,6 +23,7 @@ from mpillm.store.directory import replacing
 from mpillm.store.journal import Journal
 from mpillm.store.output import Claim
 from mpillm.store.records import Counts
+from mpillm.store.status import Reader
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,16 @@ class RequestCounts(msgspec.Struct, kw_only=True):
     total: int = 0
     completed: int = 0
     failed: int = 0
+
+
+def counts_on_disk(path: Path) -> RequestCounts:
+    """Return the counts of a batch by the journal in its directory; zeros before that begins."""
+    try:
+        with contextlib.closing(Reader(path)) as reader:
+            now = reader.look()
+    except MpillmError:
+        return RequestCounts()
+    return RequestCounts(total=now.total, completed=now.answered - now.errors, failed=now.errors)
 
 
 class BatchRun:

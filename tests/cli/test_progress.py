@@ -112,7 +112,7 @@ def test_no_live_line_of_no_requests(capsys: pytest.CaptureFixture[str]) -> None
     console = Console()
     console._live = True
     for total in (0, 2):
-        with console.requests(total, 0, 0) as bar:
+        with console.requests(total, 0, 0, time.monotonic()) as bar:
             bar.update(total, lambda: state(5))
         assert ("requests" in capsys.readouterr().err) == (total > 0)
 
@@ -124,14 +124,25 @@ def test_after_a_lost_rank_the_time_goes_on(
     console = Console()
     console._live = True
     now = time.monotonic()
-    with console.requests(9, 0, 100):
+    with console.requests(9, 0, 100, now):
         monkeypatch.setattr(time, "monotonic", lambda: now + 100)
-    with console.requests(9, 3, 500) as bar:
+    with console.requests(9, 3, 500, now) as bar:
         bar.update(1, lambda: state(1100))
     shown = capsys.readouterr().err.split("\r")[-1]
     assert "4/9 requests" in shown
     assert "[01:40" in shown
     assert " 10 tokens/s" in shown
+
+
+def test_a_rank_that_replaces_rank_0_counts_the_time_from_the_start_of_the_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its rate is that of what it has led."""
+    console = Console()
+    console._live = True
+    with console.requests(9, 3, 0, time.monotonic() - 100) as bar:
+        bar.update(1, lambda: state(5))
+    assert re.search(r"4/9 requests .*\[01:40.*, \d{2,} tokens/s", capsys.readouterr().err.split("\r")[-1])
 
 
 def test_a_sentence_does_not_go_on_with_a_live_line() -> None:

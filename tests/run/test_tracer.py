@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -12,8 +14,9 @@ import pytest
 
 from mpillm import tracing
 from mpillm.comm.counters import WAITED_FOR
-from tests.conftest import Mpi
+from tests.conftest import HANGS, Mpi
 from tests.e2e.jobs import assert_one_sentence, command, mixed_lines, write_lines
+from tests.e2e.test_resume import start, wait_for_results
 
 Event = dict[str, Any]
 
@@ -124,6 +127,26 @@ def test_spans_nest_and_sum_to_the_report(openmpi: Mpi, tmp_path: Path) -> None:
         assert seconds(spans, 0, phase) == pytest.approx(length, abs=1e-4)
     assert seconds(spans, 0, "tokenize") > 0
     assert any(span["name"] == "disk read" for span in spans)
+
+
+@pytest.mark.mpiexec
+def test_a_run_that_is_interrupted_writes_the_trace_of_rank_0(mpi: Mpi, tmp_path: Path) -> None:
+    source, trace = write_lines(tmp_path / "in.jsonl", mixed_lines(400, tokens=60)), tmp_path / "trace.json"
+    launcher = start(
+        mpi, 2, [*command(source, tmp_path / "out", "batch.max_num_seqs=2"), "--trace", str(trace)]
+    )
+    try:
+        wait_for_results(tmp_path / "out/journal", launcher, 4000)
+        os.kill(launcher.pid, signal.SIGTERM)
+        assert launcher.wait(HANGS) != 0
+    finally:
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)
+    spans, said = events(trace)
+    assert_nested(spans)
+    assert_trace_events(trace, 1)
+    assert [rank["rank"] for rank in said["ranks"]] == [0]
+    assert any(span["name"] == "decode" for span in spans)
 
 
 @pytest.mark.mpiexec

@@ -17,6 +17,8 @@ from typing import Any
 import openai
 import pytest
 
+from mpillm.serve import server as server_module
+from mpillm.serve.server import ServeOptions
 from tests.conftest import HANGS, Mpi, clean_environment, run_bounded
 from tests.job_helpers import CHAT, without_tokenizer
 from tests.model.golden import FIXTURES
@@ -361,6 +363,22 @@ def test_on_two_ranks_until_a_signal(mpi: Mpi, tmp_path: Path) -> None:
                 text = "".join(chunk.choices[0].text for chunk in stream)
             assert text == client.completions.create(**body).choices[0].text
         assert process.poll() is None
+
+
+def test_a_server_for_others_without_a_key_is_told() -> None:
+    for host, key, warned in (
+        ("127.0.0.1", None, False),
+        ("::1", None, False),
+        ("0.0.0.0", "secret", False),
+        ("0.0.0.0", None, True),
+        ("192.0.2.7", None, True),
+        ("::", None, True),
+    ):
+        *warnings, line = server_module._greeting("tiny", host, 80, ServeOptions(host, 80, key))
+        assert line.startswith(f"tiny answers at http://{f'[{host}]' if ':' in host else host}:80 (")
+        assert bool(warnings) == warned
+        for warning in warnings:
+            assert f"can use the server (--host {host}); add --api-key KEY" in warning
 
 
 def test_the_end(tmp_path: Path) -> None:
