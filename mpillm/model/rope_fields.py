@@ -31,8 +31,7 @@ def read_rope(
     """
     flat_theta = config.optional_number("rope_theta", 1.0, 1e30)
     flat_original = config.optional_integer("original_max_position_embeddings", 1, LONGEST)
-    values = _parameters(config, layer_type)
-    rope = Fields(values, f"{config.name}, rope parameters")
+    rope = rope_parameters(config, layer_type)
 
     theta = rope.number("rope_theta", 1.0, 1e30, default=default_theta if flat_theta is None else flat_theta)
     kind = _kind(rope)
@@ -70,7 +69,7 @@ def read_rope(
     return result
 
 
-def rope_table(config: Fields) -> Mapping[str, Any]:
+def _table(config: Fields) -> Mapping[str, Any]:
     """Return the dict that holds the rope type and its numbers, or one for each layer type; empty if there is none."""
     old, new = config.table("rope_scaling"), config.table("rope_parameters")
     if old and "rope_parameters" not in config.values:  # it goes before the class's default
@@ -82,9 +81,13 @@ def rope_table(config: Fields) -> Mapping[str, Any]:
     return old or new
 
 
+def rope_parameters(config: Fields, layer_type: str = "") -> Fields:
+    """Return the rope parameters of the layers of one type, or of all layers."""
+    return Fields(_parameters(config, layer_type), f"{config.name}, rope parameters")
+
+
 def _parameters(config: Fields, layer_type: str) -> Mapping[str, Any]:
-    """Return the table of the layers of one type."""
-    values = rope_table(config)
+    values = _table(config)
     if not any(isinstance(value, Mapping) for value in values.values()):
         return values
     if layer_type:

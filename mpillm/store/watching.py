@@ -92,21 +92,18 @@ class PartsReader:
         """NotBegun if there is none."""
         self._path = path
         self._complete = dict[Path, Status]()
-        if not self._found():
+        if not outputs_in(path):
             if (path / JSONL).exists():
                 raise JobError(f"{path} was made by mpillm merge and is complete; type: mpillm report {path}")
             if not any(path.iterdir()):
                 raise NotBegun(f"No run has begun in {path} yet: it is empty.")
             raise NotBegun(f"The directory {path} is not the output directory of a run: it has no {JOURNAL}.")
 
-    def _found(self) -> list[Path]:
-        return outputs_in(self._path)
-
     def look(self) -> Parts:
         """Return the status now; OutputError if a journal cannot be read."""
         parts = list[Status]()
         starting, not_begun = list[str](), list[str]()
-        for path in self._found():
+        for path in outputs_in(self._path):
             if (now := self._complete.get(path)) is None:
                 try:
                     with closing(Reader(path)) as reader:

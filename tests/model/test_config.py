@@ -119,6 +119,55 @@ def test_an_odd_number_of_dimensions_turns(kind: str) -> None:
         read(kind, partial_rotary_factor=0.45, head_dim=12, rope_scaling={"type": "yarn", "factor": 2.0})
 
 
+@pytest.mark.parametrize("table", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("kind", ["glm4", "gpt_neox", "phi", "stablelm", "minimax_m2", "nemotron", "bamba"])
+def test_the_part_of_a_head_that_rotates(kind: str, table: str) -> None:
+    """A table of RoPE, of either name, goes before the key beside it."""
+    own = {"mamba_n_heads": 4, "mamba_d_head": 32, "attn_layer_indices": [0]} if kind == "bamba" else {}
+    for part, beside in ((0.25, {}), (0.5, {"partial_rotary_factor": 0.75}), (1.0, {})):
+        rope = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0, "partial_rotary_factor": part}
+        rotary = attention(read(kind, head_dim=16, hidden_size=64, **{table: rope}, **beside, **own)).rotary
+        assert rotary is not None
+        assert rotary.dim == 16 * part
+    rope["partial_rotary_factor"] = "0.5"
+    with pytest.raises(
+        ModelError, match=r"partial_rotary_factor is '0\.5', but must be a number from 0 to 1"
+    ):
+        read(kind, head_dim=16, hidden_size=64, **{table: rope}, **own)
+
+
+def test_a_part_of_a_head_that_is_too_small_or_odd() -> None:
+    """The number that is named is the one that was read, also where it is the class's own."""
+    words = r"partial_rotary_factor is 0\.25, which makes 3 dimensions rotate, an odd number"
+    with pytest.raises(ModelError, match=words):
+        read("stablelm", hidden_size=48, rope_scaling={"type": "yarn", "factor": 2.0})
+    with pytest.raises(
+        ModelError, match=r"partial_rotary_factor is 0\.05, which makes 0 of 12 dimensions rotate"
+    ):
+        read("phi", hidden_size=48, partial_rotary_factor=0.05)
+
+
+def test_two_names_of_the_base_of_rope() -> None:
+    for base in (123.0, 5e5):
+        assert rope(read("gpt_neox", rotary_emb_base=base, rotary_pct=1.0)).theta == base
+        assert rope(read("gpt_neox", rotary_emb_base=base, rope_theta=base, rotary_pct=1.0)).theta == base
+    with pytest.raises(ModelError, match=r"rope_theta is 10000, but rotary_emb_base is 500000; keep one"):
+        read("gpt_neox", rotary_emb_base=5e5, rope_theta=10000)
+
+
+def test_a_gate_has_a_bias_if_its_class_has_it() -> None:
+    """attention_bias is of Qwen's gates too, which lie in q_proj, and not of those of AFMoE."""
+    for kind, more, gate in (("qwen3_5_text", {}, {"q_gate_bias"}), ("afmoe", MOE, set())):
+        config = read(kind, **more, attention_bias=True, layer_types=["full_attention"] * 4)
+        roles = {spec.key.role for spec in attention(config).tensors(0, 48, 1)}
+        assert {role for role in roles if role.endswith("_bias")} == {
+            "q_bias",
+            "k_bias",
+            "v_bias",
+            "o_bias",
+        } | gate
+
+
 def test_experts() -> None:
     mixtral = read("mixtral", num_local_experts=5, num_experts_per_tok=3)
     assert {layer.mlp for layer in mixtral.layers} == {ExpertsSpec(5, 40, RouterSpec(3))}

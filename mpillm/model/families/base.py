@@ -17,7 +17,7 @@ from mpillm.model.layers.attention import AttentionSpec, Rotary
 from mpillm.model.layers.norm import NormSpec
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.pooled import ClassifierSpec
-from mpillm.model.rope_fields import LONGEST, read_rope
+from mpillm.model.rope_fields import LONGEST, read_rope, rope_parameters
 from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf
 from mpillm.weights.names import Names, RowGroups
 
@@ -162,21 +162,20 @@ def read_rotary(
 
 
 def read_partial_rotary(fields: Fields, sizes: Sizes, default: float, interleaved: bool = False) -> Rotary:
-    """RoPE of the part of each head that partial_rotary_factor says, beside the RoPE or in its table."""
-    table = fields.values.get("rope_parameters")
-    inner = table.get("partial_rotary_factor") if isinstance(table, Mapping) else None
-    part = fields.optional_number("partial_rotary_factor", 0, 1)
-    if part is None:
-        part = default if not isinstance(inner, int | float) else float(inner)
+    """RoPE of a part of each head: partial_rotary_factor of the RoPE's table, or else beside it."""
+    inner = rope_parameters(fields).optional_number("partial_rotary_factor", 0, 1)
+    outer = fields.optional_number("partial_rotary_factor", 0, 1)
+    part = next((value for value in (inner, outer) if value is not None), default)  # as in transformers
     dim = int(sizes.head_dim * part)
-    if not 1 <= dim <= sizes.head_dim:
-        raise fields.fail("partial_rotary_factor", f"which makes {dim} of {sizes.head_dim} dimensions turn")
+    what = f"{fields.name}: partial_rotary_factor is {part:g}, which makes"
+    if dim < 1:
+        raise ModelError(f"{what} {dim} of {sizes.head_dim} dimensions rotate.")
     rotary = read_rotary(fields, sizes, dim + dim % 2, interleaved)
     if dim % 2 == 0:
         return rotary
     # An odd number: one more turns, by the powers of the base that the odd number makes.
     if rotary.config.kind not in ("default", "linear"):
-        raise fields.fail("partial_rotary_factor", f"which makes {dim} dimensions rotate, an odd number")
+        raise ModelError(f"{what} {dim} dimensions rotate, an odd number.")
     theta = rotary.config.theta ** ((dim + 1) / dim)
     return replace(rotary, config=replace(rotary.config, theta=theta))
 

@@ -29,7 +29,7 @@ from mpillm.model.layers.experts import ExpertsSpec, RouterSpec
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
-from mpillm.model.rope_fields import LONGEST, rope_table
+from mpillm.model.rope_fields import LONGEST, rope_parameters
 from mpillm.weights.formats.gguf_config import (
     GgufFields,
     ShapeOf,
@@ -128,7 +128,7 @@ class Mistral(Family):
 
 def _tuning(fields: Fields) -> Tuning | None:
     """Return the growth of scores with positions, which the RoPE table defines."""
-    rope = Fields(rope_table(fields), f"{fields.name}, rope parameters")
+    rope = rope_parameters(fields)
     beta = rope.optional_number("llama_4_scaling_beta", 0, 1e6)
     if not beta:
         return None

@@ -77,9 +77,10 @@ class NeoX(Family):
         sizes, width, bias = read_sizes(fields), read_width(fields), fields.flag("attention_bias")
         norm = read_norm(fields, "layer_norm_eps", centred=True, bias=True)
         part = fields.number("rotary_pct", 0, 1, default=0.25)
-        if "rotary_emb_base" in fields.values and "rope_theta" not in fields.values:
-            base = fields.number("rotary_emb_base", 1, 1e30)
+        if (base := fields.optional_number("rotary_emb_base", 1, 1e30)) is not None:
             fields.defaults = {**fields.defaults, "rope_theta": base}
+            if fields.number("rope_theta", 1, 1e30) != base:
+                raise fields.fail("rope_theta", f"but rotary_emb_base is {base:g}; keep one")
         attention = attention_of(sizes, read_partial_rotary(fields, sizes, part), qkv_bias=bias, o_bias=bias)
         mlp = MlpSpec(width, activation, gated=False, bias=True)
         parallel = fields.flag("use_parallel_residual")

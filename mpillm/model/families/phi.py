@@ -26,7 +26,7 @@ from mpillm.model.layers.experts import ExpertsSpec, RouterSpec
 from mpillm.model.layers.mlp import MlpSpec
 from mpillm.model.layers.norm import Norms
 from mpillm.model.layers.spec import LayerSpec
-from mpillm.model.rope_fields import LONGEST, rope_table
+from mpillm.model.rope_fields import LONGEST, rope_parameters
 from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, refuse_experts, usual_config
 from mpillm.weights.names import Names
 from mpillm.weights.roles import Key
@@ -124,6 +124,6 @@ def _scaled(fields: Fields, sizes: Sizes) -> Rotary:
     rotary = read_rotary(fields, sizes)
     if rotary.config.kind == "default":
         return rotary
-    rope = Fields(rope_table(fields), f"{fields.name}, rope parameters")
+    rope = rope_parameters(fields)
     short, long = (rope.number(key, 0, 1e6, default=1.0) for key in ("short_mscale", "long_mscale"))
     return replace(rotary, config=replace(rotary.config, attention_factor=short, long_attention_factor=long))

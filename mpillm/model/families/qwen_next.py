@@ -119,6 +119,7 @@ class QwenNext(Family):
             o_bias=bias,
             qk_norm=norm,
             gate=True,
+            gate_bias=bias,
         )
         delta = _delta(fields, norm.eps, converted, architecture)
         types, mlp = _layer_types(fields, sizes.n_layers), _mlps(fields, architecture, sizes.n_layers)

@@ -70,6 +70,7 @@ class AttentionSpec:
     sinks: bool = False
     softcap: float = 0.0
     gate: bool = False
+    gate_bias: bool = False
     chunked: bool = False
     tuning: Tuning | None = None
     v_norm: NormSpec | None = None
@@ -121,8 +122,8 @@ class AttentionSpec:
             yield TensorSpec(Key("k_bias", layer), (keys,), kv_heads)
             if not self.v_is_k:
                 yield TensorSpec(Key("v_bias", layer), (keys,), kv_heads)
-            if self.gate:
-                yield TensorSpec(Key("q_gate_bias", layer), (queries,), heads)
+        if self.gate_bias:
+            yield TensorSpec(Key("q_gate_bias", layer), (queries,), heads)
         if self.qk_norm and self.qk_norm_by_head:
             yield TensorSpec(Key("q_norm", layer), (queries,), heads)
             yield TensorSpec(Key("k_norm", layer), (keys,), kv_heads)
@@ -248,7 +249,7 @@ class AttentionSpec:
     def _gate(self, page: Page) -> dict[str, Any]:
         """Return the kernel's gate and its bias, where there are any."""
         gate = {"gate": page.matrix("q_gate")} if self.gate else {}
-        return gate | ({"gate_bias": page.vector("q_gate_bias")} if self.gate and self.qkv_bias else {})
+        return gate | ({"gate_bias": page.vector("q_gate_bias")} if self.gate_bias else {})
 
     def kv_heads(self, place: Place, block: int) -> range:
         """Return the KV heads of the rank at `place`."""
