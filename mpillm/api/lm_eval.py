@@ -53,6 +53,10 @@ def run(words: Sequence[str]) -> int:
     except Exception as error:
         if any(frame.filename == __file__ for frame in traceback.extract_tb(error.__traceback__)[1:]):
             raise  # it comes out of the model
+        if "no model for this name found" in str(error):  # it goes on with all names that it knows
+            raise JobError(
+                "--model names a class of the harness; type --model_args model=NAME for a model."
+            ) from error
         raise JobError(f"lm-evaluation-harness has stopped: {type(error).__name__}: {error}") from error
     return 0
 

@@ -126,9 +126,19 @@ def test_lm_eval_is_not_started_by_mpiexec() -> None:
     assert "lm-eval starts its ranks by itself" in done.stderr
 
 
-def test_what_is_refused_is_said() -> None:
-    words = ["--model_args", f"model={MODEL}", "--tasks", "none"]
-    done = run_bounded([sys.executable, "-m", "mpillm", "lm-eval", *words], cwd=HERE)
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--tasks", "none"], "lm-evaluation-harness has stopped: ValueError: Tasks not found: none"),
+        (
+            ["--model", "smollm2-135m", *TASKS],
+            "--model names a class of the harness; type --model_args model=NAME for a model.",
+        ),
+    ],
+)
+def test_what_is_refused_is_said(words: list[str], said: str) -> None:
+    words = ["--model_args", f"model={MODEL}", *words]
+    done = run_bounded([sys.executable, "-m", "mpillm", "lm-eval", *words], cwd=ROOT)
     assert done.returncode == 2, done.stderr
-    assert "mpillm: lm-evaluation-harness has stopped: ValueError: Tasks not found: none" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"mpillm: {said}"), done.stderr
     assert "Traceback" not in done.stderr
