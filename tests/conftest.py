@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,10 +17,12 @@ from functools import cache
 from pathlib import Path
 
 import hypothesis
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+LINGERS = 10  # seconds for the output of a killed command to end, if processes in other sessions have it
 HANGS = 240  # seconds after which a program hangs: not how long one may take on a busy machine
 
 # Machines that run tests are shared and slow: an example that takes long says nothing about the code.
@@ -44,6 +48,22 @@ def clean_environment(**more: str) -> dict[str, str]:
     return {**kept, "PYTHONPATH": os.pathsep.join(paths), **more}
 
 
+def _end_writers(process: subprocess.Popen[str]) -> list[str]:
+    """Kill the processes that hold the other ends of a process's output; return their command lines."""
+    assert process.stdout
+    assert process.stderr
+    pipes = {os.stat(file.fileno()).st_ino for file in (process.stdout, process.stderr)}
+    found = []
+    for one in psutil.process_iter():
+        with contextlib.suppress(OSError, psutil.Error):
+            if one.pid != os.getpid() and any(
+                at.stat().st_ino in pipes for at in Path(f"/proc/{one.pid}/fd").iterdir()
+            ):
+                found.append(f"{one.pid}: {shlex.join(one.cmdline())}")
+                one.kill()
+    return found
+
+
 def run_bounded(
     command: list[str | Path],
     timeout: float = HANGS,
@@ -65,7 +85,11 @@ def run_bounded(
             out, err = process.communicate(timeout=timeout)
         except BaseException as error:
             os.killpg(process.pid, signal.SIGKILL)
-            out, err = process.communicate()
+            try:
+                out, err = process.communicate(timeout=LINGERS)
+            except subprocess.TimeoutExpired as late:
+                out, err = (bytes(said or b"").decode() for said in (late.output, late.stderr))
+                err += f"\nended later: {_end_writers(process)}"
             if isinstance(error, subprocess.TimeoutExpired):
                 pytest.fail(f"no end within {timeout} s: {command}\n{out[-4000:]}\n{err[-4000:]}")
             raise

@@ -31,14 +31,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:  # until ranks have met; then signals are answered by `running`
             started = launch.launched_by(os.environ)
             sentence, code = EARLY, Interrupted.exit_code
-            launch.end_all(started, code, os.environ)
+            if started is not None and started.launcher != launch.OPENMPI:  # which got the signal itself
+                launch.end_all(started, code, os.environ)
             if started is not None and started.rank:
                 return code
         except Exception as error:
-            told = of_system(error)
+            told, code = of_system(error), BROKEN
+            if told is not None:
+                code = JobError.exit_code
+                sys.stderr.write(f"mpillm: {told}\n")
+            launch.end_all(launch.launched_by(os.environ), code, os.environ)
             if told is None:
-                launch.end_all(launch.launched_by(os.environ), BROKEN, os.environ)
                 raise
-            sentence, code = str(told), JobError.exit_code
+            return code
         sys.stderr.write(f"mpillm: {sentence}\n")
         return code

@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,11 @@ from pathlib import Path
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # The process id of mpiexec's supervisor, which shows what mpiexec writes, and says why it stops the ranks by SIGUSR1.
 SUPERVISED = "MPILLM_SUPERVISED"
+
+# Seconds from its start for which a rank stays that fails before MPI has begun: Open MPI's mpiexec then ends the other
+# ranks, and hangs or crashes if one of them is connecting to it just then (PMIx 5.0, one in six on a busy machine).
+STAY = 3.0
+_begun = time.monotonic()
 
 OPENMPI, MPICH = "Open MPI's mpiexec", "MPICH's mpiexec"
 
@@ -89,13 +95,17 @@ def ranks_on_this_machine(environ: Mapping[str, str]) -> int:
 
 
 def end_all(started: Launch | None, code: int, environ: Mapping[str, str]) -> None:
-    """Have MPICH's mpiexec end all ranks when this one ends before MPI has begun: the others would wait for it.
+    """Have mpiexec end all ranks when this one ends before MPI has begun: the others would wait for it.
 
-    The message is that of MPI_Abort, in version 1 of PMI. Open MPI's mpiexec ends them by itself.
+    MPICH's is sent the message of MPI_Abort, in version 1 of PMI. Open MPI's ends them by itself; see `STAY`.
     """
-    if started is not None and started.launcher == MPICH and environ.get("PMI_FD", "").isdecimal():
+    if started is None or started.size == 1:
+        return
+    if started.launcher == MPICH and environ.get("PMI_FD", "").isdecimal():
         with suppress(OSError):
             os.write(int(environ["PMI_FD"]), b"cmd=abort exitcode=%d\n" % code)
+    if started.launcher == OPENMPI:
+        time.sleep(max(0.0, _begun + STAY - time.monotonic()))
 
 
 def starter_folder() -> str:

@@ -30,7 +30,8 @@ from mpillm.errors import Interrupted, JobError, MpillmError
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-SPEAK_FIRST = 3.0  # seconds that ranks which cannot meet leave to rank 0, which says why if it cannot either
+# Seconds that ranks which cannot meet leave to rank 0, which says why if it cannot either; more than `launch.STAY`.
+SPEAK_FIRST = 5.0
 
 
 def guard(program: Callable[[World], int]) -> int:

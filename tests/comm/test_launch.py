@@ -71,3 +71,14 @@ def test_what_to_type_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_this_process_was_not_started_by_mpiexec() -> None:
     assert launch.starter_folder() == ""
     assert OPENMPI.mpiexec() is None
+
+
+def test_open_mpi_is_given_time_to_connect_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its mpiexec hangs if it ends a rank that is just connecting to it."""
+    slept: list[float] = []
+    monkeypatch.setattr("mpillm.comm.launch.time.sleep", slept.append)
+    monkeypatch.setattr("mpillm.comm.launch.time.monotonic", lambda: 100.5)
+    monkeypatch.setattr("mpillm.comm.launch._begun", 100.0)
+    for started in (None, Launch(launch.OPENMPI, 1, 0), Launch("srun", 4, 1), Launch(launch.OPENMPI, 4, 1)):
+        launch.end_all(started, 2, {})
+    assert slept == [launch.STAY - 0.5]
