@@ -24,14 +24,12 @@ from numpy.typing import NDArray
 from mpillm.catalogue.models import resolve
 from mpillm.model.opening import open_source
 from mpillm.text import load_tokenizer
-from tests.model.kv_measured import Measured, best_levels, hadamard, rotated_on_trellis
+from tests.model.kv_measured import Coded, Measured, rotated_on_trellis
 
 F32 = NDArray[np.float32]
 BLOCK = 32
-# Pairs from the one that counts most on, their bits, and how many of their dimensions are rotated together (0: none; a
-# constant range). For heads of 64 dimensions: 4.5 bits.
-CLASSES = ((2, 8, 0), (2, 6, 4), (4, 5, 8), (24, 4, 16))
-WIDE_RANGE = 16.0
+# Dimensions of keys by pair, from the pairs that count most on, and their bits (4.625 with a byte for a row's scale).
+PAIRS = ((16, 6), (48, 4))
 
 
 def by_pair(x: F32) -> F32:
@@ -45,32 +43,6 @@ def q8_0(x: F32) -> F32:
     return (np.rint(blocks / np.maximum(scale, 1e-12)) * scale).reshape(x.shape)
 
 
-def best_of_row(parts: list[F32], counts: list[int]) -> list[F32]:
-    """The best levels of each part, with one scale for each row of all of them, by least squares.
-
-    A scale takes one byte: it is a power of 2^(1/32).
-    """
-    power = sum((x * x).sum(-1, keepdims=True) for x in parts)
-    scale = np.sqrt(power / sum(x.shape[-1] for x in parts)) + 1e-9
-    for _ in range(2):
-        found = [_nearest(x / scale, count) for x, count in zip(parts, counts, strict=True)]
-        product = sum((x * y).sum(-1, keepdims=True) for x, y in zip(parts, found, strict=True))
-        scale = np.maximum(product, 1e-9) / sum((y * y).sum(-1, keepdims=True) for y in found)
-    scale = np.exp2(np.rint(np.log2(scale) * 32) / 32)
-    return [_nearest(x / scale, count) * scale for x, count in zip(parts, counts, strict=True)]
-
-
-def _nearest(x: F32, count: int) -> F32:
-    levels = best_levels(count)
-    return levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, x)]
-
-
-def rotated(x: F32) -> F32:
-    """Rotate a head's dimensions, then the best 16 levels: 4 bits, and a byte for the scale of a head and token."""
-    matrix = hadamard(x.shape[-1])
-    return best_of_row([x @ matrix], [16])[0] @ matrix
-
-
 def rope(x: F32, positions: NDArray[np.int64], base: float) -> F32:
     angles = positions[:, None] * base ** (-np.arange(0, x.shape[-1], 2) / x.shape[-1])
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
@@ -78,20 +50,11 @@ def rope(x: F32, positions: NDArray[np.int64], base: float) -> F32:
     return np.stack((even * cos - odd * sin, even * sin + odd * cos), -1).reshape(x.shape)
 
 
-def wide_levels(x: F32, bits: int) -> F32:
-    """Levels of 16 deviations on each side, the squares of equal steps: those near zero are the densest."""
-    half = 1 << (bits - 1)
-    nearest = np.floor(np.sqrt(np.abs(x) / WIDE_RANGE) * half) + np.arange(-0.5, 2)[:, None, None]
-    levels = WIDE_RANGE * (np.clip(nearest, 0.5, half - 0.5) / half) ** 2
-    best = np.abs(levels - np.abs(x)).argmin(0)
-    return np.copysign(np.take_along_axis(levels, best[None], 0)[0], x).astype(np.float32)
-
-
 def keys_by_pair(k: F32, base: float) -> F32:
-    """Keys [heads, tokens, dim] whose bits go to the pairs of RoPE that count most.
+    """Keys [heads, tokens, dim] on a trellis, whose bits go to the pairs of RoPE that count most.
 
     The constants of a head come from its first block as it is stored, less the first token: the mean before RoPE, which
-    is rotated to each position and taken off, and the deviation of each pair. A pair counts as its variance times the
+    is rotated to each position and taken off, and the variance of each pair. A pair counts as its variance times the
     mean square of the queries, which is about the geometric mean of the keys' variance and squared mean.
     """
     positions, first = np.arange(k.shape[1]), q8_0(k[:, :BLOCK])
@@ -99,28 +62,11 @@ def keys_by_pair(k: F32, base: float) -> F32:
     constant = rope(np.broadcast_to(mean, k.shape), positions, base)
     variance = by_pair(((first - constant[:, :BLOCK])[:, 1:] ** 2).mean(1)) + 1e-6
     queries = np.sqrt(by_pair(mean[:, 0] ** 2) * variance)
-    return np.stack([_head(*each) for each in zip(k - constant, variance, queries, strict=True)]) + constant
-
-
-def _head(x: F32, variance: F32, queries: F32) -> F32:
-    order = np.argsort(-(variance * queries)[::2], kind="stable")
-    dims = np.stack((2 * order, 2 * order + 1), -1).ravel()
-    out, turned, places, begin = np.empty_like(x), [], [], 0
-    for pairs, bits, group in CLASSES:
-        of = dims[begin : begin + 2 * pairs]
-        begin += 2 * pairs
-        if not group:
-            out[:, of] = wide_levels(x[:, of] / np.sqrt(variance[of]), bits) * np.sqrt(variance[of])
-            continue
-        of = of.reshape(group, -1).T  # a group has pairs of all weights
-        gain = (queries[of] / variance[of]) ** 0.25
-        gain /= np.sqrt((variance[of] * gain**2).mean())
-        turned.append(((x[:, of] * gain) @ hadamard(group)).reshape(len(x), -1))
-        places.append((of, gain, bits))
-    stored = best_of_row(turned, [1 << bits for _, _, bits in places])
-    for y, (of, gain, _) in zip(stored, places, strict=True):
-        out[:, of] = (y.reshape(len(x), *of.shape) @ hadamard(of.shape[1])) / gain
-    return out
+    found = [
+        Coded(*(np.diag(x.astype(np.float64)) for x in (own, of_queries)), PAIRS).stored(rows)
+        for rows, own, of_queries in zip(k - constant, variance, queries, strict=True)
+    ]
+    return np.stack(found) + constant
 
 
 Stored = Callable[
@@ -130,10 +76,8 @@ Form = tuple[Stored | None, Stored | None, float, float]  # of keys and values, 
 NAMES = (
     "Q8_0",
     "values rotated",
-    "keys and values rotated",
     "keys by pair",
     "keys by pair, values rotated",
-    "values on a trellis",
     "keys measured",
     "keys and values measured",
 )
@@ -144,9 +88,6 @@ def forms(base: float, measured: Measured) -> dict[str, Form]:
         return q8_0(x)
 
     def turned(_: int, x: F32) -> F32:
-        return rotated(x)
-
-    def trellis(_: int, x: F32) -> F32:
         return rotated_on_trellis(x)
 
     def pairs(_: int, k: F32) -> F32:
@@ -155,10 +96,8 @@ def forms(base: float, measured: Measured) -> dict[str, Form]:
     found: list[Form] = [
         (all_q8, all_q8, 8.5, 8.5),
         (None, turned, 32, 4.125),
-        (turned, turned, 4.125, 4.125),
         (pairs, None, 4.625, 32),
         (pairs, turned, 4.625, 4.125),
-        (None, trellis, 32, 4.125),
         (measured.keys, None, 4.375, 32),
         (measured.keys, measured.values, 4.375, 4.375),
     ]
