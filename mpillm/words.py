@@ -31,6 +31,11 @@ def some_of(names: Sequence[str], kind: str) -> str:
     return listed(names, "and")
 
 
+def on_one_line(error: Exception) -> str:
+    """Return what a library says of an error as a part of a sentence: on one line, without a full stop."""
+    return " ".join(str(error).split()).rstrip(".")
+
+
 def listed(names: Sequence[str], word: str) -> str:
     """`a`, `a and b`, `a, b and c`: names, with `word` before the last."""
     return f" {word} ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

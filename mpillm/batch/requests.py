@@ -129,7 +129,7 @@ def check(
     seen = hashlib.blake2b(digest_size=16)
     unnamed = 0
     with opened(path) as file:
-        for number, offset, raw in raw_lines(file):
+        for number, offset, raw in raw_lines(file, spec.input):
             content = raw or b""
             line = Line(number, offset, len(content), f"request-{number}", line_digest(content))
             seen.update(line.digest)
@@ -224,13 +224,16 @@ def opened(path: Path) -> BinaryIO:
         raise JobError(f"The input {path} cannot be read: {error.strerror}.") from None
 
 
-def raw_lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes | None]]:
-    """Number, offset and content of each line that is not blank; None for one that is too long to be held."""
+def raw_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, int, bytes | None]]:
+    """Number, offset and content of each line that is not blank; None for one that is too long to be held.
+
+    JobError, which calls the input `name`, if the file has no lines of JSON.
+    """
     _, array = begins_array(file)
     file.seek(0)
     head = file.read(LOOK)
     if (what := what_it_is(head) or binary(head) or _not_lines(head, bool(array))) is not None:
-        raise JobError(f"The input {file.name} {what}.")
+        raise JobError(f"The input {name} {what}.")
     offset = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
     file.seek(offset)
     for number in itertools.count(1):
@@ -255,7 +258,7 @@ def _not_lines(head: bytes, array: bool) -> str | None:
     if array:
         return "is a JSON array; write one object per line: jq -c '.[]'"
     if first == b"{" and rest.startswith((b'"', b"}")):
-        return "has objects that span several lines; write one object per line: jq -c ."
+        return "has objects that span several lines; write one object per line: jq -c '.'"
     if b"{" in head or first[:1] in b'["':  # nothing, or JSON of other kinds
         return None
     for separator, suffix in ((b"\t", ".tsv"), (b",", ".csv"), (b";", ".csv")):

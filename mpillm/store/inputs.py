@@ -74,6 +74,8 @@ def _check_columns(spec: Spec, columns: list[str]) -> None:
                 f"The input {spec.input} has no column {missing[0]!r}, which the job's request names; it has {has}."
             )
         return
+    if not columns:
+        raise JobError(f"The input {spec.input} has no columns; give a table of requests.")
     say = 'say in the job what to ask of a row, such as prompt = "Summarise: {text}".'
     if not {"body", *(endpoint.key for endpoint in ENDPOINTS)} & set(columns):
         raise JobError(

@@ -156,7 +156,7 @@ def _joined(directory: Directory, lines: Path, digest: str | None) -> Iterator[t
     seen = hashlib.blake2b(digest_size=16)
     changed = JobError(f"The input {lines} has changed since the run; restore it, or run the job again.")
     with opened(lines) as file, open(directory.open(JSONL, os.O_RDONLY), "rb") as answers:
-        for line, answer in zip_longest(raw_lines(file), answers):
+        for line, answer in zip_longest(raw_lines(file, str(lines)), answers):
             if line is None or answer is None:
                 raise changed
             raw = line[2] or b""

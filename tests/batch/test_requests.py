@@ -151,6 +151,8 @@ BAD = [
     ({"messages": [{"content": "a"}]}, "messages[0] needs a role such as 'user'"),
     ({"messages": [{"role": "user"}]}, "messages[0].content must be a string or a list of text parts"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0] is of type 'image_url'; only text is supported"),
+    ({"messages": [{"role": "user", "content": ["a", {"type": "text"}]}]}, "messages[0].content[1].text must be a string"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages[0].content[0].text must be a string"),
     ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0] needs a function with a name"),
     ({"prompt": "a", "temperature": -1}, "temperature: expected a number >= 0.0"),
     ({"prompt": "a", "logprobs": 1001}, "logprobs: expected a whole number <= 1000"),
@@ -385,7 +387,10 @@ def test_inputs_that_are_none(tmp_path: Path) -> None:
         (f"[{LINE},\n{LINE}]\n".encode(), "is a JSON array"),
         (json.dumps([json.loads(LINE)] * 2, indent=2).encode(), "is a JSON array"),
         (b"\xef\xbb\xbf\r\n" + json.dumps([json.loads(LINE)] * 2, indent=1).encode(), "is a JSON array"),
-        (json.dumps(json.loads(LINE), indent=2).encode(), "has objects that span several lines"),
+        (
+            json.dumps(json.loads(LINE), indent=2).encode(),
+            r"has objects that span several lines; write one object per line: jq -c '\.'\.$",
+        ),
     ]:
         made.input_path.write_bytes(raw)
         with pytest.raises(JobError, match=words):

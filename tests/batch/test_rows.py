@@ -272,6 +272,39 @@ def test_the_first_line_of_an_array_may_be_long(between: bytes, tmp_path: Path) 
         assert (len(lines), lines[-1]) == (count + 1, b'{"prompt": "b"}')
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("in.json", b'[[{"prompt": "a"}]]', "is a JSON array; write one object per line"),
+        ("in.jsonl.gz", gzip.compress(gzip.compress(b'{"prompt": "a"}\n')), "is compressed with gzip; unpack it"),
+        ("in.jsonl.gz", gzip.compress(b"%PDF-1.7"), "is a PDF; extract its text"),
+        ("in.jsonl.zst", zstandard.compress(b"text\nother\n"), "has texts in its lines"),
+    ],
+)  # fmt: skip
+def test_the_input_is_named_and_not_the_file_of_its_lines(
+    name: str, content: bytes, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    made = job(tmp_path / name)
+    prepared(made)
+    with pytest.raises(JobError) as caught:
+        requests.check(inputs.lines_path(made), made, WITH_TEXT)
+    assert str(caught.value).startswith(f"The input {tmp_path / name} {said}")
+
+
+def test_sentences_of_a_library_end_with_one_full_stop(tmp_path: Path) -> None:
+    path = tmp_path / "in.parquet"
+    parquet.write_table(pyarrow.table({"prompt": ["one text", "another"]}), path)
+    good = path.read_bytes()
+    for wrong in (good[:-9], good[:4] + b"U" * 60 + good[64:], b"PAR1 and nothing else"):
+        path.write_bytes(wrong)
+        with pytest.raises(JobError, match=r"The input .*in\.parquet .*[^.]\.$"):
+            prepared(job(path))
+    parquet.write_table(pyarrow.table({}), path)
+    with pytest.raises(JobError, match=r"in\.parquet has no columns; give a table of requests\.$"):
+        prepared(job(path))
+
+
 def test_long_rows_are_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a line of a table nor an element of an array, however long, takes more memory than a few lines may."""
     longest, many = 1 << 18, 2_000_000

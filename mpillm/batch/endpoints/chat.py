@@ -266,4 +266,6 @@ def _part(part: Any, where: str) -> dict[str, Any]:
     )
     if kind == "text" and isinstance(text, str):
         return dict(part)
+    if kind == "text":
+        raise RequestError(f"{where}.text must be a string")
     raise RequestError(f"{where} is of type {str(kind)[:60]!r}; only text is supported")

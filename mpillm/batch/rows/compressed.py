@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from mpillm.errors import FULL, JobError
+from mpillm.words import on_one_line
 
 STDIN = "-"  # the path that stands for standard input
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # with which such files begin
@@ -37,7 +38,8 @@ def uncompressed(path: Path) -> Iterator[io.BufferedReader]:
     except OSError as error:
         if error.errno in FULL:  # where the content goes
             raise
-        raise JobError(f"The input {path} cannot be read: {error.strerror or error}.") from None
+        said = error.strerror or on_one_line(error)
+        raise JobError(f"The input {path} cannot be read: {said}.") from None
 
 
 def _zstd(packed: BinaryIO) -> Iterator[bytes]:

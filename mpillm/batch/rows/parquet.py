@@ -10,6 +10,7 @@ from typing import Any
 
 from mpillm.batch.rows.line import row_line, wrong_row
 from mpillm.errors import JobError
+from mpillm.words import on_one_line
 
 ROWS, BYTES = 1024, 4 << 20  # the maximum rows and bytes that are read and converted at once
 BUFFER = 1 << 20  # bytes of a column that are read from the file at once; without it all of a row group are
@@ -39,7 +40,7 @@ def rows(file: io.BufferedReader, path: Path, check: Callable[[list[str]], None]
                 for begin in range(0, len(batch), at_once):
                     yield from _lines(batch.slice(begin, at_once))
     except pyarrow.ArrowException as error:
-        raise JobError(f"The input {path} is damaged or not a Parquet file: {error}.") from None
+        raise JobError(f"The input {path} is damaged or not a Parquet file: {on_one_line(error)}.") from None
 
 
 def read_at_once(path: Path) -> int:
