@@ -33,6 +33,8 @@ enum { FLOAT_ROWS = VEC_ROWS > 4 ? 8 : 4 /* rows of x that are computed at a tim
 /* With one or two rows of x memory is the limit, and x86 reads one row of W after the other up to twice as fast as four at a
  * time (Zen 4).  Blocks with scales take longer to compute. */
 #define IN_ORDER(type, T) (VEC_FETCHES && (T) <= 2 && !mk_is_scaled(type))
+/* With two rows of x Zen 4 reads F16 1.0 (AVX-512) to 1.5 times (AVX2) as fast if the line that is read now is prefetched. */
+#define AS_READ(type, T) ((type) == MK_F16 && (T) == 2 && unaided(T))
 #ifdef VEC_HALF_ROWS /* with a group of rows of x, in halves of vectors (half_steps) */
 #define STREAMS_OF(type, T) \
     (IN_ORDER(type, T) ? 1 : (T) == MK_GROUP && !mk_is_scaled(type) ? VEC_HALF_ROWS : STREAMS(T))
@@ -219,7 +221,7 @@ HOT void float_tile(const int type, const int R, const int T, const uint8_t *w, 
     const int step = mk_float_step(type);
     const long depth = T < MK_GROUP ? columns : DEPTH; /* with few rows of x, a row of W is read from its beginning to its end */
     vf acc[MK_TILE * FLOAT_ROWS];
-    if (!ahead) ahead = IN_ORDER(type, T) ? ahead_of(T) : R * stride;
+    if (!ahead) ahead = !IN_ORDER(type, T) ? R * stride : AS_READ(type, T) ? 1 : ahead_of(T);
     for (int i = 0; i < MK_TILE * T; i++) acc[i] = vf_set1(0.0f);
     for (long begin = 0; begin < columns; begin += depth) {
         const long count = columns - begin < depth ? columns - begin : depth;
