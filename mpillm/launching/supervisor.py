@@ -6,6 +6,7 @@ It takes no part in MPI and trusts nothing that mpiexec says: a run is complete 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import signal
 import tempfile
@@ -95,6 +96,8 @@ class Supervisor:
                 path.mkdir(parents=True)
                 stack.callback(_remove_if_empty, path)
             self._output = stack.enter_context(Directory(path))
+            # As long as it is locked, `status` says that the run goes on, also between two starts.
+            fcntl.flock(self._output, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _output_is_gone(self) -> bool:
         """Return whether the output directory, or the journal in it, was moved or deleted since the start."""

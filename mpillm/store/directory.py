@@ -31,6 +31,10 @@ class Descriptor:
 
     _file: int
 
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._file
+
     def close(self) -> None:
         """Close the descriptor."""
         if self._file >= 0:

@@ -22,6 +22,8 @@ from mpillm.store.records import KEY_BYTES, JournalHeader, Scan, scan
 from mpillm.store.same_job import MODEL_FILE
 from mpillm.words import count_of, tokens_of
 
+LAUNCH = "mpillm launch, which starts it again"  # holds the directory between two starts
+
 
 class Status(msgspec.Struct, kw_only=True, frozen=True):
     """The progress of the run in a directory."""
@@ -152,6 +154,8 @@ class Reader:
         total, counts = len(found.keys or b"") // KEY_BYTES, list(found.counts.values())
         idle = max(0.0, time.time() - facts.st_mtime)
         left = counts[-1].left if owner is not None and counts else None
+        if owner is None and found.finished is None and _is_locked(self._directory.fileno()):
+            owner = LAUNCH
         state: Literal["running", "stopped", "complete"] = "complete" if found.finished else "stopped"
         return Status(
             directory=str(self._path),
@@ -180,12 +184,7 @@ class Reader:
         with contextlib.suppress(FileNotFoundError):
             file = self._directory.open(LOCK, os.O_RDONLY)
             try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return owner_of(file) or "a process"
-            except OSError as error:
-                if error.errno not in {*NO_LOCKS, errno.EBADF}:
-                    raise
+                return (owner_of(file) or "a process") if _is_locked(file) else None
             finally:
                 os.close(file)
         return None
@@ -193,3 +192,16 @@ class Reader:
     def close(self) -> None:
         """Close the directory."""
         self._directory.close()
+
+
+def _is_locked(file: int) -> bool:
+    """Return whether another process has locked an open file or directory."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_UN)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in {*NO_LOCKS, errno.EBADF}:
+            raise
+    return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from mpillm.launching.mpiexec import Settings
 from mpillm.launching.reach import why_silent
 from mpillm.launching.remarks import Remarks
 from mpillm.launching.supervisor import Supervisor, ranks_that_work
+from mpillm.store.status import LAUNCH, Reader
 from mpillm.version import with_sources
 from tests.conftest import ROOT
 from tests.job_helpers import job
@@ -317,6 +319,46 @@ def test_a_host_that_is_lost_while_ranks_start(tmp_path: Path, monkeypatch: pyte
     )
     assert of._once(2, [HostSlots("pi1", 1), HostSlots("pi2", 1)], tmp_path, remarks) == (-9, False)
     assert remarks.cause() == "mpiexec waited for a host that was lost"
+
+
+def test_between_two_starts_the_run_is_not_said_to_be_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`status` would say that its command should be run again, and `watch` would end."""
+    of = started(tmp_path, monkeypatch, Settings(1))
+    output = of._spec.output_path
+    assert (
+        main(
+            [
+                "run",
+                "--model",
+                str(model_path("chat")),
+                "--input",
+                str(tmp_path / "in.jsonl"),
+                "--output",
+                str(output),
+            ]
+        )
+        == 0
+    )
+    journal = (output / "journal").read_bytes()
+    (output / "journal").write_bytes(journal[: len(journal) * 2 // 3])
+    seen = []
+
+    def once(*arguments: object) -> tuple[int, bool]:
+        (output / "journal").write_bytes(journal[: len(journal) * (2 + len(seen)) // 3])
+        with contextlib.closing(Reader(output)) as reader:
+            now = reader.look()
+        seen.append((now.state, now.owner))
+        return -9, False
+
+    monkeypatch.setattr(of, "_once", once)
+    monkeypatch.setattr(supervisor, "BACK_OFF", (0.0,))
+    assert of.run() == 0
+    assert seen == [("running", LAUNCH), ("complete", "")]
+    (output / "journal").write_bytes(journal[: len(journal) * 2 // 3])
+    with contextlib.closing(Reader(output)) as reader:
+        assert reader.look().state == "stopped"
 
 
 def test_reading_a_hostfile_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
