@@ -78,6 +78,7 @@ ELSEWHERE = {
     "--enable-prefix-caching": "prompts that begin alike always share their cache; leave it out",
     **dict.fromkeys(("--background", "--daemon", "--detach"), "type nohup before the command, and & behind it"),
     **dict.fromkeys(("--base-url", "--url"), "chat loads a model itself; a server has a chat on its web page"),
+    "--gpu-memory-utilization": "type --set memory.kv=SIZE",
     "--prompt-file": "run answers a file of requests: --input requests.jsonl",
     "--revision": "type mpillm pull hf:OWNER/NAME@REVISION",
     "--workers": "one process serves all clients; for more speed type mpillm launch -n N serve",
@@ -91,6 +92,8 @@ AT_COMMAND = {
     },
     ("serve", "--output"): "type --data DIRECTORY for uploaded files and batches",
     **{("pack", name): "type --weights TYPE" for name in ("--dtype", "--outtype", "--quantize", "--type")},
+    **{("report", name): "the page is report.html in the directory" for name in ("--html", "--output", "-o")},
+    **{("export", f"--{kind}"): f"type --format {kind}" for kind in ("csv", "jsonl", "parquet")},
     **{("pack", name): "the directory needs none: mpillm pack SRC DST" for name in ("--output", "-o")},
 }  # fmt: skip
 

@@ -31,7 +31,7 @@ class CommandParser(argparse.ArgumentParser):
         if found := instead.sentence(command or "", unknown, words, known, before):
             return found
         if not unknown[0].startswith("-"):
-            usage = " ".join(parser.format_usage().split()).replace("usage:", "type")
+            usage = " ".join(parser.format_usage().split()).replace("usage:", "type").replace(" [-h]", "")
             return f"{unknown[0]!r} is an unexpected argument; {usage}"
         wanted = [
             _shown(action) for action in parser._actions if action.required and not action.option_strings

@@ -26,6 +26,8 @@ def read_hosts(path: Path) -> list[HostSlots]:
         lines = [line.partition("#")[0].strip() for line in hostfile_text(path).splitlines()]
     except FileNotFoundError:
         meant = alike(path) or "mpillm init hostfile DIR writes one."
+        if "," in path.name:
+            meant = "write the hosts into a file, one in a line, and type --hostfile FILE."
         raise JobError(f"The hostfile {path} does not exist; {meant}") from None
     except IsADirectoryError:
         there = sorted(path.glob("*.hosts"))

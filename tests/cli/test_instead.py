@@ -116,7 +116,7 @@ MISTAKES = {
     "an address": ("pull https://huggingface.co/Qwen/Qwen3-0.6B", "type mpillm pull hf:Qwen/Qwen3-0.6B."),
     "a model's address": ("plan --model huggingface.co/Qwen/Qwen3-0.6B", "is a URL; write hf:Qwen/Qwen3-0.6B."),
     "a model's file": ("plan --model ./nosuch.gguf", "A plan needs no more than a config.json: --model DIR"),
-    "a word too many": ("pull smollm2-135m qwen", "'qwen' is an unexpected argument; type mpillm pull [-h] name"),
+    "a word too many": ("pull smollm2-135m qwen", "'qwen' is an unexpected argument; type mpillm pull name"),
     "a model as an option": ("pack --model tiny out", "no option --model; type mpillm pack SRC DST; --help lists all"),
     "a run as an option": ("status --dir out/x", "no option --dir; type mpillm status DIRECTORY; --help lists all"),
     "no such option": ("models --json", "there is no option --json; mpillm models --help lists all"),
@@ -246,6 +246,12 @@ MISTAKES = {
     "a file that is there": ("pull taken", "taken is on this machine already; type --model taken."),
     "a type to pack": ("pack tiny out --quantize q8_0", "there is no option --quantize: type --weights TYPE"),
     "a target to pack": ("pack tiny --output out", "the directory needs none: mpillm pack SRC DST"),
+    "a report's page": ("report out -o page.html", "no option -o: the page is report.html in the directory"),
+    "a report in HTML": ("report out --html", "no option --html: the page is report.html in the directory"),
+    "a table in CSV": ("export out --csv", "there is no option --csv: type --format csv"),
+    "a word too many for a comparison": ("compare a b c", "type mpillm compare first second"),
+    "memory as vLLM has it": ("serve --gpu-memory-utilization 0.9", "type --set memory.kv=SIZE"),
+    "hosts as a hostfile": ("launch --hostfile node1,node2 run", "write the hosts into a file, one in a line"),
     "init into a run": ("init job run", "run is the output directory of a run; give another directory."),
 }  # fmt: skip
 

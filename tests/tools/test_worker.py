@@ -204,7 +204,10 @@ def test_roots_that_vanish_or_are_of_another_version(act: Any, kind: type[Mpillm
 
 
 def test_an_address_that_cannot_be_had() -> None:
-    with listen("127.0.0.1", 0) as server, pytest.raises(JobError, match="cannot be listened on"):
+    with (
+        listen("127.0.0.1", 0) as server,
+        pytest.raises(JobError, match="cannot be listened on: Address already in use; give another"),
+    ):
         listen("127.0.0.1", server.getsockname()[1])
     with pytest.raises(JobError, match="cannot be listened on"):
         listen("127.0.0.1", 70000)

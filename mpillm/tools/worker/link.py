@@ -100,8 +100,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port))
     except OSError as error:
+        reason = str(error.strerror).partition(" (while")[0]  # Python adds the address
         raise JobError(
-            f"{host}:{port} cannot be listened on: {error}; give another --host or --port."
+            f"{host}:{port} cannot be listened on: {reason}; give another --host or --port."
         ) from None
 
 
