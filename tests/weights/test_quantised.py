@@ -345,7 +345,7 @@ def test_every_method_has_a_case() -> None:
             {"quant_method": "hqq"},
             "has quant_method 'hqq', which is not supported; supported are auto-round, awq, bitsandbytes",
         ),
-        ({"bits": 4}, "names no quant_method"),
+        ({"bits": 4}, "names no quant_method; supported are auto-round, awq, "),
         ({"quant_method": "gptq", "bits": "4"}, "gptq with '4' bits is not supported; supported: 2, 3, 4, 8"),
         ({"quant_method": "gptq", "bits": 5}, "gptq with 5 bits is not supported; supported: 2, 3, 4, 8"),
         (

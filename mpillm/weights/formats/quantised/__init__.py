@@ -51,8 +51,7 @@ def method_of(config: Any, path: str | Path) -> Method | _None:
         return _None()
     name = config.get("quant_method") if isinstance(config, Mapping) else None
     if not isinstance(name, str) or name not in METHODS:
-        shown = "names no quant_method" if name is None else f"has quant_method {str(name)[:60]!r}"
-        raise ModelError(
-            f"{path}: {QUANTIZATION} {shown}, which is not supported; supported are {', '.join(METHODS)}."
-        )
+        unsupported = f"has quant_method {str(name)[:60]!r}, which is not supported"
+        wrong = "names no quant_method" if name is None else unsupported
+        raise ModelError(f"{path}: {QUANTIZATION} {wrong}; supported are {', '.join(METHODS)}.")
     return METHODS[name](config, path)
