@@ -161,8 +161,13 @@ def read_rotary(
     return Rotary(rope, dim, interleaved)
 
 
-def read_partial_rotary(fields: Fields, sizes: Sizes, default: float, interleaved: bool = False) -> Rotary:
-    """RoPE of a part of each head: partial_rotary_factor of the RoPE's table, or else beside it."""
+def read_partial_rotary(
+    fields: Fields, sizes: Sizes, default: float, interleaved: bool = False, odd: bool = True
+) -> Rotary:
+    """RoPE of a part of each head: partial_rotary_factor of the RoPE's table, or else beside it.
+
+    `odd`: whether transformers runs models of the class in which an odd number of dimensions rotates.
+    """
     inner = rope_parameters(fields).optional_number("partial_rotary_factor", 0, 1)
     outer = fields.optional_number("partial_rotary_factor", 0, 1)
     part = next((value for value in (inner, outer) if value is not None), default)  # as in transformers
@@ -174,7 +179,7 @@ def read_partial_rotary(fields: Fields, sizes: Sizes, default: float, interleave
     if dim % 2 == 0:
         return rotary
     # An odd number: one more turns, by the powers of the base that the odd number makes.
-    if rotary.config.kind not in ("default", "linear"):
+    if not odd or rotary.config.kind not in ("default", "linear"):
         raise ModelError(f"{what} {dim} dimensions rotate, an odd number.")
     theta = rotary.config.theta ** ((dim + 1) / dim)
     return replace(rotary, config=replace(rotary.config, theta=theta))

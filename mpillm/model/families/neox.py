@@ -81,7 +81,9 @@ class NeoX(Family):
             fields.defaults = {**fields.defaults, "rope_theta": base}
             if fields.number("rope_theta", 1, 1e30) != base:
                 raise fields.fail("rope_theta", f"but rotary_emb_base is {base:g}; keep one")
-        attention = attention_of(sizes, read_partial_rotary(fields, sizes, part), qkv_bias=bias, o_bias=bias)
+        attention = attention_of(
+            sizes, read_partial_rotary(fields, sizes, part, odd=False), qkv_bias=bias, o_bias=bias
+        )
         mlp = MlpSpec(width, activation, gated=False, bias=True)
         parallel = fields.flag("use_parallel_residual")
         fields.read |= {"num_key_value_heads", "gguf_rows"}
@@ -130,7 +132,7 @@ class FirstPhi(Family):
         sizes, width = read_sizes(fields), read_width(fields)
         norm = read_norm(fields, "layer_norm_eps", centred=True, bias=True)
         refuse_qk_norm(fields, architecture, has=False)
-        rotary = read_partial_rotary(fields, sizes, default=0.5)
+        rotary = read_partial_rotary(fields, sizes, default=0.5, odd=False)
         attention = attention_of(sizes, rotary, qkv_bias=True, o_bias=True)
         mlp = MlpSpec(width, activation, gated=False, bias=True)
         layer = LayerSpec(attention, mlp, Norms(norm), Norms(), parallel=True)
@@ -158,7 +160,7 @@ class StableLm(Family):
         activation = read_activation(fields)
         sizes, width = read_sizes(fields), read_width(fields)
         norm = read_norm(fields, "layer_norm_eps", centred=True, bias=True)
-        rotary = read_partial_rotary(fields, sizes, default=0.25)
+        rotary = read_partial_rotary(fields, sizes, default=0.25, odd=False)
         attention = attention_of(sizes, rotary, qkv_bias=fields.flag("use_qkv_bias"))
         parallel = fields.flag("use_parallel_residual")
         mlp_norms = Norms() if parallel else Norms(norm)
