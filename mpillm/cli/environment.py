@@ -36,6 +36,9 @@ def prepare() -> None:
                 "without a model; raise it."
             )
     _tasks()
+    # As many threads as there are cores would look for work for 0.1 s while everything else is loaded, in each rank.
+    # `cores.limit_threads` sets the number when it is known.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         if (folder := tempfile.gettempdir()) != "/tmp":
             os.environ["TMPDIR"] = folder  # Open MPI looks at this and at /tmp alone

@@ -165,3 +165,21 @@ def test_a_python_that_lacks_a_library_ends_all_ranks(monkeypatch: pytest.Monkey
     assert os.read(told, 100) == b"cmd=abort exitcode=1\n"
     os.close(told)
     os.close(tell)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core: NumPy starts no threads")
+def test_numpy_starts_no_threads_before_their_number_is_known() -> None:
+    """It starts one for each core, and they look for work while everything else is loaded."""
+    script = """if True:
+        import os
+        from mpillm.cli.environment import prepare
+        prepare()
+        import numpy
+        from mpillm.comm.cores import limit_threads
+        started = len(os.listdir("/proc/self/task"))
+        limit_threads(2, oversubscribed=False)
+        numpy.ones((900, 900)) @ numpy.ones((900, 900))
+        print(started, len(os.listdir("/proc/self/task")))
+    """
+    done = bash('unset OPENBLAS_NUM_THREADS; exec "$@"', sys.executable, "-c", script)
+    assert done.stdout.split() == [b"1", b"2"], done
