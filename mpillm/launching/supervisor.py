@@ -8,12 +8,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import math
 import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
+
+from msgspec.structs import replace
 
 from mpillm.comm.launch import STOPS, Library
 from mpillm.errors import Interrupted, JobError, LayoutError
@@ -46,6 +49,16 @@ def ranks_that_work(spec: Spec, maximum: int) -> int:
             return ranks
         refused = refused or problems[0]
     raise LayoutError(refused or f"The number of ranks must be at least 1, not {maximum}.")
+
+
+def with_fewer_replicas(spec: Spec, ranks: int) -> Spec:
+    """Return the job with as many of its replicas as these ranks can be: each of those that are left computes more."""
+    layout = spec.layout
+    if layout.replicas == "auto":
+        return spec
+    of_one = math.prod(part for part in (layout.stages, layout.shards) if part != "auto")
+    fewer = max(1, min(layout.replicas, ranks // of_one))
+    return replace(spec, layout=replace(layout, replicas=fewer))
 
 
 class Supervisor:
@@ -110,11 +123,13 @@ class Supervisor:
         while True:
             self._prepares = True
             hosts = self._hosts(first)
-            ranks = ranks_that_work(self._spec, ranks_of(self._settings, hosts))
+            maximum = ranks_of(self._settings, hosts)
+            spec = self._spec if first else with_fewer_replicas(self._spec, maximum)
+            ranks = ranks_that_work(spec, maximum)
             self._prepares = False
             size, written = self._journal_size(), self._journal_written()
             remarks = Remarks(self._out, self._error)
-            code, grown = self._once(ranks, hosts, folder, remarks)
+            code, grown = self._once(ranks, hosts, folder, remarks, spec)
             outcome = finished(self._spec.output_path)
             # This start has said so, not one before it, since when the input may have grown. (It may be shorter: what
             # was computed before the model's files were touched is checked, and noted, anew.)
@@ -170,7 +185,9 @@ class Supervisor:
             return (self._spec.output_path / JOURNAL).stat().st_mtime_ns
         return 0
 
-    def _once(self, ranks: int, hosts: list[HostSlots], folder: Path, remarks: Remarks) -> tuple[int, bool]:
+    def _once(
+        self, ranks: int, hosts: list[HostSlots], folder: Path, remarks: Remarks, spec: Spec
+    ) -> tuple[int, bool]:
         """Start mpiexec once; return its exit code, and whether it was stopped because the hostfile has changed."""
         known, size = self._hostfile_text(), self._journal_size()
         hostfile = folder / "hosts" if hosts else None
@@ -197,7 +214,10 @@ class Supervisor:
 
         words = command(self._library, self._settings, ranks, hostfile, folder)
         log.info("starting %d ranks", ranks)
-        code = run_watched([*words, *self._program], remarks, shall_stop, have_worked, cannot_start)
+        words += self._program
+        if spec != self._spec:  # replicas are lost
+            words.append(f"--set=layout.replicas={spec.layout.replicas}")
+        code = run_watched(words, remarks, shall_stop, have_worked, cannot_start)
         return code, grown
 
     def _hostfile_text(self) -> str:

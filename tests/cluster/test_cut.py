@@ -20,8 +20,10 @@ from tests.e2e.jobs import CHAT, command, mixed_lines, run, write_lines
 pytestmark = [pytest.mark.hosts, pytest.mark.mpiexec]
 
 
-@pytest.mark.parametrize("what", ["cable", "daemon"])
-def test_what_is_lost_costs_a_host(mpi: Mpi, tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize(
+    ("what", "layout"), [("cable", []), ("daemon", []), ("daemon", ["layout.replicas=2"])]
+)
+def test_what_is_lost_costs_a_host(mpi: Mpi, tmp_path: Path, what: str, layout: list[str]) -> None:
     if reason := tools.missing():
         pytest.skip(reason)
     source = write_lines(tmp_path / "in.jsonl", mixed_lines(200, seed=4, tokens=60))
@@ -34,7 +36,7 @@ def test_what_is_lost_costs_a_host(mpi: Mpi, tmp_path: Path, what: str) -> None:
             "shift\nspace", f'shift\n[ -e "{unreachable}" ] && [ "$host" != {NETWORK}.1 ] && exit 255\nspace'
         )
         hosts.agent.write_text(agent)
-        words = command(source, output, "batch.max_num_seqs=2", "layout.threads=1")
+        words = command(source, output, "batch.max_num_seqs=2", "layout.threads=1", *layout)
         where = ["--hostfile", hostfile, "--agent", hosts.agent, *options(mpi)]
         env = {
             **{name: os.environ[name] for name in ("HOME", "PATH")},
