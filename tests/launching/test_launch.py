@@ -328,7 +328,7 @@ def test_a_host_that_is_lost_while_ranks_start(tmp_path: Path, monkeypatch: pyte
         started(tmp_path, monkeypatch, Settings(hostfile=tmp_path / "machines")),
         Remarks(print, print),
     )
-    assert of._once(2, [HostSlots("pi1", 1), HostSlots("pi2", 1)], tmp_path, remarks) == (-9, False)
+    assert of._once(2, [HostSlots("pi1", 1), HostSlots("pi2", 1)], tmp_path, remarks, of._spec) == (-9, False)
     assert remarks.cause() == "mpiexec waited for a host that was lost"
 
 
@@ -401,5 +401,5 @@ def test_others_may_go_on_when_this_machine_has_lost_its_ranks(
     monkeypatch.setattr(watch, "ranks_below", lambda pid: next(here, False))
     of = started(tmp_path, monkeypatch, Settings(2))
     monkeypatch.setattr(of, "_journal_size", lambda: next(grows, 20))
-    assert of._once(2, [], tmp_path, Remarks(print, print)) == (-9, False)
+    assert of._once(2, [], tmp_path, Remarks(print, print), of._spec) == (-9, False)
     assert next(grows, None) is None
