@@ -6,7 +6,7 @@ enum { CODED_GROUP = VEC_ROWS > 4 ? 8 : 4 /* rows of x at a time */ };
 
 /* From rows decoded from w to the line that is prefetched meanwhile, or 0 (ahead_of). */
 MK_INLINE long coded_ahead(const int T, const uint8_t *w, const uint8_t *decoded) {
-    return ahead_of(T) ? w + ahead_of(T) - decoded : 0;
+    return ahead_of(MK_BF12, T) ? w + ahead_of(MK_BF12, T) - decoded : 0;
 }
 
 typedef uint8_t decoded_rows[MK_TILE * MK_BF16_BLOCK * 2] __attribute__((aligned(64)));
@@ -43,7 +43,7 @@ static void four_times_one(const uint8_t *block, int first, long steps, const ui
     UNROLL
     for (int r = 0; r < 4; r++) acc[r] = vf_set1(0.0f);
     for (; steps--; from += MK_CODED_FOUR, x += BF16_STEP) {
-        fetch_ahead(from, MK_CODED_FOUR, ahead_of(1));
+        fetch_ahead(from, MK_CODED_FOUR, ahead_of(MK_BF12, 1));
         UNROLL
         for (int pair = 0; pair < 2; pair++) { /* which compilers keep in registers */
             uint8_t rows[2][64];

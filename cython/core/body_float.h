@@ -221,7 +221,7 @@ HOT void float_tile(const int type, const int R, const int T, const uint8_t *w, 
     const int step = mk_float_step(type);
     const long depth = T < MK_GROUP ? columns : DEPTH; /* with few rows of x, a row of W is read from its beginning to its end */
     vf acc[MK_TILE * FLOAT_ROWS];
-    if (!ahead) ahead = !IN_ORDER(type, T) ? R * stride : AS_READ(type, T) ? 1 : ahead_of(T);
+    if (!ahead) ahead = !IN_ORDER(type, T) ? R * stride : AS_READ(type, T) ? 1 : ahead_of(type, T);
     for (int i = 0; i < MK_TILE * T; i++) acc[i] = vf_set1(0.0f);
     for (long begin = 0; begin < columns; begin += depth) {
         const long count = columns - begin < depth ? columns - begin : depth;

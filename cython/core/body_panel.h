@@ -38,7 +38,7 @@ HOT void panel_tile(const int R, const int T, const uint8_t *w, long stride, con
     UNROLL
     for (int i = R * T; i < chains * R * T; i++) acc[i] = vi_set1(0);
     for (; count--; from += PANEL_BLOCK, q += GROUP(T) * MK_BLOCK) {
-        if (few) fetch_ahead(from, PANEL_BLOCK, ahead_of(T));
+        if (few) fetch_ahead(from, PANEL_BLOCK, ahead_of(MK_W8A8, T));
         else
             for (const uint8_t *end = ahead + fetched; ahead < end; ahead += 64) __builtin_prefetch(ahead, 0, 2);
         UNROLL

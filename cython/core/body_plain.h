@@ -111,7 +111,7 @@ HOT void quantised_tile(const int type, const int T, const uint8_t *w, const uin
     for (int t = 0; t < T; t++) acc[t] = vf_set1(0.0f);
     for (long b = 0; b < count; b++, w += bytes, x += T * MK_ACTIVATION) {
         const mk_activation *a = (const void *)x;
-        fetch_ahead(w, bytes, ahead_of(T));
+        fetch_ahead(w, bytes, ahead_of(type, T));
 #ifdef VEC_DOT
         if (T == 1) {
             vi dot = vi_set1(start_of(type, a));

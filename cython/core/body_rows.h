@@ -8,13 +8,17 @@ typedef void (*tile_function)(const uint8_t *w, const uint8_t *x, long count, vf
  * again. */
 enum { AHEAD = 6144 };
 
-/* Whether Zen 4's own prefetchers read weights faster for T rows of x: prefetching took 1.05 to 2 times as long with one or two
- * rows, but 0.85 with four. */
+/* Whether Zen 4's own prefetchers read a tile of floats faster for T rows of x: prefetching took 1.05 to 2 times as long with one
+ * or two rows, but 0.85 with four. */
 MK_INLINE int unaided(const int T) { return T < MK_GROUP && mk_is_zen4; }
 
-/* How many bytes ahead kernels prefetch for T rows of x; 0: they do not.  On Zen 4 three rows take 0.8 to 1.0 times
- * as long with prefetching on AVX2, which takes longer to compute than to read, and 1.0 to 1.15 times on AVX-512. */
-MK_INLINE long ahead_of(const int T) { return !VEC_FETCHES || (unaided(T) && (VEC_ROWS > 4 || T < 3)) ? 0 : AHEAD; }
+/* How many bytes ahead kernels prefetch for T rows of x; 0: they do not.  On Zen 4 prefetching takes 0.8 to 1.0 times as long
+ * with as many rows as take longer to compute than weights to read, and 1.0 to 1.15 times with fewer: that is from three on with AVX2,
+ * from four on with AVX-512, and there from five on with weights of 8 bits. */
+MK_INLINE long ahead_of(const int type, const int T) {
+    const int from = VEC_ROWS <= MK_GROUP ? 3 : mk_bits(type) == 8 ? 5 : 4;
+    return !VEC_FETCHES || (mk_is_zen4 && T < from) ? 0 : AHEAD;
+}
 
 MK_INLINE void fetch_lines(const uint8_t *w, long bytes) {
     for (long line = 0; line < bytes; line += 64) __builtin_prefetch(w + line);

@@ -69,8 +69,8 @@ HOT void super_tile(const int type, const int T, const uint8_t *w, const uint8_t
         for (int s = 0; s < MK_PARTS; s++, x += T * MK_ACTIVATION, small += step, part += bytes) {
             const mk_activation *a = (const void *)x;
             if (VEC_FETCHES) { /* or what is read now: compilers load it in no order that prefetchers follow */
-                fetch_lines(small + ahead_of(T), step);
-                fetch_lines(part + ahead_of(T), bytes);
+                fetch_lines(small + ahead_of(type, T), step);
+                fetch_lines(part + ahead_of(type, T), bytes);
             }
 #ifdef VEC_DOT
             if (T == 1) {
