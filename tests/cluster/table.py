@@ -69,6 +69,7 @@ class Cluster:
 
     def timed(self, model: Path, ranks: int, **settings: object) -> Measured:
         """The engine on so many hosts (see `ranks.py`)."""
+        fetch_memory()
         words = [model, json.dumps(settings), str(time.time()), str(PROMPT), str(TOKENS)]
         return Measured(**json.loads(self.start(ranks, "tests.cluster.ranks", *words).splitlines()[-1]))
 
@@ -151,6 +152,7 @@ def alone(cluster: Cluster, model: Path, program: Path | None, rate: str) -> Non
         if program:
             few = Hosts(cluster.folder, ranks)
             few.prefix = cluster.hosts.prefix
+            fetch_memory()
             show(f"{rate} {ranks} hosts, Distributed-Llama", peer.run(program, few, model, PROMPT, TOKENS))
         for wire in ("q8_0", "f32"):
             made = cluster.timed(model, ranks, shards=ranks, stages=1, replicas=1, activations=wire)
