@@ -12,9 +12,9 @@ enum { AHEAD = 6144 };
  * or two rows, but 0.85 with four. */
 MK_INLINE int unaided(const int T) { return T < MK_GROUP && mk_is_zen4; }
 
-/* How many bytes ahead kernels prefetch for T rows of x; 0: they do not.  On Zen 4 prefetching takes 0.8 to 1.0 times as long
- * with as many rows as take longer to compute than weights to read, and 1.0 to 1.15 times with fewer: that is from three on with AVX2,
- * from four on with AVX-512, and there from five on with weights of 8 bits. */
+/* How many bytes ahead kernels prefetch for T rows of x; 0: they do not.  On Zen 4 prefetching is worth it where
+ * computing takes longer than reading weights: products took 0.8 to 1.0 times as long then, and 1.0 to 1.15 times with fewer rows.
+ * That is from three rows on with AVX2, from four on with AVX-512, and there from five on with weights of 8 bits. */
 MK_INLINE long ahead_of(const int type, const int T) {
     const int from = VEC_ROWS <= MK_GROUP ? 3 : mk_bits(type) == 8 ? 5 : 4;
     return !VEC_FETCHES || (mk_is_zen4 && T < from) ? 0 : AHEAD;

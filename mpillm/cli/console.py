@@ -77,7 +77,7 @@ class Console:
 
     @contextmanager
     def requests(self, total: int, done: int, tokens: int, since: float) -> Iterator[Bar]:
-        """A line of requests, with rates, the time since `since` and the time left; `tokens` count for no rate."""
+        """Show requests, rates, the time since `since` and the time left; `tokens` of before count for no rate."""
         self._rates = rates = self._rates or Rates(tokens)
         if not (total and self._live and self._speaks()):  # a live line of no requests would tell nothing
             yield ProgressLines(total, self.say, done, rates)

@@ -90,10 +90,11 @@ class Computation:
         )
 
     def run(self, since: float) -> Slowed | None:
-        """Compute all requests, as the ranks do since `since`; every rank checks that the model's files are unchanged.
+        """Compute all requests; every rank checks that the model's files have not changed.
 
-        The other ranks stop when everything is computed, and when an error ends the computation. If the layout should
-        change, it stops earlier and returns why; `continued` computes the rest.
+        `since` is when the ranks began to compute (time.monotonic()); progress counts from it. The other ranks stop
+        when everything is computed, and when an error ends the computation. If the layout should change, it stops
+        earlier and returns why; `continued` computes the rest.
         """
         for line in self._capacity():
             self.job.progress.say(line)

@@ -50,5 +50,5 @@ class Progress(Protocol):
     def requests(self, total: int, done: int, tokens: int, since: float) -> AbstractContextManager[Bar]:
         """Show the progress of `total` requests, of which `done` are done and `tokens` tokens computed.
 
-        The ranks compute since `since` (of time.monotonic), also if another rank was rank 0 then.
+        `since` is when the ranks began to compute (time.monotonic()), also if another rank was rank 0 then.
         """

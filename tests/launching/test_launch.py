@@ -338,20 +338,8 @@ def test_between_two_starts_the_run_is_not_said_to_be_stopped(
     """`status` would say that its command should be run again, and `watch` would end."""
     of = started(tmp_path, monkeypatch, Settings(1))
     output = of._spec.output_path
-    assert (
-        main(
-            [
-                "run",
-                "--model",
-                str(model_path("chat")),
-                "--input",
-                str(tmp_path / "in.jsonl"),
-                "--output",
-                str(output),
-            ]
-        )
-        == 0
-    )
+    model, source = str(model_path("chat")), str(tmp_path / "in.jsonl")
+    assert main(["run", "--model", model, "--input", source, "--output", str(output)]) == 0
     journal = (output / "journal").read_bytes()
     (output / "journal").write_bytes(journal[: len(journal) * 2 // 3])
     seen = []

@@ -145,11 +145,8 @@ def test_a_part_of_a_head_that_is_too_small_or_odd() -> None:
         ModelError, match=r"partial_rotary_factor is 0\.05, which makes 0 of 12 dimensions rotate"
     ):
         read("phi", hidden_size=48, partial_rotary_factor=0.05)
-    for kind in (
-        "gpt_neox",
-        "phi",
-        "stablelm",
-    ):  # transformers cuts their heads where the odd number says, and fails
+    # transformers cuts their heads where the odd number says, and fails
+    for kind in ("gpt_neox", "phi", "stablelm"):
         for part, dim in ((0.25, 3), (0.1, 1)):
             rope = {"rope_type": "default", "partial_rotary_factor": part}
             with pytest.raises(ModelError, match=f"which makes {dim} dimensions rotate, an odd number"):
