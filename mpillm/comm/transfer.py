@@ -34,7 +34,7 @@ class WireError(RuntimeError):
 
 
 class Tag(IntEnum):
-    """The kinds of messages."""
+    """The kinds of messages; `world.UNUSED_TAG` is none of them."""
 
     PIPE = 2
     STEP = 3

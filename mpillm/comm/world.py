@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 STAND_BY = 0.02  # seconds between two looks of a spare rank
+UNUSED_TAG = 1  # that no message has (see `transfer.Tag`)
 
 
 class World(Exchange):
@@ -95,11 +96,13 @@ class World(Exchange):
         """Wait for what `ranks` of this machine write to shared memory (`waiting.wait_for_flags`); return the seconds.
 
         Between the calls of `arrived` MPI moves on what is under way, and finds out whether one of the ranks is lost.
+        MPICH does not do so if a probe finds a message at once, such as a reply that has come early: the ranks waited
+        for ever for a step that was not yet sent.
         """
 
         def look() -> None:
             for rank in ranks:
-                self.comm.Iprobe(rank)
+                self.comm.Iprobe(rank, UNUSED_TAG)
             self.check_losses()
 
         return wait_for_flags(arrived, self.oversubscribed, look)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
@@ -16,8 +19,8 @@ from mpillm.comm.counters import MessageCounters
 from mpillm.comm.exchange import HEAD, LENGTH
 from mpillm.comm.parts import EAGER
 from mpillm.comm.shared import shared_rows
-from mpillm.comm.transfer import Wire, WireError
-from mpillm.comm.world import World
+from mpillm.comm.transfer import Tag, Wire, WireError
+from mpillm.comm.world import UNUSED_TAG, World
 from mpillm.errors import JobError
 from mpillm.kernels import BlockType, dequantize, fold, quantize
 from mpillm.partition.grid import Axis, Place, panel_bounds
@@ -45,6 +48,37 @@ def test_objects_of_any_size_reach_all_ranks(world: World) -> None:
 
 def _refuse() -> None:
     raise JobError("no such file")
+
+
+def test_a_message_goes_on_while_its_sender_waits_for_shared_memory(world: World, tmp_path: Path) -> None:
+    """MPICH sends the end of one of about 8 KiB later, and not in a probe that finds a message which has come early."""
+    from mpi4py import MPI
+
+    assert UNUSED_TAG not in set(Tag)
+    folder, comm, other = Path(world.bcast(str(tmp_path), 0)), world.comm, world.rank ^ 1
+    if other >= world.size:
+        return
+    for nbytes in range(8000, 8400, 16):
+        told = folder / f"{min(world.rank, other)}-{nbytes}"
+        if world.rank % 2:
+            comm.Send([b"early", MPI.BYTE], other, Tag.REPLY)
+            comm.Recv([bytearray(nbytes), MPI.BYTE], other, Tag.STEP)
+            told.touch()
+            continue
+        while not comm.Iprobe(other, Tag.REPLY):
+            time.sleep(1e-4)
+        request, calls = comm.Isend([bytes(nbytes), MPI.BYTE], other, Tag.STEP), itertools.count()
+
+        def arrived(
+            spin: float, sleep: float, told: Path = told, calls: itertools.count[int] = calls
+        ) -> bool:
+            time.sleep(spin + sleep)
+            return told.exists() or next(calls) > 5000  # some ten seconds
+
+        world.wait_for_flags(arrived, [other])
+        assert told.exists(), nbytes
+        request.Wait()
+        comm.Recv([bytearray(5), MPI.BYTE], other, Tag.REPLY)
 
 
 @pytest.fixture(params=[1, 2, 4, 8])
