@@ -34,17 +34,18 @@ class Group:
         shared: SharedRows | None = None,
         rate: float = math.inf,
         crowded: bool = False,
+        whole: bool = False,
     ) -> None:
         """`shared`, where the shards have such memory, takes the place of messages if the wire is f32.
 
         `rate` is that of the network between them in bytes/s, and `crowded` says that some of them share cores; all
-        must know the same.
+        must know the same. With `whole` all rows are in one lane.
         """
         self._world, self._place = world, place
         self._first = place.first + place.stage * place.shards
         self._codec, self._sums = Codec(wire, threads), SumCodec(wire, threads)
         self._count = counters.all_reduce
-        self._rate, self._crowded = rate, crowded
+        self._rate, self._crowded, self._whole = rate, crowded, whole
         self._shared = shared if wire == "f32" else None
         # Of the last call of each method, the latter of each lane.
         self._gathered: dict[int, Copies] = {}
@@ -60,9 +61,13 @@ class Group:
         Parts are folded in one fixed binary tree, ((p0 + p1) + (p2 + p3)) + ..., each as it went over the wire, the
         own one too. Of more than two shards each, or for few rows some (`parts.adders`), sums a piece of the rows, and
         sends it to the others (`SumCodec`).
-        All end with the same bytes.
+        All end with the same bytes. Rows are summed in lanes here too: other shards may compute between their lanes,
+        and messages must have one size on all.
         """
-        self.begin(x)()
+        bounds = itertools.pairwise(self.lanes(*x.shape))
+        ends = [self.begin(x[first:end], lane) for lane, (first, end) in enumerate(bounds)]
+        for end in ends:
+            end()
 
     def begin(self, x: F32, lane: int = 0) -> Callable[[], None]:
         """Begin `all_reduce` and return a function that ends it. Do not use x before that.
@@ -96,7 +101,8 @@ class Group:
         kind, shards = self._codec.type, self._place.shards
         of_sums = self._sums.block_bytes if shards > 2 else kind.block_bytes
         nbytes = m * kind.row_bytes(d) * (1 + of_sums / kind.block_bytes) / 2
-        count = 1 if self._shared is not None else lanes(shards, m, nbytes, self._rate)
+        one = self._whole or self._shared is not None
+        count = 1 if one else lanes(shards, m, nbytes, self._rate)
         return [lane * m // count for lane in range(count + 1)]
 
     def _end_copies(self, copies: Copies, x: F32, lane: int) -> None:

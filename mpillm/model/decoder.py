@@ -123,9 +123,7 @@ class Decoder:
             between = self._pipe.progress if self.place.stages > 1 else None
             begin, lanes = None, None
             if self._group is not None:
-                begin = self._group.begin
-                # Where rows need later ones all of them go together.
-                lanes = None if self.config.whole_prompts else self._group.lanes(*x.shape)
+                begin, lanes = self._group.begin, self._group.lanes(*x.shape)
             kernels.compute(self._stack.work, x, rows, between, begin, self._threads, lanes)
             self._rank.weights.cycle.count_hits(len(self._layers))
         self._kv.end(batch.states)

@@ -203,7 +203,8 @@ class Session:
         shared = shared_rows(world, self.place, 4 * self.config.hidden * self.limits.max_tokens)
         stage = self.replicas[self.replica].stage_ranks[self.place.stage]
         rate, crowded = self.machines.link(stage).wire, world.nodes.crowded(stage)
-        group = Group(world, self.place, self.wire, self.counters, self.threads, shared, rate, crowded)
+        whole = self.config.whole_prompts  # rows need later ones
+        group = Group(world, self.place, self.wire, self.counters, self.threads, shared, rate, crowded, whole)
         with world.together():
             cache, count = self.caches[self.place.rank], (self.limits.n_blocks, self.limits.n_states)
             self.kv = KVCache(cache, *count, memory.kv_bytes, memory.spill_folder)

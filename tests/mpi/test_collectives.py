@@ -280,7 +280,7 @@ def test_several_sums_are_under_way(
         other = SimpleNamespace(Startall=lambda requests: start(requests[::-1]))
         monkeypatch.setattr(MPI, "Prequest", other)
     place, counters = Place(world.rank, 1, world.size), MessageCounters()
-    group = Group(world, place, wire, counters, rate=1e6)
+    group = Group(world, place, wire, counters, rate=1e6, whole=True)
     random = np.random.default_rng(world.rank)
     turns = [random.standard_normal((rows, 512)).astype(np.float32) for _ in range(6)]
     expected = [x.copy() for x in turns]
@@ -292,6 +292,7 @@ def test_several_sums_are_under_way(
         ends.append(group.begin(x, number % 2))
         ends[number - 1]()
     ends[-1]()
+    assert group.lanes(*turns[0].shape) == [0, rows]
     assert all(np.array_equal(*pair) for pair in zip(turns, expected, strict=True))
     assert counters.all_reduce.messages == 2 * before
     # Large ones leave in pieces that need no answer.

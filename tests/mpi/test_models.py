@@ -8,6 +8,7 @@ import pytest
 
 from mpillm.comm import parts
 from mpillm.comm.world import World
+from mpillm.model.decoder import Decoder
 from tests.digests import recorded
 from tests.digests.recorded import digest_of
 from tests.model.checks import bounds_of, check, requests_of, sampled
@@ -70,6 +71,32 @@ def test_rows_in_lanes_have_the_same_bytes(world: World, monkeypatch: pytest.Mon
         messages.append(session.counters.all_reduce.messages)
     assert found[0] == found[1]
     assert messages[1] > messages[0]
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("how", ["streams", "has new weights"])
+def test_shards_of_which_one_computes_layers_apart(
+    world: World, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Messages have one size on all: that of a lane, also where a rank does not compute between its lanes."""
+    if world.size.bit_count() > 1:
+        pytest.skip("shards are a power of two")
+    monkeypatch.setattr(parts, "LANES", 0.0)
+    monkeypatch.setattr(parts, "LANE_ROWS", 2)
+    path = path_of("llama3")
+    requests = recorded.requests(vocab_of(path))
+    job: dict[str, Any] = {"stages": 1, "shards": world.size, "activations": "q8_0"}
+    alike, session = run_laid_out(world, path, requests, **job)
+    if how == "streams":
+        largest = [f"{total // 2**10 + 1}KiB" for total in world.gather(session.weights.total)]
+        job["weights"] = [*largest[:-1], f"{session.weights.total * 3 // 4 // 2**10}KiB"]
+    elif world.rank == world.size - 1:  # before each step, as once when the loader has packed all weights
+        monkeypatch.setattr(Decoder, "renew_weights", Decoder._forget_pages)
+    completions, session = run_laid_out(world, path, requests, **job)
+    if how == "streams":
+        assert session.streamed[-1] and not any(session.streamed[:-1])
+    if world.rank == 0:
+        assert digest_of(completions) == digest_of(alike)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
