@@ -64,20 +64,20 @@ class Group:
         All end with the same bytes. Rows are summed in lanes here too: other shards may compute between their lanes,
         and messages must have one size on all.
         """
+        if self._place.shards == 1:
+            return
         bounds = itertools.pairwise(self.lanes(*x.shape))
         ends = [self.begin(x[first:end], lane) for lane, (first, end) in enumerate(bounds)]
         for end in ends:
             end()
 
     def begin(self, x: F32, lane: int = 0) -> Callable[[], None]:
-        """Begin `all_reduce` and return a function that ends it. Do not use x before that.
+        """Begin `all_reduce` of several shards and return a function that ends it. Do not use x before that.
 
         Each lane, numbered from 0, may have one under way. They end in the order in which they began.
         """
         shards = self._place.shards
         m, d = x.shape
-        if shards == 1:
-            return _nothing
         if self._shared is not None and d <= self._shared.capacity:
             self._sum_in_shared_memory(self._shared, x)
             return _nothing
