@@ -34,6 +34,7 @@ from mpillm.store.results import JSONL
 
 log = logging.getLogger(__name__)
 
+LAYOUT = ("replicas", "stages", "shards")  # keys of [layout]
 BACK_OFF = (1.0, 5.0, 20.0, 60.0)  # seconds before the next start, by the number of starts without progress
 
 
@@ -51,14 +52,18 @@ def ranks_that_work(spec: Spec, maximum: int) -> int:
     raise LayoutError(refused or f"The number of ranks must be at least 1, not {maximum}.")
 
 
-def with_fewer_replicas(spec: Spec, ranks: int) -> Spec:
-    """Return the job with as many of its replicas as these ranks can be: each of those that are left computes more."""
+def on_fewer_ranks(spec: Spec, ranks: int) -> Spec:
+    """Return the job as these ranks can compute it: with fewer replicas, or laid out anew if they are too few for one.
+
+    Each of those that are left computes more.
+    """
     layout = spec.layout
+    of_one = math.prod(part for part in (layout.stages, layout.shards) if part != "auto")
+    if ranks < of_one:
+        return replace(spec, layout=replace(layout, **dict.fromkeys(LAYOUT, "auto")))
     if layout.replicas == "auto":
         return spec
-    of_one = math.prod(part for part in (layout.stages, layout.shards) if part != "auto")
-    fewer = max(1, min(layout.replicas, ranks // of_one))
-    return replace(spec, layout=replace(layout, replicas=fewer))
+    return replace(spec, layout=replace(layout, replicas=min(layout.replicas, ranks // of_one)))
 
 
 class Supervisor:
@@ -124,7 +129,7 @@ class Supervisor:
             self._prepares = True
             hosts = self._hosts(first)
             maximum = ranks_of(self._settings, hosts)
-            spec = self._spec if first else with_fewer_replicas(self._spec, maximum)
+            spec = self._spec if first else on_fewer_ranks(self._spec, maximum)
             ranks = ranks_that_work(spec, maximum)
             self._prepares = False
             size, written = self._journal_size(), self._journal_written()
@@ -215,8 +220,8 @@ class Supervisor:
         words = command(self._library, self._settings, ranks, hostfile, folder)
         log.info("starting %d ranks", ranks)
         words += self._program
-        if spec != self._spec:  # replicas are lost
-            words.append(f"--set=layout.replicas={spec.layout.replicas}")
+        if spec != self._spec:  # ranks are lost
+            words += [f"--set=layout.{key}={getattr(spec.layout, key)}" for key in LAYOUT]
         code = run_watched(words, remarks, shall_stop, have_worked, cannot_start)
         return code, grown
 

@@ -21,7 +21,8 @@ pytestmark = [pytest.mark.hosts, pytest.mark.mpiexec]
 
 
 @pytest.mark.parametrize(
-    ("what", "layout"), [("cable", []), ("daemon", []), ("daemon", ["layout.replicas=2"])]
+    ("what", "layout"),
+    [("cable", []), ("daemon", []), ("daemon", ["layout.replicas=2"]), ("daemon", ["layout.stages=2"])],
 )
 def test_what_is_lost_costs_a_host(mpi: Mpi, tmp_path: Path, what: str, layout: list[str]) -> None:
     if reason := tools.missing():

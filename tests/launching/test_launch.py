@@ -24,7 +24,7 @@ from mpillm.launching.hostfile import HostSlots, read_hosts, write_hosts
 from mpillm.launching.mpiexec import Settings
 from mpillm.launching.reach import why_silent
 from mpillm.launching.remarks import Remarks
-from mpillm.launching.supervisor import Supervisor, ranks_that_work, with_fewer_replicas
+from mpillm.launching.supervisor import Supervisor, on_fewer_ranks, ranks_that_work
 from mpillm.store.status import LAUNCH, Reader
 from mpillm.version import with_sources
 from tests.conftest import ROOT
@@ -231,15 +231,24 @@ def test_checkouts_of_a_version_may_differ(tmp_path: Path, monkeypatch: pytest.M
     assert with_sources() != before
 
 
-def test_lost_ranks_cost_replicas(tmp_path: Path) -> None:
+def test_lost_ranks_cost_replicas_or_the_layout(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
-    model = f"model={model_path('chat')}"
     three, pipelines = ["layout.replicas=3"], ["layout.replicas=3", "layout.stages=2"]
-    left = [
-        with_fewer_replicas(job(tmp_path, model, *words), ranks).layout.replicas
-        for words, ranks in (([], 2), (three, 4), (three, 2), (pipelines, 6), (pipelines, 5), (pipelines, 1))
+    shards = ["layout.stages=2", "layout.shards=2"]
+
+    def left(words: list[str], ranks: int) -> tuple[object, ...]:
+        layout = on_fewer_ranks(job(tmp_path, f"model={model_path('chat')}", *words), ranks).layout
+        return layout.replicas, layout.stages, layout.shards
+
+    assert left([], 2) == ("auto", "auto", "auto")
+    assert [left(three, ranks)[0] for ranks in (4, 3, 2, 1)] == [3, 3, 2, 1]
+    assert [left(pipelines, ranks)[:2] for ranks in (6, 5, 2, 1)] == [
+        (3, 2),
+        (2, 2),
+        (1, 2),
+        ("auto", "auto"),
     ]
-    assert left == ["auto", 3, 2, 3, 2, 1]
+    assert [left(shards, ranks) for ranks in (4, 3)] == [("auto", 2, 2), ("auto", "auto", "auto")]
 
 
 def test_as_many_ranks_as_work(tmp_path: Path) -> None:
