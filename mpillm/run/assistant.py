@@ -88,12 +88,16 @@ class Assistant:
         if self._teller is not None and not is_failure(exit_code):
             self._teller.end()
 
-    def _next(self) -> Given | None:
+    def _ask_for_more(self) -> None:
+        """Ask rank 0 for lines if few are left, unless it was asked already."""
         if len(self._lines) <= self._ask // 2 and not self._asked:
             if not self._lines:
                 self._ask = min(2 * self._ask, MANY)  # the scheduler takes lines faster than they arrive
             self._asked = True
             self._tell(self._ask)
+
+    def _next(self) -> Given | None:
+        self._ask_for_more()
         if not self._lines:
             return None
         given = self._lines.popleft()
@@ -105,6 +109,7 @@ class Assistant:
         self._serve()
         with self._leader.waiting():
             while not self._lines and self._stop is None:
+                self._ask_for_more()  # lines that came just now may have been given back at once
                 if (message := self._mailbox.wait(LOOK_EVERY)) is not None:
                     self._take(message[1])
                 self._tell_if_due()
