@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 
 from mpillm.comm.world import World
+from mpillm.errors import JobError
 from mpillm.run.service import Service
-from mpillm.spec import Spec
+from mpillm.spec import Spec, known_keys
 from mpillm.store.records import Result
 
 
@@ -15,6 +17,7 @@ class Local:
 
     def __init__(self, world: World, spec: Spec) -> None:
         self._world = world
+        _check_settings(world, spec)
         self._service = Service(world, spec)
         self.open = True
         self.model, self.layout = world.bcast((self._service.name, str(self._service.layout)))
@@ -45,3 +48,16 @@ class Local:
         if self.open:
             self.open = False
             self._service.close()
+
+
+def _check_settings(world: World, spec: Spec) -> None:
+    """Raise JobError unless all ranks have the same settings; the model may have another path on each host."""
+    first, *others = world.gather(spec)
+    for rank, other in enumerate(others, 1):
+        for key in known_keys():
+            own, value = attrgetter(key)(first), attrgetter(key)(other)
+            if key != "model" and own != value:
+                raise JobError(
+                    f"{key} is {value!r} on rank {rank} (host {world.hosts[rank]}) and {own!r} on rank 0; give LLM the "
+                    "same settings on every rank."
+                )

@@ -260,6 +260,30 @@ def test_on_the_ranks_of_a_program(mpi: Mpi, llm: LLM, tmp_path: Path) -> None:
     assert done.stdout.splitlines() == [repr(texts)] * 4
 
 
+UNLIKE = """
+import sys
+from mpi4py import MPI
+from mpillm import LLM
+from mpillm.errors import JobError
+
+try:
+    LLM(sys.argv[1], memory={"kv": 2**20 + MPI.COMM_WORLD.rank})
+except JobError as error:
+    sys.stdout.write(f"{error}\\n")
+"""
+
+
+def test_ranks_of_a_program_that_ask_for_different_things(mpi: Mpi, tmp_path: Path) -> None:
+    """Such as a part of their own memory: the cache would have another size on each, and end the run later."""
+    program = tmp_path / "program.py"
+    program.write_text(UNLIKE)
+    done = mpi.run(2, program, CHAT)
+    assert done.returncode == 0, done.stderr
+    one, other = done.stdout.splitlines()
+    assert one == other
+    assert re.match(r"memory\.kv is 1048577 on rank 1 \(host .*\) and 1048576 on rank 0; give LLM", one)
+
+
 def test_a_job(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", mixed_lines(5))
     job = Job(model=CHAT, input=source, output=tmp_path / "out", sampling={"max_tokens": 3}, **SETTINGS)
