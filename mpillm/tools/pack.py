@@ -77,9 +77,14 @@ def pack(world: World, source: str, target: Path, weights: PackedType, progress:
         with world.together():
             if world.rank == 0:
                 stack.enter_context(_claim(path, target, about))
+        plain = set[Key]()
         with world.together(), explained(target):
             if weights == "bf12":
-                plans = _without(opened, too_narrow(plans) | kept_before(target, plans), config, about)
+                plain = too_narrow(plans) | kept_before(target, plans)
+        plain = plain.union(*world.gather(plain))  # hosts may not yet see all files of an earlier run
+        with world.together(), explained(target):
+            if plain:
+                plans = _without(opened, plain, config, about)
             mine = plans[world.rank :: world.size]
             files = _Files(opened, target, mine, world.threads(), progress)
         needed = sum(world.gather(files.needed))

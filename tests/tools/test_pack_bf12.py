@@ -21,6 +21,7 @@ from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.paging.weights import minimum_budget
 from mpillm.weights.roles import Key
 from mpillm.weights.source import rank_plans
+from tests.conftest import Mpi
 from tests.model.checks import digest
 from tests.model.engine_harness import _alone, run_engine
 from tests.tools.packing import Quiet, packed
@@ -31,6 +32,20 @@ MIXTURE = Tiny(
     hidden=512, n_layers=1, n_heads=8, n_kv_heads=8, head_dim=64, vocab=64, n_experts=3, moe_intermediate=512
 )
 PROMPTS = (tuple(range(1, 40)), (5, 3, 9), tuple(range(60, 3, -5)))
+
+# mpillm with a second rank that sees what an earlier run has left as BF16.
+SEES_MORE = """
+import os
+import sys
+
+from mpillm.cli import main
+from mpillm.tools import pack
+from mpillm.weights.roles import Key
+
+if os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK")) == "1":
+    pack.kept_before = lambda folder, plans: {Key("k", 0), Key("k", 1)}
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def written(model: Tiny, to: Path, odd: Sequence[str] = (), dtype: str = "BF16") -> Path:
@@ -98,6 +113,21 @@ def test_a_matrix_that_does_not_fit_stays_bf16(tmp_path: Path) -> None:
     packed(model, tmp_path / "bf12", "bf12")
     found = types(tmp_path / "bf12")
     assert {key for key, type in found.items() if type is BlockType.BF16} == {Key("embed"), Key("k", 1)}
+    assert answers(tmp_path / "bf12") == answers(model)
+
+
+@pytest.mark.mpiexec
+def test_hosts_that_do_not_see_the_same_files_of_an_earlier_run(mpi: Mpi, tmp_path: Path) -> None:
+    """As on NFS for some seconds: all ranks plan the same files."""
+    model = written(DENSE, tmp_path / "m")
+    program = tmp_path / "program.py"
+    program.write_text(SEES_MORE)
+    done = mpi.run(2, program, "pack", model, tmp_path / "bf12", "--weights", "bf12")
+    assert done.returncode == 0, done.stderr
+    found = types(tmp_path / "bf12")
+    assert {key for key, type in found.items() if type is BlockType.BF16} == {
+        Key("embed"), Key("k", 0), Key("k", 1),
+    }  # fmt: skip
     assert answers(tmp_path / "bf12") == answers(model)
 
 
