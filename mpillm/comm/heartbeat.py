@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from mpillm.comm import deadline
+from mpillm.comm.launch import to_continue
 from mpillm.comm.rendezvous import Rendezvous
 from mpillm.comm.stillness import Stillness
 from mpillm.errors import Interrupted
@@ -262,7 +263,7 @@ class Heartbeat:
 
     def _report(self, what: str) -> None:
         speaker = f"[{self._rank}@{self._hosts[self._rank]}]" if self._rank else "mpillm:"
-        sys.stderr.write(f"{speaker} {what}; run the same command again to continue.\n")
+        sys.stderr.write(f"{speaker} {what}{to_continue(os.environ)}.\n")
         sys.stderr.flush()
 
 

@@ -20,6 +20,8 @@ from pathlib import Path
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # The process id of mpiexec's supervisor, which shows what mpiexec writes, and says why it stops the ranks by SIGUSR1.
 SUPERVISED = "MPILLM_SUPERVISED"
+# Set for ranks that `mpillm launch` starts again after they have ended.
+RESTARTED = "MPILLM_RESTARTED"
 
 # Seconds from its start for which a rank stays that fails before MPI has begun: Open MPI's mpiexec then ends the other
 # ranks, and hangs or crashes if one of them is connecting to it just then (PMIx 5.0, one in six on a busy machine).
@@ -92,6 +94,11 @@ def ranks_on_this_machine(environ: Mapping[str, str]) -> int:
     """Return the number of ranks on this machine according to the launcher; 0 if it does not tell."""
     said = (environ.get(name, "") for name in ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"))
     return next((int(number) for number in said if number.isdecimal()), 0)
+
+
+def to_continue(environ: Mapping[str, str]) -> str:
+    """Return what a sentence on ranks that end tells the user to do: nothing if `launch` starts them again."""
+    return "" if RESTARTED in environ else "; run the same command again to continue"
 
 
 def end_all(started: Launch | None, code: int, environ: Mapping[str, str]) -> None:

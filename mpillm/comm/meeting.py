@@ -58,7 +58,7 @@ class Meeting:
                 what = (
                     f"A rank on {socket.gethostname()} was stopped or ended before all ranks were connected"
                 )
-            sys.stderr.write(f"mpillm: {what}; run the same command again to continue.\n")
+            sys.stderr.write(f"mpillm: {what}{launch.to_continue(os.environ)}.\n")
             sys.stderr.flush()
         # When a rank ends, the launcher may end all: the reporting rank must write first. It waits as well, because a
         # rank that looks late would take it for lost and report too.

@@ -91,7 +91,7 @@ def start() -> World:
     except (mpi.Exception, RankLost):
         if not faults.survivable(os.environ):
             raise
-    say("mpillm: A rank was lost before all ranks were connected; run the same command again to continue.")
+    say(f"mpillm: A rank was lost before all ranks were connected{launch.to_continue(os.environ)}.")
     os._exit(Interrupted.exit_code)
 
 

@@ -17,7 +17,7 @@ from typing import NoReturn
 from mpillm.comm import versions
 from mpillm.comm.departure import Departure
 from mpillm.comm.faults import RankLost
-from mpillm.comm.launch import STOPS, SUPERVISED
+from mpillm.comm.launch import STOPS, SUPERVISED, to_continue
 from mpillm.comm.world import World, say
 from mpillm.errors import Interrupted, MpillmError, of_system
 
@@ -47,7 +47,7 @@ def run(world: World, program: Callable[[World], int]) -> int:
             code = found.code if isinstance(found.code, int) else int(found.code is not None)
         except BaseException as bug:
             if world.is_loss(bug):
-                world.abort("A rank was lost; run the same command again to continue.", Interrupted.exit_code)
+                world.abort(f"A rank was lost{to_continue(os.environ)}.", Interrupted.exit_code)
             log.debug("%s", "".join(traceback.format_exception(bug)))
             if (error := _interruption(bug) or of_system(bug)) is None:
                 world.abort(_in_a_line(bug), CRASHED)
@@ -127,9 +127,7 @@ def _interruptible() -> Iterator[None]:
         sys.unraisablehook = lambda _: None  # a thread that was being started has nothing to say
         if number == signal.SIGUSR1 and SUPERVISED in os.environ:
             raise Interrupted
-        raise Interrupted(
-            f"Stopped by {signal.Signals(number).name}; run the same command again to continue."
-        )
+        raise Interrupted(f"Stopped by {signal.Signals(number).name}{to_continue(os.environ)}.")
 
     before, hook = [signal.signal(name, interrupt) for name in STOPS], sys.unraisablehook
     try:

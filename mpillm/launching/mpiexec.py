@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from mpillm.comm.launch import SUPERVISED, Library
+from mpillm.comm.launch import RESTARTED, SUPERVISED, Library
 from mpillm.launching.hostfile import HostSlots
 from mpillm.launching.remarks import Remarks
 
@@ -39,22 +39,25 @@ def command(
     ranks: int,
     hostfile: Path | None,
     folder: Path | None,
-    survivors: bool = True,
+    restarted: bool = True,
 ) -> list[str]:
     """mpiexec with what this MPI needs: more ranks than cores allowed, nothing bound to one core, the agent.
 
-    Where it can (Open MPI 5), it lets the `survivors` go on when a rank dies, and keeps its session in `folder`: in the
-    system's folder for temporary files, what a killed mpiexec left stops a later one that has its process id. Without
-    a folder it uses the system's.
+    Ranks that will be `restarted` are told so, and where it can (Open MPI 5) it lets the others go on when one dies. It
+    keeps its session in `folder`: in the system's folder for temporary files, what a killed mpiexec left stops a later
+    one that has its process id. Without a folder it uses the system's.
     """
     mpiexec = str(library.mpiexec() or "mpiexec")
     if library.name == "MPICH":
         words = [mpiexec, *(["-f", str(hostfile)] if hostfile else [])]
         words += ["-launcher", "ssh", "-launcher-exec", settings.agent] if settings.agent != "ssh" else []
+        words += ["-genv", RESTARTED, "1"] if restarted else []
     else:
         words = [mpiexec, "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none"]
+        words += ["-x", SUPERVISED]  # other hosts get no variable that is not named
+        words += ["-x", f"{RESTARTED}=1"] if restarted else []
         if library.version >= (5,):
-            words += ["--with-ft", "ulfm"] if survivors else []
+            words += ["--with-ft", "ulfm"] if restarted else []
             words += ["--prtemca", "prte_local_tmpdir_base", str(folder)] if folder else []
         words += ["--hostfile", str(hostfile)] if hostfile else []
         words += ["--prtemca", "plm_ssh_agent", settings.agent] if settings.agent != "ssh" else []

@@ -49,7 +49,7 @@ def once(
             if hostfile:
                 write_hosts(hostfile, hosts, library)
             ranks = ranks_of(settings, hosts)
-            words = command(library, settings, ranks, hostfile, Path(name), survivors=False)
+            words = command(library, settings, ranks, hostfile, Path(name), restarted=False)
             code = run_watched([*words, *program], remarks, shall_stop, attended=attended)
     finally:
         for number, handler in zip(STOPS, before, strict=True):

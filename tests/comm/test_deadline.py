@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mpillm.comm import deadline, heartbeat
+from mpillm.comm import deadline, heartbeat, launch
 from mpillm.comm.rendezvous import listen
 from mpillm.errors import JobError
 from tests.conftest import HANGS, Mpi, run_bounded
@@ -45,18 +45,18 @@ def test_a_slow_rank_is_not_silent(mpi: Mpi, how: str, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_rank_that_hangs_ends_the_world(mpi: Mpi, tmp_path: Path) -> None:
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_rank_that_hangs_ends_the_world(mpi: Mpi, tmp_path: Path, restarted: bool) -> None:
     """Its process lives, and its heartbeat goes on."""
     victim = "0" if mpi.name == "mpich" else "1"
-    env = {"VICTIM": victim, "MPILLM_DEADLINE": "0.8"}
+    env = {"VICTIM": victim, "MPILLM_DEADLINE": "0.8"} | ({launch.RESTARTED: "1"} if restarted else {})
     done = mpi.run(2, PROGRAM, "hangs", tmp_path / "pipe", env=env)
     assert done.returncode == 75
     speaker = {"0": "mpillm:", "1": "[1@"}[victim]
     (said,) = (line for line in done.stderr.splitlines() if "This rank" in line)
     assert said.startswith(speaker)
-    assert said.endswith(
-        "This rank has made no progress for 0.8 s: it hangs; run the same command again to continue."
-    )
+    advice = "" if restarted else "; run the same command again to continue"
+    assert said.endswith(f"This rank has made no progress for 0.8 s: it hangs{advice}.")
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,21 @@ def test_goes_on_after_a_kill_and_grows(mpi: Mpi, source: Path, tmp_path: Path) 
         assert (output / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
 
 
+def test_ranks_that_are_stopped_do_not_advise_what_launch_does(
+    mpi: Mpi, source: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    with launched(mpi, source, output, "-n", "2") as supervisor:
+        wait_for_results(output)
+        for rank in ranks(output):
+            rank.terminate()
+        _, said = supervisor.communicate(timeout=HANGS)
+        assert supervisor.returncode == 0, said
+    assert "mpillm: Stopped by SIGTERM.\n" in said
+    assert "by earlier runs" in said
+    assert "run the same command again" not in said
+
+
 def test_hosts_that_are_added_are_used(openmpi: Mpi, source: Path, tmp_path: Path) -> None:
     output, hosts = tmp_path / "out", tmp_path / "hosts"
     hosts.write_text("localhost slots=1\n")

@@ -65,15 +65,17 @@ def test_the_words_for_each_mpi() -> None:
     hosts, folder = Path("h"), Path("f")
     plain, agent = Settings(ranks=2), Settings(hostfile=hosts, agent="/a", mpi_options=("-x", "A"))
     assert mpiexec.command(OPENMPI, plain, 2, None, folder) == [
-        *["mpiexec", "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none", "--with-ft", "ulfm"],
+        *["mpiexec", "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none"],
+        *["-x", "MPILLM_SUPERVISED", "-x", "MPILLM_RESTARTED=1", "--with-ft", "ulfm"],
         *["--prtemca", "prte_local_tmpdir_base", "f", "-n", "2"],
     ]
-    assert mpiexec.command(OPENMPI, agent, 3, hosts, folder)[10:] == [
+    assert mpiexec.command(OPENMPI, agent, 3, hosts, folder)[14:] == [
         *["--hostfile", "h", "--prtemca", "plm_ssh_agent", "/a", "-x", "A", "-n", "3"]
     ]
-    assert mpiexec.command(MPICH, plain, 2, None, folder) == ["mpiexec", "-n", "2"]
+    assert mpiexec.command(MPICH, plain, 2, None, folder) == ["mpiexec", "-genv", "MPILLM_RESTARTED", "1", "-n", "2"]
     assert mpiexec.command(MPICH, agent, 3, hosts, folder)[1:] == [
-        *["-f", "h", "-launcher", "ssh", "-launcher-exec", "/a", "-x", "A", "-n", "3"]
+        *["-f", "h", "-launcher", "ssh", "-launcher-exec", "/a", "-genv", "MPILLM_RESTARTED", "1"],
+        *["-x", "A", "-n", "3"],
     ]
 
 
@@ -93,6 +95,7 @@ def test_what_is_started_once_ends_with_the_first_rank_that_dies(
     monkeypatch.setattr(supervise, "library", lambda: OPENMPI)
     assert main(["launch", "-n", "2", *name.split()]) == 0
     assert "ulfm" not in started[0]
+    assert not any("RESTARTED" in word for word in started[0])
 
 
 def test_mpiexec_that_waits_for_a_host_that_is_out_of_reach_is_ended(
@@ -101,7 +104,7 @@ def test_mpiexec_that_waits_for_a_host_that_is_out_of_reach_is_ended(
     """Open MPI's does so for ever, when the ranks on this machine have ended."""
     here = iter([True])
     monkeypatch.setattr(watch, "ranks_below", lambda pid: next(here, False))
-    monkeypatch.setattr(once, "command", lambda *words, survivors: ["sh", "-c", "sleep 1000"])
+    monkeypatch.setattr(once, "command", lambda *words, restarted: ["sh", "-c", "sleep 1000"])
     monkeypatch.setattr(supervise, "library", lambda: OPENMPI)
     for name in ("WATCH", "LOOK", "LINGER"):
         monkeypatch.setattr(watch, name, 0.1)
@@ -134,7 +137,7 @@ BANNER = f"{'-' * 74}\n{LOST}\n{'-' * 74}"
 def test_how_a_command_that_is_started_once_ends(
     script: str, code: int, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(once, "command", lambda *words, survivors: ["sh", "-c", script])
+    monkeypatch.setattr(once, "command", lambda *words, restarted: ["sh", "-c", script])
     monkeypatch.setattr(supervise, "library", lambda: OPENMPI)
     assert main(["launch", "-n", "2", "doctor"]) == code
     said = capsys.readouterr().err
@@ -159,7 +162,7 @@ def test_how_a_chat_ends(
     script: str, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """It is left with Ctrl-C, which the terminal sends to mpiexec as well: MPICH's ends at the second one."""
-    monkeypatch.setattr(once, "command", lambda *words, survivors: ["sh", "-c", f"echo an answer; {script}"])
+    monkeypatch.setattr(once, "command", lambda *words, restarted: ["sh", "-c", f"echo an answer; {script}"])
     monkeypatch.setattr(supervise, "library", lambda: OPENMPI)
     assert main(["launch", "-n", "2", "chat"]) == code
     out, err = capfd.readouterr()
