@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import msgspec
@@ -28,7 +28,7 @@ TYPICAL = Demand(requests=256, prompt=256 * 256.0, generated=256 * 128.0)  # sta
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     """The estimated time of a job.
 
-    A step is one round of all running sequences through the stages of the first replica.
+    A step is one round of all running sequences through the stages of the first replica that computes.
     """
 
     measured: bool  # all speeds are measured; otherwise some are assumed
@@ -58,17 +58,31 @@ def demand_of(asked: InputNeeds) -> Demand | None:
 
 
 def estimate(placement: Placement, given: Demand | None) -> Estimate:
-    """Estimate the time of a demand (None: TYPICAL) on replicas that share the requests by their speeds."""
+    """Estimate the time of a demand (None: TYPICAL) on replicas that share the requests by their speeds.
+
+    Replicas without a request leave the cores that they share to the others.
+    """
     demand, machines = given or TYPICAL, placement.machines
-    kinds = _kinds(placement, demand)
+    kinds = _kinds(placement, demand, range(len(placement.replicas)))
     seconds, requests = _shared(kinds, demand)
+    idle = [
+        number
+        for kind, own in zip(kinds, requests, strict=True)
+        if not own and kind.seconds(1) > IDLE * seconds
+        for number in kind.numbers
+    ]
+    used = _with_requests(kinds, requests, demand)
+    if len(used) < len(placement.replicas):
+        placement = placement.while_others_idle(used)
+        kinds = _kinds(placement, demand, used)
+        seconds, requests = _shared(kinds, demand)
     times = [kind.time(max(own, 1)) for kind, own in zip(kinds, requests, strict=True)]
     busy = [
         min(len(kind.numbers), demand.requests) if own else 0
         for kind, own in zip(kinds, requests, strict=True)
     ]
     first, stages = times[0], kinds[0].stages
-    replica = placement.replicas[0]
+    replica = placement.replicas[used[0]]
     slowest = first.decode_round.slowest * replica.shards + replica.first
     return Estimate(
         measured=machines.measured,
@@ -87,12 +101,7 @@ def estimate(placement: Placement, given: Demand | None) -> Estimate:
         slowest=f"rank {slowest}" + (f" on {machines.names[slowest]}" if machines.names else ""),
         micro_batches=first.decode_round.micro_batches,
         bubble=first.decode_round.bubble,
-        idle=[
-            number
-            for kind, own in zip(kinds, requests, strict=True)
-            if not own and kind.seconds(1) > IDLE * seconds
-            for number in kind.numbers
-        ],
+        idle=idle,
     )
 
 
@@ -129,10 +138,10 @@ class _Kind:
         return self.time(requests).seconds
 
 
-def _kinds(placement: Placement, demand: Demand) -> list[_Kind]:
+def _kinds(placement: Placement, demand: Demand, numbers: Iterable[int]) -> list[_Kind]:
     found = dict[tuple[object, ...], _Kind]()
-    for number, (replica, plan) in enumerate(zip(placement.replicas, placement.plans, strict=True)):
-        key = placement.kind(number)
+    for number in numbers:
+        replica, plan, key = placement.replicas[number], placement.plans[number], placement.kind(number)
         if key not in found:
             found[key] = _Kind(placement.stages(number), replica, plan, demand)
         found[key].numbers.append(number)
@@ -144,6 +153,17 @@ def _shared(kinds: Sequence[_Kind], demand: Demand) -> tuple[float, list[int]]:
     return shared_time(
         [kind.seconds for kind in kinds], [len(kind.numbers) for kind in kinds], demand.requests
     )
+
+
+def _with_requests(kinds: Sequence[_Kind], requests: Sequence[int], demand: Demand) -> list[int]:
+    """Return the replicas that get a request: if there are fewer requests than replicas, the fastest ones."""
+    able = sorted(
+        (kind.seconds(1), number)
+        for kind, own in zip(kinds, requests, strict=True)
+        if own
+        for number in kind.numbers
+    )
+    return sorted(number for _, number in able[: demand.requests])
 
 
 def stage_layers_by_speed(placement: Placement, number: int, asked: InputNeeds) -> tuple[int, ...] | None:
@@ -184,7 +204,7 @@ def replica_shares(placement: Placement, given: Demand | None) -> list[float]:
     even = [1 / replicas] * replicas
     if not placement.machines.speeds or replicas == 1:
         return even
-    kinds = _kinds(placement, demand)
+    kinds = _kinds(placement, demand, range(replicas))
     takes = [kind.seconds(max(round(demand.requests / replicas), 1)) for kind in kinds]
     if max(takes) < UNEVEN * min(takes):
         return even

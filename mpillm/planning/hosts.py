@@ -131,6 +131,7 @@ def machines_of(hosts: Sequence[Host], ranks: int | None = None) -> Machines:
     """Return the machines of the first `ranks` ranks of these hosts (None: of all)."""
     per_host, free = list[int](), list[int]()
     names, speeds, cores = list[str](), list[Speed](), list[int]()
+    loads = list[tuple[str, float]]()
     for host in hosts:
         speed = host.speed
         for copy in range(host.count):
@@ -142,7 +143,10 @@ def machines_of(hosts: Sequence[Host], ranks: int | None = None) -> Machines:
                 name = host.name or f"host {len(per_host)}"
                 names += [f"{name} ({copy + 1})" if host.name and host.count > 1 else name] * used
                 speeds += [speed] * used
-    return Machines(per_host, free, names, speeds, all(host.products for host in hosts), cores=cores)
+                # Each rank keeps a core busy if there are not more; else its threads have a part of the cores.
+                loads += [(f"host {len(per_host)}", 1 / min(host.cores or used, used))] * used
+    measured = all(host.products for host in hosts)
+    return Machines(per_host, free, names, speeds, measured, loads=loads, cores=cores)
 
 
 def alike(ranks: int, ranks_per_host: int, memory: int | None) -> Machines:

@@ -94,6 +94,13 @@ class Machines:
         now = _crowding(loads)
         return min(self.crowding[machine] / now[machine] for machine, _ in loads[: len(ranks)])
 
+    def while_idle(self, idle: Collection[int]) -> Machines:
+        """Return these machines while the ranks of `idle` do nothing, and leave their cores to the others."""
+        if not self.loads:
+            return self
+        loads = [(machine, 0.0 if rank in idle else part) for rank, (machine, part) in enumerate(self.loads)]
+        return replace(self, speeds=self._speeds_of(range(self.ranks), loads), loads=loads)
+
     def firsts(self) -> list[int]:
         """Return the first rank of each host."""
         return list(itertools.accumulate(self.ranks_per_host, initial=0))[:-1]
@@ -130,7 +137,7 @@ class Machines:
                 said.setdefault(reserve_in_words(count, cores, used), []).append(names[host])
         if not said:
             return replace(self, cores=()), []
-        found, alike = self.of_ranks(ranks), dict[tuple[int, int, int], Speed]()
+        found, alike = replace(self, loads=()).of_ranks(ranks), dict[tuple[int, int, int], Speed]()
         speeds = []
         for speed, (used, count) in zip(found.speeds, parts, strict=bool(found.speeds)):
             # The ranks that compute share the quota of their host.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from mpillm.comm.transfer import Wire
@@ -29,6 +29,13 @@ class Placement:
     def with_wire(self, wire: Wire) -> Placement:
         """Return the same placement with another wire between the shards of a stage."""
         return replace(self, spec=with_wire(self.spec, wire))
+
+    def while_others_idle(self, busy: Collection[int]) -> Placement:
+        """Return the same placement while only the replicas `busy` compute."""
+        idle = {
+            rank for number, other in enumerate(self.replicas) if number not in busy for rank in other.ranks
+        }
+        return replace(self, machines=self.machines.while_idle(idle))
 
     def kind(self, number: int) -> tuple[object, ...]:
         """Return a key that is equal for replicas that are equally fast."""

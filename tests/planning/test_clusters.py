@@ -169,6 +169,24 @@ def test_hosts_that_share_cores_compute_one_answer_in_turn(planner: Planner) -> 
     assert step(shared, 1, 4) > step(half, 1, 4) + 2.5 * turns
 
 
+@pytest.mark.parametrize("planner", ["0.1B"], indirect=True)
+def test_replicas_without_a_request_leave_their_cores_to_the_others(planner: Planner) -> None:
+    """Four share two cores; with cores of their own, all take as long as one."""
+    apart = machines_of([host(1.0)] * 4)
+    half = replace(apart, speeds=[apart.speeds[0].slowed(2)] * 4)
+    shared = replace(half, loads=[("one machine", 0.5)] * 4)
+    crowded = machines_of([host(2.0, ranks=4, cores=2)])
+
+    def seconds(machines: Machines, requests: int) -> float:
+        return layouts(planner, requests, "layout.replicas=4").choose(machines).time.seconds
+
+    assert seconds(shared, 1) == pytest.approx(seconds(apart, 4))
+    for machines in (shared, crowded):
+        for requests, times in {2: 1.0, 3: 1.5, 4: 2.0}.items():
+            assert seconds(machines, requests) == pytest.approx(times * seconds(machines, 1))
+    assert seconds(half, 1) == seconds(half, 4)  # machines of their own
+
+
 def test_hosts_with_a_quota_compute_one_answer_as_stages(planner: Planner) -> None:
     """Each has a quarter of a core, which is a whole one while the others compute; a slow core is none.
 
