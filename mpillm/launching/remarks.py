@@ -24,7 +24,7 @@ _REMARK = re.compile(
     r"Please see the FAQ page for |Abort\(\d+\) on node .*: application called MPI_Abort|"  # these are MPICH's
     r"\[[^\s\]]+:\d+\] (\[.+?\] )?(\w+ ERROR: |plm:|UNSUPPORTED DAEMON)|NBC_Progress: |"  # Open MPI's
     r"\[[^\s\]]+:\d+\] \*\*\* +(An error occurred in |reported by process |on |Unknown error|MPI_|and MPI will )|"
-    r"\[\d+\.\d+\] \[\S+ *:\d+\] +\S+ +UCX +WARN |"
+    r"\[\d+\.\d+\] \[\S+ *:\d+\] +\S+ +UCX +WARN |\[(warn|err)\] |"  # UCX's, libevent's
     r"ssh: |client_loop: |Connection (to|closed|reset) |Timeout, server |Host key verification failed"
 )
 _ENDED = re.compile(
@@ -50,6 +50,7 @@ _CAUSES = (
         r"peer process has unexpectedly disconnected.*?Peer host:\s+(\S+)",
         "a rank on {} was lost, or the connection to it",
     ),
+    (r"\*\*\* An error occurred in Socket closed", "a rank was lost, or the connection to it"),
     (r"(ssh: connect to host [^\n]+)", "{}"),
     (r"Connection to (\S+) closed by remote host", "the connection to {} was closed"),
     # MPICH does not say which.

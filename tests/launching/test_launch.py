@@ -72,7 +72,9 @@ def test_the_words_for_each_mpi() -> None:
     assert mpiexec.command(OPENMPI, agent, 3, hosts, folder)[14:] == [
         *["--hostfile", "h", "--prtemca", "plm_ssh_agent", "/a", "-x", "A", "-n", "3"]
     ]
-    assert mpiexec.command(MPICH, plain, 2, None, folder) == ["mpiexec", "-genv", "MPILLM_RESTARTED", "1", "-n", "2"]
+    assert mpiexec.command(MPICH, plain, 2, None, folder) == [
+        *["mpiexec", "-genv", "MPILLM_RESTARTED", "1", "-n", "2"]
+    ]
     assert mpiexec.command(MPICH, agent, 3, hosts, folder)[1:] == [
         *["-f", "h", "-launcher", "ssh", "-launcher-exec", "/a", "-genv", "MPILLM_RESTARTED", "1"],
         *["-x", "A", "-n", "3"],

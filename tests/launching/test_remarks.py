@@ -66,6 +66,7 @@ otherwise exiting without calling MPI_FINALIZE first).
 [door1:00000] *** MPI_ERRORS_ARE_FATAL (processes in this communicator will now abort,
 [door1:00000] ***    and MPI will try to terminate your MPI job as well)
 """
+SOCKET = "".join(line for line in PEER.splitlines(keepends=True) if "***" in line)
 CLOSED = "Connection to door2 closed by remote host.\n"
 DAEMON = """\
 [mpiexec@door1] control_cb (/mpich/src/pm/hydra/mpiexec/pmiserv_cb.c:280): assert (!closed) failed
@@ -75,6 +76,7 @@ OTHER = """\
 [1795976320.811209] [node3:844  :0]       tag_match.c:62   UCX  WARN  unexpected tag-receive descriptor was not matched
 Abort(75) on node 1 (rank 1 in comm 496): application called MPI_Abort(comm=0x84000000, 75) - process 1
 [door1:12433] PRTE ERROR: Not found in file odls_base_default_fns.c at line 1751
+[warn] Epoll MOD(1) on fd 22 failed. Old events were 6; read change was 0 (none): Bad file descriptor
 [door1:23547] plm:ssh: Warning: setpgid(23551,23551) failed in parent with errno=Permission denied(13)
 [door1:22856] UNSUPPORTED DAEMON ERROR STATE: NO PATH TO TARGET
 NBC_Progress: an error 77 was found during schedule 0x5612a8dcd490 at row-offset 0 - aborting the schedule
@@ -126,6 +128,8 @@ def heard() -> Hear:
         (UNABLE, "mpiexec could not start its daemon on door2, or lost it"),
         (LOST + UNABLE, "mpiexec lost its daemon on door2"),
         (PEER, "a rank on door2 was lost, or the connection to it"),
+        (SOCKET, "a rank was lost, or the connection to it"),
+        (SOCKET + KILLED, "a rank on door2 was ended by SIGKILL"),
         (PEER + KILLED, "a rank on door2 was ended by SIGKILL"),
         (KILLED, "a rank on door2 was ended by SIGKILL"),
         (ENDED.format(9) + PROXY, "a rank on door2 was ended by SIGKILL"),
