@@ -156,7 +156,9 @@ def _time(plan: Plan) -> Iterator[str]:
         f"one answer {time.decode_one:.1f}"
     )
     together = f" in {time.micro_batches} micro-batches" if time.micro_batches > 1 else ""
-    at_once = count_of(time.sequences // plan.replicas, "sequence")
+    at_once = count_of(
+        max(time.sequences // plan.replicas, 1), "sequence"
+    )  # some replicas may get no request
     yield f"          a step of {at_once}{together} takes {_step(time.step)}; its limit: {time.limit}"
     if plan.stages > 1:
         yield f"          slowest: {time.slowest}; stages wait {100 * time.bubble:.0f} % of a step for each other"

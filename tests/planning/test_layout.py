@@ -131,6 +131,22 @@ def test_hosts_on_paper(tmp_path: Path) -> None:
             hosts.read(path, 4)
 
 
+def test_one_answer_on_four_replicas_has_the_cores_of_the_others(tmp_path: Path) -> None:
+    """Four share two cores: it takes half of the time that four answers take."""
+    path = tmp_path / "hosts.toml"
+    path.write_text('[[hosts]]\nranks = 4\ncores = 2\nmemory = "6GiB"\n')
+    seconds = []
+    for count in (1, 4):
+        (tmp_path / "in").write_text(count * '{"prompt": [5, 6], "max_tokens": 9}\n')
+        job = spec.load(
+            None, ["layout.replicas=4"], model=str(MODEL), input=str(tmp_path / "in"), output="out"
+        )
+        made = plan.make(job, 4, hosts.read(path))
+        assert "          a step of 1 sequence takes " in plan_text.as_text(made)
+        seconds.append(made.time.seconds)
+    assert seconds[0] == pytest.approx(seconds[1] / 2)
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_free_memory_is_what_every_group_above_allows(version: int, tmp_path: Path) -> None:
     (tmp_path / "proc/self").mkdir(parents=True)
