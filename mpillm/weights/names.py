@@ -34,16 +34,15 @@ def with_bias(names: Mapping[str, Roles]) -> dict[str, Roles]:
     }
 
 
-# q, k and v in one tensor of a GGUF file, each as a whole.
-GGUF_QKV: dict[str, Roles] = {
-    "blk.{l}.attn_qkv.weight": ("q", "k", "v"),
-    "blk.{l}.attn_qkv.bias": ("q_bias", "k_bias", "v_bias"),
-}
-
 # Other names of the same tensors (Mixtral's router; gate and up in one tensor, as transformers 5 has them in memory).
 _HF_MORE: dict[str, Roles] = {"layers.{l}.block_sparse_moe.gate.weight": ("router",)}
 _HF_FUSED: dict[str, Roles] = {"layers.{l}.mlp.experts.gate_up_proj": ("gate", "up")}
 _GGUF_FUSED: dict[str, Roles] = {"blk.{l}.ffn_gate_up_exps.weight": ("gate", "up")}
+# llama.cpp's converter puts q, k and v of any model in one tensor if asked.
+_GGUF_QKV: dict[str, Roles] = {
+    "blk.{l}.attn_qkv.weight": ("q", "k", "v"),
+    "blk.{l}.attn_qkv.bias": ("q_bias", "k_bias", "v_bias"),
+}
 
 # Tensors that no text is generated with: buffers that old checkpoints saved along, layers that predict further tokens,
 # and what sees images or hears sounds.
@@ -105,6 +104,7 @@ _USUAL_HF = _first(
 )
 _USUAL_GGUF = _first(
     *((name, _Meaning((role.name,))) for role in ROLES.values() for name in (role.gguf, *role.gguf_expert)),
+    *((name, _Meaning(roles)) for name, roles in _GGUF_QKV.items()),
     *((name, _Meaning((role.name,), True)) for role in ROLES.values() for name in role.gguf_stacked),
     *((name, _Meaning(roles, True)) for name, roles in _GGUF_FUSED.items()),
 )

@@ -81,7 +81,8 @@ class Family:
     def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
         """Return the configuration of a GGUF file with Hugging Face's keys, without its RoPE.
 
-        `shape_of` tells a tensor's shape, or None if it is not there.
+        `shape_of` tells a tensor's shape, or None if it is not there; of a matrix that lies in one tensor with others,
+        the shape of that tensor.
         """
         raise NotImplementedError
 

@@ -27,7 +27,7 @@ from mpillm.weights.formats.gguf_config import (
     refuse_window,
     usual_config,
 )
-from mpillm.weights.names import GGUF_QKV, Names, Roles, RowGroups, with_bias
+from mpillm.weights.names import Names, Roles, RowGroups, with_bias
 from mpillm.weights.roles import Key
 
 _FALCON = "FalconForCausalLM"
@@ -58,7 +58,6 @@ class Falcon(Family):
             "word_embeddings.weight": ("embed",),
             **with_bias(_NAMES),
         },
-        gguf=GGUF_QKV,
         hf_prefixes=("transformer.",),
     )
     defaults = {
@@ -109,13 +108,14 @@ class Falcon(Family):
         refuse_window(fields)
         config = usual_config(fields, shape_of, ("layer_norm_epsilon", "layer_norm_epsilon"))
         width, kv_heads = config.pop("intermediate_size"), config["num_key_value_heads"]
+        two_norms = shape_of(Key("ffn_norm", 0)) is not None
         del config["hidden_act"]
         return config | {
             "architectures": [_FALCON],
             "ffn_hidden_size": width,
             "num_kv_heads": kv_heads,
-            "new_decoder_architecture": kv_heads > 1,
-            "num_ln_in_parallel_attn": 1 if shape_of(Key("ffn_norm", 0)) is None else 2,
+            "new_decoder_architecture": two_norms or kv_heads > 1,
+            "num_ln_in_parallel_attn": 2 if two_norms else 1,
             "gguf_rows": True,
         }
 

@@ -53,7 +53,7 @@ class FalconH1(Family):
             "layers.{l}.pre_ff_layernorm.weight": ("ffn_norm",),
             "final_layernorm.weight": ("final_norm",),
         },
-        gguf=GGUF_NAMES,
+        gguf={**GGUF_NAMES, "blk.{l}.ffn_norm": ("ffn_norm",)},  # llama.cpp's converter writes no ".weight"
     )
     defaults = {
         _FALCON: {

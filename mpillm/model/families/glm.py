@@ -31,7 +31,7 @@ from mpillm.weights.formats.gguf_config import (
     routed_config,
     usual_config,
 )
-from mpillm.weights.names import GGUF_QKV, Names
+from mpillm.weights.names import Names
 from mpillm.weights.roles import Key
 
 _FIRST, _DENSE, _MIXTURE = "GlmForCausalLM", "Glm4ForCausalLM", "Glm4MoeForCausalLM"
@@ -54,7 +54,7 @@ class Glm(Family):
     gguf = ("glm4", "chatglm")
     names = Names(
         hf={"layers.{l}.mlp.gate_up_proj.weight": ("gate", "up")},
-        gguf={"blk.{l}.ffn_up.weight": ("gate", "up"), **GGUF_QKV},
+        gguf={"blk.{l}.ffn_up.weight": ("gate", "up")},
     )
     defaults = {_FIRST: _USUAL, _DENSE: _USUAL}
 

@@ -25,7 +25,7 @@ from mpillm.model.layers.norm import Norms, NormSpec
 from mpillm.model.layers.spec import LayerSpec
 from mpillm.model.rope_fields import LONGEST
 from mpillm.weights.formats.gguf_config import GgufFields, ShapeOf, refuse_experts, usual_config
-from mpillm.weights.names import GGUF_QKV, Names, Roles, RowGroups, with_bias
+from mpillm.weights.names import Names, Roles, RowGroups, with_bias
 
 _GPT2, _BIGCODE, _OPT = "GPT2LMHeadModel", "GPTBigCodeForCausalLM", "OPTForCausalLM"
 _MATRICES: dict[str, Roles] = {
@@ -66,7 +66,6 @@ class Gpt2(Family):
     tied = True
     names = Names(
         hf=_NAMES,
-        gguf=GGUF_QKV,
         hf_transposed=frozenset(f"{name}.weight" for name in _MATRICES),
         hf_prefixes=("transformer.",),
     )
@@ -132,7 +131,7 @@ class BigCode(Gpt2):
     architectures = {_BIGCODE: "gpt_bigcode"}
     gguf = ("starcoder",)
     activation = "gelu_pytorch_tanh"
-    names = Names(hf=_NAMES, gguf=GGUF_QKV, hf_prefixes=("transformer.",))
+    names = Names(hf=_NAMES, hf_prefixes=("transformer.",))
     defaults = {
         _BIGCODE: {
             "n_positions": 1024,

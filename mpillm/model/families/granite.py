@@ -40,6 +40,7 @@ from mpillm.weights.formats.gguf_config import (
     window_types,
 )
 from mpillm.weights.names import Names
+from mpillm.weights.roles import Key
 
 _DENSE, _MIXTURE, _SHARED = "GraniteForCausalLM", "GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM"
 _CLOVA, _SWA = "HyperCLOVAXForCausalLM", "GraniteSWAForCausalLM"
@@ -137,7 +138,7 @@ class Granite(Family):
     def gguf_config(self, fields: GgufFields, shape_of: ShapeOf) -> dict[str, Any]:
         refuse_window(fields)
         config = usual_config(fields, shape_of)
-        config["architectures"] = [_DENSE]
+        config |= {"architectures": [_DENSE], "attention_bias": shape_of(Key("q_bias", 0)) is not None}
         if fields.kind == "granitemoe":
             config |= {
                 "architectures": [_SHARED],
@@ -181,6 +182,7 @@ class GraniteSwa(Granite):
             config["layer_rope_theta"] = [0] * layers
         return config | {
             "architectures": [_SWA],
+            "attention_bias": shape_of(Key("q_bias", 0)) is not None,
             "sliding_window": fields.integer("attention.sliding_window", 0) or None,
             "layer_types": window_types(fields, layers, 0),
         }

@@ -138,7 +138,7 @@ class GraniteHybrid(Family):
         mamba, experts = gguf_mamba(fields, USUAL_KEYS), fields.integer("expert_count", 0)
         shared = fields.integer("expert_shared_feed_forward_length", 0)
         used, up = fields.integer("expert_used_count", 0), shape_of(Key("up", 0))
-        turns = fields.raw("rope.scaling.finetuned") is True
+        turns = fields.raw("rope.scaling.finetuned") is not False  # as in llama.cpp
         return {
             **config,
             **mamba,

@@ -70,8 +70,6 @@ class ModernBert(Family):
             **unread("decoder"),
         },
         gguf={
-            "blk.{l}.attn_qkv.weight": ("q", "k", "v"),
-            "blk.{l}.attn_qkv.bias": ("q_bias", "k_bias", "v_bias"),
             "blk.{l}.ffn_up.weight": ("gate", "up"),
             "blk.{l}.ffn_up.bias": ("gate_bias", "up_bias"),
         },

@@ -28,7 +28,7 @@ from mpillm.weights.formats.gguf_config import (
     refuse_window,
     usual_config,
 )
-from mpillm.weights.names import GGUF_QKV, Names, Roles, RowGroups, with_bias
+from mpillm.weights.names import Names, Roles, RowGroups, with_bias
 from mpillm.weights.roles import Key
 
 _NEOX, _PHI, _STABLE = "GPTNeoXForCausalLM", "PhiForCausalLM", "StableLmForCausalLM"
@@ -58,7 +58,6 @@ class NeoX(Family):
             ),
             "layers.{l}.attention.bias": (),  # the causal mask, which old files have
         },
-        gguf=GGUF_QKV,
         hf_prefixes=("gpt_neox.",),
     )
     defaults = {
@@ -121,7 +120,6 @@ class FirstPhi(Family):
                 "final_layernorm": ("final_norm",),
             }
         ),
-        gguf=GGUF_QKV,
     )
     defaults = {
         _PHI: {"max_position_embeddings": 2048, "layer_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2}

@@ -87,7 +87,6 @@ class NomicBert(Family):
             **unread("cls.predictions.transform.layer_norm"),
         },
         hf_prefixes=("nomic_bert.", "bert.", "model."),
-        gguf={"blk.{l}.attn_qkv.weight": ("q", "k", "v")},
     )
     defaults = {
         _NOMIC: {

@@ -49,7 +49,7 @@ class Phi(Family):
             "layers.{l}.mlp.gate_up_proj.weight": ("gate", "up"),
             "layers.{l}.mlp.router.weight": ("router",),
         },
-        gguf={"blk.{l}.attn_qkv.weight": _QKV, "blk.{l}.ffn_up.weight": ("gate", "up")},
+        gguf={"blk.{l}.ffn_up.weight": ("gate", "up")},
     )
     defaults = {
         _PHI3: {
@@ -102,7 +102,10 @@ class Phi(Family):
         config["sliding_window"] = fields.integer("attention.sliding_window", 0) or None
         if fields.kind == "phi3":
             refuse_experts(fields)
-            return config | {"architectures": [_PHI3]}
+            original = fields.integer(
+                "rope.scaling.original_context_length", config["max_position_embeddings"]
+            )
+            return config | {"architectures": [_PHI3], "original_max_position_embeddings": original}
         # How near two experts must be to count as a tie is in no field: all published models have the default.
         scale = fields.number("rope.scaling.attn_factor", 1.0) or 1.0
         return config | {

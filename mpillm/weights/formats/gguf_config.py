@@ -71,6 +71,8 @@ def usual_config(
         raise ModelError(
             f"{fields.path}: {fields.kind}.attention.head_count is {heads}, but must be at least 1."
         )
+    # llama.cpp's converter writes both numbers of models whose configurations have norm_eps; it reads one.
+    fields.read |= {"attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"}
     return {
         "hidden_size": hidden,
         "num_hidden_layers": fields.integer("block_count") - fields.integer("nextn_predict_layers", 0),

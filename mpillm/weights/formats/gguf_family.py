@@ -79,6 +79,10 @@ def _rope(
     fields: GgufFields, config: dict[str, Any], factors: Mapping[str, list[float]], multiplies_scores: bool
 ) -> dict[str, Any]:
     theta = fields.number("rope.freq_base", 10000.0)
+    if (
+        fields.values.get("rope.freq_base_swa") == theta
+    ):  # written of all models whose layers name their RoPE by type
+        fields.raw("rope.freq_base_swa")
     kind = fields.raw("rope.scaling.type")
     factor = fields.number("rope.scaling.factor", 0.0)
     linear = fields.number("rope.scale_linear", 0.0)  # how it was called before

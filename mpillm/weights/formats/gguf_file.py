@@ -22,7 +22,7 @@ from mpillm.weights.formats.heads import row_groups, split_kv_b
 from mpillm.weights.formats.matrices import add
 from mpillm.weights.formats.tensors import TensorSource
 from mpillm.weights.io.mapped import MappedFile
-from mpillm.weights.names import Parsed
+from mpillm.weights.names import Parsed, RowGroups
 from mpillm.weights.roles import Key
 
 _LAYER = re.compile(r"blk\.(?P<layer>[0-9]{1,6})\.")
@@ -57,9 +57,14 @@ def open_gguf(path: Path, families: Families, quantize: str, whole: bool = True)
                         add(extents, parsed, extent, {})
                     else:
                         composed.append((parsed, extent))
-        config = config_of(metadata, path, family, lambda key: _shape(extents, key), factors)
+        shapes = {
+            Key(role, parsed.layer): extent.shape for parsed, extent in composed for role in parsed.roles
+        }
+        shapes |= {key: extent.shape for key, extent in extents.items()}
+        config = config_of(metadata, path, family, shapes.get, factors)
         groups = row_groups(config, family)
         for parsed, extent in composed:
+            _check_qkv(parsed, extent, groups)
             add(extents, parsed, extent, groups)
         split_kv_b(extents, config, path)
         if family.names.rope_pairs:
@@ -119,8 +124,13 @@ def _parse(file: MappedFile, name: str, own: names.Names) -> Parsed:
     return parsed
 
 
-def _shape(extents: dict[Key, Extent], key: Key) -> tuple[int, ...] | None:
-    return extents[key].shape if key in extents else None
+def _check_qkv(parsed: Parsed, extent: Extent, groups: RowGroups) -> None:
+    """Raise ModelError if q, k and v of one layer have other heads than the configuration has for all layers."""
+    rows = sum(groups.get(parsed.roles, ()))
+    if parsed.roles in (("q", "k", "v"), ("q_bias", "k_bias", "v_bias")) and rows not in (0, extent.shape[0]):
+        raise ModelError(
+            f"{extent.file.path}: tensor {extent.name} has {extent.shape[0]} rows, but its 3 parts have {rows}."
+        )
 
 
 def _factors(file: MappedFile, name: str, tensor: GgufTensor) -> list[float]:
