@@ -159,7 +159,9 @@ struct mk_work {
     mk_query_groups *groups; /* groups of all attentions; freed after the run */
     mk_step *steps, own[MK_STEPS], spare; /* spare: filled instead of a step if the list is full */
     mk_step *last;          /* the step that was added last */
+    char apart[64];         /* threads that wait for one of these look at no line that others write meanwhile */
     atomic_long now;        /* the first step of the announced set; -1: none yet; count: all sets are done */
+    char apart_too[64];
     atomic_long done;       /* the parts of this set that are done */
 };
 

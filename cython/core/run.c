@@ -1,8 +1,9 @@
 /* Runs the steps of a work with OpenMP threads; no other file starts threads.  Without OpenMP it uses one thread.
  *
  * A call is one parallel region.  Thread 0, the caller, announces one set of steps after the other, and all threads take
- * parts of the announced set.  The caller waits for parts that were taken, and waits for threads only at the end of the
- * region.  A second call at the same time (from a thread that reads ahead) is computed by its caller alone. */
+ * parts of the announced set.  A set of one part is computed by the caller.  The caller waits for parts that others have taken,
+ * and waits for threads only at the end of the region.  A second call at the same time (from a thread that reads ahead) is
+ * computed by its caller alone. */
 #define _GNU_SOURCE /* pthread_getattr_np */
 #include <stdlib.h>
 #include <string.h>
@@ -148,10 +149,10 @@ static int has_stack(void) {
 #endif
 }
 
-/* Announce set `now` to all threads; wake those that sleep, if there are parts for them. */
-static void announce(mk_work *work, long now, int wake) {
+/* Announce set `now` to all threads, and wake those that sleep. */
+static void announce(mk_work *work, long now) {
     atomic_store(&work->now, now);
-    if (!wake || !atomic_load(&team.sleepers)) return;
+    if (!atomic_load(&team.sleepers)) return;
     pthread_mutex_lock(&team.asleep);
     pthread_cond_broadcast(&team.wake);
     pthread_mutex_unlock(&team.asleep);
@@ -175,27 +176,35 @@ static void do_part(mk_step *step, long part) {
     step->range(&step->job, grains * part / step->parts * step->grain, end < step->items ? end : step->items);
 }
 
-/* Compute one part of the announced set; returns 0 if all are taken. */
-static int take_part(mk_work *work) {
-    long now = atomic_load(&work->now), low = 0;
+/* Compute parts of the announced set; returns their number, 0 if all are taken.  A thread takes several at once while many are
+ * left: the counter comes from another core each time. */
+static long take_parts(mk_work *work) {
+    const long now = atomic_load(&work->now);
     if (now < 0 || now == work->count) return 0;
     mk_step *set = &work->steps[now];
-    if (atomic_load(&set->next) >= set->all) return 0;
-    long part = atomic_fetch_add(&set->next, 1);
-    if (part >= set->all) return 0;
-    for (long high = set->set; high - low > 1;) { /* the last step that begins with this part or before it */
-        long middle = (low + high) / 2;
-        if (set[middle].before <= part) low = middle;
-        else high = middle;
+    const long left = set->all - atomic_load(&set->next);
+    if (left <= 0) return 0;
+    const long count = set->uneven ? 1 : mk_blocks(left * 3, 4 * omp_get_num_threads());
+    const long first = atomic_fetch_add(&set->next, count);
+    const long end = first + count < set->all ? first + count : set->all;
+    for (long part = first; part < end; part++) {
+        long low = 0;
+        for (long high = set->set; high - low > 1;) { /* the last step that begins with this part or before it */
+            long middle = (low + high) / 2;
+            if (set[middle].before <= part) low = middle;
+            else high = middle;
+        }
+        do_part(&set[low], part - set[low].before);
     }
-    do_part(&set[low], part - set[low].before);
-    atomic_fetch_add(&work->done, 1);
-    return 1;
+    return first < end ? end - first : 0;
 }
 
 static void help(mk_work *work) {
     for (long now = -1; (now = next_set(work, now)) < work->count;)
-        while (take_part(work)) atomic_store(&team.helped, 1);
+        for (long count; (count = take_parts(work));) {
+            atomic_fetch_add(&work->done, count);
+            atomic_store(&team.helped, 1);
+        }
 }
 
 static long clock_now(void) {
@@ -209,12 +218,18 @@ static long lead(mk_work *work) {
     const long began = clock_now();
     for (long now = 0; now < work->count; now += work->steps[now].set) {
         const long parts = work->steps[now].all;
+        if (parts <= 1) { /* another thread would hear of it after it is done */
+            for (mk_step *step = work->steps + now; step < work->steps + now + work->steps[now].set; step++)
+                if (step->parts) do_part(step, 0);
+            continue;
+        }
         atomic_store(&work->done, 0);
-        announce(work, now, parts > 1);
-        while (take_part(work)) {}
-        for (int spin = 0; atomic_load(&work->done) < parts; spin++) relax(spin);
+        announce(work, now);
+        long others = parts;
+        for (long count; (count = take_parts(work));) others -= count;
+        for (int spin = 0; atomic_load(&work->done) < others; spin++) relax(spin);
     }
-    announce(work, work->count, 1);
+    announce(work, work->count);
     return clock_now() - began;
 }
 
