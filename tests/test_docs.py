@@ -147,6 +147,7 @@ def check_python(words: list[str]) -> None:
         "tests.planning.times",
         "tests.serve.load",
         "tests.text.schema_suite",
+        "tests.unequal",
     ):
         return  # their own tests run them
     if words[:4] == ["python", "-m", "pytest", "--with-mpi"]:

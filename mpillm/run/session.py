@@ -127,6 +127,7 @@ class Session:
     def _lay_out(self) -> None:
         """Choose the layout, and the ranks that have a place in it (collective)."""
         world, origin = self.world, self._origin
+        self.job = self.job.of_ranks(world.gather(world.number))  # some may have been lost
         # Every rank looks at all of them, so that all find the same error without a message.
         self.spec = spec = [self.job.on_rank(*rank) for rank in enumerate(world.hosts)][world.rank]
         assert isinstance(spec.layout.threads, (str, int))

@@ -95,6 +95,23 @@ class Spec(Section, frozen=True, kw_only=True):
             layout=msgspec.structs.replace(layout, threads=threads),
         )
 
+    def of_ranks(self, numbers: Sequence[int]) -> Spec:
+        """Return the job for ranks that had these numbers when the run began: lists have values for those numbers.
+
+        JobError if a list has none for one of them.
+        """
+
+        def of(key: str, value: Any) -> Any:
+            return [_own(key, value, number, "") for number in numbers] if isinstance(value, list) else value
+
+        memory, layout = self.memory, self.layout
+        weights, kv = of("memory.weights", memory.weights), of("memory.kv", memory.kv)
+        return msgspec.structs.replace(
+            self,
+            memory=msgspec.structs.replace(memory, weights=weights, kv=kv),
+            layout=msgspec.structs.replace(layout, threads=of("layout.threads", layout.threads)),
+        )
+
     def identity(self) -> dict[str, Any]:
         """Return the settings that change a result, by dotted key: equal ones may share an output directory.
 

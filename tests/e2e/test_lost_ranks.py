@@ -112,6 +112,16 @@ def test_ranks_without_a_core_are_kept_in_reserve(
     assert len(report["ranks"]) == 2
 
 
+def test_ranks_keep_their_own_budgets(source: Path, undisturbed: Path, openmpi: Mpi, tmp_path: Path) -> None:
+    """A list has a value for each rank as it was started, however many of those before it are lost."""
+    budgets = [2**20, 2**22, 2**21]
+    own = ["layout.replicas=3", f"memory.kv={budgets}"]
+    dying(openmpi, 3, "1:step:9:SIGKILL", source, tmp_path / "out", *own)
+    assert_same(tmp_path / "out", undisturbed)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [rank["kv"]["budget"] for rank in report["ranks"]] == [2**20, 2**21]
+
+
 def test_states_are_computed_again(openmpi: Mpi, tmp_path: Path) -> None:
     """A model whose layers keep a state for each sequence, with prompts that begin alike."""
     model, draw = model_path("qwen3_next"), random.Random(12)

@@ -321,6 +321,8 @@ def test_values_of_ranks_and_hosts() -> None:
     assert [(one.memory.weights_bytes, one.memory.kv_bytes, one.layout.threads) for one in (first, second)] == [
         (2**30, 2 * 2**30, 4), (None, 3 * 2**30, 2),
     ]  # fmt: skip
+    later = job.of_ranks([1])  # rank 0 was lost
+    assert (later.on_rank(0, "nuc"), later.memory.kv) == (second, job.memory.kv)
     narrow = spec.tightest([first, second])
     assert (narrow.memory.weights_bytes, narrow.memory.kv_bytes) == (2**30, 2 * 2**30)
     assert job.fingerprint() == spec.load(None, [], input="in", output="out").fingerprint()
