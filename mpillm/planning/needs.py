@@ -46,6 +46,8 @@ def around(spec: Spec, config: ModelConfig, source: Source) -> Around:
         template = fields.get("tokenizer.chat_template")
     elif folder is not None:
         template = _read(folder / "tokenizer_config.json").get("chat_template")
+        if template is None:
+            template = _read(folder / "chat_template.json").get("chat_template")
         with suppress(OSError, UnicodeDecodeError):
             template = (folder / "chat_template.jinja").read_text("utf-8")
         found = _read(folder / PROMPTS).get("prompts")

@@ -182,9 +182,17 @@ def _warn_of_old_saves(parts: TokenizerParts, config: dict[str, Any]) -> None:
 
 
 def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Chat templates by name; files take precedence over tokenizer_config.json, which has one or a list of them."""
+    """Chat templates by name.
+
+    Files take precedence over tokenizer_config.json, which has one template or several; models for images may have
+    theirs in chat_template.json alone.
+    """
     found: dict[str, str] = {}
     given = config.get("chat_template")
+    if given is None:
+        given = _object(folder / "chat_template.json").get("chat_template")
+    if isinstance(given, dict):
+        given = [{"name": name, "template": template} for name, template in given.items()]
     if isinstance(given, str):
         found["default"] = given
     elif isinstance(given, list):

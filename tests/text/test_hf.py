@@ -143,6 +143,17 @@ def test_chat_templates_by_file_and_name(tmp_path: Path) -> None:
     assert render_chat(load(folder), hello, {"tools": [{}]}) == "four"
 
 
+def test_chat_templates_of_models_for_images(tmp_path: Path) -> None:
+    """LLaVA 1.5 has its template in a file of the processor alone."""
+    folder = write_directory(tmp_path, "qwen2")
+    hello = [{"role": "user", "content": "Hello"}]
+    (folder / "chat_template.json").write_text('{"chat_template": "five"}')
+    assert render_chat(load(folder), hello) == "five"
+    change(folder, "tokenizer_config.json", chat_template={"default": "six", "tool_use": "seven"})
+    assert render_chat(load(folder), hello) == "six"
+    assert render_chat(load(folder), hello, {"tools": [{}]}) == "seven"
+
+
 def test_truncation_and_padding_are_not_for_us(tmp_path: Path) -> None:
     folder = write_directory(tmp_path, "qwen2")
     core = Core.from_file(str(folder / "tokenizer.json"))
