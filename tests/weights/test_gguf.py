@@ -232,6 +232,10 @@ def test_split_files(tmp_path):
     renamed = parts[0].rename(tmp_path / "x.gguf")
     with pytest.raises(ModelError, match=rf"its name does not end in -00001-of-{count:05d}\.gguf"):
         open_source(renamed)
+    with pytest.raises(
+        ModelError, match=rf"is one of {count} parts, of which m-00001-of-{count:05d}\.gguf is missing"
+    ):
+        open_source(parts[-1])
 
 
 def test_directories_of_gguf_files(tmp_path):

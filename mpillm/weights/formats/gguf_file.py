@@ -83,6 +83,10 @@ def _read_parts(path: Path, files: list[MappedFile], whole: bool) -> list[GgufHe
     """Return the headers of all parts, the one with the metadata first; `files` takes the mapped files."""
     match = PART.fullmatch(path.name)
     first = path if match is None else path.with_name(f"{match['stem']}-00001-of-{match['count']}.gguf")
+    if match is not None and os.path.exists(path) and not os.path.exists(first):
+        raise ModelError(
+            f"{path} is one of {int(match['count'])} parts, of which {first.name} is missing; fetch it."
+        )
     files.append(MappedFile(first))
     headers = [read_header(files[0], whole)]
     count = headers[0].metadata.get("split.count", 0)
