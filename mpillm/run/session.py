@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
@@ -52,6 +52,7 @@ from mpillm.weights.identity import Watch, contents, summed
 from mpillm.weights.io.lost_pages import say_when_lost
 from mpillm.weights.paging.weights import Weights, check_budget, streamed
 from mpillm.weights.source import rank_plans
+from mpillm.words import some_of
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +161,9 @@ class Session:
         self._same_model()
         self.model = origin.model if origin is not None else world.bcast(self.watch.files)
         self.fingerprint = summed(self.model)
-        states = sorted(set(world.gather(self.watch.state)))
+        found = world.gather((self.watch.state, kernels.path()))
+        states = sorted({state for state, _ in found})
+        self._kernels = [path for _, path in found]
         self.model_state = origin.model_state if origin is not None else "+".join(states)
         if (
             self._say is not None
@@ -181,6 +184,7 @@ class Session:
         self.warnings = world.nodes.bindings if self.spec.layout.threads == "auto" else []
         self.warnings += world.nodes.clocks
         self.warnings += self._left_out
+        self.warnings += _with_numpy(world.hosts, self._kernels)
         if self.wire != "f32" and self.place.shards > 1:
             words = wire_in_words(self.wire, self.place.shards, self.chosen.wire_reason)
             self.warnings.append(f"{words[0].upper()}{words[1:]}.")
@@ -351,3 +355,14 @@ class Session:
             self.needs,
             self.chosen.shares[self.replica],
         )
+
+
+def _with_numpy(hosts: Sequence[str], kernels_of_ranks: Sequence[str]) -> list[str]:
+    """Return a warning if only some of the ranks have compiled kernels, whose last digits are not those of NumPy."""
+    slow = [f"rank {rank} on {hosts[rank]}" for rank, path in enumerate(kernels_of_ranks) if path == "numpy"]
+    if len(slow) in (0, len(hosts)):
+        return []
+    return [
+        f"NumPy computes on {some_of(slow, 'rank')}, far slower than the compiled kernels of the other ranks, and "
+        "answers may differ in their last digits from those of other runs; `mpillm doctor` says why."
+    ]

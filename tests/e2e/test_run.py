@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import h5py
@@ -127,6 +128,17 @@ def test_without_a_compiler_numpy_serves(
         for line in (ours[2], theirs[2])
     ]
     assert scored[0] == pytest.approx(scored[1], abs=1e-3)
+
+
+def test_numpy_on_some_ranks_is_said(source: Path, tmp_path: Path, openmpi: Mpi) -> None:
+    """Their last digits differ, so another run may not repeat the answers."""
+    words = command(source, tmp_path / "out")
+    other = [":", "-n", "1", "-x", "MPILLM_KERNELS=numpy", sys.executable, *words]
+    done = run_bounded([*openmpi.command(1, *words), *other], env=openmpi.environment())
+    assert done.returncode == 0, done.stderr
+    said = "NumPy computes on rank 1 on "
+    assert done.stderr.count(said) == 1
+    assert any(warning.startswith(said) for warning in read(tmp_path / "out").warnings)
 
 
 def test_bad_lines_cost_no_other_line(openmpi: Mpi, tmp_path: Path) -> None:
