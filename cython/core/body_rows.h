@@ -15,7 +15,7 @@ MK_INLINE int unaided(const int T) { return T < MK_GROUP && mk_is_zen4; }
 /* How many bytes ahead kernels prefetch for T rows of x; 0: they do not.  On Zen 4 prefetching is worth it where
  * computing takes longer than reading weights: products took 0.8 to 1.0 times as long then, and 1.0 to 1.15 times with fewer rows.
  * That is from three rows on with AVX2, from four on with AVX-512, and there from five on with weights of 8 bits and with BF12
- * (four rows took 1.06 to 1.38 times as long, eight rows 0.7 to 0.9 times). */
+ * (with VDPBF16PS four rows took 1.2 times as long, eight rows 0.7 to 0.9 times). */
 MK_INLINE long ahead_of(const int type, const int T) {
     const int from = VEC_ROWS <= MK_GROUP ? 3 : mk_bits(type) == 8 || mk_is_coded(type) ? 5 : 4;
     return !VEC_FETCHES || (mk_is_zen4 && T < from) ? 0 : AHEAD;

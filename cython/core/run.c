@@ -177,14 +177,14 @@ static void do_part(mk_step *step, long part) {
 }
 
 /* Compute parts of the announced set; returns their number, 0 if all are taken.  A thread takes several at once while many are
- * left: the counter comes from another core each time. */
+ * left, for the counter comes from another core each time, but half of its share: its core may be slower or shared. */
 static long take_parts(mk_work *work) {
     const long now = atomic_load(&work->now);
     if (now < 0 || now == work->count) return 0;
     mk_step *set = &work->steps[now];
     const long left = set->all - atomic_load(&set->next);
     if (left <= 0) return 0;
-    const long count = set->uneven ? 1 : mk_blocks(left * 3, 4 * omp_get_num_threads());
+    const long count = set->uneven ? 1 : mk_blocks(left, 2 * omp_get_num_threads());
     const long first = atomic_fetch_add(&set->next, count);
     const long end = first + count < set->all ? first + count : set->all;
     for (long part = first; part < end; part++) {
