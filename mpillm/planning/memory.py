@@ -29,12 +29,14 @@ from mpillm.weights.source import Source
 from mpillm.weights.text_files import text_fields, text_folder
 
 # Measured on x86-64 with Open MPI and MPICH, for the leader of a replica: 45 MiB for Python and MPI, 40 for the
-# libraries, 27 for a heap in use. One machine takes up to 2 MiB more than another, and one run 3 more than the next.
-PROCESS = 112 * 2**20
+# libraries, 22 for a heap in use.
+PROCESS = 108 * 2**20
 # Additional bytes if ranks are on several hosts: MPI's buffers and those for measuring (4 to 9 MiB with three hosts).
 NETWORK = 10 * 2**20
-OF_LEADER = 20 * 2**20  # the part of PROCESS for libraries that leaders alone load, for the input and results
+OF_LEADER = 16 * 2**20  # the part of PROCESS for libraries that leaders alone load, for the input and results
 RESULTS = 12 * 2**20  # the part of OF_LEADER that is used only when results.h5 is written, at the end
+# Bytes that leaders of other replicas than the first keep. One machine takes 2 MiB more than another.
+LED = 4 * 2**20
 # Bytes of each entry of the vocabulary: in the tokenizer, which rank 0 has (560 measured, 670 with the fields of a GGUF
 # file); and in the fields of a GGUF file, which all ranks have.
 WORD, FIELD = 768, 256
@@ -151,8 +153,8 @@ def process(
 ) -> int:
     """Return the bytes of Python, MPI, libraries, tokenizer, and the descriptions of the model and the rank's pages.
 
-    `pages` has the bytes of each page. Rank 0 keeps `kept` bytes of the input and the answers (see `input_memory`;
-    0 for other ranks), the leader of each replica an index of finished answers. `later` and `streams`: see
+    `pages` has the bytes of each page. The leader of each replica keeps `kept` bytes of the input and the answers
+    (rank 0: see `input_memory`; the others: `LED`), and an index of finished answers. `later` and `streams`: see
     `taken_later`; `network`: ranks are on several hosts.
     """
     found = PROCESS + NETWORK * network + loaded_model(source, pages, later)
