@@ -156,7 +156,7 @@ def test_measuring_hosts_takes_no_memory_that_is_not_planned(
         # Two sums are under way, of two shards and in pieces of four.
         (2, "1:sum:48:SIGKILL", "shards=2"),
         (4, "3:sum:48:SIGKILL", "shards=4"),
-        (3, "1:step:9:SIGKILL", "replicas=3"),
+        (3, "1:step:2:SIGKILL", "replicas=3"),  # it may get few lines
     ],
 )
 def test_a_rank_killed_on_another_host_is_survived(
