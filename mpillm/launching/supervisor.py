@@ -60,7 +60,7 @@ def on_fewer_ranks(spec: Spec, ranks: int) -> Spec:
     layout = spec.layout
     of_one = math.prod(part for part in (layout.stages, layout.shards) if part != "auto")
     if ranks < of_one:
-        return replace(spec, layout=replace(layout, **dict.fromkeys(LAYOUT, "auto")))
+        return spec.with_automatic_layout()
     if layout.replicas == "auto":
         return spec
     return replace(spec, layout=replace(layout, replicas=min(layout.replicas, ranks // of_one)))

@@ -35,8 +35,8 @@ PROCESS = 108 * 2**20
 NETWORK = 10 * 2**20
 OF_LEADER = 16 * 2**20  # the part of PROCESS for libraries that leaders alone load, for the input and results
 RESULTS = 12 * 2**20  # the part of OF_LEADER that is used only when results.h5 is written, at the end
-# Bytes that leaders of other replicas than the first keep. One machine takes 2 MiB more than another.
-LED = 4 * 2**20
+# Bytes of lines and answers that leaders of other replicas keep; one machine takes 2 MiB more than another.
+KEPT_BY_LEADERS = 4 * 2**20
 # Bytes of each entry of the vocabulary: in the tokenizer, which rank 0 has (560 measured, 670 with the fields of a GGUF
 # file); and in the fields of a GGUF file, which all ranks have.
 WORD, FIELD = 768, 256
@@ -154,8 +154,8 @@ def process(
     """Return the bytes of Python, MPI, libraries, tokenizer, and the descriptions of the model and the rank's pages.
 
     `pages` has the bytes of each page. The leader of each replica keeps `kept` bytes of the input and the answers
-    (rank 0: see `input_memory`; the others: `LED`), and an index of finished answers. `later` and `streams`: see
-    `taken_later`; `network`: ranks are on several hosts.
+    (rank 0: see `input_memory`; the others: `KEPT_BY_LEADERS`), and an index of finished answers. `later` and
+    `streams`: see `taken_later`; `network`: ranks are on several hosts.
     """
     found = PROCESS + NETWORK * network + loaded_model(source, pages, later)
     if streams and source.loading_nbytes:

@@ -103,7 +103,7 @@ class Planner:
         max_context = spec.memory.context(config.max_position)
         used = used_capacity(capacity, config, step, windows, max_context, stages, asked, part)
         needed = used.needed(len(windows), asked, step, stages)  # if it had to compute all
-        kept = memory.LED if number else asked.kept(step.sequences * stages, config.vocab)
+        kept = memory.KEPT_BY_LEADERS if number else asked.kept(step.sequences * stages, config.vocab)
         rows = memory.step_rows(asked, spec, config, step, used, windows, stages, any(read))
         drafting = draft.nbytes(spec, config, asked, stages)
         plans = [

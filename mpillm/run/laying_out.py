@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
-import msgspec
-
 from mpillm import kernels, version
 from mpillm.comm import probe
 from mpillm.comm.probe import LinkTiming
@@ -126,7 +124,7 @@ class LayoutChoice:
             machines = replace(machines, speeds=known, measured=True)
 
         def search() -> LaidOut:
-            jobs = [spec, _left_open(spec)]  # the job's own layout may not fit the remaining ranks
+            jobs = [spec, spec.with_automatic_layout()]  # its own layout may not fit the remaining ranks
             for job in jobs if machines.speeds and spec.wire.between_stages == "f32" else ():
                 with suppress(LayoutError):
                     return self._search(job, machines)
@@ -256,9 +254,3 @@ class LayoutChoice:
                 lambda: shards_may_save(self._layouts(spec), found.machines) > least
             )
         return found.seconds > max(MEASURED, least)
-
-
-def _left_open(spec: Spec) -> Spec:
-    """Return the job with an automatic layout."""
-    layout = msgspec.structs.replace(spec.layout, replicas="auto", stages="auto", shards="auto")
-    return msgspec.structs.replace(spec, layout=layout)

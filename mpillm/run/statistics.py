@@ -62,7 +62,7 @@ def _planned_memory(session: Session) -> memory.RankMemory:
     """Return the planned maximum of this rank's memory."""
     weights, config, place, limits = session.weights, session.config, session.place, session.limits
     sequences = limits.max_sequences * limits.micro_batches
-    kept = session.needs.kept(sequences, config.vocab) if session.world.rank == 0 else memory.LED
+    kept = session.needs.kept(sequences, config.vocab) if session.world.rank == 0 else memory.KEPT_BY_LEADERS
     capacity = CacheCapacity(limits.n_blocks, limits.blocks_in_memory, limits.n_slots, limits.n_saved)
     step = StepSize(limits.max_sequences, limits.max_tokens)
     needed = capacity.needed(len(limits.windows), session.needs, step, limits.micro_batches)

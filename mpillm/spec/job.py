@@ -112,6 +112,11 @@ class Spec(Section, frozen=True, kw_only=True):
             layout=msgspec.structs.replace(layout, threads=of("layout.threads", layout.threads)),
         )
 
+    def with_automatic_layout(self) -> Spec:
+        """Return the job with an automatic number of replicas, stages and shards: its own may not fit other ranks."""
+        layout = msgspec.structs.replace(self.layout, replicas="auto", stages="auto", shards="auto")
+        return msgspec.structs.replace(self, layout=layout)
+
     def identity(self) -> dict[str, Any]:
         """Return the settings that change a result, by dotted key: equal ones may share an output directory.
 
