@@ -66,7 +66,12 @@ if [ -z "$launcher" ]; then
     srun "--mpi=$protocol" --nodes=1 --ntasks=1 true 2>/dev/null && launcher=srun
 fi
 case $launcher in
-    srun) start=(srun "--mpi=$protocol" --kill-on-bad-exit=1) ;;
+    srun)
+        start=(srun "--mpi=$protocol" --kill-on-bad-exit=1)
+        # With fewer nodes than TreeWidth, Slurm's fence without data waits for no other node (21.08 to 25.11), unless
+        # it is a ring. Open MPI ends MPI_Init with one, and crashes if a message comes before it has ended.
+        export SLURM_PMIX_FENCE=ring
+        ;;
     mpiexec)
         start=("$mpiexec" -n "${SLURM_NTASKS:-1}")
         # Open MPI would bind each rank to one core, whatever --cpus-per-task says.

@@ -86,6 +86,22 @@ def stub(checkout: Path) -> Path:
     return checkout
 
 
+# Says whether a fence without data, with which Open MPI ends MPI_Init, waits for the last rank.
+FENCE = """
+import ctypes, time
+from mpi4py import MPI
+
+world = MPI.COMM_WORLD
+pmix = next(line.split()[-1] for line in open("/proc/self/maps") if "/libpmix.so" in line)
+time.sleep(0.5 if world.rank == 1 else 0)
+begin = time.monotonic()
+assert ctypes.CDLL(pmix).PMIx_Fence(None, ctypes.c_size_t(0), None, ctypes.c_size_t(0)) == 0
+times = world.gather((begin, time.monotonic()))
+if times:
+    begins, ends = zip(*times)
+    print("all ranks met" if max(begins) <= min(ends) else "a rank left before the last one came")
+"""
+
 # What does not depend on the MPI is looked at with one.
 one_mpi = pytest.mark.parametrize("mpi", ["openmpi"], indirect=True)
 
@@ -161,6 +177,18 @@ def test_many_nodes(stub: Path, mpi: Mpi, slurm: Slurm, submit: Submit, launcher
     job = submit(stub, *words, env={"MPILLM_LAUNCHER": launcher})
     assert (job.state, job.exit_code) == ("COMPLETED", 0), job.log
     assert re.search(r"ranks=3 nodes=n\d,n\d,n\d cpus=2 ", job.log), job.log
+
+
+@one_mpi
+def test_no_rank_leaves_mpi_init_before_the_others_are_in_its_last_fence(
+    stub: Path, mpi: Mpi, slurm: Slurm, submit: Submit
+) -> None:
+    """Its first message would reach a rank that cannot take one yet, and crash it."""
+    if not srun_can_start(slurm, mpi):
+        pytest.skip("this Slurm cannot load PMIx (apt install libpmix-dev)")
+    (stub / "mpillm" / "__main__.py").write_text(FENCE)
+    job = submit(stub, "--nodes=2", "slurm/many-nodes.sbatch", env={"MPILLM_LAUNCHER": "srun"})
+    assert "all ranks met" in job.log, job.log
 
 
 @pytest.mark.parametrize("launcher", ["", "mpiexec"])
