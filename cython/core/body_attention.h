@@ -141,10 +141,10 @@ static long padded(int count, int shape) { return mk_blocks(count, QUERIES[shape
 /* A query of a tile of Q, as int8. */
 static void round_query(const float *q, int hd, float scale, int Q, mk_activation *to) {
     for (int i = 0; i < hd; i += MK_BLOCK, to += Q) {
-        int32_t sums[2];
+        int32_t sums[2][4];
         const vf factor = vf_set1(scale), low = vf_mul(vf_load(q + i), factor), high = vf_mul(vf_load(q + i + MK_TILE), factor);
         quantise_q8(low, high, to->q, &to->scale, sums);
-        to->offset128 = -128 * (sums[0] + sums[1]);
+        to->offset128 = -128 * (sum_of_4(sums[0]) + sum_of_4(sums[1]));
     }
 }
 

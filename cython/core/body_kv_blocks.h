@@ -95,7 +95,7 @@ static void to_f16(const float *x, uint16_t *out, long count) {
 static void to_q8(const float *x, int8_t *q, uint16_t *d, long count) {
     for (long i = 0; i < count; i += MK_BLOCK) {
         float scale;
-        int32_t sums[2];
+        int32_t sums[2][4];
         quantise_q8(vf_load(x + i), vf_load(x + i + MK_TILE), q + i, &scale, sums);
         d[i / MK_BLOCK] = mk_to_f16(scale);
     }

@@ -20,23 +20,25 @@ MK_INLINE int all_finite(vf a, vf b) {
 }
 
 /* Quantise 32 values with the scale d; where it is NaN the integers are 0.
- * sums: the sums of the first 16 integers and of the others. */
-MK_INLINE void quantise_with(float d, vf a, vf b, int8_t *q, int32_t *sums) {
+ * sums[h][j]: the sum of integers j, j + 4, j + 8, j + 12 of half h. */
+MK_INLINE void quantise_with(float d, vf a, vf b, int8_t *q, int32_t sums[2][4]) {
     if (d != d) {
         memset(q, 0, MK_BLOCK);
-        sums[0] = sums[1] = 0;
+        memset(sums, 0, 8 * sizeof **sums);
         return;
     }
     vf id = vf_set1(inverse(d));
     vi lo = round_away(vf_mul(a, id)), hi = round_away(vf_mul(b, id));
     vi_store_i8(q, lo);
     vi_store_i8(q + MK_TILE, hi);
-    sums[0] = vi_sum(lo);
-    sums[1] = vi_sum(hi);
+    vi_store_sums(sums[0], lo);
+    vi_store_sums(sums[1], hi);
 }
 
+MK_INLINE int32_t sum_of_4(const int32_t *sums) { return sums[0] + sums[1] + (sums[2] + sums[3]); }
+
 /* Quantise 32 values; the scale is amax / 127, or NaN for a block with inf or NaN. */
-MK_INLINE void quantise_q8(vf a, vf b, int8_t *q, float *scale, int32_t *sums) {
+MK_INLINE void quantise_q8(vf a, vf b, int8_t *q, float *scale, int32_t sums[2][4]) {
     *scale = all_finite(a, b) ? vf_hmax(vf_max(vf_abs(a), vf_abs(b))) / 127.0f : mk_bits_float(0x7fc00000u);
     quantise_with(*scale, a, b, q, sums);
 }
@@ -82,7 +84,7 @@ static void quantize(const void *argument, long begin, long end) {
             uint8_t *out = job->out + (row * blocks + b) * bytes;
             vf lo, hi;
             float d, values[MK_BLOCK];
-            int32_t sums[2];
+            int32_t sums[2][4];
             block_of(x, b * MK_BLOCK, job->k, &lo, &hi);
             if (mk_is_panel(job->type)) {
                 d = job->values[row];
@@ -135,6 +137,7 @@ MK_INLINE float scale_of_panel(const float *x, long begin, long limit, long *lar
 /* A panel of a row of x for a PANEL type.  `rows`: of its group. */
 static void quantise_whole(const float *x, long begin, long limit, mk_panel_row *of, int8_t *q, long rows) {
     int8_t *const first = q;
+    int32_t sums[4];
     long largest;
     memset(of, 0, sizeof *of);
     of->scale = scale_of_panel(x, begin, limit, &largest);
@@ -158,7 +161,8 @@ static void quantise_whole(const float *x, long begin, long limit, mk_panel_row 
     of->high[largest % 4] = (int8_t)high;
     of->group = (int32_t)(largest / 4);
     of->high128 = -128 * high;
-    of->offset128 = -128 * (vi_sum(total) - 128 * high);
+    vi_store_sums(sums, total);
+    of->offset128 = -128 * (sum_of_4(sums) - 128 * high);
 }
 
 /* The panels of row number `row` of a group of `rows` rows. */
@@ -169,6 +173,20 @@ static void quantise_panels(const mk_rows_job *job, const float *x, long row, lo
         quantise_whole(x, begin, limit, (mk_panel_row *)out + row, q, rows);
         out += rows * mk_activation_bytes(job->type, limit - begin);
     }
+}
+
+/* Columns i .. i + 31 of a row that ends at `limit`. */
+MK_INLINE void quantise_block(const float *x, long i, long limit, mk_activation *out) {
+    vf lo, hi;
+    int32_t sums[2][4];
+    block_of(x, i, limit, &lo, &hi);
+    quantise_q8(lo, hi, out->q, &out->scale, sums);
+    const int32_t sum = sum_of_4(sums[0]) + sum_of_4(sums[1]);
+    out->total = out->scale * (float)sum;
+    out->offset8 = -8 * sum;
+    out->offset128 = -128 * sum;
+    for (int h = 0; h < 2; h++)
+        for (int j = 0; j < 2; j++) out->offset32[h][j] = (int16_t)(-32 * (sums[h][2 * j] + sums[h][2 * j + 1]));
 }
 
 /* Quantise panels of activations, each padded with zeros to whole blocks; rows are grouped. */
@@ -183,45 +201,45 @@ static void quantize_rows(const void *argument, long begin, long end) {
             continue;
         }
         for (int p = 0; p < job->panels; p++)
-            for (long i = job->bounds[p]; i < job->bounds[p + 1]; i += MK_BLOCK, out += rows) {
-                vf lo, hi;
-                int32_t sums[2];
-                block_of(x, i, job->bounds[p + 1], &lo, &hi);
-                quantise_q8(lo, hi, out->q, &out->scale, sums);
-                out->total = out->scale * (float)(sums[0] + sums[1]);
-                out->offset8 = -8 * (sums[0] + sums[1]);
-                out->offset128 = -128 * (sums[0] + sums[1]);
-                for (int h = 0; h < 2; h++) {
-                    int32_t first = 0;
-                    for (int i = 16 * h; i < 16 * h + 16; i += 4) first += out->q[i] + out->q[i + 1];
-                    out->offset32[h][0] = (int16_t)(-32 * first);
-                    out->offset32[h][1] = (int16_t)(-32 * (sums[h] - first));
-                }
-            }
+            for (long i = job->bounds[p]; i < job->bounds[p + 1]; i += MK_BLOCK, out += rows)
+                quantise_block(x, i, job->bounds[p + 1], out);
     }
 }
 
 static const int8_t E2M1[16] = {MK_E2M1_VALUES(MK_AS_IT_IS)};
 
-/* Dequantise one block of up to 32 values; d * q is exact, so an fma gives the same bits. */
-MK_INLINE void dequantise_block(int type, const uint8_t *in, float *values) {
-    uint16_t h[2] = {0};
+/* Dequantise one block of 32 values; d * q is exact, so an fma gives the same bits. */
+MK_INLINE void dequantise_block(int type, const uint8_t *in, vf *lo, vf *hi) {
+    int8_t whole[MK_BLOCK];
+    uint16_t f16s[2] = {0};
     const int bits = mk_bits(type) == 5 ? 4 : 0;
     const uint8_t *q = in + mk_scale_bytes(type) + bits;
     const uint32_t fifth = bits ? mk_word(q - bits) : 0;
-    memcpy(h, in, (size_t)mk_scale_bytes(type));
-    float d = type == MK_MXFP4 ? mk_from_e8m0(*in) : mk_from_f16(h[0]);
+    memcpy(f16s, in, (size_t)mk_scale_bytes(type));
+    float d = type == MK_MXFP4 ? mk_from_e8m0(*in) : mk_from_f16(f16s[0]);
     if (mk_is_panel(type)) memcpy(&d, in, sizeof d);
-    const float m = mk_f16s(type) == 2 ? mk_from_f16(h[1]) : 0.0f;
-    for (int j = 0; j < MK_BLOCK; j++) {
-        int value = mk_bits(type) == 8 ? (int8_t)q[j] : q[j % MK_TILE] >> j / MK_TILE * 4 & 15;
-        if (bits) value |= (fifth >> j & 1) << 4;
-        if (type == MK_Q4_0) value -= 8;
-        if (type == MK_Q5_0) value -= 16;
-        if (type == MK_MXFP4) value = E2M1[value];
-        if (type == MK_IQ4_NL) value = mk_iq4[value];
-        values[j] = d * (float)value;
-        if (mk_f16s(type) == 2) values[j] += m;
+    const float m = mk_f16s(type) == 2 ? mk_from_f16(f16s[1]) : 0.0f;
+    for (int h = 0; h < 2; h++)
+        for (int j = 0; j < MK_TILE; j++) { /* a loop that compilers turn into vectors */
+            int value = mk_bits(type) == 8 ? (int8_t)q[MK_TILE * h + j] : q[j] >> 4 * h & 15;
+            if (bits) value |= (fifth >> (MK_TILE * h + j) & 1) << 4;
+            if (type == MK_Q4_0) value -= 8;
+            if (type == MK_Q5_0) value -= 16;
+            if (type == MK_MXFP4) value = E2M1[value];
+            if (type == MK_IQ4_NL) value = mk_iq4[value];
+            whole[MK_TILE * h + j] = (int8_t)value;
+        }
+    *lo = vf_mul(vf_set1(d), vf_load_i8((const uint8_t *)whole));
+    *hi = vf_mul(vf_set1(d), vf_load_i8((const uint8_t *)whole + MK_TILE));
+    if (mk_f16s(type) == 2) *lo = vf_add(*lo, vf_set1(m)), *hi = vf_add(*hi, vf_set1(m));
+}
+
+MK_INLINE void dequantise_row(int type, const uint8_t *in, float *out, long k) {
+    for (long i = 0; i < k; i += MK_BLOCK, in += mk_block_bytes(type)) {
+        vf lo, hi;
+        dequantise_block(type, in, &lo, &hi);
+        vf_row_store(out, i, k, lo);
+        if (i + MK_TILE < k) vf_row_store(out, i + MK_TILE, k, hi);
     }
 }
 
@@ -274,13 +292,12 @@ static void dequantize(const void *argument, long begin, long end) {
         } else if (mk_is_super(job->type)) {
             for (long i = 0; i < job->k; i += MK_SUPER, in += mk_block_bytes(job->type))
                 dequantise_super(job->type, in, out + i);
+        } else if (job->type == MK_Q8_0) { /* where a type is known the compiler drops what the others need: of messages */
+            dequantise_row(MK_Q8_0, in, out, job->k);
+        } else if (job->type == MK_Q4_0) {
+            dequantise_row(MK_Q4_0, in, out, job->k);
         } else {
-            float values[MK_BLOCK];
-            for (long i = 0; i < job->k; i += MK_BLOCK, in += mk_block_bytes(job->type)) {
-                long count = job->k - i < MK_BLOCK ? job->k - i : MK_BLOCK;
-                dequantise_block(job->type, in, values);
-                memcpy(out + i, values, (size_t)count * sizeof *values);
-            }
+            dequantise_row(job->type, in, out, job->k);
         }
     }
 }

@@ -101,10 +101,8 @@ MK_INLINE void vi_store_i8(int8_t *p, vi a) {
     __m128i lo = _mm_packs_epi32(a.q[0], a.q[1]), hi = _mm_packs_epi32(a.q[2], a.q[3]);
     _mm_storeu_si128((void *)p, _mm_packs_epi16(lo, hi));
 }
-MK_INLINE int32_t vi_sum(vi a) {
-    __m128i s = _mm_add_epi32(_mm_add_epi32(a.q[0], a.q[1]), _mm_add_epi32(a.q[2], a.q[3]));
-    s = _mm_add_epi32(s, _mm_unpackhi_epi64(s, s));
-    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 1)));
+MK_INLINE void vi_store_sums(int32_t *p, vi a) {
+    _mm_storeu_si128((void *)p, _mm_add_epi32(_mm_add_epi32(a.q[0], a.q[1]), _mm_add_epi32(a.q[2], a.q[3])));
 }
 
 XMM(vb_load, (const uint8_t *p), _mm_loadu_si128((const void *)(p + 16 * j)))

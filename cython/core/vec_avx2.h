@@ -82,11 +82,9 @@ MK_INLINE void vi_store_i8(int8_t *p, vi a) {
     __m256i pairs = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), _MM_SHUFFLE(3, 1, 2, 0));
     _mm_storeu_si128((void *)p, _mm_packs_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
 }
-MK_INLINE int32_t vi_sum(vi a) {
-    __m256i w = _mm256_add_epi32(a.lo, a.hi);
-    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
-    s = _mm_add_epi32(s, _mm_unpackhi_epi64(s, s));
-    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 1)));
+MK_INLINE void vi_store_sums(int32_t *p, vi a) {
+    const __m256i w = _mm256_add_epi32(a.lo, a.hi);
+    _mm_storeu_si128((void *)p, _mm_add_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
 }
 
 MK_INLINE vb vb_load(const uint8_t *p) {

@@ -89,7 +89,10 @@ MK_INLINE vi vi_trunc(vf a) { return _mm512_cvttps_epi32(a); }
 MK_INLINE vi vi_bits(vf a) { return _mm512_castps_si512(a); }
 MK_INLINE vf vf_pow2(vi a) { return _mm512_castsi512_ps(_mm512_slli_epi32(vi_add(a, vi_set1(127)), 23)); }
 MK_INLINE void vi_store_i8(int8_t *p, vi a) { _mm_storeu_si128((void *)p, _mm512_cvtepi32_epi8(a)); }
-MK_INLINE int32_t vi_sum(vi a) { return _mm512_reduce_add_epi32(a); }
+MK_INLINE void vi_store_sums(int32_t *p, vi a) {
+    const __m256i w = _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+    _mm_storeu_si128((void *)p, _mm_add_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
+}
 
 #define ZMM_FOLD(op)                                                                                  \
     __m256 w = _mm256_##op##_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));             \

@@ -97,8 +97,8 @@ MK_INLINE void vi_store_i8(int8_t *p, vi a) {
     int16x8_t hi = vcombine_s16(vmovn_s32(a.q[2]), vmovn_s32(a.q[3]));
     vst1q_s8(p, vcombine_s8(vmovn_s16(lo), vmovn_s16(hi)));
 }
-MK_INLINE int32_t vi_sum(vi a) {
-    return vaddvq_s32(vaddq_s32(vaddq_s32(a.q[0], a.q[1]), vaddq_s32(a.q[2], a.q[3])));
+MK_INLINE void vi_store_sums(int32_t *p, vi a) {
+    vst1q_s32(p, vaddq_s32(vaddq_s32(a.q[0], a.q[1]), vaddq_s32(a.q[2], a.q[3])));
 }
 
 /* Lane j with lane j + 8, then + 4, + 2, + 1. */

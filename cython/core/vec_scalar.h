@@ -58,7 +58,8 @@ VI(vi_half, (vi a), a.i[j] >> 1) /* arithmetic shift */
 VI(vi_trunc, (vf a), a.f[j])     /* |a| < 2^31 */
 VI(vi_bits, (vf a), mk_float_bits(a.f[j]))
 MK_INLINE void vi_store_i8(int8_t *p, vi a) { LANES p[j] = (int8_t)a.i[j]; } /* |a| <= 127 */
-MK_INLINE int32_t vi_sum(vi a) { int32_t s = 0; LANES s += a.i[j]; return s; }
+/* p[j]: the sum of lanes j, j + 4, j + 8, j + 12. */
+MK_INLINE void vi_store_sums(int32_t *p, vi a) { for (int j = 0; j < 4; j++) p[j] = a.i[j] + a.i[j + 4] + a.i[j + 8] + a.i[j + 12]; }
 
 /* Lane j with lane j + 8, then + 4, + 2, + 1. */
 #define FOLD(expression) for (int w = 8; w; w /= 2) for (int j = 0; j < w; j++) a.f[j] = (expression); return a.f[0];
