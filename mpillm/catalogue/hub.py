@@ -101,6 +101,26 @@ def pulled(name: str, notes: Path) -> Path | None:
     return None
 
 
+def snapshot_in(folder: Path) -> Path:
+    """Return the snapshot of a repository's folder in the cache of huggingface_hub; any other folder itself.
+
+    It is that of the branch main, or the only one; JobError if there is none, or several.
+    """
+    if (folder / "config.json").exists() or not (folder / "snapshots").is_dir():
+        return folder
+    found = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
+    with contextlib.suppress(OSError, ValueError):
+        main = (folder / "refs" / "main").read_text().strip()
+        found = [path for path in found if path.name == main] or found
+    if not found:
+        raise JobError(f"{folder} has no snapshot; fetch the model again, with hf:owner/name.")
+    if len(found) > 1:
+        raise JobError(
+            f"{folder} has {len(found)} snapshots, of which none is main; give one, such as {found[0]}."
+        )
+    return found[0]
+
+
 def pull_config(name: str) -> Path | None:
     """Return the directory with a repository's config.json, the only file fetched; None if `name` is of a GGUF file."""
     match = HF_NAME.fullmatch(name)

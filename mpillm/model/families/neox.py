@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mpillm.model.config import ModelConfig
@@ -141,10 +142,13 @@ class FirstPhi(Family):
 
 
 class StableLm(Family):
-    """A gated MLP, and biases of q, k and v or none."""
+    """A gated MLP, biases of q, k and v or none, and perhaps a norm of each head of q and k."""
 
     architectures = {_STABLE: "stablelm"}
     gguf = ("stablelm",)
+    names = Names(
+        hf={f"layers.{{l}}.self_attn.{x}_layernorm.norms.{{e}}.weight": (f"{x}_norm",) for x in "qk"}
+    )
     defaults = {
         _STABLE: {
             "max_position_embeddings": 4096,
@@ -159,7 +163,14 @@ class StableLm(Family):
         sizes, width = read_sizes(fields), read_width(fields)
         norm = read_norm(fields, "layer_norm_eps", centred=True, bias=True)
         rotary = read_partial_rotary(fields, sizes, default=0.25, odd=False)
-        attention = attention_of(sizes, rotary, qkv_bias=fields.flag("use_qkv_bias"))
+        by_head = fields.flag("qk_layernorm")
+        attention = attention_of(
+            sizes,
+            rotary,
+            qkv_bias=fields.flag("use_qkv_bias"),
+            qk_norm=replace(norm, bias=False) if by_head else None,
+            qk_norm_by_head=by_head,
+        )
         parallel = fields.flag("use_parallel_residual")
         mlp_norms = Norms() if parallel else Norms(norm)
         layer = LayerSpec(attention, MlpSpec(width, activation), Norms(norm), mlp_norms, parallel=parallel)
@@ -170,6 +181,7 @@ class StableLm(Family):
         return _usual(fields, shape_of) | {
             "architectures": [_STABLE],
             "use_qkv_bias": shape_of(Key("q_bias", 0)) is not None,
+            "qk_layernorm": shape_of(Key("q_norm", 0)) is not None,
             "use_parallel_residual": shape_of(Key("ffn_norm", 0)) is None,
         }
 

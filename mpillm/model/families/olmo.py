@@ -84,8 +84,12 @@ class Olmo(Family):
         window = fields.integer("attention.sliding_window", 0)
         if not window:
             return config | {"architectures": [_OLMO2]}
-        types = window_types(fields, config["num_hidden_layers"], 4)
-        return config | {"architectures": [_OLMO3], "sliding_window": window, "layer_types": types}
+        return config | {
+            "architectures": [_OLMO3],
+            "sliding_window": window,
+            "layer_types": window_types(fields, config["num_hidden_layers"], 4),
+            "rope_local_base_freq": fields.raw("rope.freq_base_swa"),
+        }
 
 
 class Olmoe(Family):
@@ -149,11 +153,13 @@ class FlexOlmo(Olmoe):
 
 
 def _rotaries(fields: Fields, sizes: Sizes, types: set[str]) -> dict[str, Rotary]:
-    """RoPE by layer type: what older files of OLMo 3 say of scaling is for layers without a window."""
+    """RoPE by layer type: what older files of OLMo 3 say of scaling is for layers without a window.
+
+    GGUF files may have the base of windows apart.
+    """
     parameters = fields.values.get("rope_parameters")
     if isinstance(parameters, Mapping) and any(isinstance(value, Mapping) for value in parameters.values()):
         return {kind: read_rotary(fields, sizes, layer_type=kind) for kind in types}
     found = read_rotary(fields, sizes)
-    return {
-        kind: found if kind == FULL else Rotary(RopeConfig(found.config.theta), found.dim) for kind in types
-    }
+    theta = fields.optional_number("rope_local_base_freq", 1.0, 1e30) or found.config.theta
+    return {kind: found if kind == FULL else Rotary(RopeConfig(theta), found.dim) for kind in types}

@@ -1,4 +1,4 @@
-"""Matrices that a file stores head by head within another matrix.
+"""Matrices that a file stores head by head within another matrix, and vectors that it stores head by head.
 
 DeepSeek's `kv_b_proj` [heads * (part + value), latent] expands a latent to each head's keys and values.
 `kernels.LatentAttention` takes it as two matrices, as newer files of llama.cpp store them: k_b [heads * latent, part],
@@ -99,6 +99,41 @@ def split_kv_b(extents: dict[Key, Extent], config: Mapping[str, Any], path: Path
                 whole.file, whole.name, whole.offset, shape, stored,
                 whole=whole, each=each, first=first, count=count, transposed=transposed,
             )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class JoinedHeads(Extent):
+    """A vector whose parts are tensors of their own, one for each head."""
+
+    parts: tuple[Extent, ...] = field(kw_only=True)
+
+    def lies(self) -> Iterator[Lies]:
+        for part in self.parts:
+            yield from part.lies()
+
+    def vector(self) -> Bytes:
+        return np.concatenate([part.vector() for part in self.parts], axis=1)
+
+    def release(self, rows: range | None = None) -> None:
+        for part in self.parts:
+            part.release()
+
+    def at(self, first: int) -> None:
+        return None
+
+
+def join_heads(extents: dict[Key, Extent], path: Path) -> None:
+    """Make one vector of the norms of a layer's heads (StableLM 2 12B); ModelError if they do not go together."""
+    heads: dict[Key, dict[int, Extent]] = {}
+    for key in [key for key in extents if key.role in ("q_norm", "k_norm") and key.expert >= 0]:
+        heads.setdefault(key._replace(expert=-1), {})[key.expert] = extents.pop(key)
+    for key, found in heads.items():
+        parts = tuple(found[head] for head in sorted(found))
+        first = parts[0]
+        if len(parts) <= max(found) or any((p.shape, p.stored) != (first.shape, first.stored) for p in parts):
+            raise ModelError(f"{path}: the norms of heads beside {first.name} are not complete or not alike.")
+        shape = (len(parts) * first.k,)
+        extents[key] = JoinedHeads(first.file, first.name, first.offset, shape, first.stored, parts=parts)
 
 
 def row_groups(config: dict[str, Any], family: GgufFamily) -> RowGroups:

@@ -12,7 +12,7 @@ from mpillm.errors import ModelError
 from mpillm.weights import names
 from mpillm.weights.formats.extent import Extent, Made, Recipe
 from mpillm.weights.formats.families import Families
-from mpillm.weights.formats.heads import row_groups, split_kv_b
+from mpillm.weights.formats.heads import join_heads, row_groups, split_kv_b
 from mpillm.weights.formats.matrices import add
 from mpillm.weights.formats.quantised import QUANTIZATION, method_of
 from mpillm.weights.formats.recipes import Plain, Raw, Transposed
@@ -52,6 +52,7 @@ def open_hf(path: Path, families: Families, quantize: str) -> TensorSource:
         for raw in tensors.values():
             _add(extents, raw, family.names, groups)
         split_kv_b(extents, config, path)
+        join_heads(extents, path)
         if config.get("tie_word_embeddings", family.tied) is True:
             _tie(extents)
         return TensorSource(path, files.values(), metadata, extents, config, path, quantize)

@@ -30,6 +30,13 @@ from mpillm.weights.formats.recipes import Raw, halves_apart
 from mpillm.weights.formats.stored import OWN, Bytes, Floats, Stored
 
 NVFP4_BLOCK = 16
+_STORAGE = {
+    "U8": 1,
+    "I8": 1,
+    "F16": 2,
+    "BF16": 2,
+    "F32": 4,
+}  # bytes of types that bitsandbytes keeps nibbles as
 
 
 @dataclass(frozen=True)
@@ -178,7 +185,9 @@ class BitsAndBytesMethod(Method):
             self.check(own, ("F32",), (-(-count // block),))
             self.check(inner, ("F32",), (256,))
             nested = (own, inner, block, float(state["nested_offset"]))
-        self.check(values, ("U8",), (-(-n * k // 2), 1), (-(-n * k // 2),))
+        # Training shards them under the names of other types (bnb_4bit_quant_storage).
+        size = -(-n * k // (2 * _STORAGE.get(values.dtype, 1)))
+        self.check(values, tuple(_STORAGE), (size, 1), (size,))
         self.check(table, ("F32",), (16,))
         self.check(scales, ("F32",) if nested is None else ("U8",), (count,))
         return Nf4(values, table, scales, nested, state["blocksize"], (n, k))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -142,11 +142,16 @@ class GptqMethod(Method):
             yield f"{base}.weight", recipe
 
     def symmetric(self) -> bool:
-        return self.config.get("sym") is True
+        """Return whether all zeros are in the middle; `dynamic` has rules of some layers (GPTQModel)."""
+        rules = self.config.get("dynamic")
+        own = rules.values() if isinstance(rules, Mapping) else ()
+        return self.config.get("sym") is True and not any(
+            isinstance(rule, Mapping) and rule.get("sym") is False for rule in own
+        )
 
     def less_one(self) -> bool:
         """Return whether zeros are stored less 1; ModelError if numbers are packed in another order."""
-        found = self.config.get("checkpoint_format") or "gptq"
+        found = self.config.get("checkpoint_format") or self.config.get("format") or "gptq"
         if found not in ("gptq", "gptq_v2") or self.config.get("is_marlin_format"):
             raise ModelError(
                 f"{self.path}: gptq in the format {str(found)[:40]!r} is not supported; supported: gptq, gptq_v2."
@@ -178,7 +183,7 @@ class AwqMethod(GptqMethod):
         yield from super().take(tensors)
 
     def symmetric(self) -> bool:
-        version = self.config.get("version", "gemm")
+        version = self.config.get("version") or self.config.get("format") or "gemm"
         if not isinstance(version, str) or version.lower() != "gemm":
             raise ModelError(f"{self.path}: awq version {str(version)[:40]!r} is not supported; gemm is.")
         return self.config.get("zero_point", True) is False
