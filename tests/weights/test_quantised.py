@@ -366,6 +366,10 @@ def test_every_method_has_a_case() -> None:
             "packing_format 'auto_round:fake' is not supported; supported: auto_round, ",
         ),
         (
+            {"quant_method": "auto-round", "bits": 4, "packing_format": ["auto_round"]},
+            """packing_format "['auto_round']" is not supported; supported: auto_round, """,
+        ),
+        (
             {"quant_method": "modelopt", "quant_algo": "W4A8"},
             "quant_algo 'W4A8' is not supported; supported: NVFP4, FP8",
         ),
@@ -415,6 +419,27 @@ def test_what_is_missing_is_named(tmp_path: Path, case: str, drop: str, message:
         for end, value in made.items()
         if drop not in f".{end}"
     }
+    write_hf(tmp_path, tensors, Tiny().config() | {"quantization_config": config})
+    with pytest.raises(ModelError, match=message):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("case", "tensor", "change", "message"),
+    [
+        ("gptq 32", "qweight", np.ravel, r"qweight is I32 \[512\], but must be a matrix of I32"),
+        ("awq", "qweight", np.ravel, r"qweight is I32 \[512\], but must be a matrix of I32"),
+        ("awq", "scales", lambda x: x.ravel()[0], r"scales is F16 \[\], but must be .* \[0, 64\]"),
+        ("int4 act-order", "weight_g_idx", np.float32, r"weight_g_idx is F32 \[64\], but must be I32 or I64"),
+    ],
+)
+def test_shapes_and_types_that_no_method_has(
+    tmp_path: Path, case: str, tensor: str, change: Callable[[Any], Any], message: str
+) -> None:
+    config, write, _, _ = CASES[case]
+    made, _ = write(np.random.default_rng(1), 64, 64)
+    made[tensor] = np.asarray(change(made[tensor]))
+    tensors = {f"model.layers.0.self_attn.q_proj.{end}": value for end, value in made.items()}
     write_hf(tmp_path, tensors, Tiny().config() | {"quantization_config": config})
     with pytest.raises(ModelError, match=message):
         open_source(tmp_path)

@@ -35,7 +35,7 @@ class AutoRoundMethod(Method):
 
     def take(self, tensors: dict[str, Raw]) -> Iterator[tuple[str, Recipe]]:
         found = self.config.get("packing_format")
-        if found not in self.formats:
+        if not isinstance(found, str) or found not in self.formats:
             raise ModelError(
                 f"{self.path}: auto-round with packing_format {str(found)[:40]!r} is not supported; "
                 f"supported: {', '.join(self.formats)}."

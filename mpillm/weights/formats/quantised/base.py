@@ -45,6 +45,14 @@ class Method:
                 f"{' or '.join(dtypes)} {' or '.join(str(list(shape)) for shape in shapes)}."
             )
 
+    def sizes_of(self, raw: Raw, dtype: str) -> tuple[int, int]:
+        """Return the two sizes of a matrix; ModelError if the tensor is none, or of another type."""
+        if raw.dtype != dtype or len(raw.shape) != 2:
+            raise ModelError(
+                f"{raw.file.path}: tensor {raw.name} is {raw.dtype} {list(raw.shape)}, but must be a matrix of {dtype}."
+            )
+        return raw.shape[0], raw.shape[1]
+
     def groups_of(self, columns: int, count: int, scales: Raw, index: Raw | None = None) -> Ints | None:
         """Return the group of each column, None if groups follow one another; ModelError if there are not `count`.
 

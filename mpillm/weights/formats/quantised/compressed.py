@@ -187,4 +187,6 @@ class CompressedMethod(Method):
             self.check(zeros, ("I8",), (1,), ())
         elif zeros is not None:
             self.check(zeros, ("I32",), (-(-n * bits // 32), count))
+        if index is not None:
+            self.check(index, ("I32", "I64"), (k,))
         return PackedInts(bits, q, scales, zeros, self.groups_of(k, count, scales, index), (n, k))

@@ -160,12 +160,12 @@ class GptqMethod(Method):
 
     def sizes(self, bits: int, q: Raw, zeros: Raw, scales: Raw) -> tuple[int, int]:
         """Return the bits of numbers, and columns of the matrix; ModelError if shapes do not go together."""
-        self.check(q, ("I32",), (*q.shape[:1], *q.shape[1:2]))
-        rows, count = q.shape[1], scales.shape[0]
+        words, rows = self.sizes_of(q, "I32")
+        count = scales.shape[0] if scales.shape else 0
         # Some layers may have other bits than the configuration says of most.
-        words = zeros.shape[1] if len(zeros.shape) == 2 else 0
-        bits = next((own for own in (bits, *self.bits) if -(-rows * own // 32) == words), bits)
-        columns = q.shape[0] * 32 // bits
+        of_zeros = zeros.shape[1] if len(zeros.shape) == 2 else 0
+        bits = next((own for own in (bits, *self.bits) if -(-rows * own // 32) == of_zeros), bits)
+        columns = words * 32 // bits
         self.check(scales, FLOATS, (count, rows))
         self.check(zeros, ("I32",), (count, -(-rows * bits // 32)))
         return bits, columns
@@ -192,8 +192,8 @@ class AwqMethod(GptqMethod):
         return False
 
     def sizes(self, bits: int, q: Raw, zeros: Raw, scales: Raw) -> tuple[int, int]:
-        self.check(q, ("I32",), (*q.shape[:1], *q.shape[1:2]))
-        columns, words, count = q.shape[0], q.shape[1], scales.shape[0]
+        columns, words = self.sizes_of(q, "I32")
+        count = scales.shape[0] if scales.shape else 0
         self.check(scales, FLOATS, (count, words * 8))
         self.check(zeros, ("I32",), (count, words))
         return bits, columns
