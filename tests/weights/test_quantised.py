@@ -429,7 +429,7 @@ def test_what_is_missing_is_named(tmp_path: Path, case: str, drop: str, message:
     [
         ("gptq 32", "qweight", np.ravel, r"qweight is I32 \[512\], but must be a matrix of I32"),
         ("awq", "qweight", np.ravel, r"qweight is I32 \[512\], but must be a matrix of I32"),
-        ("awq", "scales", lambda x: x.ravel()[0], r"scales is F16 \[\], but must be .* \[0, 64\]"),
+        ("awq", "scales", np.ravel, r"scales is F16 \[128\], but must be .* \[128, 64\]"),
         ("int4 act-order", "weight_g_idx", np.float32, r"weight_g_idx is F32 \[64\], but must be I32 or I64"),
     ],
 )
