@@ -287,6 +287,15 @@ def test_a_configuration_of_modelopt_in_a_file_of_its_own(tmp_path: Path) -> Non
         assert source.tensors[Key("gate", 0)].type is BlockType.NVFP4
 
 
+def test_the_older_name_of_the_configuration_of_compressed_tensors(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "m", "int8", WIDE)
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    config["compression_config"] = config.pop("quantization_config")
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    with closing(open_source(tmp_path / "m")) as source:
+        assert source.tensors[Key("gate", 0)].type is BlockType.Q8_0
+
+
 def test_numbers_that_are_none_stay_so(tmp_path: Path) -> None:
     """A code of NaN makes its block NaN: it is no number of the kernels."""
     model = Tiny(hidden=128, intermediate=512, n_heads=16, n_kv_heads=4, head_dim=32, n_layers=1)
@@ -429,7 +438,7 @@ def test_what_is_missing_is_named(tmp_path: Path, case: str, drop: str, message:
     [
         ("gptq 32", "qweight", np.ravel, r"qweight is I32 \[512\], but must be a matrix of I32"),
         ("awq", "qweight", np.ravel, r"qweight is I32 \[512\], but must be a matrix of I32"),
-        ("awq", "scales", np.ravel, r"scales is F16 \[128\], but must be .* \[128, 64\]"),
+        ("awq", "scales", np.ravel, r"scales is F16 \[64\], but must be .* \[64, 64\]"),
         ("int4 act-order", "weight_g_idx", np.float32, r"weight_g_idx is F32 \[64\], but must be I32 or I64"),
     ],
 )

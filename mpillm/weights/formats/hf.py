@@ -25,8 +25,9 @@ from mpillm.weights.roles import ROLES, Key
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_JSON = 64 * 2**20
+COMPRESSION = "compression_config"  # how old files of compressed-tensors call quantization_config
 # What the outer configuration of a model with several parts says of all of them.
-OF_ALL = ("architectures", "tie_word_embeddings", "quantization_config")
+OF_ALL = ("architectures", "tie_word_embeddings", QUANTIZATION, COMPRESSION)
 MODELOPT = "hf_quant_config.json"
 _LAYER = re.compile(r"(?:model\.)?layers\.(?P<layer>[0-9]{1,6})\.")
 
@@ -65,7 +66,9 @@ def open_hf(path: Path, families: Families, quantize: str) -> TensorSource:
 def read_config(path: Path) -> tuple[dict[str, Any], tuple[Path, ...]]:
     """Return the content of config.json and the files beside it, and the paths that were read."""
     config, files = of_text(read_json(path / "config.json")), [path / "config.json"]
-    if QUANTIZATION not in config and os.path.exists(path / MODELOPT):
+    if QUANTIZATION not in config and COMPRESSION in config:
+        config[QUANTIZATION] = config.pop(COMPRESSION)
+    elif QUANTIZATION not in config and os.path.exists(path / MODELOPT):
         # How ModelOpt quantised a checkpoint, which older ones have in a file of its own.
         found = read_json(path / MODELOPT).get("quantization")
         config[QUANTIZATION] = {"quant_method": "modelopt", **(found if isinstance(found, dict) else {})}
