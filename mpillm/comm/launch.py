@@ -170,10 +170,11 @@ def other_library(library: Library, launch: Launch) -> str:
 
 def _instead(library: Library, launch: Launch) -> str:
     command = " ".join(["python", *_python_arguments()])
-    pmi = "pmix" if library.name == "Open MPI" else "pmi2"
+    # Why the ring: see slurm/run.sh.
+    srun = {"Open MPI": "SLURM_PMIX_FENCE=ring srun --mpi=pmix"}.get(library.name, "srun --mpi=pmi2")
     mpiexec = library.mpiexec() or f"the mpiexec of {library.name}"
     if launch.launcher == "srun":
-        return f"Type: srun --mpi={pmi} -n {launch.size} {command} (or, instead of srun, {mpiexec})"
+        return f"Type: {srun} -n {launch.size} {command} (or, instead of srun, {mpiexec})"
     return (
         f"Type: {mpiexec} -n {launch.size} {command} (or set MPI4PY_LIBMPI to the libmpi.so that belongs to "
         f"{launch.launcher})"

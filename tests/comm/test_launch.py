@@ -63,7 +63,8 @@ def test_what_to_type_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     sentence = wrong_launcher(OPENMPI, Launch("srun", 8, 0))
     assert sentence.startswith("srun started 8 ranks")
     assert sentence.endswith(
-        "Type: srun --mpi=pmix -n 8 python -m mpillm run 'my job.toml' (or, instead of srun, the mpiexec of Open MPI)"
+        "Type: SLURM_PMIX_FENCE=ring srun --mpi=pmix -n 8 python -m mpillm run 'my job.toml' "
+        "(or, instead of srun, the mpiexec of Open MPI)"
     )
     assert "srun --mpi=pmi2 -n 8 " in wrong_launcher(library, Launch("srun", 8, 0))
 
