@@ -11,6 +11,19 @@ set -o pipefail
 say() { echo "run.sh: $*" >&2; }
 SOON=300 # seconds
 
+# `#SBATCH --signal=B:USR1@120` signals only this shell, 120 seconds before the time limit. TERM comes with preemption,
+# after which Slurm queues the job again, and with scancel, after which nobody should. Both launchers pass USR1 on to every
+# rank; on TERM mpiexec would kill the ranks at once.
+warned=
+child=
+warn() {
+    warned=$1
+    say "stopping (signal $1): the ranks finish their step"
+    [ -n "$child" ] && kill -USR1 "$child"
+}
+trap 'warn USR1' USR1
+trap 'warn TERM' TERM
+
 here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck disable=SC1091
 [ -r "$here/site.sh" ] && . "$here/site.sh"
@@ -83,29 +96,19 @@ case $launcher in
         ;;
 esac
 
-# `#SBATCH --signal=B:USR1@120` signals only this shell, 120 seconds before the time limit. TERM comes with preemption,
-# after which Slurm queues the job again, and with scancel, after which nobody should. Both launchers pass USR1 on to every
-# rank; on TERM mpiexec would kill the ranks at once.
-warned=
-child=
-warn() {
-    warned=$1
-    say "stopping (signal $1): the ranks finish their step"
-    [ -n "$child" ] && kill -USR1 "$child"
-}
-trap 'warn USR1' USR1
-trap 'warn TERM' TERM
-
-say "${start[*]} python -m mpillm run $*"
-"${start[@]}" python -m mpillm run "$@" &
-child=$!
-wait "$child"
-code=$?
-# A trapped signal ends `wait` early, with a code above 128 while the child lives.
-while kill -0 "$child" 2>/dev/null; do
+code=75
+if [ -z "$warned" ]; then # not before the ranks start
+    say "${start[*]} python -m mpillm run $*"
+    "${start[@]}" python -m mpillm run "$@" &
+    child=$!
     wait "$child"
     code=$?
-done
+    # A trapped signal ends `wait` early, with a code above 128 while the child lives.
+    while kill -0 "$child" 2>/dev/null; do
+        wait "$child"
+        code=$?
+    done
+fi
 trap '' USR1 TERM
 
 # 75: interrupted, run it again. A launcher may return another code for a stopped rank, so after a warning any code

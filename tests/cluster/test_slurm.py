@@ -236,6 +236,17 @@ def test_the_warning_comes_before_the_time_limit(stub: Path, slurm: Slurm) -> No
 
 
 @one_mpi
+def test_a_warning_before_the_ranks_start(stub: Path, slurm: Slurm) -> None:
+    (stub / "slurm/site.sh").write_text("touch starting; sleep 2\n")
+    job = slurm.submit("--output=log", "slurm/one-node.sbatch", "job.toml", cwd=stub)
+    until((stub / "starting").exists)
+    slurm.command("scancel", "--batch", "--signal=USR1", str(job))
+    done = slurm.wait(job, stub / "log")
+    assert (done.state, done.exit_code, done.restarts) == ("COMPLETED", 0, 1), done.log
+    assert len(re.findall("ranks=2 nodes=n", done.log)) == 1
+
+
+@one_mpi
 def test_how_a_run_ends_is_how_its_job_ends(stub: Path, slurm: Slurm) -> None:
     """A full disk, say, ends it with 75 without a warning, and it is not tried again; of a run that was killed for
     memory the log has what srun says, for its exit code is that of a complete run with errors."""
