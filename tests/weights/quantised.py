@@ -37,14 +37,22 @@ def words(numbers: Array, bits: int, axis: int, order: list[int] | None = None) 
     return np.ascontiguousarray(np.moveaxis(out.view(np.int32), -1, axis))
 
 
-def fp8(random: Random, n: int, k: int, block: tuple[int, int] | None = None, whole: bool = False) -> Written:
-    """e4m3 with scales for blocks, for the whole tensor, or for each row."""
+def fp8(
+    random: Random,
+    n: int,
+    k: int,
+    block: tuple[int, int] | None = None,
+    whole: bool = False,
+    four: bool = False,
+) -> Written:
+    """e4m3 with scales for blocks (`four`: as ModelOpt stores them), for the whole tensor, or for each row."""
     values = (random.standard_normal((n, k)) * 60).astype(ml_dtypes.float8_e4m3fn)
     if block:
         shape = (-(-n // block[0]), -(-k // block[1]))
         scales = random.uniform(1e-4, 1e-3, shape).astype(np.float32)
         full = np.repeat(np.repeat(scales, block[0], 0), block[1], 1)[:n, :k]
-        return {"weight": values, "weight_scale_inv": scales}, values.astype(np.float32) * full
+        named = {"weight_scale": scales[:, None, :, None]} if four else {"weight_scale_inv": scales}
+        return {"weight": values} | named, values.astype(np.float32) * full
     scales = random.uniform(1e-4, 1e-3, () if whole else (n, 1)).astype(ml_dtypes.bfloat16)
     return {"weight": values, "weight_scale": scales}, values.astype(np.float32) * scales.astype(np.float32)
 

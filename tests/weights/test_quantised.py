@@ -151,6 +151,18 @@ CASES: dict[str, tuple[dict[str, Any], Write, BlockType, float]] = {
     ),
     "nvfp4": (CT, quantised.nvfp4, BlockType.NVFP4, FLOAT),
     "nvfp4 modelopt": (MODELOPT, partial(quantised.nvfp4, optimum=True), BlockType.NVFP4, FLOAT),
+    **{
+        f"modelopt {algorithm}": (MODELOPT | {"quant_algo": algorithm}, write, type, EXACT)
+        for algorithm, write, type in (
+            ("FP8_PER_CHANNEL_PER_TOKEN", quantised.fp8, BlockType.FP8),
+            ("fp8_pb_wo", partial(quantised.fp8, block=(128, 128), four=True), BlockType.FP8),
+            ("MXFP8", quantised.mxfp8, BlockType.F16),
+        )
+    },
+    "nvfp4 modelopt weights alone": (
+        {"quant_method": "modelopt", "quantization": {"quant_algo": "W4A16_NVFP4"}},
+        partial(quantised.nvfp4, optimum=True), BlockType.NVFP4, FLOAT,
+    ),
     "fp8 fbgemm": ({"quant_method": "fbgemm_fp8"}, quantised.fp8, BlockType.FP8, EXACT),
     "mxfp4": (CT, quantised.mxfp4, BlockType.MXFP4, EXACT),
     "nf4": (BNB | {"load_in_4bit": True}, partial(quantised.nf4, nested=False), BlockType.NF4, EXACT),
@@ -380,7 +392,7 @@ def test_every_method_has_a_case() -> None:
         ),
         (
             {"quant_method": "modelopt", "quant_algo": "W4A8"},
-            "quant_algo 'W4A8' is not supported; supported: NVFP4, FP8",
+            "quant_algo 'W4A8' is not supported; supported: NVFP4, W4A16_NVFP4, FP8, ",
         ),
         (
             {

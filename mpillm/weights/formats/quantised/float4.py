@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -87,13 +87,22 @@ def nvfp4(method: Method, values: Raw, scales: Raw, whole: Raw, divides: bool) -
 
 
 class ModelOptMethod(Method):
-    """`modelopt`: NVFP4 with X_scale and X_scale_2, FP8 with X_scale, or some of either."""
+    """`modelopt`: NVFP4 with X_scale and X_scale_2, FP8 and MXFP8 with X_scale, or some of each."""
 
-    algorithms: ClassVar[tuple[str, ...]] = ("NVFP4", "FP8", "MIXED_PRECISION")
+    algorithms: ClassVar[tuple[str, ...]] = (
+        "NVFP4",
+        "W4A16_NVFP4",
+        "FP8",
+        "FP8_PER_CHANNEL_PER_TOKEN",
+        "FP8_PB_WO",
+        "MXFP8",
+        "MIXED_PRECISION",
+    )
 
     def take(self, tensors: dict[str, Raw]) -> Iterator[tuple[str, Recipe]]:
-        algorithm = self.config.get("quant_algo")
-        if algorithm not in self.algorithms:
+        nested = self.config.get("quantization")
+        algorithm = (nested if isinstance(nested, Mapping) else self.config).get("quant_algo")
+        if not isinstance(algorithm, str) or algorithm.upper() not in self.algorithms:
             raise ModelError(
                 f"{self.path}: modelopt with quant_algo {str(algorithm)[:40]!r} is not supported; "
                 f"supported: {', '.join(self.algorithms)}."
@@ -101,6 +110,9 @@ class ModelOptMethod(Method):
         for name in [name for name in tensors if f"{name}_scale_2" in tensors]:
             values, scales, whole = (self.part(tensors, name + end) for end in ("", "_scale", "_scale_2"))
             yield name, nvfp4(self, values, scales, whole, divides=False)
+        for name, raw in tensors.items():  # of blocks, [rows, 1, columns, 1]
+            if name.endswith("_scale") and len(raw.shape) == 4 and raw.shape[1::2] == (1, 1):
+                tensors[name] = replace(raw, shape=raw.shape[::2])
         yield from take_float8(self, tensors, (128, 128))
 
 
