@@ -193,8 +193,9 @@ def _add_made(
 ) -> None:
     """A tensor that is made of others."""
     file = next(recipe.lies())[0]
-    made = Made(file, name, 0, recipe.shape, recipe.stored, recipe=recipe)
-    add(extents, _parsed(name, file, own), made, groups)
+    parsed = _parsed(name, file, own)
+    if parsed.roles:
+        add(extents, parsed, Made(file, name, 0, recipe.shape, recipe.stored, recipe=recipe), groups)
 
 
 def _parsed(name: str, file: MappedFile, own: names.Names) -> names.Parsed:
