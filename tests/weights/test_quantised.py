@@ -363,6 +363,40 @@ def test_experts_of_llama4_that_lie_apart(tmp_path: Path) -> None:
             assert (one.read_f32(key) == other.read_f32(key)).all(), key
 
 
+def test_experts_of_llama4_that_modelopt_leaves_transposed(tmp_path: Path) -> None:
+    """gate and up in NVFP4, down, whose columns are no whole blocks of it, in FP8 with one scale for all experts."""
+    folder, random = Path(__file__).parents[1] / "fixtures/models/llama4", np.random.default_rng(3)
+    plain = load_file(folder / "model.safetensors")
+    made = dict(plain)
+    for tensor in [name for name in plain if ".experts." in name]:
+        experts, k, n = plain[tensor].shape
+        del made[tensor]
+        if k % 16:
+            values = (random.standard_normal((experts, k, n)) * 60).astype(ml_dtypes.float8_e4m3fn)
+            made |= {tensor: values, f"{tensor}_weight_scale": np.array(np.float32(0.01))}
+            plain[tensor] = values.astype(np.float32) * np.float32(0.01)
+            continue
+        parts = [quantised.nvfp4(random, n, k, optimum=True) for _ in range(experts)]
+        for end in ("", "_scale", "_scale_2"):
+            stacked = np.stack([one[f"weight{end}"] for one, _ in parts])
+            made[f"{tensor}_weight{end}" if end else tensor] = (
+                stacked.swapaxes(1, -1) if stacked.ndim > 1 else stacked
+            )
+        made[f"{tensor}_input_scale"] = np.array(np.float32(1))
+        plain[tensor] = np.stack([w for _, w in parts]).swapaxes(1, 2)
+    config = json.loads((folder / "config.json").read_text())
+    write_hf(tmp_path / "plain", plain, config)
+    write_hf(tmp_path / "made", made, config | {"quantization_config": MODELOPT})
+    with closing(open_source(tmp_path / "plain")) as one, closing(open_source(tmp_path / "made")) as other:
+        assert config_of(one) == config_of(other)
+        for key in one.tensors:
+            whole = one.read_f32(key)
+            assert (np.abs(other.read_f32(key) - whole) <= FLOAT * np.abs(whole).max()).all(), key
+            if key.expert >= 0:
+                assert (other.read_f32(key, range(3, 9)) == other.read_f32(key)[3:9]).all(), key
+                assert (other.read(key, range(5)) == other.read(key)[:5]).all(), key
+
+
 def test_every_method_has_a_case() -> None:
     assert {config["quant_method"] for config, *_ in CASES.values()} | {"mxfp4"} == set(METHODS)
 

@@ -67,6 +67,28 @@ class Raw:
 
 
 @dataclass(frozen=True)
+class TurnedRaw(Raw):
+    """A tensor of single bytes, or those of all experts, whose last two dimensions the file has in turn."""
+
+    def bytes(self) -> Bytes:
+        return self.rows(np.arange(self.shape[0]))
+
+    def rows(self, rows: Rows) -> Bytes:
+        index = slice(rows.start, rows.stop, rows.step) if isinstance(rows, range) else rows
+        stored = self.file.view(self.offset, self.nbytes).reshape(self.shape[::-1])
+        return np.ascontiguousarray(stored[:, index].T)
+
+    def release(self, rows: Rows | None = None) -> None:
+        self.file.release(self.offset, self.nbytes)
+
+
+def turned(raw: Raw) -> TurnedRaw:
+    """Return a tensor of single bytes with its last two dimensions in turn."""
+    *outer, columns, rows = raw.shape
+    return TurnedRaw(raw.file, raw.name, raw.dtype, (*outer, rows, columns), raw.offset, raw.nbytes)
+
+
+@dataclass(frozen=True)
 class Plain:
     """Floats as they lie: [rows, columns], a vector's values [rows], or these of all experts."""
 

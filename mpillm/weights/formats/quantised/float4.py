@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,7 +16,7 @@ from mpillm.kernels.scaled_blocks import NF4, pack_nibbles
 from mpillm.kernels.types import BlockType
 from mpillm.weights.formats.extent import Lies, Recipe, Rows
 from mpillm.weights.formats.quantised.base import Method
-from mpillm.weights.formats.quantised.float8 import take_float8
+from mpillm.weights.formats.quantised.float8 import float8, take_float8
 from mpillm.weights.formats.quantised.integers import Int8
 from mpillm.weights.formats.quantised.scales import (
     FLOATS,
@@ -26,7 +27,7 @@ from mpillm.weights.formats.quantised.scales import (
     stored_as,
     to_f16,
 )
-from mpillm.weights.formats.recipes import Raw, halves_apart
+from mpillm.weights.formats.recipes import Raw, halves_apart, turned
 from mpillm.weights.formats.stored import OWN, Bytes, Floats, Stored
 
 NVFP4_BLOCK = 16
@@ -50,11 +51,12 @@ class Nvfp4:
     stored = OWN[BlockType.NVFP4.name]
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.values.shape[0], 2 * self.values.shape[1]
+    def shape(self) -> tuple[int, ...]:
+        return *self.values.shape[:-1], 2 * self.values.shape[-1]
 
     def of_expert(self, expert: int) -> Nvfp4:
-        raise AssertionError("each expert has tensors of its own")
+        own = self.whole[expert] if self.whole.shape[:1] == self.values.shape[:1] else self.whole
+        return replace(self, values=self.values[expert], scales=self.scales[expert], whole=own)
 
     def blocks(self, rows: Rows) -> Bytes:
         raw = self.values.rows(rows)
@@ -79,10 +81,11 @@ class Nvfp4:
 
 def nvfp4(method: Method, values: Raw, scales: Raw, whole: Raw, divides: bool) -> Nvfp4:
     """Return the recipe of NVFP4; ModelError if its tensors do not go together."""
-    rows, half = (*values.shape, 0)[:2]
-    method.check(values, ("U8",), (rows, half))
-    method.check(scales, ("F8_E4M3",), (rows, 2 * half // NVFP4_BLOCK))
-    method.check(whole, FLOATS, (), (1,))
+    *outer, half = (*values.shape, 0)[: max(len(values.shape), 2)]
+    experts = tuple(outer[:-1])
+    method.check(values, ("U8",), (*outer, half))
+    method.check(scales, ("F8_E4M3",), (*outer, 2 * half // NVFP4_BLOCK))
+    method.check(whole, FLOATS, (), (1,), experts, (*experts, 1))
     return Nvfp4(values, scales, whole, divides)
 
 
@@ -110,10 +113,27 @@ class ModelOptMethod(Method):
         for name in [name for name in tensors if f"{name}_scale_2" in tensors]:
             values, scales, whole = (self.part(tensors, name + end) for end in ("", "_scale", "_scale_2"))
             yield name, nvfp4(self, values, scales, whole, divides=False)
+        yield from self._stacked(tensors)
         for name, raw in tensors.items():  # of blocks, [rows, 1, columns, 1]
             if name.endswith("_scale") and len(raw.shape) == 4 and raw.shape[1::2] == (1, 1):
                 tensors[name] = replace(raw, shape=raw.shape[::2])
         yield from take_float8(self, tensors, (128, 128))
+
+    def _stacked(self, tensors: dict[str, Raw]) -> Iterator[tuple[str, Recipe]]:
+        """Yield experts of a layer that lie transposed in one tensor (Llama 4, gpt-oss)."""
+        for name in [name for name in tensors if f"{name}_weight_scale" in tensors]:
+            values, scales = tensors.pop(name), self.part(tensors, f"{name}_weight_scale")
+            if len(values.shape) != 3 or values.nbytes != math.prod(values.shape):
+                raise ModelError(
+                    f"{values.file.path}: tensor {name} is no tensor of all experts in FP8 or NVFP4."
+                )
+            if (whole := tensors.pop(f"{name}_weight_scale_2", None)) is None:
+                yield name, float8(self, turned(values), scales, ())
+            elif len(scales.shape) != 3:
+                raise ModelError(f"{values.file.path}: tensor {scales.name} has no scales of {name}.")
+            else:
+                yield name, nvfp4(self, turned(values), turned(scales), whole, divides=False)
+        self.drop(tensors, "_proj_input_scale")
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,8 @@ class Float8:
         return self.values.shape
 
     def of_expert(self, expert: int) -> Float8:
-        return replace(self, values=self.values[expert], scales=self.scales[expert])
+        own = self.scales[expert] if self.scales.shape[:1] == self.values.shape[:1] else self.scales
+        return replace(self, values=self.values[expert], scales=own)
 
     def blocks(self, rows: Rows) -> Bytes:
         height, width = self.block
@@ -84,6 +85,7 @@ def float8(method: Method, values: Raw, scales: Raw, given: Sequence[tuple[int, 
             ((*outer, 1), (n, k)),
             ((*outer, 1, 1), (n, k)),
             (outer, (n, k)),
+            *((whole, (n, k)) for whole in ((1,), ())),
             *([((*outer, n, groups), (1, k // groups))] if groups and k % groups == 0 else []),
         ):
             if scales.shape == shape:
