@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from mpillm.api.local import Local
     from mpillm.api.remote import Remote
+    from mpillm.spec import Spec
 
 Prompt = str | Sequence[int]  #: a text, or token ids
 Messages = Sequence[Mapping[str, Any]]  #: of a chat, each with `role` and `content`
@@ -61,29 +63,22 @@ class LLM:
         `sampling={"temperature": 0.8}`, `layout={"stages": 2}`. Raises MpillmError if the model, a setting or
         the number of ranks is wrong.
         """
-        from mpillm import spec
         from mpillm.comm import program
         from mpillm.errors import JobError
 
-        for key in ("input", "output", "request", "prompt", "messages"):
-            if key in settings:
-                raise JobError(
-                    f"LLM takes no {key}: requests are for its methods, such as generate; files for Job."
-                )
-        name = os.fspath(model) if isinstance(model, os.PathLike) else model
-        values = {"model": name, "input": "/dev/null", "output": "/dev/null/none", **settings}
-        self._spec = spec.checked(values, "LLM", arguments={"ranks", "comm"})
-        self._world = None
         if comm is not None and not hasattr(comm, "Dup"):
             raise JobError(
                 f"comm must be a communicator of mpi4py, not {comm!r:.60}; leave it out for all ranks."
             )
-        if comm is not None or program.inside():
-            self._world = program.world_of(comm)
-            if ranks not in (None, self._world.size):
+        self._world = program.world_of(comm) if comm is not None or program.inside() else None
+        # What is wrong on one rank is raised on all: the others would wait for it.
+        with nullcontext() if self._world is None else self._world.together():
+            self._spec = _checked(model, settings)
+            if self._world is not None and ranks not in (None, self._world.size):
                 raise JobError(
                     f"ranks={ranks}, but the program has {count_of(self._world.size, 'rank')}; leave ranks out."
                 )
+        if self._world is not None:
             self._world.limit_threads(self._world.threads())
         self._ranks = 1 if ranks is None else ranks_of(ranks)
         self._asking = threading.Lock()  # held by the call whose answers are being read
@@ -236,6 +231,21 @@ class LLM:
 
     def __repr__(self) -> str:
         return f"<LLM {self.model}, {self.layout}>"
+
+
+def _checked(model: str | os.PathLike[str], settings: Mapping[str, Any]) -> Spec:
+    """Return the job of a model and its settings; JobError says what is wrong."""
+    from mpillm import spec
+    from mpillm.errors import JobError
+
+    for key in ("input", "output", "request", "prompt", "messages"):
+        if key in settings:
+            raise JobError(
+                f"LLM takes no {key}: requests are for its methods, such as generate; files for Job."
+            )
+    name = os.fspath(model) if isinstance(model, os.PathLike) else model
+    values = {"model": name, "input": "/dev/null", "output": "/dev/null/none", **settings}
+    return spec.checked(values, "LLM", arguments={"ranks", "comm"})
 
 
 def _request(request: Prompt | Messages | Mapping[str, Any], body: Mapping[str, Any]) -> bytes:

@@ -62,10 +62,14 @@ class Computation:
         del self.session.weights, self.session.kv
 
     def continued(self, session: Session) -> Computation:
-        """Return the computation of the remaining requests with a new session; the journal has the others."""
-        self._leader.save_everything()
-        self.journal.flush()
-        self.close()
+        """Return the computation of the remaining requests with a new session; the journal has the others.
+
+        Call it again with another session if a loss came before the returned computation began.
+        """
+        if not self.journal.closed:
+            self._leader.save_everything()
+            self.journal.flush()
+            self.close()
         journal = open_journal(session, self.job.spec, self.job.input, self.job.claim)
         return Computation(self.job, session, journal, self.totals)
 

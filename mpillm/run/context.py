@@ -55,6 +55,8 @@ class RankContext:
 
     def computation(self, session: Session, path: Path, before: Computation | None) -> Computation:
         """Open the job, or continue the computation `before` a loss; rank 0 only."""
+        if self._computation is not before:  # a loss came before it began
+            self._close_computation()
         if before is not None:
             computation = before.continued(session)
         else:

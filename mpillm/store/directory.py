@@ -35,9 +35,14 @@ class Descriptor:
         """Return the descriptor."""
         return self._file
 
+    @property
+    def closed(self) -> bool:
+        """Whether the descriptor is closed."""
+        return self._file < 0
+
     def close(self) -> None:
         """Close the descriptor."""
-        if self._file >= 0:
+        if not self.closed:
             os.close(self._file)
             self._file = -1
 

@@ -266,10 +266,12 @@ from mpi4py import MPI
 from mpillm import LLM
 from mpillm.errors import JobError
 
-try:
-    LLM(sys.argv[1], memory={"kv": 2**20 + MPI.COMM_WORLD.rank})
-except JobError as error:
-    sys.stdout.write(f"{error}\\n")
+own = 2**20 + MPI.COMM_WORLD.rank, -MPI.COMM_WORLD.rank or 2**20
+for kv in own:
+    try:
+        LLM(sys.argv[1], memory={"kv": kv})
+    except JobError as error:
+        sys.stdout.write(f"{error}\\n")
 """
 
 
@@ -279,9 +281,10 @@ def test_ranks_of_a_program_that_ask_for_different_things(mpi: Mpi, tmp_path: Pa
     program.write_text(UNLIKE)
     done = mpi.run(2, program, CHAT)
     assert done.returncode == 0, done.stderr
-    one, other = done.stdout.splitlines()
-    assert one == other
-    assert re.match(r"memory\.kv is 1048577 on rank 1 \(host .*\) and 1048576 on rank 0; give LLM", one)
+    unlike, wrong = sorted(set(done.stdout.splitlines()), reverse=True)
+    assert done.stdout.count(unlike) == done.stdout.count(wrong) == 2
+    assert re.match(r"memory\.kv is 1048577 on rank 1 \(host .*\) and 1048576 on rank 0; give LLM", unlike)
+    assert re.match(r"LLM: memory\.kv: expected .*, not -1\. \(on rank 1 of 2, host ", wrong), wrong
 
 
 def test_a_job(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def run(world: World, *args: Any) -> Any:
     from mpillm.comm.collectives import Group
     from mpillm.engine.worker import Worker
     from mpillm.run import assistant, outcome, session, sharing
+    from mpillm.run.context import RankContext
     from mpillm.run.dispatch import Dispatcher
     from mpillm.run.leader import Leader
 
@@ -78,6 +79,7 @@ def run(world: World, *args: Any) -> Any:
     die("give", Leader, "give_back")
     die("get", Dispatcher, "_get_back")
     die("sum", Group, "begin")
+    die("open", RankContext, "assistant")
     die("write", outcome, "write")
     return threads(world, *args)
 

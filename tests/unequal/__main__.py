@@ -13,96 +13,35 @@ import faulthandler
 import functools
 import random
 import sys
-import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from mpillm import kernels
-from mpillm.comm import collectives, exchange, parts, shared, waiting
 from mpillm.comm.program import guard, world_of
 from mpillm.comm.world import World
-from mpillm.engine import reply
 from mpillm.engine.request import Request
-from mpillm.engine.worker import Worker
 from mpillm.errors import LayoutError
 from mpillm.kernels import KV_BLOCK
 from mpillm.model.batch import NO_ADAPTER
-from mpillm.model.decoder import Decoder
 from mpillm.model.opening import config_of, open_source
 from mpillm.partition import grid
 from mpillm.planning import plan
-from mpillm.run import session
-from mpillm.run.session import Session
 from mpillm.spec import DraftSection
 from tests.digests import recorded
 from tests.digests.recorded import digest_of
 from tests.model.engine_harness import run_laid_out, spec_of
 from tests.model.golden import ADAPTERS, FIXTURES, GGUFS, MODELS, adapted_model, path_of
+from tests.unequal.differing import differ
 
 LIMIT = 240  # seconds, on a busy machine
-CONSTANTS: dict[tuple[Any, str], tuple[float, ...]] = {
-    (parts, "LANES"): (0.0, 0.0, 0.8e-3),
-    (parts, "LANE_ROWS"): (2, 3, 16),
-    (parts, "EAGER"): (500, 4000, 60_000),
-    (parts, "ADDER"): (1e-9, 1e-5, 25e-6),
-    (shared, "LARGEST"): (2**9, 2**12, 2**20),
-    (exchange, "HEAD"): (64, 512),
-    (waiting, "SPIN"): (0.0, 2e-3),
-    (reply, "TILE"): (3, 64),
-}
-SHARED_ROWS, MAKE_GROUP, MAKE_WORKER = session.shared_rows, collectives.Group.__init__, Session._make_worker
-BEGIN, FORWARD, STEP = collectives.Group.begin, Decoder.forward, Worker.step
 TURNS = 4  # runs of a job
 Job = dict[str, Any]  # as `run_laid_out` takes it
 
 
-def differ(draw: random.Random, own: random.Random) -> None:
-    """Change the program in what all ranks have alike, from `draw`, and in what this one has alone."""
-    for (module, name), values in CONSTANTS.items():
-        setattr(module, name, draw.choice(values))
-    apart, rate, crowded = draw.random() < 0.6, draw.choice((0.0, 1e6, 1e8)), draw.random() < 0.5
-    loader, renews, late = (
-        own.choice(("auto", "mmap", "read")),
-        own.choice((0.0, 0.1, 0.5)),
-        own.choice((0.0, 0.02)),
-    )
-    kernels.set_path(own.choice([path for path in kernels.available() if path != "numpy"]))
-
-    def make_group(self: Any, *args: Any) -> None:
-        MAKE_GROUP(self, *args)
-        self._rate, self._crowded = rate or self._rate, crowded
-
-    def make_worker(self: Any) -> None:
-        memory = msgspec.structs.replace(self.spec.memory, loader=loader)
-        self.spec = msgspec.structs.replace(self.spec, memory=memory)
-        MAKE_WORKER(self)
-
-    def delayed(original: Any) -> Any:
-        def call(self: Any, *args: Any) -> Any:
-            time.sleep(own.choice((1e-4, 1e-3, 3e-3)) if own.random() < late else 0)
-            return original(self, *args)
-
-        return call
-
-    def step(self: Any, *args: Any) -> Any:
-        faulthandler.dump_traceback_later(LIMIT, exit=True)
-        if own.random() < renews:  # as when the loader has packed weights
-            self.decoder._forget_pages()
-        return STEP(self, *args)
-
-    for owner, name, made in (
-        (Session, "_make_worker", make_worker),
-        (collectives.Group, "__init__", make_group),
-        (collectives.Group, "begin", delayed(BEGIN)),
-        (Decoder, "forward", delayed(FORWARD)),
-        (Worker, "step", step),
-        (session, "shared_rows", (lambda *_: None) if apart else SHARED_ROWS),  # without: as between hosts
-    ):
-        setattr(owner, name, made)
+def alive() -> None:
+    """End this rank, with its stacks, if this is not called again within LIMIT."""
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
 
 
 def requests_of(draw: random.Random, vocab: int, tuned: bool) -> list[Request]:
@@ -173,10 +112,10 @@ def main(world: World, runs: int, seed: int) -> int:
                 asked = unequal(draw, path, job | {"stages": stages, "shards": shards})
             except LayoutError:  # an adapter may forbid it
                 continue
-            differ(draw, random.Random(f"{seed} {number} {turn} {world.rank}"))
+            differ(draw, random.Random(f"{seed} {number} {turn} {world.rank}"), alive)
             if world.rank == 0:
                 print(f"{number}.{turn}: {name} {stages} x {shards}", end=" ", flush=True)
-            faulthandler.dump_traceback_later(LIMIT, exit=True)
+            alive()
             completions, used = run_laid_out(world, path, requests, **asked)
             wire = ("f32", 0) if shards == 1 or used.wire == "f32" else (used.wire, shards)
             between = ("f32", 0) if stages == 1 or asked["between_stages"] == "f32" else ("q8_0", stages)
