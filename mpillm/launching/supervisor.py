@@ -13,9 +13,11 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from pathlib import Path
 from types import FrameType
 
+import msgspec
 from msgspec.structs import replace
 
 from mpillm.comm.launch import STOPS, Library
@@ -34,7 +36,15 @@ from mpillm.store.results import JSONL
 
 log = logging.getLogger(__name__)
 
-LAYOUT = ("replicas", "stages", "shards")  # keys of [layout]
+# What restarts on other ranks change.
+CHANGED = (
+    "layout.replicas",
+    "layout.stages",
+    "layout.shards",
+    "memory.weights",
+    "memory.kv",
+    "layout.threads",
+)
 BACK_OFF = (1.0, 5.0, 20.0, 60.0)  # seconds before the next start, by the number of starts without progress
 
 
@@ -130,6 +140,7 @@ class Supervisor:
             hosts = self._hosts(first)
             maximum = ranks_of(self._settings, hosts)
             spec = self._spec if first else on_fewer_ranks(self._spec, maximum)
+            spec = spec.of_ranks(numbers) if (numbers := self._numbers(hosts)) else spec
             ranks = ranks_that_work(spec, maximum)
             self._prepares = False
             size, written = self._journal_size(), self._journal_written()
@@ -179,6 +190,17 @@ class Supervisor:
                 raise
             return read_hosts(self._settings.hostfile)
 
+    def _numbers(self, hosts: Sequence[HostSlots]) -> list[int]:
+        """Return the numbers that the ranks on these hosts have if no host of the hostfile is away; none if none is.
+
+        Lists of the job have values for these numbers.
+        """
+        listed = read_hosts(self._settings.hostfile) if self._settings.hostfile is not None else []
+        names = [host.name for host in listed for _ in range(host.slots)]
+        there = {host.name for host in hosts}
+        found = [number for number, name in enumerate(names) if name in there]
+        return found if len(found) < len(names) else []
+
     def _journal_size(self) -> int:
         with contextlib.suppress(OSError):
             return (self._spec.output_path / JOURNAL).stat().st_size
@@ -220,8 +242,10 @@ class Supervisor:
         words = command(self._library, self._settings, ranks, hostfile, folder)
         log.info("starting %d ranks", ranks)
         words += self._program
-        if spec != self._spec:  # ranks are lost
-            words += [f"--set=layout.{key}={getattr(spec.layout, key)}" for key in LAYOUT]
+        for key in CHANGED:
+            of = attrgetter(key)
+            if of(spec) != of(self._spec):
+                words.append(f"--set={key}={msgspec.json.encode(of(spec)).decode()}")
         code = run_watched(words, remarks, shall_stop, have_worked, cannot_start)
         return code, grown
 

@@ -88,7 +88,8 @@ class Session:
         self.job, self.spec = spec, spec  # the job for all ranks, and with this rank's own values
         #: the measured speed of this rank, if known
         self.speed: Speed | None = None
-        self._left_out = list[str]()  # sentences about the ranks that are
+        # Sentences about ranks and hosts that do not compute.
+        self._left_out = [] if world.lost else list(spec.unused(world.hosts))
         with ExitStack() as unless_made:
             self._open_files = unless_made
             if leave_out and by_itself(spec):

@@ -28,6 +28,7 @@ from mpillm.spec.sections import (
     Word,
 )
 from mpillm.spec.sizes import byte_size
+from mpillm.words import count_of, some_of
 
 # Keys that earlier versions did not have: where they ask for nothing, a job is the same as theirs.
 _ADDED = (
@@ -94,6 +95,26 @@ class Spec(Section, frozen=True, kw_only=True):
             memory=msgspec.structs.replace(memory, weights=weights, kv=kv),
             layout=msgspec.structs.replace(layout, threads=threads),
         )
+
+    def unused(self, hosts: Sequence[str]) -> Iterator[str]:
+        """Yield sentences about values for hosts, or for more ranks, than the run has: `hosts` is that of each rank."""
+        memory = self.memory
+        for key, value in (
+            ("model", self.model),
+            ("memory.weights", memory.weights),
+            ("memory.kv", memory.kv),
+            ("layout.threads", self.layout.threads),
+        ):
+            if isinstance(value, dict) and (names := sorted(value.keys() - {"default", *hosts})):
+                yield (
+                    f"{key} has a value for {some_of(names, 'host')}, where no rank is; "
+                    f"the ranks are on {some_of(sorted(set(hosts)), 'host')}."
+                )
+            elif isinstance(value, list) and len(value) > len(hosts):
+                yield (
+                    f"{key} is a list of {count_of(len(value), 'value')}, and there "
+                    f"{'is' if len(hosts) == 1 else 'are'} only {count_of(len(hosts), 'rank')}."
+                )
 
     def of_ranks(self, numbers: Sequence[int]) -> Spec:
         """Return the job for ranks that had these numbers when the run began: lists have values for those numbers.
@@ -163,8 +184,9 @@ def _own(key: str, value: Any, rank: int, host: str) -> Any:
     """
     if isinstance(value, list):
         if rank >= len(value):
+            count = count_of(len(value), "value")
             raise JobError(
-                f"{key} is a list of {len(value)} values, and there is none for rank {rank}; add one for each."
+                f"{key} is a list of {count}, and there is none for rank {rank}; add one for each."
             )
         return value[rank]
     if isinstance(value, dict):

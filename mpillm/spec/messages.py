@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import msgspec
 
@@ -63,7 +64,7 @@ def explain(error: msgspec.ValidationError, values: dict[str, Any]) -> str:
     """msgspec's sentence with the key first and the value that was given."""
     text, _, place = str(error).rpartition(" - at `$")
     text, path = (text, place.rstrip("`").lstrip(".")) if text else (str(error), "")
-    given = _look_up(values, path)
+    path, given = _entry(path, values) if path.endswith("[...]") else (path, _look_up(values, path))
     if path == "memory" and isinstance(given, dict):  # said by Memory.__post_init__, which knows the key
         return f"memory.{text}" if ": " in text else f"memory: {text}"
     text = plain_words(text)
@@ -97,16 +98,42 @@ def _look_up(values: Any, path: str) -> Any:
     return values
 
 
+def _entry(path: str, values: dict[str, Any]) -> tuple[str, Any]:
+    """Return the path of the first wrong entry of a table with any keys, and its value; msgspec says `path[...]`."""
+    table = path.removesuffix("[...]")
+    kinds = [get_args(part)[1] for part in _parts(_kind_of(Spec, table)) if get_origin(part) is dict]
+    for name, value in _look_up(values, table).items() if kinds else ():
+        try:
+            msgspec.convert(value, kinds[0])
+        except msgspec.ValidationError:
+            return f"{table}.{name}", value
+    return path, _MISSING
+
+
 def allowed_words(root: type[msgspec.Struct], path: str) -> str:
     """Return the words a key of `root` takes, and that it takes a number where it does; "" if it takes no words."""
-    kind: Any = root
-    for key in path.split("."):
-        struct = next((part for part in (kind, *get_args(kind)) if hasattr(part, "__struct_fields__")), root)
-        fields = {field.name: field.type for field in msgspec.structs.fields(struct)}
-        kind = fields.get(key)
-    words = [repr(word) for word in _literals(kind)]
+    kind = _kind_of(root, path)
+    words = dict.fromkeys(repr(word) for word in _literals(kind))
     takes_number = any(get_args(part) and get_args(part)[0] is int for part in get_args(kind))
     return ", ".join([*words, "a whole number"] if takes_number else words)
+
+
+def _kind_of(root: type[msgspec.Struct], path: str) -> Any:
+    """Return the type of a key of `root`, or of the list or table with any keys that has the value at `path`."""
+    kind: Any = root
+    for key in path.split("."):
+        struct = next((part for part in _parts(kind) if hasattr(part, "__struct_fields__")), None)
+        if struct is None and kind is not root and kind is not None:
+            return kind
+        fields = {field.name: field.type for field in msgspec.structs.fields(struct or root)}
+        kind = fields.get(key.partition("[")[0])
+    return kind
+
+
+def _parts(kind: Any) -> list[Any]:
+    """Return a type and those of which it is made: a union's, and what is annotated."""
+    parts = get_args(kind) if get_origin(kind) in (Annotated, Union, UnionType) else ()
+    return [kind, *(inner for part in parts for inner in _parts(part))]
 
 
 def _literals(kind: Any) -> list[str]:

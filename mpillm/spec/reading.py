@@ -91,7 +91,7 @@ def checked(
         spec = msgspec.convert(values, Spec)
     except msgspec.ValidationError as error:
         said = explain(error, values)
-        key = f"{said.partition(':')[0]}."
+        key = f"{said.partition(':')[0].partition('[')[0]}."
         by = next((name for begin, name in blamed.items() if key.startswith(begin)), where)
         raise JobError(f"{by}: {said}.") from None
     if ADDRESS in spec.input:

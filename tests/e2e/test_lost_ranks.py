@@ -66,7 +66,9 @@ def assert_same(output: Path, undisturbed: Path) -> None:
         pytest.param(4, "1:step:9:SIGKILL,2:step:9:SIGKILL", "1 x 2", id="two at once"),
         pytest.param(4, "3:step:9:SIGKILL,1:shrink:1:SIGKILL", "1 x 2", id="one more in the shrink"),
         pytest.param(4, "0:step:9:SIGKILL,1:shrink:1:SIGKILL", "1 x 2", id="rank 0 and its heir"),
-        pytest.param(4, "3:step:20:SIGKILL,1:open:2:SIGKILL", "1 x 2", id="one more while the job is opened again"),
+        pytest.param(
+            4, "3:step:20:SIGKILL,1:open:2:SIGKILL", "1 x 2", id="one more while the job is opened again"
+        ),
         pytest.param(2, "0:step:9:SIGSTOP", "1 x 1", id="rank 0 stopped"),
         pytest.param(2, "1:step:9:HANG", "1 x 1", id="one that hangs"),
         pytest.param(2, "0:write:1:SIGKILL", "1 x 1", id="rank 0 while it writes"),

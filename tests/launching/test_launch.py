@@ -284,6 +284,33 @@ def test_a_hostfile_of_which_no_host_answers(tmp_path: Path, capsys: pytest.Capt
     assert run._hosts(first=False) == [HostSlots("pi1", 1), HostSlots("pi2", 1)], "they may come back"
 
 
+def test_ranks_keep_their_own_values_without_a_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list has a value for each rank of the hostfile: those behind a lost host must not get its values."""
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
+    hostfile, words = tmp_path / "machines", list[str]()
+    hostfile.write_text("pi1 slots=2\npi2\npi3\n")
+    spec = job(
+        tmp_path,
+        f"model={model_path('chat')}",
+        "memory.kv=[1,2,'3GiB','4GiB']",
+        "layout.threads={pi3=2, default=1}",
+    )
+    of = Supervisor(spec, OPENMPI, Settings(hostfile=hostfile), ["mpillm", "run"], *[print] * 3)
+    monkeypatch.setattr(
+        supervisor, "answering", lambda settings, say: [HostSlots("pi1", 2), HostSlots("pi3", 1)]
+    )
+    monkeypatch.setattr(supervisor, "ranks_that_work", lambda spec, maximum: maximum)
+
+    def run_watched(started: list[str], *_: object) -> int:
+        words[:] = started
+        return 2
+
+    monkeypatch.setattr(supervisor, "run_watched", run_watched)
+    assert of.run() == 2
+    assert words[words.index("mpillm") :] == ["mpillm", "run", '--set=memory.kv=[1,2,"4GiB"]']
+    assert of._numbers([HostSlots("pi1", 2), HostSlots("pi2", 1), HostSlots("pi3", 1)]) == []
+
+
 AGAIN = "The run ended before it was complete ({}); the next start is in 1 s."
 COMPLETE = "The run is complete; the results are in {results}."
 

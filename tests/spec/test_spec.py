@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -154,7 +155,7 @@ def test_wrong_overrides(tmp_path: Path) -> None:
             "The command line has an unknown key 'sampling.sede'; did you mean 'sampling.seed'?",
         ),
         ("sampling.seed.x=3", "expected a whole number, got a table"),
-        ("model.x=3", "model[...]: expected a string, got a whole number"),
+        ("model.x=3", "model.x: expected a string, not 3"),
     ]:
         with pytest.raises(JobError) as caught:
             load(tmp_path, LEAST, override)
@@ -334,6 +335,30 @@ def test_values_of_ranks_and_hosts() -> None:
             job.on_rank(rank, host)
     with pytest.raises(JobError, match=r"weights: 'much' is not a size"):
         spec.load(None, ["memory.weights=['1GiB', 'much']"], input="in", output="out")
+    assert list(job.unused(["pi", "nuc", "pi"])) == []
+    assert list(job.unused(["pi"])) == [
+        "memory.weights is a list of 2 values, and there is only 1 rank.",
+        "layout.threads has a value for nuc, where no rank is; the ranks are on pi.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ('layout.threads="x"', "layout.threads: expected one of 'auto', a whole number, not 'x'."),
+        ('layout.threads=[1, "x"]', "layout.threads[1]: expected one of 'auto', a whole number, not 'x'."),
+        ('layout.threads={pi="x"}', "layout.threads.pi: expected one of 'auto', a whole number, not 'x'."),
+        ("layout.threads={pi=1, nuc=0}", "layout.threads.nuc: expected a whole number >= 1, not 0."),
+        ("memory.kv=[1, -1]", "memory.kv[1]: expected a whole number >= 1, not -1."),
+        ("memory.kv={pi=[1]}", "memory.kv.pi: expected a whole number or a string, not [1]."),
+        ("model={pi=3}", "model.pi: expected a string, not 3."),
+        ("adapters={a=3}", "adapters.a: expected a string, not 3."),
+    ],
+)
+def test_wrong_values_of_ranks_and_hosts(given: str, said: str) -> None:
+    """The sentence names the entry of a list or a table, and the setting that gave it."""
+    with pytest.raises(JobError, match=f"^{re.escape(f'--set {given}: {said}')}$"):
+        spec.load(None, [given], input="in", output="out")
 
 
 def test_what_is_enough_is_little_more() -> None:

@@ -1,4 +1,4 @@
-"""Runs of the whole program on unequal ranks, some of which are lost: `python -m tests.unequal.losses --runs 50 --seed S`.
+"""The whole program on unequal ranks, some of which are lost: `python -m tests.unequal.losses --runs 50 --seed S`.
 
 Drawn are the ranks, their hosts (network namespaces, for root), the layout, budgets and threads as lists or tables by
 host, what `differing` changes, and who dies where: one or several ranks, at points from the first meeting to the last
@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
+import json
 import random
+import re
 import shutil
 import signal
 import socket
@@ -27,6 +28,7 @@ from typing import Any
 
 import msgspec
 import psutil
+from safetensors.numpy import load_file, save_file
 
 from mpillm import spec
 from mpillm.kernels import KV_BLOCK
@@ -48,17 +50,30 @@ STARTS = 8  # of a command that is typed again
 SCHEMA = {"type": "object", "properties": {"dog": {"type": "boolean"}}, "required": ["dog"]}
 SHAPES = {
     2: ((1, 2, 1), (1, 1, 2), (2, 1, 1)),
-    3: ((3, 1, 1),),
-    4: ((2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4), (4, 1, 1)),
-    6: ((3, 2, 1), (3, 1, 2)),
-    8: ((2, 2, 2), (2, 2, 2), (4, 1, 2), (2, 1, 4)),
+    3: ((3, 1, 1), (1, 3, 1)),
+    4: ((2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 4, 1), (4, 1, 1)),
+    6: ((3, 2, 1), (3, 1, 2), (2, 3, 1), (1, 3, 2), (1, 6, 1)),
+    8: ((2, 2, 2), (2, 2, 2), (4, 1, 2), (2, 4, 1), (1, 4, 2)),
 }
+LAYERS = 6  # of the model
 # Points at which ranks die (see `rank.py`), and up to how often they come there before.
 POINTS = {
-    "meet": 1, "begin": 2, "layout": 2, "measure": 1, "model": 2, "worker": 2, "made": 3, "opened": 1, "step": 40,
-    "sum": 200, "give": 2, "get": 3, "part": 1, "check": 2, "count": 1, "again": 2, "regroup": 1, "wait": 1,
-    "write": 1, "finish": 1, "shrink": 1, "stand": 3, "end": 1,
+    "meet": 1, "begin": 1, "layout": 1, "measure": 1, "model": 1, "worker": 1, "made": 2, "step": 60, "step ": 60,
+    "sum": 300, "give": 2, "get": 3, "part": 1, "check": 1, "count": 1, "wait": 1, "write": 1, "finish": 1, "stand": 3,
+    "end": 1,
 }  # fmt: skip
+# The same for those that die after others.
+LATER = {
+    "begin": 2,
+    "layout": 2,
+    "model": 2,
+    "worker": 2,
+    "made": 4,
+    "opened": 1,
+    "again": 1,
+    "regroup": 1,
+    "shrink": 1,
+}
 
 
 class Fault(Exception):
@@ -68,9 +83,12 @@ class Fault(Exception):
 class Run:
     """One job: what is drawn for it, and its starts."""
 
-    def __init__(self, mpi: Mpi, folder: Path, seed: str, reference: Path, source: Path, up: Hosts | None) -> None:
+    def __init__(self, mpi: Mpi, folder: Path, seed: str, common: Path, up: Hosts | None) -> None:
         self.draw = draw = random.Random(seed)
-        self.mpi, self.folder, self.seed, self.reference, self.source = mpi, folder, seed, reference, source
+        self.mpi, self.folder, self.seed = mpi, folder, seed
+        self.model, self.source, self.reference = (
+            common / name for name in ("model", "in.jsonl", "undisturbed")
+        )
         ways = ["launch", "launch", "again"] + (["survives"] * 4 if mpi.name == "openmpi" else ["again"])
         self.way = draw.choice(ways)
         self.hosts = up if draw.random() < 0.35 else None
@@ -97,13 +115,14 @@ class Run:
         draw = self.draw
         count = draw.choice((0, 1, 1, 1, 2, 2, 3))
         victims = draw.sample(range(self.ranks), min(count, max(self.ranks - 1, 1)))
-        points, made = sorted(POINTS), list[Death]()
+        made = list[Death]()
         for victim in victims:
-            point = draw.choice((*points, "step", "step", "step"))
+            points = POINTS if not made or draw.random() < 0.5 else LATER
+            point = draw.choice(sorted(points))
             number = "SIGKILL" if draw.random() < 0.9 else draw.choice(("SIGSTOP", HANG))
             if number == HANG and point in ("meet", "end", "stand", "wait"):
                 number = "SIGKILL"
-            made.append(Death(victim, point, draw.randint(1, POINTS[point]), number))
+            made.append(Death(victim, point.strip(), draw.randint(1, points[point]), number))
         return made
 
     def settings(self) -> list[str]:
@@ -115,17 +134,22 @@ class Run:
             found += [f"layout.replicas={replicas}", f"layout.stages={stages}", f"layout.shards={shards}"]
         elif draw.random() < 0.5:
             found.append("layout.replicas=1")
-        one = plan.make(spec.load(None, [], model=str(CHAT), input="in", output="out"), 1).ranks[0]
+        one = plan.make(spec.load(None, [], model=str(self.model), input="in", output="out"), 1).ranks[0]
         block = KV_BLOCK * one.kv_token
         for key, values in (
             ("memory.kv", [24 * block, 40 * block, 400 * block]),
-            ("memory.weights", ["all", "all", one.weights_minimum, (one.weights_minimum + one.weights_share) // 2]),
+            (
+                "memory.weights",
+                ["all", "all", one.weights_minimum, (one.weights_minimum + one.weights_share) // 2],
+            ),
             ("layout.threads", [1, 1, 2]),
         ):
             if draw.random() < 0.7:
                 found.append(f"{key}={self._by_rank_or_host(values)}")
         if draw.random() < 0.2:
-            made = [Host("8GiB", products={"f32": [draw.choice((0.01, 0.03))] * 3}) for _ in range(self.ranks)]
+            made = [
+                Host("8GiB", products={"f32": [draw.choice((0.01, 0.03))] * 3}) for _ in range(self.ranks)
+            ]
             speeds.write(self.folder / "speeds.toml", made)
             found.append(f"layout.hosts={self.folder / 'speeds.toml'}")
         found.append(f"batch.max_num_seqs={draw.choice((1, 2, 4, 16))}")
@@ -140,7 +164,11 @@ class Run:
             return msgspec.json.encode([draw.choice(values) for _ in range(self.ranks)]).decode()
         named = draw.sample(self.names, draw.randint(0, len(self.names)))
         table = {name: draw.choice(values) for name in named} | {"default": draw.choice(values)}
-        return "{" + ", ".join(f"{name} = {msgspec.json.encode(one).decode()}" for name, one in table.items()) + "}"
+        return (
+            "{"
+            + ", ".join(f"{name} = {msgspec.json.encode(one).decode()}" for name, one in table.items())
+            + "}"
+        )
 
     def go(self) -> Counter[str]:
         """Start until the job is done; raises Fault. Returns counts of what came."""
@@ -169,12 +197,20 @@ class Run:
                 raise Fault(f"other {name}")
         return counts
 
+    def after(self) -> float:
+        """Seconds since the last death; 0 without one."""
+        return time.time() - max(
+            (one.stat().st_mtime for one in self.folder.glob("died-*")), default=time.time()
+        )
+
     def _may_end(self, said: str) -> bool:
         """Whether a start that others should go on after may end all the same."""
         hung = any(death.signal == HANG for death in self.deaths)
         gone = len(list(self.folder.glob("death-*"))) <= len(self.deaths) - self.ranks
         early = "before all ranks were connected" in said
-        return gone or early or hung or bool(self.outside) or "does not fit into the KV cache of the rem" in said
+        return (
+            gone or early or hung or bool(self.outside) or "does not fit into the KV cache of the rem" in said
+        )
 
     def _fired(self, number: int) -> bool:
         left = len(list(self.folder.glob("death-*")))
@@ -188,18 +224,20 @@ class Run:
 
     def _start(self, settings: list[str], number: int) -> tuple[int, str]:
         words: list[str | Path] = [sys.executable, PROGRAM, self.folder, "mpillm"]
-        job = command(self.source, self.output, *settings)[2:]
+        job = command(self.source, self.output, *settings, model=self.model)[2:]
         log, hosts = self.folder / f"log-{number}", self.hosts
         hostfile = self.folder / "hosts"
         slots = self.ranks // len(self.names)
         form = "{}:{}" if self.mpi.name == "mpich" else "{} slots={}"
         if hosts is not None:
-            hostfile.write_text("".join(form.format(a, slots) + "\n" for a in hosts.addresses[: len(self.names)]))
+            hostfile.write_text(
+                "".join(form.format(a, slots) + "\n" for a in hosts.addresses[: len(self.names)])
+            )
         if self.way == "launch":
             words += ["launch"]
             if hosts is not None:
                 words += ["--hostfile", hostfile, "--agent", hosts.agent]
-                start, *options = hosts.launcher(self.mpi, hostfile)
+                _, *options = hosts.launcher(self.mpi, hostfile)
                 words += [f"--mpi-option={word}" for word in map(str, _after_agent(options))]
             else:
                 words += ["-n", str(self.ranks)]
@@ -209,10 +247,14 @@ class Run:
             first = [self.mpi.mpiexec] if hosts is None else hosts.launcher(self.mpi, hostfile)
             passed = ["-x", "MPILLM_DEADLINE"] if hosts is not None and self.mpi.name == "openmpi" else []
             words = [*first, *passed, *ulfm, "-n", str(self.ranks), *words, *job]
-        env = self.mpi.environment(MPILLM_DEADLINE=f"{stretched(6.0):.1f}", MPILLM_CACHE=str(self.folder / "cache"))
+        env = self.mpi.environment(
+            MPILLM_DEADLINE=f"{stretched(6.0):.1f}", MPILLM_CACHE=str(self.folder / "cache")
+        )
         if hosts is not None:
             kept = ("HOME", "PATH", "PYTHONPATH", "MPILLM_DEADLINE", "MPILLM_CACHE", *self.mpi.env)
-            few = {name: env[name] for name in kept} | ({"UCX_TLS": "tcp,self"} if self.mpi.name == "mpich" else {})
+            few = {name: env[name] for name in kept} | (
+                {"UCX_TLS": "tcp,self"} if self.mpi.name == "mpich" else {}
+            )
             words = hosts.on_first(words, few)
         with log.open("wb") as file:
             file.write((" ".join(map(str, words)) + "\n").encode())
@@ -284,15 +326,28 @@ def _after_agent(options: list[str | Path]) -> list[str | Path]:
     kept, skipped = list[str | Path](), {"-f": 1, "--hostfile": 1, "-launcher": 1, "-launcher-exec": 1}
     words = iter(map(str, options))
     for word in words:
-        if word in skipped:
+        name = next(words) if word == "--prtemca" else ""
+        if word in skipped or name == "plm_ssh_agent":
             next(words)
-        elif word == "--prtemca" and (name := next(words)) == "plm_ssh_agent":
-            next(words)
-        elif word == "--prtemca":
-            kept += [word, name]
         else:
-            kept.append(word)
+            kept += [word, name] if name else [word]
     return kept
+
+
+def deeper(folder: Path) -> Path:
+    """Make the chat model with LAYERS layers, which are its own again and again."""
+    shutil.copytree(CHAT, folder)
+    config = json.loads((folder / "config.json").read_text())
+    own = config["num_hidden_layers"]
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": LAYERS}))
+    (path,) = folder.glob("*.safetensors")
+    tensors, layer = load_file(path), re.compile(r"\blayers\.(\d+)\.")
+    for name in list(tensors):
+        if found := layer.search(name):
+            for number in range(int(found[1]) + own, LAYERS, own):
+                tensors[layer.sub(f"layers.{number}.", name)] = tensors[name]
+    save_file(tensors, path)
+    return folder
 
 
 def main() -> int:
@@ -314,8 +369,9 @@ def main() -> int:
                 "custom_id": f"r{number + 8}", "url": "/v1/chat/completions", "method": "POST",
                 "body": {"messages": [{"role": "user", "content": "the dog"}], "response_format": schema},
             }  # fmt: skip
-        source, reference = write_lines(folder / "in.jsonl", made), folder / "undisturbed"
-        alone = run_bounded([sys.executable, *command(source, reference, f"adapters.{TUNED}={ADAPTER}")])
+        source, model = write_lines(folder / "in.jsonl", made), deeper(folder / "model")
+        words = command(source, folder / "undisturbed", f"adapters.{TUNED}={ADAPTER}", model=model)
+        alone = run_bounded([sys.executable, *words])
         assert alone.returncode == 0, alone.stderr
         up = None
         if reason := tools.missing():
@@ -325,7 +381,7 @@ def main() -> int:
         for number in range(options.first, options.first + options.runs):
             own = folder / str(number)
             own.mkdir()
-            run = Run(mpi, own, f"{options.seed} {number}", reference, source, up)
+            run = Run(mpi, own, f"{options.seed} {number}", folder, up)
             where = f"{len(run.names)} hosts" if run.hosts else "1 host"
             died = ", ".join(f"{d.rank}:{d.point}:{d.count}:{d.signal}" for d in run.deaths) or run.outside
             print(f"{number}: {run.way}, {run.ranks} ranks on {where}, {died}", end=" ", flush=True)
@@ -335,12 +391,17 @@ def main() -> int:
                 counts += came
                 fired = len(run.deaths) - len(list(own.glob("death-*")))
                 counts["deaths"] += fired
-                print(f"ok ({came['starts']} starts, {fired} deaths, {time.monotonic() - begun:.0f} s)", flush=True)
+                print(
+                    f"ok ({came['starts']} starts, {fired} deaths, {time.monotonic() - begun:.0f} s)",
+                    flush=True,
+                )
                 shutil.rmtree(own)
             except Fault as fault:
                 faults += 1
                 print(f"WRONG: {fault}; see {own}", flush=True)
-    print(f"{options.runs} runs, {faults} faults (seed {options.seed}, {mpi.name}): {dict(counts)}", flush=True)
+    print(
+        f"{options.runs} runs, {faults} faults (seed {options.seed}, {mpi.name}): {dict(counts)}", flush=True
+    )
     if not faults:
         shutil.rmtree(folder)
     return int(faults > 0)

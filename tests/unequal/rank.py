@@ -38,7 +38,7 @@ class Plan(msgspec.Struct, frozen=True):
     """What happens to a start."""
 
     seed: str  # of the differences
-    deaths: list[Death] = []  # noqa: RUF012
+    deaths: list[Death] = []
     slow: int | None = None  # the rank that becomes slow
     moves: bool = False  # replicas give lines back
 
@@ -57,9 +57,10 @@ def watch(folder: Path, plan: Plan, point: str, owner: Any, method: str) -> None
         for number, death in own:
             if calls >= death.count:
                 try:
-                    (folder / f"death-{number}").unlink()
+                    (folder / f"death-{number}").rename(folder / f"died-{number}")
                 except FileNotFoundError:
                     continue
+                (folder / f"died-{number}").touch()
                 if death.signal == HANG:
                     threading.Event().wait()
                 os.kill(os.getpid(), signal.Signals[death.signal])
@@ -157,7 +158,11 @@ def main() -> int:
         own = [sys.executable, __file__, str(folder), "mpillm"]
         mpiexec.program = lambda arguments: [*own, *arguments]
         return mpillm(words)
-    plan, threads, done = msgspec.json.decode((folder / "plan.json").read_bytes(), type=Plan), World.limit_threads, []
+    plan, threads, done = (
+        msgspec.json.decode((folder / "plan.json").read_bytes(), type=Plan),
+        World.limit_threads,
+        [],
+    )
 
     def limit_threads(world: World, *args: Any) -> Any:
         if not done:
