@@ -124,10 +124,9 @@ class LayoutChoice:
             machines = replace(machines, speeds=known, measured=True)
 
         def search() -> LaidOut:
-            jobs = [spec, spec.with_automatic_layout()]  # its own layout may not fit the remaining ranks
-            for job in jobs if machines.speeds and spec.wire.between_stages == "f32" else ():
+            if machines.speeds and spec.wire.between_stages == "f32":
                 with suppress(LayoutError):
-                    return self._search(job, machines)
+                    return self._search(spec, machines)
             replicas = origin.laid_out(world, spec.wire)
             return LaidOut(Chosen(replicas, "ranks were lost"), machines, range(replicas[-1].ranks.stop))
 
@@ -228,7 +227,17 @@ class LayoutChoice:
         return Layouts(spec, self._open_model(), count, self.asked.lines or None, self._shards, self.asked)
 
     def _search(self, spec: Spec, machines: Machines, worth: float = 1.0) -> LaidOut:
-        """Search the layout of a job on these machines; `worth` is that of `search`."""
+        """Search the layout of a job on these machines; `worth` is that of `search`.
+
+        If ranks were lost, and the job's own layout does not fit those that are left, it is an automatic one.
+        """
+        if self._world.lost:
+            with suppress(LayoutError):
+                return self._searched(spec, machines, worth)
+            spec = spec.with_automatic_layout()
+        return self._searched(spec, machines, worth)
+
+    def _searched(self, spec: Spec, machines: Machines, worth: float) -> LaidOut:
         layouts = self._layouts(spec)
         found, without, said = (
             for_run(layouts, machines, worth) if self._leave_out else (layouts.choose(machines), [], "")

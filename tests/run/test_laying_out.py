@@ -14,6 +14,7 @@ import pytest
 
 from mpillm import spec
 from mpillm.comm import probe
+from mpillm.errors import LayoutError
 from mpillm.partition.replicas import Replica
 from mpillm.planning import measure
 from mpillm.planning.input_needs import NO_INPUT
@@ -218,3 +219,29 @@ def test_later_runs_on_the_same_hosts_do_not_measure_them_again(
     assert begin("a", "b") == [measure.QUICKLY, 1.0]
     monkeypatch.setenv("MPILLM_CACHE", str(left))  # where nothing can be written
     assert begin("a", "b") == begin("a", "b") == [measure.QUICKLY, 1.0]
+
+
+@pytest.mark.parametrize(("lost", "stages"), [(0, None), (1, 1)])
+def test_a_layout_that_the_ranks_left_do_not_have_becomes_an_automatic_one(
+    lost: int, stages: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a rank is lost before the run has begun."""
+
+    class Layouts:
+        def __init__(self, job: spec.Spec, *_: object) -> None:
+            self.spec = job
+
+        def choose(self, machines: Machines) -> Any:
+            if self.spec.layout.stages == 3:
+                raise LayoutError("needs 3 ranks")
+            return SimpleNamespace(chosen=Chosen((Replica(0, 1, 1),), ""), time=SimpleNamespace(seconds=0.1))
+
+    monkeypatch.setattr(laying_out, "Layouts", Layouts)
+    monkeypatch.setenv("MPILLM_CACHE", str(tmp_path))
+    job: Any = spec.load(None, ("layout.stages=3",), model="model", input="in", output="out")
+    world: Any = World()
+    world.lost, world.nodes.ranks_per_host = lost, [2]
+    planner: Any = SimpleNamespace(source=None)
+    layout = LayoutChoice(world, job, lambda: planner, lambda: NO_INPUT, None, True, False)
+    with nullcontext() if lost else pytest.raises(LayoutError, match="needs 3 ranks"):
+        assert layout.first(1).chosen.replicas[0].stages == stages

@@ -263,7 +263,10 @@ class Run:
                 [str(word) for word in words], env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
                 start_new_session=True,
             )  # fmt: skip
-        self._watch(launcher, number)
+        try:
+            self._watch(launcher, number)
+        finally:
+            self._end(launcher)
         return launcher.returncode, log.read_text(errors="replace")
 
     def _watch(self, launcher: subprocess.Popen[bytes], number: int) -> None:
@@ -277,7 +280,6 @@ class Run:
                 self._strike(launcher)
             if now - begun > stretched(LIMIT):
                 self._stacks()
-                self._end(launcher)
                 raise Fault(f"hangs: {list(self.folder.glob('stack-*'))}")
         until = time.monotonic() + stretched(LINGER)
         while (left := list(self._left_over())) and time.monotonic() < until:
@@ -285,9 +287,7 @@ class Run:
         if left and all(death.signal == "SIGKILL" for death in self.deaths):
             told = [(one.pid, one.status(), one.cmdline()[:4]) for one in left]
             self._stacks()
-            self._end(launcher)
             raise Fault(f"left behind: {told}")
-        self._end(launcher)
 
     def _strike(self, launcher: subprocess.Popen[bytes]) -> None:
         ranks = [one for one in self._left_over() if "launch" not in one.cmdline() and _is_rank(one)]
@@ -360,10 +360,11 @@ def main() -> int:
     mpi, counts, faults = FINDERS[options.mpi](), Counter[str](), 0
     if mpi is None:
         parser.error(f"there is no {options.mpi} (see tests/conftest.py)")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
     with contextlib.ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="losses-"))
-        made = lines(48)
-        for number in (0, 16, 32):
+        made = lines(32)
+        for number in (0, 16):
             schema = {"type": "json_schema", "json_schema": {"name": "dog", "schema": SCHEMA}}
             made[number + 8] = {
                 "custom_id": f"r{number + 8}", "url": "/v1/chat/completions", "method": "POST",
