@@ -148,6 +148,7 @@ def check_python(words: list[str]) -> None:
         "tests.serve.load",
         "tests.text.schema_suite",
         "tests.unequal",
+        "tests.unequal.losses",
     ):
         return  # their own tests run them
     if words[:4] == ["python", "-m", "pytest", "--with-mpi"]:

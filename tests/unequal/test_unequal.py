@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 
 import pytest
 
 from mpillm import spec
-from tests.conftest import Mpi
+from tests.conftest import Mpi, run_bounded
 from tests.e2e.jobs import CHAT
 from tests.unequal.drawing import settings_of
 
@@ -26,3 +27,10 @@ def test_what_is_drawn_is_a_job(tmp_path: Path) -> None:
         job = spec.load(None, settings_of(draw, ranks, names, CHAT, tmp_path), input="in", output="out")
         for rank in range(ranks):
             assert job.on_rank(rank, names[rank % 2]).memory.kv_bytes
+
+
+@pytest.mark.mpiexec
+def test_a_rank_is_lost(openmpi: Mpi) -> None:
+    done = run_bounded([sys.executable, "-m", "tests.unequal.losses", "--runs", "1", "--seed", "363"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0:step:7:SIGKILL ok (1 deaths" in done.stdout
