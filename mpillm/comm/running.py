@@ -39,7 +39,9 @@ def run(world: World, program: Callable[[World], int]) -> int:
         try:
             world.start_heartbeat()
             versions.check(world)
-            world.limit_threads(world.threads())
+            with world.together():  # a rank's environment may be wrong
+                threads = world.threads()
+            world.limit_threads(threads)
             code = program(world)
         except MpillmError as found:
             error = found

@@ -27,6 +27,7 @@ from pathlib import Path
 import psutil
 from safetensors.numpy import load_file, save_file
 
+from mpillm.words import count_of
 from tests.chaos.jobs import ADAPTER, TUNED, lines
 from tests.cluster import hosts as tools
 from tests.cluster.hosts import Hosts
@@ -93,11 +94,9 @@ class Run(Drawn):
         if self.way == "launch":
             return False
         hung = any(death.signal == HANG for death in self.deaths)  # two ranks may blame each other
-        early, tight = (
-            "before all ranks were connected",
-            "does not fit into the KV cache of the remaining ranks",
-        )
-        return hung or early in said or tight in said
+        early = "before all ranks were connected", "mpillm: A rank was lost", "] A rank was lost"
+        tight = "does not fit into the KV cache of the remaining ranks"
+        return hung or any(words in said for words in (*early, tight))
 
     def _strike(self, launcher: subprocess.Popen[bytes]) -> None:
         """Kill a rank, all of them, or mpiexec (under `launch` the supervisor)."""
@@ -173,7 +172,8 @@ def main() -> int:
             print(f"{number}: {run}", end=" ", flush=True)
             try:
                 counts += run.go() + Counter(runs=1, deaths=run.died)
-                print(f"ok ({run.died} deaths, {time.monotonic() - begun:.0f} s)", flush=True)
+                took = f"{time.monotonic() - begun:.0f} s, {run.after:.0f} s after the last"
+                print(f"ok ({count_of(run.died, 'death')}, {took})", flush=True)
                 shutil.rmtree(own)
             except Fault as fault:
                 faults += 1

@@ -63,6 +63,12 @@ class Drawn:
         """How many deaths have come."""
         return len(list(self.folder.glob("died-*")))
 
+    @property
+    def after(self) -> float:
+        """Seconds since the last death; 0 without one."""
+        times = [one.stat().st_mtime for one in self.folder.glob("died-*")]
+        return time.time() - max(times) if times else 0.0
+
     def settings(self, served: bool = False) -> list[str]:
         """New settings for these ranks."""
         return settings_of(self.draw, self.ranks, self.names, self.model, self.folder, served)

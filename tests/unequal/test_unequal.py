@@ -33,4 +33,4 @@ def test_what_is_drawn_is_a_job(tmp_path: Path) -> None:
 def test_a_rank_is_lost(openmpi: Mpi) -> None:
     done = run_bounded([sys.executable, "-m", "tests.unequal.losses", "--runs", "1", "--seed", "363"])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "0:step:7:SIGKILL ok (1 deaths" in done.stdout
+    assert "0:step:7:SIGKILL ok (1 death," in done.stdout
