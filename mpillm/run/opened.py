@@ -36,8 +36,13 @@ def found_here(world: World, spec: Spec, progress: Progress) -> Callable[[Path],
 
 
 def model_name(path: Path) -> str:
-    """Return the name of the model in answers."""
-    return printable(path.stem if path.suffix in (".gguf", ".m") else path.resolve().name)
+    """Return the name of the model in answers; in the cache of huggingface_hub that of the repository."""
+    if path.suffix in (".gguf", ".m"):
+        return printable(path.stem)
+    folder = path.resolve()
+    repository = folder.parent.parent.name
+    cached = folder.parent.name == "snapshots" and repository.startswith("models--")
+    return printable(repository.rpartition("--")[2] if cached else folder.name)
 
 
 def model_of(session: Session, path: Path, now: Callable[[], datetime] | None = None) -> Model:

@@ -22,6 +22,7 @@ from mpillm.catalogue import models, wheel
 from mpillm.catalogue.models import WheelModel, models_dir, pull, resolve
 from mpillm.catalogue.wheel import DownloadProgress
 from mpillm.errors import JobError, ModelError, MpillmError, NoSpace
+from mpillm.run.opened import model_name
 from mpillm.spec import load
 
 MODEL = b"GGUF" + bytes(range(256)) * 40
@@ -215,6 +216,8 @@ def test_a_folder_of_huggingface_hubs_cache(tmp_path: Path) -> None:
         resolve(str(folder))
     (folder / "snapshots" / "one").mkdir()
     assert resolve(str(folder)) == folder / "snapshots" / "one"
+    assert model_name(folder / "snapshots" / "one") == "name"
+    assert model_name(tmp_path / "one") == model_name(Path("one.gguf")) == "one"
     (folder / "snapshots" / "two").mkdir()
     (folder / "snapshots" / "two" / "model.gguf").touch()
     with pytest.raises(JobError, match=r"has 2 snapshots, of which none is main; give one, such as .*/one"):
