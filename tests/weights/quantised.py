@@ -125,9 +125,16 @@ def quark(
 
 
 def packed(
-    random: Random, n: int, k: int, group: int, bits: int = 4, zero: bool = False, act: bool = False
+    random: Random,
+    n: int,
+    k: int,
+    group: int,
+    bits: int = 4,
+    zero: bool = False,
+    act: bool = False,
+    apart: bool = False,
 ) -> Written:
-    """compressed-tensors' integers in words."""
+    """compressed-tensors' integers in words; `apart`: zeros are not, as older releases wrote them."""
     group = k if group < 0 else group
     half = 2 ** (bits - 1)
     q = random.integers(-half, half, (n, k))
@@ -139,7 +146,7 @@ def packed(
         "weight_packed": words(q + half, bits, 1), "weight_scale": scales, "weight_shape": np.array([n, k]),
     }  # fmt: skip
     if zero:
-        tensors["weight_zero_point"] = words(zeros + half, bits, 0)
+        tensors["weight_zero_point"] = zeros.astype(np.int8) if apart else words(zeros + half, bits, 0)
     if act:
         tensors["weight_g_idx"] = index.astype(np.int32)
     return tensors, w

@@ -122,6 +122,9 @@ CASES: dict[str, tuple[dict[str, Any], Write, BlockType, float]] = {
         partial(quantised.packed, group=-1), BlockType.Q4_0, EXACT,
     ),
     "int4 asymmetric": (CT, partial(quantised.packed, group=64, zero=True), BlockType.Q4_1, INTEGER),
+    "int4 with zeros in bytes": (
+        CT, partial(quantised.packed, group=32, zero=True, apart=True), BlockType.Q4_1, INTEGER,
+    ),
     "int4 act-order": (CT, partial(quantised.packed, group=32, act=True), BlockType.F16, HALF),
     "int8 in words": (CT, partial(quantised.packed, group=64, bits=8), BlockType.Q8_0, EXACT),
     **{

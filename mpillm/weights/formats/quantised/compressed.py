@@ -184,7 +184,7 @@ class CompressedMethod(Method):
         count = scales.shape[1] if len(scales.shape) == 2 else 1
         self.check(scales, FLOATS, (n, count), (1,), ())
         if zeros is not None and zeros.dtype == "I8":
-            self.check(zeros, ("I8",), (1,), ())
+            self.check(zeros, ("I8",), (n, count), (1,), ())
         elif zeros is not None:
             self.check(zeros, ("I32",), (-(-n * bits // 32), count))
         if index is not None:
