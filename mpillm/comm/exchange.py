@@ -66,6 +66,16 @@ class Exchange:
 
         return self._exchanged(exchange)
 
+    def _post(self, value: object) -> None:
+        """Send a value from rank 0 to the others, which receive it by `bcast`, in the background.
+
+        `bcast` may wait on rank 0 too, in the same machine's memory for a rank that does not call MPI for a while.
+        """
+        head, data = _packed(value)
+        rest = np.frombuffer(data, np.uint8)
+        buffers = [head] if _size(head) <= HEAD - LENGTH else [head, rest]
+        self.keep_alive([(self._startup.Ibcast(each, 0), each) for each in buffers])
+
     def gather(self, value: T) -> list[T]:
         """Return every rank's value, in rank order, on every rank."""
 
@@ -119,9 +129,11 @@ class Exchange:
         failed = [(rank, found) for rank, found in enumerate(self.gather(error)) if found is not None]
         if failed:
             rank, first = failed[0]
-            # Rank 0 does not have it, so the cause is that machine.
-            where = f" (on rank {rank} of {self.size}, host {self.hosts[rank]})" if rank else ""
-            raise type(first)(f"{first}{where}")
+            raise type(first)(f"{first}{self.where(rank)}")
+
+    def where(self, rank: int) -> str:
+        """Return what an error of this rank ends with. If rank 0 does not have it, the cause is that machine."""
+        return f" (on rank {rank} of {self.size}, host {self.hosts[rank]})" if rank else ""
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -132,6 +144,20 @@ class Exchange:
         except MpillmError as found:
             error = found
         self.agree(error)
+
+    @contextmanager
+    def unless_rank_0_fails(self) -> Iterator[None]:
+        """Run the block on every rank; an MpillmError on rank 0, which waits for no other, is raised on all."""
+        try:
+            yield
+        except MpillmError as found:
+            if self.rank == 0:
+                self._post(found)
+            raise
+        if self.rank == 0:
+            self._post(None)
+        elif (error := self.bcast(cast("MpillmError | None", None))) is not None:
+            raise error
 
     def on_rank_0(self, make: Callable[[], T]) -> T:
         """Return on every rank what rank 0 makes; an MpillmError there is raised on all."""

@@ -19,15 +19,15 @@ class Mailbox:
     Neither side waits for the other: a large message arrives over several calls of `receive`.
     """
 
-    def __init__(self, world: World, counters: MessageCounters) -> None:
-        self._world, self._count = world, counters.requests
+    def __init__(self, world: World, counters: MessageCounters, tag: Tag = Tag.REQUESTS) -> None:
+        self._world, self._count, self._tag = world, counters.requests, tag
         self._outbox = Outbox(world, self._count)
         self._coming: list[tuple[int, bytearray, MPI.Request]] = []
         world.keep_alive(self._coming)
 
     def send(self, message: bytes, rank: int) -> None:
         """Send a message to a rank, in the background."""
-        self._outbox.send(message, [rank], Tag.REQUESTS)
+        self._outbox.send(message, [rank], self._tag)
 
     def receive(self) -> tuple[int, bytes] | None:
         """Return the next message that has arrived, and the rank that sent it; None if there is none now."""
@@ -35,7 +35,7 @@ class Mailbox:
 
         self._outbox.progress()
         status = MPI.Status()
-        while (message := self._world.comm.Improbe(MPI.ANY_SOURCE, Tag.REQUESTS, status)) is not None:
+        while (message := self._world.comm.Improbe(MPI.ANY_SOURCE, self._tag, status)) is not None:
             data = bytearray(status.Get_count(MPI.BYTE))
             self._coming.append((status.Get_source(), data, message.Irecv([data, MPI.BYTE])))
         unfinished = set[int]()  # ranks with an earlier message that is still arriving

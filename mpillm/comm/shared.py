@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mpillm.comm.exchange import Exchange
 from mpillm.comm.world import World
 from mpillm.partition.grid import Place
 
@@ -68,17 +69,19 @@ class SharedRows:
         return found
 
 
-def shared_rows(world: World, place: Place, nbytes: int) -> SharedRows | None:
+def shared_rows(world: World, team: Exchange, place: Place, nbytes: int) -> SharedRows | None:
     """Return memory for parts of up to `nbytes` of the stage's shards; None if they are on several hosts, or cannot.
 
-    Collective over the world. Containers of one machine with names of their own count as hosts, as in the plan.
+    Collective over the `team` of the replica. Containers of one machine with names of their own count as hosts, as in
+    the plan.
     """
     flags = None
     with suppress(ImportError):
         flags = importlib.import_module("mpillm.kernels._flags")
     capacity = -(-min(nbytes, LARGEST) // FLAG_BYTES) * FLAG_BYTES
     size = place.shards * (FLAG_BYTES + SLOTS * capacity)
-    first = place.first + place.stage * place.shards
+    within = place.stage * place.shards  # the first of them in the replica
+    first = place.first + within
     together = len(set(world.nodes.numbers[first : first + place.shards])) == 1
     own, offer = -1, None
     if place.shard == 0 and place.shards > 1 and together and flags is not None:
@@ -89,9 +92,9 @@ def shared_rows(world: World, place: Place, nbytes: int) -> SharedRows | None:
             os.pwrite(own, token, 0)
             offer = f"/proc/{os.getpid()}/fd/{own}", token
     try:
-        path = world.gather(offer)[first]
+        path = team.gather(offer)[within]
         memory = None if path is None or flags is None else _mapped(*path, size)
-        stage = world.gather(memory is not None)[first : first + place.shards]
+        stage = team.gather(memory is not None)[within : within + place.shards]
     finally:
         if own >= 0:
             os.close(own)
@@ -99,7 +102,7 @@ def shared_rows(world: World, place: Place, nbytes: int) -> SharedRows | None:
         memory = None
     if memory is not None and place.shard == 0:
         memory[:TOKEN] = bytes(TOKEN)  # all have read it
-    world.barrier()  # no flag may be raised before this
+    team.barrier()  # no flag may be raised before this
     return SharedRows(memory, place, flags) if memory is not None else None
 
 

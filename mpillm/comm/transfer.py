@@ -40,6 +40,7 @@ class Tag(IntEnum):
     STEP = 3
     REPLY = 4
     REQUESTS = 5
+    READY = 6
     ALL_REDUCE = 8  # the last: the pieces of a message count on from here
 
 

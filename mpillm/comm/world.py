@@ -20,6 +20,7 @@ from mpillm.comm.faults import RankLost
 from mpillm.comm.meeting import Meeting
 from mpillm.comm.nodes import Nodes, RankInfo
 from mpillm.comm.rendezvous import listen
+from mpillm.comm.team import Team
 from mpillm.comm.waiting import wait, wait_for_flags
 
 if TYPE_CHECKING:
@@ -65,7 +66,10 @@ class World(Exchange):
 
     def look_around(self) -> None:
         """Find out where the ranks are, and how much memory is free there now (collective)."""
-        self._ranks = ranks = self.gather(RankInfo.of_this_process())
+        told = self.gather((self.number, RankInfo.of_this_process()))
+        #: the ranks' numbers when the run was started; some may have been lost
+        self.numbers = tuple(number for number, _ in told)
+        self._ranks = ranks = [rank for _, rank in told]
         self.nodes = Nodes(self.rank, ranks)
         self.hosts: tuple[str, ...] = tuple(rank.host for rank in ranks)
         self.host = self.hosts[self.rank]
@@ -156,12 +160,25 @@ class World(Exchange):
             self.spare = self.rank not in ranks
             with faults.bounded(self._heartbeat.limit if self._heartbeat else 0.0, str(self)):
                 if not self.spare:  # the spare ones need not be asked
-                    all_of_them = self.comm.Get_group()
-                    group = all_of_them.Incl(sorted(ranks))
-                    all_of_them.Free()
-                    self._use(self.comm.Create_group(group))
-                    group.Free()
+                    self._use(self._only(ranks))
         return not self.spare
+
+    def team(self, ranks: range) -> Exchange:
+        """Return an exchange among these ranks, of which this is one (collective for them alone)."""
+        if len(ranks) == self.size:
+            return self
+        with faults.bounded(self._heartbeat.limit if self._heartbeat else 0.0, str(self)):
+            comm = self._only(ranks)
+        self._comms.append(comm)
+        return Team(self, ranks, comm)
+
+    def _only(self, ranks: Collection[int]) -> MPI.Intracomm:
+        all_of_them = self.comm.Get_group()
+        group = all_of_them.Incl(sorted(ranks))
+        all_of_them.Free()
+        comm = self.comm.Create_group(group)
+        group.Free()
+        return comm
 
     def stand_by(self) -> None:
         """Wait on a spare rank until all ranks leave. Raises RankLost if the others want it to help after a loss."""

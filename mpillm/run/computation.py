@@ -50,7 +50,7 @@ class Computation:
         count = unanswered(job.input, journal)
         busy = self._balance.note if self._balance is not None else None
         self._dispatcher = Dispatcher(
-            session, self._leader, sharing, lines, count, self._assigned, self._keep, busy
+            session, self._leader, sharing, lines, count, self._assigned, self._keep, busy, self._arrived
         )
         self._unanswered = count
         self._began = self._checked = time.monotonic()
@@ -176,6 +176,14 @@ class Computation:
         if isinstance(record, Result) and record.status != 200 and len(self.job.not_finite) < SHOWN_ERRORS:
             self.job.not_finite[record.custom_id] = NOT_FINITE
         self.journal.append(record)
+
+    def _arrived(self) -> None:
+        """Note the files of replicas that are ready now, and what differs between the ranks."""
+        arrivals = self.session.arrivals
+        self.journal.join(arrivals.states)
+        for warning in arrivals.warnings:
+            if warning not in self.job.warnings:
+                self.job.warn(warning)
 
     def _look(self, bar: Bar) -> None:
         """Between steps: write due records to disk, show the progress, and check that the files still exist."""

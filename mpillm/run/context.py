@@ -22,7 +22,7 @@ from mpillm.run.session import Session
 from mpillm.run.tracer import Tracer
 from mpillm.spec import Spec
 from mpillm.store.journal_facts import first_layout
-from mpillm.store.output import PATIENCE, Claim
+from mpillm.store.output import JOURNAL, PATIENCE, Claim
 
 TAKEOVER = 15.0  # seconds within which the lock of a lost rank 0 must be released
 
@@ -46,6 +46,11 @@ class RankContext:
         """The claim on the output directory, made at the first access; rank 0 only."""
         patience = TAKEOVER if self.world.lost else PATIENCE
         return self.stack.enter_context(Claim(self.spec.output_path, patience))
+
+    @property
+    def resumes(self) -> bool:
+        """Whether earlier starts have written a journal; rank 0 only."""
+        return JOURNAL in self.claim.directory.names()
 
     def assistant(self, session: Session, path: Path, since: datetime) -> Assistant | None:
         """Return the assistant of a rank other than rank 0 if it leads a replica; the run began at the time `since`."""

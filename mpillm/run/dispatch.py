@@ -57,12 +57,15 @@ class Dispatcher:
         assigned: Callable[[Unfinished], Assigned],
         keep: Callable[[AnswerRecord], None],
         busy: Callable[[int, Busy], None] | None,
+        arrived: Callable[[], None],
     ) -> None:
         """`lines` yields the `count` lines to compute; `keep` takes the records of the other leaders.
 
-        `busy` takes the ranks' reports of their computing time, if ranks are compared (`balance`).
+        `busy` takes the ranks' reports of their computing time, if ranks are compared (`balance`). `arrived` is called
+        when more replicas are ready than before.
         """
-        self._mailbox, self._hosts = Mailbox(session.world, session.counters), session.world.hosts
+        self._world, self._mailbox = session.world, Mailbox(session.world, session.counters)
+        self._arrivals, self._arrived = session.arrivals, arrived
         self._own, self._lines, self._waiting = leader, lines, count
         self._returned: deque[Unfinished] = deque()  # returned lines are given out before `lines`
         self._assigned, self._keep, self._busy = assigned, keep, busy
@@ -106,6 +109,7 @@ class Dispatcher:
 
     def serve(self) -> None:
         """Receive the messages of the other leaders, and send them the lines that they have asked for."""
+        self._hear()
         while (self._here or self._telling) and (message := self._mailbox.receive()) is not None:
             self._take(*message)
         self._share_anew()
@@ -123,9 +127,11 @@ class Dispatcher:
             self._mailbox.send(msgspec.msgpack.encode(NoMoreLines(exit_code)), leader)
         until = time.monotonic() + PARTING if is_failure(exit_code) else float("inf")
         while self._here and (left := until - time.monotonic()) > 0:
-            if (message := self._mailbox.wait(min(left, LOOK_EVERY))) is not None:
-                # Report the first error, not one that it caused.
-                with suppress(MpillmError) if is_failure(exit_code) else nullcontext():
+            message = self._mailbox.wait(min(left, LOOK_EVERY))
+            # Report the first error, not one that it caused.
+            with suppress(MpillmError) if is_failure(exit_code) else nullcontext():
+                self._hear()
+                if message is not None:
                     self._take(*message)
 
     def part(self) -> None:
@@ -134,7 +140,18 @@ class Dispatcher:
             if (message := self._mailbox.wait(LOOK_EVERY)) is not None:
                 self._take(*message)
 
+    def _hear(self) -> None:
+        """Note which replicas are ready. Raises the error of one that cannot be."""
+        if self._arrivals.complete:
+            return
+        try:
+            if self._arrivals.look():
+                self._arrived()
+        finally:
+            self._here -= self._arrivals.failed
+
     def _take(self, leader: int, data: bytes) -> None:
+        self._hear()  # what a leader has said before
         message = TO_RANK_0.decode(data)
         if isinstance(message, Busy):
             if message.last:
@@ -146,7 +163,7 @@ class Dispatcher:
             self._here.discard(leader)
             if message.error:
                 error: MpillmError = pickle.loads(message.error)
-                raise type(error)(f"{error} (on rank {leader}, host {self._hosts[leader]})")
+                raise type(error)(f"{error}{self._world.where(leader)}")
             return
         if isinstance(message, GivenBack):
             self._asked.discard(leader)

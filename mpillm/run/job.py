@@ -119,7 +119,8 @@ def open_job(
 def open_journal(session: Session, spec: Spec, checked: CheckedInput, claim: Claim) -> Journal:
     """Open the journal of the job; the next results will be computed with `session`."""
     identity = {MODEL_FILE + name: file for name, file in session.model.items()} | spec.identity()
-    return Journal(claim, identity, checked.lines, session.layout, session.model_state)
+    states = "+".join(sorted(session.arrivals.states))
+    return Journal(claim, identity, checked.lines, session.layout, states, session.continues)
 
 
 def unanswered(checked: CheckedInput, journal: Journal) -> int:

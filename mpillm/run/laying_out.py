@@ -149,8 +149,7 @@ class LayoutChoice:
         """Return the machines, with what is known of their speeds before any is measured now."""
         world, file = self._world, self._spec.layout.hosts
         if file != "auto":
-            numbers = world.gather(world.number)  # some may have been lost while they started
-            known = world.on_rank_0(lambda: hosts.read(Path(file), world.started).of_ranks(numbers))
+            known = world.on_rank_0(lambda: hosts.read(Path(file), world.started).of_ranks(world.numbers))
             return replace(self._machines(), speeds=known.speeds, measured=known.measured)
         if not (self._paces and self._leave_out):
             return self._machines()

@@ -25,7 +25,6 @@ class Origin:
     kv_tokens: int  # the tokens of the longest request that the KV cache held; longer ones were refused
     watch: Watch | None  # the watch over this rank's model files; None on a rank that was spare
     model: dict[str, FileIdentity]  # the identities of rank 0's files
-    model_state: str  # the state of all ranks' files
     wire: Wire  # the wire between the shards of a stage
     speed: Speed | None  # the measured speed of this rank, if known
     tokenizer: Tokenizer | None = None  # this rank's, if it has loaded it; two would take twice the memory

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +21,10 @@ from mpillm.engine.engine import Engine
 from mpillm.engine.limits import Limits, Totals
 from mpillm.engine.speculation import Mode
 from mpillm.engine.worker import Worker, follow
-from mpillm.errors import ModelError
+from mpillm.errors import ModelError, MpillmError
 from mpillm.model.activations import activations_of
 from mpillm.model.adapters import Adapters
-from mpillm.model.cache_layout import rank_layouts
+from mpillm.model.cache_layout import CacheLayout, rank_layouts
 from mpillm.model.decoder import Decoder
 from mpillm.model.kv import KVCache
 from mpillm.model.opening import config_of, open_source
@@ -42,6 +42,7 @@ from mpillm.planning.shortage import shortage
 from mpillm.planning.speed import Speed
 from mpillm.planning.wire import wire_in_words
 from mpillm.run import draft
+from mpillm.run.arrivals import Arrivals, Ready
 from mpillm.run.laying_out import LayoutChoice
 from mpillm.run.origin import Origin
 from mpillm.spec import Spec, tightest
@@ -52,13 +53,15 @@ from mpillm.weights.identity import Watch, contents, summed
 from mpillm.weights.io.lost_pages import say_when_lost
 from mpillm.weights.paging.weights import Weights, check_budget, streamed
 from mpillm.weights.source import rank_plans
-from mpillm.words import some_of
 
 log = logging.getLogger(__name__)
 
 
 class Session:
-    """One rank's part of a distributed model. The constructor is collective; an error on any rank is raised on all."""
+    """One rank's part of a distributed model. The constructor is collective.
+
+    An error on any rank is raised on all. Only rank 0's replica does not wait for the others: see `getting_ready`.
+    """
 
     def __init__(
         self,
@@ -99,9 +102,10 @@ class Session:
             if not world.spare:
                 self._lay_out()
             if not world.spare:
-                self._agree_on_model()
                 self._take_place()
-                self._make_worker()
+                with self.getting_ready():
+                    self._agree_on_model()
+                    self._make_worker()
             self._open_files = unless_made.pop_all()
 
     def _open_model(self) -> Planner:
@@ -129,7 +133,7 @@ class Session:
     def _lay_out(self) -> None:
         """Choose the layout, and the ranks that have a place in it (collective)."""
         world, origin = self.world, self._origin
-        self.job = self.job.of_ranks(world.gather(world.number))  # some may have been lost
+        self.job = self.job.of_ranks(world.numbers)
         # Every rank looks at all of them, so that all find the same error without a message.
         self.spec = spec = [self.job.on_rank(*rank) for rank in enumerate(world.hosts)][world.rank]
         assert isinstance(spec.layout.threads, (str, int))
@@ -154,18 +158,31 @@ class Session:
         self.reason = "; ".join(filter(None, (chosen.reason, chosen.compared)))
         world.go_on_with(found.ranks)
 
+    @contextmanager
+    def getting_ready(self) -> Iterator[None]:
+        """Run the block on all ranks. An MpillmError of rank 0's replica, which waits for no other, is raised on all.
+
+        In the block an error of one rank of a replica is raised on all of them (`team`); their leader tells rank 0.
+        """
+        with self.world.unless_rank_0_fails():
+            try:
+                yield
+            except MpillmError as error:
+                if self.replica and self.place.rank == 0:
+                    self.arrivals.tell(error)
+                raise
+
     def _agree_on_model(self) -> None:
-        """Open the model where it is not open yet, and check that all ranks have the same one (collective)."""
-        world, origin = self.world, self._origin
-        with world.together():
+        """Open the model where it is not open yet, and check that it is that of rank 0 (collective in the replica)."""
+        world, team = self.world, self.team
+        with team.together():
             self._open_model()
-        self._same_model()
-        self.model = origin.model if origin is not None else world.bcast(self.watch.files)
-        self.fingerprint = summed(self.model)
-        found = world.gather((self.watch.state, kernels.path()))
-        states = sorted({state for state, _ in found})
-        self._kernels = [path for _, path in found]
-        self.model_state = origin.model_state if origin is not None else "+".join(states)
+        found = team.gather(
+            (contents(self.watch.files), str(self.source.path), self.watch.state, kernels.path())
+        )
+        self._same_model([(each, path) for each, path, _, _ in found])
+        _, _, states, paths = zip(*found, strict=True)
+        self.arrivals.note(self._ranks, Ready(states, paths))
         if (
             self._say is not None
             and world.rank == 0
@@ -174,44 +191,55 @@ class Session:
             self._say(lacking)
 
     def _take_place(self) -> None:
-        """Set this rank's place in the layout, and the warnings about it."""
-        world = self.world
+        """Set this rank's place in the layout, its team, warnings, and what rank 0 tells all ranks (collective)."""
+        world, origin = self.world, self._origin
         self.replica = next(n for n, replica in enumerate(self.replicas) if world.rank in replica.ranks)
         self._ranks, self._places = self.replicas[self.replica].ranks, self.replicas[self.replica].places
         self.place = self._places[world.rank - self._ranks.start]
-        if self._origin is not None and self.place.rank:  # leaders alone use a tokenizer
-            self._origin = replace(self._origin, tokenizer=None)
-        #: warnings for the user
-        self.warnings = world.nodes.bindings if self.spec.layout.threads == "auto" else []
-        self.warnings += world.nodes.clocks
-        self.warnings += self._left_out
-        self.warnings += _with_numpy(world.hosts, self._kernels)
+        #: the ranks of this replica
+        self.team = world.team(self._ranks)
+        #: what rank 0 knows of the other replicas
+        self.arrivals = Arrivals(world, self.replicas)
+        if origin is None:
+            self.model, self._kv_tokens = world.on_rank_0(lambda: (self.watch.files, self._shortest()))
+        else:
+            self.model, self._kv_tokens = origin.model, origin.kv_tokens
+        self.fingerprint = summed(self.model)
+        if origin is not None and self.place.rank:  # leaders alone use a tokenizer
+            self._origin = replace(origin, tokenizer=None)
+        self._remarks = world.nodes.bindings if self.spec.layout.threads == "auto" else []
+        self._remarks += world.nodes.clocks
+        self._remarks += self._left_out
         if self.wire != "f32" and self.place.shards > 1:
             words = wire_in_words(self.wire, self.place.shards, self.chosen.wire_reason)
-            self.warnings.append(f"{words[0].upper()}{words[1:]}.")
+            self._remarks.append(f"{words[0].upper()}{words[1:]}.")
+
+    @property
+    def warnings(self) -> list[str]:
+        """Warnings for the user, on rank 0."""
+        return [*self._remarks, *self.arrivals.warnings]
 
     def _make_worker(self) -> None:
-        """Create weights, KV cache, connections and the worker, within the budgets (collective)."""
-        world, spec, ranks = self.world, self.spec, self._ranks
+        """Create weights, KV cache, connections and the worker, within the budgets (collective in the replica)."""
+        world, team, spec, ranks = self.world, self.team, self.spec, self._ranks
         self.counters, memory = MessageCounters(), spec.memory
-        with world.together():
+        with team.together():
             plans = rank_plans(self.config, self.place, self.source)
             if (budget := memory.weights_bytes) is not None:
                 check_budget(plans, budget)
             own = streamed(plans, budget, memory.policy)
             factors = self.adapters.load(self.place)
             self.caches = rank_layouts(self.config, self._places, memory.kv_type)
-        self.streamed = world.gather(own)[ranks.start : ranks.stop]
-        with world.together():
-            self.limits = self._limits()
-        self._kv_tokens = min(world.gather(self.limits.max_length))
+        self.streamed = team.gather(own)
+        with team.together():
+            self.limits = self._limits(self.replica, self.caches, self.streamed)
         self.channel = Channel(world, self.counters, ranks)
-        shared = shared_rows(world, self.place, 4 * self.config.hidden * self.limits.max_tokens)
+        shared = shared_rows(world, team, self.place, 4 * self.config.hidden * self.limits.max_tokens)
         stage = self.replicas[self.replica].stage_ranks[self.place.stage]
         rate, crowded = self.machines.link(stage).wire, world.nodes.crowded(stage)
         whole = self.config.whole_prompts  # rows need later ones
         group = Group(world, self.place, self.wire, self.counters, self.threads, shared, rate, crowded, whole)
-        with world.together():
+        with team.together():
             cache, count = self.caches[self.place.rank], (self.limits.n_blocks, self.limits.n_states)
             self.kv = KVCache(cache, *count, memory.kv_bytes, memory.spill_folder)
             self._open_files.callback(self.kv.close)
@@ -246,6 +274,11 @@ class Session:
         return estimate(placement.with_wire(self.wire), demand or demand_of(self.needs))
 
     @property
+    def continues(self) -> bool:
+        """Whether the run has computed before, with another session."""
+        return self._origin is not None
+
+    @property
     def layout(self) -> UsedLayout:
         """The layout for the journal, without the number of replicas, on which answers do not depend."""
         return UsedLayout(self.place.stages, self.place.shards, self.wire)
@@ -262,7 +295,6 @@ class Session:
             self._kv_tokens,
             self.watch,
             self.model,
-            self.model_state,
             self.wire,
             self.speed,
             tokenizer,
@@ -319,12 +351,11 @@ class Session:
         """Stop the read-ahead threads and close the files."""
         self._open_files.close()
 
-    def _same_model(self) -> None:
-        """Raise ModelError if the ranks do not have the same model."""
+    def _same_model(self, found: Sequence[tuple[tuple[int, str], str]]) -> None:
+        """Raise ModelError if a rank of the replica has another model than rank 0: contents and path of each."""
         world = self.world
-        found = world.gather((contents(self.watch.files), str(self.source.path)))
-        first_size, first_hash = first = found[0][0]
-        for rank, (each, path) in enumerate(found):
+        first_size, first_hash = first = contents(self.model)
+        for rank, (each, path) in zip(self._ranks, found, strict=True):
             if each != first:
                 size, digest = each
                 raise ModelError(
@@ -340,30 +371,29 @@ class Session:
             return NO_INPUT
         return needs_of(self.spec, self.config, self.source, lambda: self.tokenizer)
 
-    def _limits(self) -> Limits:
-        """Return the limits of a step and of the cache, which are the same on every rank."""
-        max_context = self.spec.memory.context(self.config.max_position)
-        specs = [self.job.on_rank(rank, self.world.hosts[rank]) for rank in self._ranks]
+    def _limits(self, number: int, caches: Sequence[CacheLayout], streamed: Sequence[int]) -> Limits:
+        """Return the limits of a step and of the cache, which are the same on every rank of the replica `number`.
+
+        `caches` and `streamed` are those of `limits`.
+        """
+        max_context, replica = self.spec.memory.context(self.config.max_position), self.replicas[number]
+        specs = [self.job.on_rank(rank, self.world.hosts[rank]) for rank in replica.ranks]
         kv = [spec.memory.kv_bytes for spec in specs]
         return limits(
             tightest(specs),
             self.activations,
-            self._places,
-            self.caches,
+            replica.places,
+            caches,
             max_context,
-            self.streamed,
+            streamed,
             kv,
             self.needs,
-            self.chosen.shares[self.replica],
+            self.chosen.shares[number],
         )
 
-
-def _with_numpy(hosts: Sequence[str], kernels_of_ranks: Sequence[str]) -> list[str]:
-    """Return a warning if only some of the ranks have compiled kernels, whose last digits are not those of NumPy."""
-    slow = [f"rank {rank} on {hosts[rank]}" for rank, path in enumerate(kernels_of_ranks) if path == "numpy"]
-    if len(slow) in (0, len(hosts)):
-        return []
-    return [
-        f"NumPy computes on {some_of(slow, 'rank')}, far slower than the compiled kernels of the other ranks, and "
-        "answers may differ in their last digits from those of other runs; `mpillm doctor` says why."
-    ]
+    def _shortest(self) -> int:
+        """Return the tokens of the longest request that the KV cache of each replica holds; on rank 0."""
+        return min(
+            self._limits(number, plan.caches, [rank.weights_streamed for rank in plan.ranks]).max_length
+            for number, plan in enumerate(self._plans())
+        )

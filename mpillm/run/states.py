@@ -47,7 +47,8 @@ class Starting:
         return begin(rank)
 
     def regrouped(self, computed: bool, losses: Losses) -> State:
-        assert not computed
+        if computed:  # without this rank
+            return Waiting(None, losses)
         return Restarting(None, None, losses)  # others may have begun already
 
 
@@ -89,8 +90,10 @@ class Restarting:
         return self.origin or (shared and replace(shared, speed=self.speed))
 
     def regrouped(self, computed: bool, losses: Losses) -> State:
-        assert not computed
-        return Restarting(self.origin, self.before, self.losses + losses, speed=self.speed)
+        losses = self.losses + losses
+        if computed:  # without this rank
+            return Waiting(self.origin, losses)
+        return Restarting(self.origin, self.before, losses, speed=self.speed)
 
 
 @dataclass(frozen=True)
@@ -280,11 +283,16 @@ def begin(
         if world.spare:
             return StandingBy(origin, session.speed, losses)
         computation = assistant = None
-        with world.together():
-            if world.rank == 0:
-                computation = rank.computation(session, path, before)
-            else:
-                assistant = rank.assistant(session, path, since)
+        with session.getting_ready():
+            with session.team.together():
+                if world.rank == 0:
+                    if losses or rank.resumes:
+                        session.arrivals.wait()
+                    computation = rank.computation(session, path, before)
+                else:
+                    assistant = rank.assistant(session, path, since)
+            if assistant is not None:
+                session.arrivals.tell()
         if computation is not None and losses:
             computation.job.warn(what_was_lost(losses, session))
         if computation is not None and slowed is not None:

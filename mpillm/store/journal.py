@@ -76,12 +76,13 @@ class Journal(Descriptor):
         lines: Iterable[Line],
         layout: UsedLayout | None = None,
         model_state: str = "",
+        watched: bool = False,
     ) -> None:
         """Open the journal of the claimed directory, or create it; `layout` is that of the results to append.
 
         `model_state` has the states of the model's files on all hosts (`Watch.state`), with a "+" between them. If it
         differs from the journal's by more than hosts that left or hosts that joined, what was appended after the last
-        `mark_verified` is dropped.
+        `mark_verified` is dropped; but not if the ranks have `watched` the files since they wrote the journal.
 
         OutputError if it belongs to another job, or if the input lacks a line that it had before.
         """
@@ -111,13 +112,13 @@ class Journal(Descriptor):
         with explained(self.path):
             self._file = self._directory.open(JOURNAL, os.O_RDWR)
         try:
-            self._resume(header, keys, lines)
+            self._resume(header, keys, lines, watched)
         except BaseException:
             self.close()
             raise
         self.resumed = len(self.done)
 
-    def _resume(self, header: JournalHeader, keys: bytes, lines: Iterable[Line]) -> None:
+    def _resume(self, header: JournalHeader, keys: bytes, lines: Iterable[Line], watched: bool) -> None:
         with explained(self.path):
             found = scan(self._file)
         if found.header is None:
@@ -136,7 +137,8 @@ class Journal(Descriptor):
             refuse_changed_lines(self.path, old, keys, lines, self._names(found.done))
         # From here on the journal is known to be of this job, and may be written to.
         with explained(self.path):
-            found = self._without_unverified(found)
+            if not watched:
+                found = self._without_unverified(found)
             size = os.fstat(self._file).st_size
         self.done, self._partial = found.done, found.partial
         self.answered, self._last_layout = found.answered, found.layout
@@ -174,6 +176,13 @@ class Journal(Descriptor):
                 f"was written: the last {count_of(dropped, 'request')} will run again."
             )
         return found
+
+    def join(self, model_states: Iterable[str]) -> None:
+        """Note the states of the model's files on hosts whose results may follow."""
+        state = "+".join(sorted({*self._state.split("+"), *model_states}))
+        if state != self._state:
+            self._state = state
+            self._waiting.append(Verified(self._verified, state))
 
     def mark_verified(self, all_ranks: bool = False) -> None:
         """Note that the model's files are unchanged.

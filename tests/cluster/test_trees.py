@@ -102,7 +102,9 @@ def test_what_is_wrong_on_a_host_is_said_with_its_name(mpi: Mpi, tmp_path: Path,
     ahead = "import time\nnow = time.time\ntime.time = lambda: now() + 7200\n"
     (tmp_path / "ahead.py").write_text(Path(mpi4py.__file__).read_text() + ahead)
     job, hostfile = write_job(tmp_path), tmp_path / "hosts"
-    settings = [f"model={places['model']}", f"memory.spill_dir={places['spill']}", "layout.shards=2", *TIGHT]
+    # Rank 0 waits for its shards, and begins before other replicas are ready.
+    layout = "layout.shards=2" if mpi.name == "openmpi" else "layout.replicas=2"
+    settings = [f"model={places['model']}", f"memory.spill_dir={places['spill']}", layout, *TIGHT]
     program = [
         sys.executable, "-B", "-m", "mpillm", "run", job, *(f"--set={setting}" for setting in settings)
     ]  # fmt: skip

@@ -45,7 +45,7 @@ def main(world: World) -> int:
         if not world.oversubscribed:  # MPI's own waiting would take the cores from those it waits for
             own = partial(world.comm.Allreduce, x, np.empty_like(x))
             took["sum by MPI's own, blocking"] = _microseconds(world, own)
-        shared = shared_rows(world, place, x.nbytes)
+        shared = shared_rows(world, world, place, x.nbytes)
         ways: list[tuple[str, Wire, SharedRows | None]] = [
             ("f32", "f32", None),
             ("q8_0", "q8_0", None),

@@ -1,7 +1,8 @@
 """Program for test_lost_ranks.py: `dying.py PLAN ARGUMENTS...` is mpillm with ranks that die at points of the plan.
 
 A plan is `RANK:POINT:COUNT:SIGNAL,...`: the rank gets the signal when it comes to the point for the COUNTth time;
-`HANG` instead of a signal lets it do nothing any more, and `SLOW` has each call from then on take 50 ms more.
+`HANG` instead of a signal lets it do nothing any more, and `SLOW` has each call from then on take 50 ms more. `FAIL`
+raises an error there, and `LATE` waits for the file MPILLM_TEST_LATE. Of several items for a point the last is first.
 """
 
 from __future__ import annotations
@@ -19,27 +20,36 @@ from typing import Any
 from mpillm.cli import main
 from mpillm.comm.departure import Departure
 from mpillm.comm.world import World
+from mpillm.errors import ModelError
 
 
 def die(point: str, owner: Any, method: str) -> None:
     """Have this rank die, if the plan says so, when `owner.method` is called."""
     for rank, at, count, number in (item.split(":") for item in sys.argv[1].split(",")):
         if at == point and rank == os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK")):
-            original: Callable[..., Any] = getattr(owner, method)
-            left = int(count)
+            setattr(owner, method, _dying(getattr(owner, method), int(count), number))
 
-            def dying(*args: Any, original: Any = original, number: str = number, **kwargs: Any) -> Any:
-                nonlocal left
-                left -= 1
-                if left <= 0 and number == "SLOW":
-                    time.sleep(0.05)
-                elif left == 0 and number == "HANG":
-                    threading.Event().wait()
-                elif left == 0:
-                    os.kill(os.getpid(), signal.Signals[number])
-                return original(*args, **kwargs)
 
-            setattr(owner, method, dying)
+def _dying(original: Callable[..., Any], count: int, number: str) -> Callable[..., Any]:
+    left = count
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left <= 0 and number == "SLOW":
+            time.sleep(0.05)
+        elif left == 0 and number == "HANG":
+            threading.Event().wait()
+        elif left == 0 and number == "FAIL":
+            raise ModelError("The model is gone.")
+        elif left == 0 and number == "LATE":
+            while not os.path.exists(os.environ["MPILLM_TEST_LATE"]):
+                time.sleep(0.01)
+        elif left == 0:
+            os.kill(os.getpid(), signal.Signals[number])
+        return original(*args, **kwargs)
+
+    return dying
 
 
 def run(world: World, *args: Any) -> Any:
@@ -75,6 +85,7 @@ def run(world: World, *args: Any) -> Any:
         sharing.LOOK, assistant.TELL_EVERY = 0.0, 0.1
     if ":sum:" in sys.argv[1]:  # lanes for any rows, so that two sums are under way
         parts.LANES, parts.LANE_ROWS = 0.0, 2
+    die("open", RankContext, "assistant")
     die("step", Worker, "step")
     die("give", Leader, "give_back")
     die("get", Dispatcher, "_get_back")

@@ -157,6 +157,43 @@ def test_an_error_of_another_replica_ends_the_run_and_keeps_what_there_is(
     assert report(tmp_path / "out")["requests"]["resumed"] > 0
 
 
+@pytest.mark.parametrize("then", ["", "FAIL", "SIGKILL"], ids=["ready", "error", "death"])
+def test_rank_0_answers_while_another_leader_gets_ready(
+    mpi: Mpi, then: str, source: Path, alone: Path, tmp_path: Path
+) -> None:
+    """What becomes of the other leader then is as if rank 0 had waited for it."""
+    killed = then == "SIGKILL"
+    if killed and mpi.name == "mpich":
+        pytest.skip("a run ends there with its first lost rank")
+    output, ready = tmp_path / "out", tmp_path / "ready"
+    plan = ",".join(f"1:open:1:{what}" for what in (then, "LATE") if what)
+    words = command(source, output, REPLICAS, "batch.max_num_seqs=4")[2:]
+    mpiexec, *start = mpi.command(2, DYING, plan, *words)
+    options = ["--with-ft", "ulfm"] if killed else []
+    env = mpi.environment(MPILLM_TEST_LATE=str(ready), MPILLM_DEADLINE="8")
+    with subprocess.Popen([mpiexec, *options, *start], env=env, stderr=subprocess.PIPE, text=True) as process:
+        while records(output) < 10:
+            assert process.poll() is None
+            time.sleep(0.02)
+        ready.touch()
+        _, said = process.communicate()
+    if then == "FAIL":
+        assert process.returncode == 2, said
+        assert said.count("The model is gone.") == 1, said
+        assert re.search(r"^mpillm: The model is gone\. \(on rank 1 of 2, host .+\)$", said, re.MULTILINE), (
+            said
+        )
+        kept = records(output)
+        done = run(mpi, 2, source, output, REPLICAS)
+        assert done.returncode == 1, done.stderr
+        assert report(output)["requests"]["resumed"] >= kept >= 10
+    else:
+        assert process.returncode == 1, said
+        assert ("Lost rank 1 on " in said) == killed, said
+        assert report(output)["replicas"] == (1 if killed else 2)
+    assert_same_results(alone, output)
+
+
 @pytest.mark.parametrize(
     "plan", ["1:give:1:SLOW", "1:give:1:SIGKILL", "0:get:1:SIGKILL"], ids=["nobody", "giver", "rank 0"]
 )

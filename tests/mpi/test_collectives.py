@@ -134,7 +134,7 @@ def test_sums_are_the_tree(
     world: World, place: Place, wire: Literal["f32", "q8_0", "shared"], rate: float
 ) -> None:
     """Whether all shards sum or one does; shared memory takes large rows in pieces, and none of the widest."""
-    shared = shared_rows(world, place, 4 * 7 * 2000) if wire == "shared" else None
+    shared = shared_rows(world, world, place, 4 * 7 * 2000) if wire == "shared" else None
     assert (shared is None) == (wire != "shared" or place.shards == 1)
     counters = MessageCounters()
     group = Group(world, place, "q8_0" if wire == "q8_0" else "f32", counters, shared=shared, rate=rate)
@@ -200,7 +200,7 @@ def test_many_steps_in_flight(world: World, place: Place, wire: Wire) -> None:
     """
     counters = MessageCounters()
     channel = Channel(world, counters)
-    shared = shared_rows(world, place, 1 << 16) if wire == "f32" else None
+    shared = shared_rows(world, world, place, 1 << 16) if wire == "f32" else None
     group, pipe = Group(world, place, wire, counters, shared=shared), Pipe(world, place, wire, counters)
     steps = [(1, b""), (64, b"x" * 200_000), (2, bytes(range(24))), (7, b"y"), (300, b"z" * 70_000)]
     own: list[bytes] = []  # what rank 0 has to say itself
@@ -234,7 +234,7 @@ def test_many_steps_in_flight(world: World, place: Place, wire: Wire) -> None:
 @pytest.mark.mpi(min_size=2)
 def test_ranks_that_are_out_of_step_are_noticed_in_shared_memory(world: World) -> None:
     place = Place(world.rank, 1, world.size)
-    shared = shared_rows(world, place, 1 << 12)
+    shared = shared_rows(world, world, place, 1 << 12)
     assert shared is not None
     assert shared.capacity == 1 << 10
     group = Group(world, place, "f32", MessageCounters(), shared=shared)

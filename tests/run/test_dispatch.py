@@ -38,6 +38,7 @@ def test_the_first_lines_come_unasked(
     session: Any = SimpleNamespace(
         world=SimpleNamespace(hosts=("a", "b"), size=2),
         counters=None,
+        arrivals=SimpleNamespace(complete=True),
         replicas=[SimpleNamespace(first=0), SimpleNamespace(first=1)],
         limits=SimpleNamespace(max_sequences=at_once, micro_batches=1),
     )
@@ -52,6 +53,7 @@ def test_the_first_lines_come_unasked(
         lambda given: Assigned(given.line, b"{}", {}),
         lambda record: None,
         None,
+        lambda: None,
     )
     dispatcher.serve()
     sent = dispatcher._mailbox.sent  # type: ignore[attr-defined]

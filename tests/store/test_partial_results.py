@@ -71,6 +71,21 @@ def test_nothing_is_dropped_when_hosts_leave_or_join(tmp_path: Path, state: str,
         assert (list(journal.finished()) == ["a"]) is kept
 
 
+@pytest.mark.parametrize(
+    ("state", "watched", "kept"),
+    [("a+b", False, True), ("b", False, True), ("b+c", False, False), ("b+c", True, True)],
+)
+def test_hosts_join_while_the_journal_is_open(tmp_path: Path, state: str, watched: bool, kept: bool) -> None:
+    """Their results follow the note of their files; ranks that go on, and have watched theirs, lose none."""
+    with Claim(tmp_path) as claim, Journal(claim, IDENTITY, lines(*NAMES), model_state="a") as journal:
+        journal.join(["b"])
+        journal.append(result("a"))
+        journal.flush()
+    opened = Claim(tmp_path)
+    with opened as claim, Journal(claim, IDENTITY, lines(*NAMES), None, state, watched) as journal:
+        assert (list(journal.finished()) == ["a"]) is kept
+
+
 def test_what_may_be_of_a_changed_model_is_dropped(tmp_path: Path) -> None:
     """Counted is what was there at the look before the last good one, for ranks do not look at the same moment."""
 
