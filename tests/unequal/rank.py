@@ -95,9 +95,9 @@ def move_lines() -> None:
     draw = random.Random(1)
 
     def targets(self: sharing.Sharing, held: Sequence[int], waiting: int) -> list[int] | None:
-        if draw.random() < 0.7:
-            return None
         lines, first = sum(held) + waiting, draw.randrange(len(held))
+        if not lines or draw.random() < 0.7:
+            return None
         return [lines if replica == first else 0 for replica in range(len(held))]
 
     sharing.Sharing.targets = targets  # type: ignore[method-assign]
