@@ -121,15 +121,16 @@ class World(Exchange):
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """In the block, a rank that hangs (see `stillness`) is ended after the deadline."""
+        """In the block, perhaps within another one, a rank that hangs (see `stillness`) is ended after the deadline."""
         beating = self._heartbeat
-        if beating is not None:
-            beating.computing = True
+        if beating is None:
+            yield
+            return
+        before, beating.computing = beating.computing, True
         try:
             yield
         finally:
-            if beating is not None:
-                beating.computing = False
+            beating.computing = before
 
     # Lost ranks.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from mpillm import tracing
 from mpillm.comm.channel import Channel
@@ -17,17 +18,25 @@ from mpillm.model.decoder import Decoder
 class Worker:
     """Computes a rank's share of steps; leader and followers each have one."""
 
-    def __init__(self, decoder: Decoder, micro_batches: int, threads: int) -> None:
-        self.decoder = decoder
+    def __init__(
+        self,
+        decoder: Decoder,
+        micro_batches: int,
+        threads: int,
+        computing: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """`computing` is entered for each message: that of the world, so that a rank that hangs there is ended."""
+        self.decoder, self._computing = decoder, computing
         self.seconds = 0.0  # the time of all steps, including waits
         self.longest = 0.0  # the time of the longest step, in seconds
         self._replies = ReplyBuilder(decoder, keep_steps=micro_batches, threads=threads)
 
     def compute(self, message: Step | Fetch) -> Reply | None:
         """Compute this rank's share of a message; return the reply on a rank of the last stage, else None."""
-        if isinstance(message, Step):
-            return self.step(message)
-        return self._replies.fetch(message) if self.decoder.is_last else None
+        with self._computing():
+            if isinstance(message, Step):
+                return self.step(message)
+            return self._replies.fetch(message) if self.decoder.is_last else None
 
     def step(self, step: Step) -> Reply | None:
         """Compute this rank's share of a step; return the reply on a rank of the last stage, else None."""

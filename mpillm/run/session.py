@@ -257,7 +257,7 @@ class Session:
         decoder = Decoder(
             self.config, self.place, self.source, self.weights, self.kv, group, pipe, self.threads, factors
         )
-        self.worker = Worker(decoder, self.limits.micro_batches, self.threads)
+        self.worker = Worker(decoder, self.limits.micro_batches, self.threads, world.computing)
         log.info(
             "%s %s, replica %d of %d (%s), %d threads, kernels %s, weights %.1f MiB", world, self.place, self.replica,
             len(self.replicas), self.reason, self.threads, kernels.path(), self.weights.total / 2**20,

@@ -90,7 +90,6 @@ def run(world: World, *args: Any) -> Any:
     die("give", Leader, "give_back")
     die("get", Dispatcher, "_get_back")
     die("sum", Group, "begin")
-    die("open", RankContext, "assistant")
     die("write", outcome, "write")
     return threads(world, *args)
 

@@ -1,7 +1,7 @@
 """Runs `mpillm` and ends it with SIGKILL at the moment that KILLED names in the environment: `FUNCTION when COUNT`.
 
 `when` is before or after the COUNTth call of a function below. NOTES is a file that gets what is computed and journaled
-of batches.
+of batches. The rank that HANGING names does nothing any more at its step number 20.
 """
 
 from __future__ import annotations
@@ -9,12 +9,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from mpillm.batch.work import Work
 from mpillm.cli import main
-from mpillm.run import job
+from mpillm.engine.reply import Reply
+from mpillm.engine.step import Step
+from mpillm.engine.worker import Worker
+from mpillm.run import job, session
 from mpillm.serve import batch_run
 from mpillm.serve.arrivals import Ticket
 from mpillm.serve.batches import Batches
@@ -62,6 +66,19 @@ class NotedJournal(Journal):
         return count
 
 
+class HangingWorker(Worker):
+    """A worker of a rank that hangs."""
+
+    steps = 0
+
+    def step(self, step: Step) -> Reply | None:
+        """Wait for ever in one of the steps."""
+        self.steps += 1
+        if self.steps == 20:
+            threading.Event().wait()
+        return super().step(step)
+
+
 PLACES = {
     "append": (NotedJournal, "append"),
     "flush": (NotedJournal, "flush"),
@@ -77,6 +94,8 @@ PLACES = {
 if __name__ == "__main__":
     batch_run.Ticket = NotedTicket  # type: ignore[misc]
     job.Journal = NotedJournal  # type: ignore[misc]
+    if os.environ.get("HANGING") == os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "")):
+        session.Worker = HangingWorker  # type: ignore[misc]
     if killed := os.environ.get("KILLED"):
         name, when, count = killed.rsplit(" ", 2)
         owner, attribute = PLACES[name]

@@ -1,4 +1,4 @@
-"""A server on four ranks, of which some are killed, and mpiexec at last."""
+"""A server on several ranks, of which some are killed or hang, and mpiexec at last."""
 
 from __future__ import annotations
 
@@ -97,3 +97,16 @@ def test_a_server_on_four_ranks_is_killed_and_goes_on(mpi: Mpi, tmp_path: Path) 
             answers = lines_of(client, state.output_file_id)
             assert [answer["response"]["body"]["choices"] for answer in answers] == expected
     journaled_once(notes)
+
+
+@pytest.mark.mpiexec
+@pytest.mark.parametrize("mpi", ["openmpi"], indirect=True)
+def test_a_server_ends_if_a_rank_hangs_in_a_step(mpi: Mpi, tmp_path: Path) -> None:
+    """Between requests all ranks may do nothing for longer than the deadline."""
+    env = mpi.environment(NOTES=str(tmp_path / "notes"), HANGING="1", MPILLM_DEADLINE="2")
+    stages = ("--set", "layout.stages=2")
+    with serving(tmp_path, mpi.command(2), env, *stages, program="tests.serve.program") as (url, process):
+        time.sleep(5)
+        assert ask_until_the_end(url).startswith("API")
+        assert process.wait(HANGS) != 0
+    assert "hangs" in (tmp_path / "log").read_text()

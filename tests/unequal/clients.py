@@ -21,7 +21,6 @@ from tests.chaos.starts import stretched
 from tests.cluster.hosts import Hosts
 from tests.conftest import Mpi
 from tests.unequal.drawing import STEPS, deaths_of
-from tests.unequal.rank import HANG
 from tests.unequal.starts import LIMIT, Drawn, Fault
 
 CLIENTS = 6
@@ -36,9 +35,7 @@ class Served(Drawn):
         super().__init__(mpi, folder, seed, common, up)
         self.launched = self.draw.random() < 0.5
         self.hosts, self.names = None, self.names[:1]  # clients reach a server on this machine
-        # A server does not notice that a rank hangs: between requests all of them do nothing.
-        deaths = deaths_of(self.draw, self.ranks, {"step": STEPS["step"], "sum": STEPS["sum"]})[:1]
-        self.plan([one for one in deaths if one.signal != HANG])
+        self.plan(deaths_of(self.draw, self.ranks, {"step": STEPS["step"], "sum": STEPS["sum"]})[:1])
         self._lines = [json.loads(line) for line in (common / "in.jsonl").read_text().splitlines()]
         answers = map(json.loads, (common / "undisturbed/results.jsonl").read_text().splitlines())
         self._answers = {one["custom_id"]: _agreed(one["response"]["body"]) for one in answers}
