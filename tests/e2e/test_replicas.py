@@ -22,6 +22,7 @@ from tests.e2e.jobs import assert_one_sentence, command, mixed_lines, results, r
 pytestmark = pytest.mark.mpiexec
 DYING = Path(__file__).with_name("dying.py")
 REPLICAS = "layout.replicas=2"
+RESULT, PART = b"\xa6result", b"\xa4part"  # kinds of a journal's records
 
 
 @pytest.fixture(scope="module")
@@ -128,11 +129,11 @@ def test_a_stopped_run_goes_on(
     assert 0 < generated < report(alone)["tokens"]["generated"]
 
 
-def records(output: Path) -> int:
-    """Results, and parts of them, that are on disk."""
+def records(output: Path, *kinds: bytes) -> int:
+    """Results, and parts of them, that are on disk; or only those kinds of records."""
     journal = output / "journal"
     data = journal.read_bytes() if journal.exists() else b""
-    return data.count(b"\xa4type\xa6result") + data.count(b"\xa4type\xa4part")
+    return sum(data.count(b"\xa4type" + kind) for kind in kinds or (RESULT, PART))
 
 
 def test_what_cannot_be_is_said_once(openmpi: Mpi, source: Path, tmp_path: Path) -> None:
@@ -183,10 +184,10 @@ def test_rank_0_answers_while_another_leader_gets_ready(
         assert re.search(r"^mpillm: The model is gone\. \(on rank 1 of 2, host .+\)$", said, re.MULTILINE), (
             said
         )
-        kept = records(output)
+        kept = records(output, RESULT)
         done = run(mpi, 2, source, output, REPLICAS)
         assert done.returncode == 1, done.stderr
-        assert report(output)["requests"]["resumed"] >= kept >= 10
+        assert report(output)["requests"]["resumed"] == kept > 0
     else:
         assert process.returncode == 1, said
         assert ("Lost rank 1 on " in said) == killed, said
