@@ -171,7 +171,8 @@ def other_library(library: Library, launch: Launch) -> str:
 def _instead(library: Library, launch: Launch) -> str:
     command = " ".join(["python", *_python_arguments()])
     # Why the ring: see slurm/run.sh.
-    srun = {"Open MPI": "SLURM_PMIX_FENCE=ring srun --mpi=pmix"}.get(library.name, "srun --mpi=pmi2")
+    ring = "SLURM_PMIX_FENCE=ring srun --mpi=pmix"
+    srun = ring if library.name == "Open MPI" else "srun --mpi=pmi2"
     mpiexec = library.mpiexec() or f"the mpiexec of {library.name}"
     if launch.launcher == "srun":
         return f"Type: {srun} -n {launch.size} {command} (or, instead of srun, {mpiexec})"

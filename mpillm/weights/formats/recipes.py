@@ -74,12 +74,16 @@ class TurnedRaw(Raw):
         return self.rows(np.arange(self.shape[0]))
 
     def rows(self, rows: Rows) -> Bytes:
-        index = slice(rows.start, rows.stop, rows.step) if isinstance(rows, range) else rows
-        stored = self.file.view(self.offset, self.nbytes).reshape(self.shape[::-1])
-        return np.ascontiguousarray(stored[:, index].T)
+        return _turned_rows(self.file.view(self.offset, self.nbytes).reshape(self.shape[::-1]), rows)
 
     def release(self, rows: Rows | None = None) -> None:
         self.file.release(self.offset, self.nbytes)
+
+
+def _turned_rows(stored: NDArray[Any], rows: Rows) -> NDArray[Any]:
+    """Return some rows of a matrix that is stored with its dimensions in turn."""
+    index = slice(rows.start, rows.stop, rows.step) if isinstance(rows, range) else rows
+    return np.ascontiguousarray(stored[:, index].T)
 
 
 def turned(raw: Raw) -> TurnedRaw:
@@ -134,9 +138,7 @@ class Transposed:
         return Transposed(self.raw[expert])
 
     def blocks(self, rows: Rows) -> Bytes:
-        values: NDArray[Any] = self.raw.bytes().view(f"u{self.stored.block_bytes}")
-        index = slice(rows.start, rows.stop, rows.step) if isinstance(rows, range) else rows
-        return np.ascontiguousarray(values[:, index].T).view(np.uint8)
+        return _turned_rows(self.raw.bytes().view(f"u{self.stored.block_bytes}"), rows).view(np.uint8)
 
     def lies(self) -> Iterator[Lies]:
         return self.raw.lies()

@@ -31,13 +31,8 @@ from mpillm.weights.formats.recipes import Raw, halves_apart, turned
 from mpillm.weights.formats.stored import OWN, Bytes, Floats, Stored
 
 NVFP4_BLOCK = 16
-_STORAGE = {
-    "U8": 1,
-    "I8": 1,
-    "F16": 2,
-    "BF16": 2,
-    "F32": 4,
-}  # bytes of types that bitsandbytes keeps nibbles as
+# Bytes of the types that bitsandbytes stores pairs of nibbles as.
+_STORAGE = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4}
 
 
 @dataclass(frozen=True)
