@@ -63,7 +63,9 @@ CASES: dict[str, tuple[dict[str, Any], Write, BlockType, float]] = {
         GPTQ | {"sym": False}, partial(quantised.gptq, group=64, sym=False, act=True), BlockType.F16, HALF,
     ),
     "gptq asymmetric": (GPTQ | {"sym": False}, partial(quantised.gptq, group=32, sym=False), BlockType.Q4_1, INTEGER),
-    "gptq act-order": (GPTQ | {"sym": True}, partial(quantised.gptq, group=32, act=True), BlockType.F16, HALF),
+    "gptq act-order": (
+        GPTQ | {"sym": True, "desc_act": True}, partial(quantised.gptq, group=32, act=True), BlockType.F16, HALF,
+    ),
     "gptq 8 bits": (
         GPTQ | {"bits": 8, "sym": True}, partial(quantised.gptq, group=64, bits=8), BlockType.Q8_0, EXACT,
     ),
@@ -464,6 +466,11 @@ def test_what_is_not_supported_is_refused_by_name(
     ("case", "drop", "message"),
     [
         ("gptq 32", ".scales", "has no tensor .*scales; the model is not complete"),
+        (
+            "gptq act-order",
+            ".g_idx",
+            "has no tensor .*g_idx, but its desc_act says .*; the model is not complete",
+        ),
         ("fp8 blocks", "_scale_inv", "has no tensor .*weight_scale; the model is not complete"),
         ("int4", "_scale", "has no tensor .*weight_scale; the model is not complete"),
         ("nf4", ".absmax", "has no tensor .*absmax; the model is not complete"),

@@ -137,6 +137,11 @@ class GptqMethod(Method):
             own, columns = self.sizes(bits, q, zeros, scales)
             if index is not None:
                 self.check(index, ("I32",), (columns,))
+            elif self.config.get("desc_act") is True and scales.shape[0] > 1:
+                raise ModelError(
+                    f"{self.path} has no tensor {base}.g_idx, but its desc_act says that columns are not in the order "
+                    "of their groups; the model is not complete."
+                )
             groups = self.groups_of(columns, scales.shape[0], scales, index)
             recipe = Grouped(self.name, own, q, zeros, scales, less_one, symmetric, groups, self.by_rows)
             yield f"{base}.weight", recipe
