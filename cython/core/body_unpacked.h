@@ -5,16 +5,17 @@
 enum { UNPACKED_ROWS = 64, UNPACKED_PARTS = MK_PARTS /* of 32 columns, at a time */ };
 enum { UNPACKED_TILES = VEC_ROWS > 4 ? 2 : 1, UNPACKED_SUMS = UNPACKED_TILES * MK_GROUP };
 enum { UNPACKED_FROM = 2 * MK_GROUP /* rows of x */ };
-/* Where in `groups` values of 8 bits have a second vector: their sizes, as vb_multiply takes them, or body_words.h's. */
-enum { UNPACKED_SECOND = VEC_ALIKE ? 0 : 8 };
+/* Where in `groups` the sizes of flipped values are, after what x is flipped with (body_flipped.h). */
+enum { UNPACKED_SIZES = VEC_ALIKE ? 0 : 8 };
 
 /* 32 columns of 16 rows of W. */
 typedef struct {
-    uint8_t groups[8 + UNPACKED_SECOND][64];
+    uint8_t groups[8 + UNPACKED_SIZES][64];
     vf d, m;
     part_scales of;
 #if !VEC_ALIKE
-    vi words[2]; /* the scales of both halves (body_centred.h) */
+    vi words[2];  /* the scales of both halves (body_centred.h) */
+    vi starts[2]; /* of sums over both halves, or over each (body_flipped.h) */
 #endif
 } unpacked;
 
@@ -47,29 +48,24 @@ MK_INLINE int raised_by(const int type) {
 
 /* The start of a sum over columns of half h, or of both. */
 MK_INLINE int32_t unpacked_start(const int form, const int bits, const mk_activation *a, const int h) {
-    if (form == MINIMUM || form == MINIMA || (bits == 8 && !VEC_Q8_BIAS)) return 0;
+    if (form == MINIMUM || form == MINIMA) return 0;
     if (form == HALVED) return 4 * mk_offset32(a, h);
     return bits == 8 ? a->offset128 : bits == 5 ? 2 * a->offset8 : a->offset8;
 }
 
-#ifdef VEC_WORDS
-#include "body_words.h"
-#else
-#define UNPACKED_FIRST(group) (group)
-#define UNPACKED_OTHER(group) vb_size(group)
-#endif
+#include "body_flipped.h"
 
 MK_INLINE void unpack_groups(const int type, const uint8_t *w, unpacked *to) {
     const int bits = unpacked_bits(type), wanted = bits == 8 ? VEC_Q8_BIAS : 1 << (bits - 1);
     vb groups[8];
     load_groups(type, w, groups);
+    if (IS_FLIPPED(bits)) {
+        FLIPPED(form_of(type) == HALVED ? 2 : 1, groups, to);
+        return;
+    }
     UNROLL
     for (int g = 0; g < 8; g++) {
         if (is_raised(type)) groups[g] = vb_raise(groups[g], wanted - raised_by(type));
-        if (UNPACKED_SECOND && bits == 8) {
-            vb_store(to->groups[UNPACKED_SECOND + g], UNPACKED_OTHER(groups[g]));
-            groups[g] = UNPACKED_FIRST(groups[g]);
-        }
         VEC_PUT(to->groups, g, groups);
     }
 }
@@ -100,7 +96,8 @@ HOT void unpack(const int type, const uint8_t *w, long count, unpacked *to) {
  * from `ahead` on into the second-level cache. */
 HOT void unpacked_tile(const int form, const int bits, const int R, const int T, const unpacked *w, long count,
                        const uint8_t *x, const uint8_t *ahead, long fetched, vf *sums, int rows) {
-    const int halves = form == HALVED || form == MINIMA ? 2 : 1, last = 8 / halves - 1, centred = IS_CENTRED(form, bits);
+    const int halves = form == HALVED || form == MINIMA ? 2 : 1, last = 8 / halves - 1;
+    const int centred = IS_CENTRED(form, bits), flipped = IS_FLIPPED(bits);
     vf acc[UNPACKED_SUMS];
     UNROLL
     for (int i = 0; i < R * T; i++) acc[i] = sums[i / T * rows + i % T];
@@ -114,14 +111,15 @@ HOT void unpacked_tile(const int form, const int bits, const int R, const int T,
             UNROLL
             for (int i = 0; i < R * T; i++)
                 if (centred) parts[i] = CENTRED_START(a[i % T].offset32[h]);
+                else if (flipped) dots[h][i] = FLIPPED_START(w + i / T * UNPACKED_PARTS, h);
                 else dots[h][i] = vi_set1(unpacked_start(form, bits, a + i % T, h));
             UNROLL
             for (int g = 0; g <= last; g++)
                 UNROLL
                 for (int i = 0; i < R * T; i++) {
                     const uint8_t(*values)[64] = w[i / T * UNPACKED_PARTS].groups + h * 4 + g;
-                    vb_multiply(centred ? MK_CENTRED : bits, g, last, vb_load(*values),
-                                vb_load(values[bits == 8 ? UNPACKED_SECOND : 0]), a[i % T].q + h * 16, &dots[h][i], &parts[i]);
+                    vb_multiply(centred ? MK_CENTRED : flipped ? MK_FLIPPED : bits, g, last, vb_load(*values),
+                                vb_load(values[flipped ? UNPACKED_SIZES : 0]), a[i % T].q + h * 16, &dots[h][i], &parts[i]);
                 }
             if (centred)
                 UNROLL
@@ -173,17 +171,10 @@ static const unpack_function UNPACK_FUNCTIONS[MK_TYPES] = {MK_BLOCK_TYPES(UNPACK
 #define UNPACKED_SHAPES(X) \
     X(SCALED, 8) X(SCALED, 5) X(SCALED, 4) X(HALVED, 8) X(HALVED, 6) X(MINIMUM, 4) X(MINIMUM, 5) X(MINIMA, 4)
 #endif
-#ifdef VEC_WORDS
-#define UNPACKED(form, bits, R, T, w, count, x, ahead, fetched, sums, rows)                              \
-    if (bits == 8) words_tile(form, T, w, count, x, ahead, fetched, sums);                               \
-    else unpacked_tile(form, bits, R, T, w, count, x, ahead, fetched, sums, rows)
-#else
-#define UNPACKED unpacked_tile
-#endif
 #define UNPACKED_TILE(form, bits, R)                                                                             \
     static void form##_##bits##_##R(const unpacked *w, long count, const uint8_t *x, const uint8_t *ahead,       \
                                     long fetched, vf *sums, int rows) {                                          \
-        UNPACKED(form, bits, R, MK_GROUP, w, count, x, ahead, fetched, sums, rows);                              \
+        unpacked_tile(form, bits, R, MK_GROUP, w, count, x, ahead, fetched, sums, rows);                         \
     }
 #if VEC_ROWS > 4
 #define UNPACKED_BOTH(form, bits) UNPACKED_TILE(form, bits, 1) UNPACKED_TILE(form, bits, 2)

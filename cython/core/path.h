@@ -212,9 +212,10 @@ static inline int32_t mk_offset32(const mk_activation *a, int half) { return a->
 
 /* If pairs of products of bytes are summed in 16 bits: whether group g of 4 columns begins such a sum, or ends it.  The
  * sums are at most 2 * 2 * 63 * 127, 4 * 2 * 31 * 127, 8 * 2 * 15 * 127, and 2 * 128 * 127, and do not overflow.  With
- * MK_CENTRED bits the caller begins and ends them (body_centred.h). */
-enum { MK_CENTRED = 7 };
-#define MK_CHAIN(bits) ((bits) == 8 ? 1 : (bits) == 6 ? 2 : (bits) == 5 ? 4 : 8)
+ * MK_CENTRED bits the caller begins and ends them (body_centred.h); with MK_FLIPPED bits w is what x is flipped with, and the
+ * caller adds what is missing (body_flipped.h). */
+enum { MK_CENTRED = 7, MK_FLIPPED = 9 };
+#define MK_CHAIN(bits) ((bits) == 8 || (bits) == MK_FLIPPED ? 1 : (bits) == 6 ? 2 : (bits) == 5 ? 4 : 8)
 #define MK_FIRST_PAIRS(bits, g) ((bits) != MK_CENTRED && (g) % MK_CHAIN(bits) == 0)
 #define MK_LAST_PAIRS(bits, g, last) \
     ((bits) != MK_CENTRED && ((g) % MK_CHAIN(bits) == MK_CHAIN(bits) - 1 || (g) == (last)))

@@ -123,6 +123,7 @@ MK_INLINE void vb_zip(vb low, vb high, uint8_t *a, uint8_t *b) {
 }
 MK_INLINE vb vb_signed(vb a) { return a; }
 XMM(vb_size, (vb a), _mm_abs_epi8(a.q[j]))
+XMM(vb_negative, (vb a), _mm_cmpgt_epi8(_mm_setzero_si128(), a.q[j])) /* -1, or 0 */
 MK_INLINE __m128i avx_x4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return _mm_set1_epi32(v); }
 
 MK_INLINE void vb_store(uint8_t *p, vb a) { QUARTERS _mm_storeu_si128((void *)(p + 16 * j), a.q[j]); }
@@ -136,8 +137,9 @@ MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, vb
                            vp *pairs) {
     const __m128i xg = avx_x4(x + 4 * g), one = _mm_set1_epi16(1);
     QUARTERS {
-        const __m128i products = bits == 8 ? _mm_maddubs_epi16(size.q[j], _mm_sign_epi8(xg, w.q[j]))
-                                           : _mm_maddubs_epi16(w.q[j], xg);
+        __m128i products = _mm_maddubs_epi16(w.q[j], xg);
+        if (bits == 8) products = _mm_maddubs_epi16(size.q[j], _mm_sign_epi8(xg, w.q[j]));
+        if (bits == MK_FLIPPED) products = _mm_maddubs_epi16(size.q[j], _mm_xor_si128(xg, w.q[j]));
         pairs->q[j] = MK_FIRST_PAIRS(bits, g) ? products : _mm_add_epi16(pairs->q[j], products);
         if (MK_LAST_PAIRS(bits, g, last)) dot->q[j] = _mm_add_epi32(dot->q[j], _mm_madd_epi16(pairs->q[j], one));
     }

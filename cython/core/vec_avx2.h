@@ -135,27 +135,17 @@ MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, vb
 #else
 /* Added one after the other: if a compiler adds them as a tree, it spills all products first. */
 MK_INLINE __m256i ymm_keep(__m256i a) { __asm__("" : "+x"(a)); return a; }
-/* Sums of many products of 8 bits take less time as words: psignb, pmaddubsw and pmaddwd share ports. */
-#define VEC_WORDS
-MK_INLINE __m256i ymm_words(__m256i a, const int odd) { /* of the bytes of each word: the even or the odd one, signed */
-    return _mm256_srai_epi16(odd ? a : _mm256_slli_epi16(a, 8), 8);
-}
-MK_INLINE vb vb_words(vb a, const int odd) { return (vb){ymm_words(a.lo, odd), ymm_words(a.hi, odd)}; }
-MK_INLINE void vb_store_words(int16_t (*to)[16], const int8_t *x) { /* of 32 bytes the even ones, then the odd ones */
-    const __m256i bytes = _mm256_loadu_si256((const void *)x);
-    for (int odd = 0; odd < 2; odd++) _mm256_storeu_si256((void *)to[odd], ymm_words(bytes, odd));
-}
-MK_INLINE void vb_multiply_words(vb w, const int16_t *x, vi *dot) { /* two words of x with two of each row */
-    const __m256i pair = ymm_keep(ymm_x4((const void *)x));
-    dot->lo = ymm_keep(_mm256_add_epi32(dot->lo, _mm256_madd_epi16(w.lo, pair)));
-    dot->hi = ymm_keep(_mm256_add_epi32(dot->hi, _mm256_madd_epi16(w.hi, pair)));
-}
 MK_INLINE vb vb_signed(vb a) { return a; }
 MK_INLINE vb vb_size(vb a) { return (vb){_mm256_abs_epi8(a.lo), _mm256_abs_epi8(a.hi)}; }
+MK_INLINE vb vb_negative(vb a) { /* -1, or 0 */
+    const __m256i zero = _mm256_setzero_si256();
+    return (vb){_mm256_cmpgt_epi8(zero, a.lo), _mm256_cmpgt_epi8(zero, a.hi)};
+}
 typedef vi vp;
 MK_INLINE void ymm_multiply(const int bits, const int g, const int last, __m256i w, __m256i size, __m256i x,
                             __m256i *dot, __m256i *pairs) {
     if (bits == 8) x = _mm256_sign_epi8(x, w), w = size;
+    if (bits == MK_FLIPPED) x = _mm256_xor_si256(x, w), w = size;
     const __m256i products = _mm256_maddubs_epi16(w, x);
     *pairs = MK_FIRST_PAIRS(bits, g) ? products : ymm_keep(_mm256_add_epi16(*pairs, products));
     if (MK_LAST_PAIRS(bits, g, last))

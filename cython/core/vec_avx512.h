@@ -144,6 +144,7 @@ MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, vb
 #else
 MK_INLINE vb vb_signed(vb a) { return a; }
 MK_INLINE vb vb_size(vb a) { return _mm512_abs_epi8(a); }
+MK_INLINE vb vb_negative(vb a) { return _mm512_movm_epi8(_mm512_movepi8_mask(a)); } /* -1, or 0 */
 typedef __m512i vp;
 MK_INLINE vp vp_set(const int16_t *pair) { return zmm_x4((const void *)pair); }
 MK_INLINE vi vp_times(vp a, vi words) { return _mm512_madd_epi16(a, words); }
@@ -156,6 +157,7 @@ MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, vb
         xg = _mm512_mask_sub_epi8(xg, _mm512_movepi8_mask(w), _mm512_setzero_si512(), xg);
         w = size;
     }
+    if (bits == MK_FLIPPED) xg = _mm512_xor_si512(xg, w), w = size;
     const __m512i products = _mm512_maddubs_epi16(w, xg);
     *pairs = MK_FIRST_PAIRS(bits, g) ? products : zmm_keep(_mm512_add_epi16(*pairs, products));
     if (MK_LAST_PAIRS(bits, g, last)) *dot = zmm_keep(vi_add(*dot, _mm512_madd_epi16(*pairs, _mm512_set1_epi16(1))));
