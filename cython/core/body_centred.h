@@ -7,11 +7,11 @@
 #define IS_CENTRED(form, bits) 0
 #define CENTRED_START(offset) ((vp){0})
 #define CENTRED_END(pairs, words) vi_set1(0)
-#define CENTRED_SCALES(to) (void)(to)
+#define CENTRED_SCALES(of, all, to) (void)(to)
 #else
 #define IS_CENTRED(form, bits) ((form) == HALVED && (bits) == 6)
 #define CENTRED_START(offset) vp_set(offset)
 #define CENTRED_END(pairs, words) vp_times(pairs, words)
-#define CENTRED_SCALES(to) \
-    for (int h = 0; h < 2; h++) (to)->words[h] = vi_words(vi_trunc((to)->of.scale[h]))
+#define CENTRED_SCALES(of, all, to) \
+    for (int h = 0; h < 2; h++) (to)->words[h] = vi_words(vi_trunc((of)->scale[h])), (to)->d = (all)->d
 #endif

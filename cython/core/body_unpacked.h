@@ -70,12 +70,22 @@ MK_INLINE void unpack_groups(const int type, const uint8_t *w, unpacked *to) {
     }
 }
 
+/* What a form needs of a part's factors: stores may take longer than unpacking. */
+MK_INLINE void put_scales(const int form, const part_scales *of, const super_scales *all, unpacked *to) {
+    const int halves = form == HALVED || form == MINIMA ? 2 : 1;
+    for (int h = 0; h < halves; h++) to->of.scale[h] = of->scale[h];
+    for (int h = 0; h < halves && (form == MINIMUM || form == MINIMA); h++) to->of.minimum[h] = of->minimum[h];
+    if (halves == 2) to->d = all->d;
+    if (form == MINIMA) to->m = all->m;
+}
+
 /* Unpack `count` parts, which for K-quants are those of a block. */
 HOT void unpack(const int type, const uint8_t *w, long count, unpacked *to) {
     if (!mk_is_super(type)) {
         for (; count--; to++, w += mk_packed_bytes(type) * MK_TILE) {
             unpack_groups(type, w + mk_scale_bytes(type) * MK_TILE, to);
-            to->of = load_plain_scales(type, w);
+            const part_scales of = load_plain_scales(type, w);
+            put_scales(form_of(type), &of, NULL, to);
         }
         return;
     }
@@ -83,9 +93,9 @@ HOT void unpack(const int type, const uint8_t *w, long count, unpacked *to) {
     for (int s = 0; s < MK_PARTS; s++, to++) {
         const uint8_t *part = w + mk_values_at(type) + s * mk_part_bytes(type);
         unpack_groups(type, part, to);
-        to->d = all.d, to->m = all.m;
-        to->of = load_scales(type, w + mk_scales_at(type) + s * mk_part_scales(type), part, all.d, all.m);
-        if (IS_CENTRED(form_of(type), unpacked_bits(type))) CENTRED_SCALES(to);
+        const part_scales of = load_scales(type, w + mk_scales_at(type) + s * mk_part_scales(type), part, all.d, all.m);
+        if (IS_CENTRED(form_of(type), unpacked_bits(type))) CENTRED_SCALES(&of, &all, to);
+        else put_scales(form_of(type), &of, &all, to);
     }
 }
 
