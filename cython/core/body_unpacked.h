@@ -48,7 +48,7 @@ MK_INLINE int raised_by(const int type) {
 
 /* The start of a sum over columns of half h, or of both. */
 MK_INLINE int32_t unpacked_start(const int form, const int bits, const mk_activation *a, const int h) {
-    if (form == MINIMUM || form == MINIMA) return 0;
+    if (form == MINIMUM || form == MINIMA || (bits == 8 && !VEC_Q8_BIAS)) return 0;
     if (form == HALVED) return 4 * mk_offset32(a, h);
     return bits == 8 ? a->offset128 : bits == 5 ? 2 * a->offset8 : a->offset8;
 }
