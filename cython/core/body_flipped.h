@@ -1,6 +1,6 @@
-/* Products whose values have 8 bits, where bytes are multiplied with and without a sign: w x is |w| (-x) = |w| ~x + |w| for
- * w < 0.  So x is flipped by an exclusive or, which other ports execute than products, unlike psignb, and a sum begins with the
- * sum of |w| of all w < 0, which all rows of x share.  A pair's sum is at least 2 * 128 * -128 and fits 16 bits. */
+/* Products of values of 8 bits, for instructions of which one operand has no sign: w x is |w| (-x) = |w| ~x + |w| for w < 0.
+ * So x is flipped by an exclusive or, which takes other ports than products, unlike psignb.  A sum begins with the sum of |w| of
+ * all w < 0, which all rows of x share.  The sum of a pair of products is at least 2 * 128 * -128, so it fits 16 bits. */
 
 #if VEC_ALIKE
 #define IS_FLIPPED(bits) 0

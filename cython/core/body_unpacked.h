@@ -70,7 +70,7 @@ MK_INLINE void unpack_groups(const int type, const uint8_t *w, unpacked *to) {
     }
 }
 
-/* What a form needs of a part's factors: stores may take longer than unpacking. */
+/* Store what a form needs of a part's factors; stores may take longer than the rest of unpacking. */
 MK_INLINE void put_scales(const int form, const part_scales *of, const super_scales *all, unpacked *to) {
     const int halves = form == HALVED || form == MINIMA ? 2 : 1;
     for (int h = 0; h < halves; h++) to->of.scale[h] = of->scale[h];

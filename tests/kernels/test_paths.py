@@ -37,6 +37,26 @@ def test_equals_scalar(path: str, seed: int) -> None:
             assert cases.same(got, expected), f"{path}: {case}"
 
 
+@pytest.mark.parametrize("path", [name for name in COMPILED if name != "scalar"])
+@pytest.mark.parametrize(("type", "codes"), [(BlockType.Q8_0, slice(2, 34)), (BlockType.Q6_K, slice(0, 192))])
+def test_largest_products_do_not_overflow(path: str, type: BlockType, codes: slice) -> None:
+    """Sums of pairs are at the limits of 16 bits: weights of -128 and 127, activations of -127 and 127."""
+    rng, k = np.random.default_rng(4), 2 * type.block
+    weights, x = cases.canonical(rng, type, 16, k), np.ones((16, k), np.float32)
+    blocks = weights.reshape(16, 2, type.block_bytes)
+    for row, code in enumerate((0x80, 0x7F, 0x81, 0x00, 0xFF)):
+        blocks[row, :, codes] = code
+    x[1] = -1
+    x[2, ::2] = -1
+    x[3, 1::2] = -0.99
+    x[4:] = rng.choice(np.array([-1, 1], np.float32), x[4:].shape)
+    for m in (1, 4, 16):
+        case = cases.Case("product", [int(type), 16, k, m, 1], [weights, np.array([0, k], np.int32), x[:m]])
+        want = scalar(case)
+        kernels.set_path(path)
+        assert cases.same(case.run()[-1], want[-1]), m
+
+
 @pytest.mark.parametrize("path", COMPILED)
 @pytest.mark.parametrize("type", list(BlockType))
 def test_rows_do_not_depend_on_their_batch_or_on_threads(path: str, type: BlockType) -> None:
