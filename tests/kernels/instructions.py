@@ -10,37 +10,14 @@ less one leave the loops.
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
+from tests.kernels import programs
+
+EMULATOR = "qemu-aarch64-static"
 COLUMNS, UNIT = 2048, 64
-FLAGS = ["-std=c11", "-ffp-contract=off", "-fno-math-errno", "-pthread"]
-
-
-def build(to: Path, path: str) -> Path:
-    """The program of products.c in a directory; only the kernels of `path`, and those of NEON that other paths
-    share, are optimised, as setup.py does."""
-    core = ROOT / "cython" / "core"
-    sources = [*sorted(core.glob("*.c")), Path(__file__).with_name("products.c")]
-
-    def compile(source: Path) -> str:
-        target = str(to / f"{source.stem}.o")
-        level = "-O3" if source.stem in (f"path_{path}", "path_neon", "run", "api") else "-O0"
-        subprocess.run(
-            [COMPILER, level, *FLAGS, "-I", str(core), "-c", str(source), "-o", target], check=True
-        )
-        return target
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile, sources))
-    program = to / "products"
-    subprocess.run([COMPILER, "-static", "-pthread", *objects, "-o", str(program), "-lm"], check=True)
-    return program
 
 
 def count(program: Path, path: str, kind: str, rows: int) -> float:
@@ -64,10 +41,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="+")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 32])
-    parser.add_argument("--path", default="neondot")
+    parser.add_argument("--path", default=programs.COUNTED)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        program = build(Path(scratch), given.path)
+        program = programs.build(programs.ARM, Path(scratch), "products", given.path)
         for kind in given.types:
             for rows in given.rows:
                 print(f"{kind} {rows}: {count(program, given.path, kind, rows):.2f}", flush=True)

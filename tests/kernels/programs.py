@@ -1,4 +1,4 @@
-"""The harness as a program, for processors and instructions that this machine lacks."""
+"""Programs of the kernels, for processors and instructions that this machine lacks: the harness, and products."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ FLAGS = [
     "-Werror",
     "-pthread",
 ]
+# Of the sources whose instructions are counted: as setup.py compiles them. With -O3 gcc 12 warns of values that NEON's
+# intrinsics set.
+SHIPPED = ["-O3", "-fno-math-errno", "-Wno-maybe-uninitialized"]
+ARM = "aarch64-linux-gnu-gcc"
+COUNTED = "neondot"  # the path of Arm whose instructions test_instructions.py counts
 
 X86 = platform.machine() == "x86_64"
 # gcc for this machine also links what stands for tile instructions.
@@ -35,31 +40,46 @@ TILES = {"gcc": ["-Wl,--wrap=mk_set_path"]} if X86 else {}
 SLOW = 600
 
 
-def program_of(compiler: str, factory: pytest.TempPathFactory) -> Path:
-    """The harness and the kernels as one static program, which the first of the workers that asks for it builds."""
+def program_of(compiler: str, factory: pytest.TempPathFactory, name: str = "harness") -> Path:
+    """The harness, or `products`, and the kernels as one static program.
+
+    The first of the workers that asks for one builds it; both programs have the same kernels.
+    """
     base = factory.getbasetemp()
-    to = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"harness-{compiler}"
+    to = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"kernels-{compiler}"
     to.mkdir(exist_ok=True)
     with (to / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        program = to / "harness"
-        return program if program.exists() else build(compiler, to)
+        program = to / name
+        return program if program.exists() else build(compiler, to, name, COUNTED if compiler == ARM else "")
 
 
-def build(compiler: str, to: Path) -> Path:
-    tests = ["harness.c", *(["tiles.c"] if compiler in TILES else [])]
-    sources = [*sorted(CORE.glob("*.c")), *(Path(__file__).with_name(name) for name in tests)]
+def build(compiler: str, to: Path, name: str, counted: str) -> Path:
+    """Make a program in a directory where the kernels may be compiled already.
+
+    Those of the path `counted`, and those of NEON that other paths share, are optimised as setup.py does it.
+    """
+    shipped = {f"path_{counted}", "path_neon", "run", "api"} if counted else set()
+    tests = [f"{name}.c", *(["tiles.c"] if compiler in TILES else [])]
+    sources = [*sorted(CORE.glob("*.c")), *(Path(__file__).with_name(each) for each in tests)]
 
     def compile(source: Path) -> str:
-        target = str(to / f"{source.stem}.o")
-        subprocess.run(
-            [compiler, *FLAGS, "-I", str(CORE), "-c", str(source), "-o", target], check=True, timeout=SLOW
-        )
-        return target
+        target = to / f"{source.stem}.o"
+        flags = [*FLAGS, *(SHIPPED if source.stem in shipped else [])]
+        if not target.exists():
+            part = target.with_suffix(".part")
+            subprocess.run(
+                [compiler, *flags, "-I", str(CORE), "-c", str(source), "-o", str(part)],
+                check=True,
+                timeout=SLOW,
+            )
+            part.rename(target)
+        return str(target)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile, sources))
-    program = to / "harness"
+        # The paths first, which take longest, so that no core waits for one at the end.
+        objects = list(pool.map(compile, sorted(sources, key=lambda path: not path.stem.startswith("path_"))))
+    program = to / name
     subprocess.run(
         [compiler, "-static", "-pthread", *objects, *TILES.get(compiler, []), "-o", str(program), "-lm"],
         check=True,

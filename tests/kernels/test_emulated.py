@@ -18,13 +18,13 @@ pytestmark = pytest.mark.timeout(3 * programs.SLOW)
 
 MACHINES = {  # compiler, emulator with its processor, paths that processor has, and those that no weaker one has
     "arm with i8mm": (
-        "aarch64-linux-gnu-gcc",
+        programs.ARM,
         "qemu-aarch64-static -cpu max",
         "scalar neon neondot neoni8mm",
         "neondot neoni8mm",
     ),
     "arm without dotprod": (
-        "aarch64-linux-gnu-gcc",
+        programs.ARM,
         "qemu-aarch64-static -cpu cortex-a72",
         "scalar neon",
         "scalar neon",

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import pytest
 
-from tests.kernels import instructions
+from tests.kernels import instructions, programs
 
 pytestmark = pytest.mark.timeout(1800)
 BOUNDS = {  # type, rows of activations: instructions for 64 products, gcc 12's and a tenth
@@ -19,10 +18,10 @@ BOUNDS = {  # type, rows of activations: instructions for 64 products, gcc 12's 
 }
 
 
-def test_products_on_arm_take_few_instructions(tmp_path: Path) -> None:
-    for tool in (instructions.COMPILER, instructions.EMULATOR):
+def test_products_on_arm_take_few_instructions(tmp_path_factory: pytest.TempPathFactory) -> None:
+    for tool in (programs.ARM, instructions.EMULATOR):
         if not shutil.which(tool):
             pytest.skip(f"{tool} is not installed")
-    program = instructions.build(tmp_path, "neondot")
-    found = {case: instructions.count(program, "neondot", *case) for case in BOUNDS}
+    program = programs.program_of(programs.ARM, tmp_path_factory, "products")
+    found = {case: instructions.count(program, programs.COUNTED, *case) for case in BOUNDS}
     assert all(found[case] <= bound for case, bound in BOUNDS.items()), found
