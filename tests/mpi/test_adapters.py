@@ -17,6 +17,8 @@ FEW = ["llama3_patterns", "olmo2_all", "qwen2_moe_shared"]
     "name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in ADAPTERS]
 )
 def test_every_layout(name: str, world: World) -> None:
+    if world.size > 4:
+        pytest.skip("what an adapter adds is summed as a matrix is: test_models.py")
     requests, job = both(name)
     model = model_path(adapted_model(name))
     for stages, shards in layouts(model, world.size):
