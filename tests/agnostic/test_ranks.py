@@ -59,7 +59,7 @@ def test_same_bits(model: str, stages: int, shards: int, openmpi: Mpi, tmp_path:
             assert totals["preemptions"] > 0
 
 
-@pytest.mark.parametrize(("windows", "stages", "shards"), [(False, 2, 1), (False, 1, 2), (True, 1, 2)])
+@pytest.mark.parametrize(("windows", "stages", "shards"), [(False, 2, 1), (True, 1, 2)])
 def test_a_kv_cache_on_disk(windows: bool, stages: int, shards: int, openmpi: Mpi, tmp_path: Path) -> None:
     tiny = Tiny(n_layers=12, vocab=300)
     if windows:
@@ -67,8 +67,8 @@ def test_a_kv_cache_on_disk(windows: bool, stages: int, shards: int, openmpi: Mp
     else:
         model = str(write_hf(tmp_path / "model", tiny.weights(), tiny.config()))
     target = tmp_path / "outcomes.json"
-    job = {"stages": stages, "shards": shards, "activations": "f32", "streams": True, "kv_blocks": TIGHT}
-    spills = {**job, "kv_spill": "1GiB", "spill_dir": str(tmp_path)}
+    job = {"stages": stages, "shards": shards, "activations": "f32", "kv_blocks": TIGHT}
+    spills = {**job, "streams": True, "kv_spill": "1GiB", "spill_dir": str(tmp_path)}
     done = openmpi.run(stages * shards, PROGRAM, target, model, json.dumps(job), json.dumps(spills))
     assert done.returncode == 0, done.stderr[-3000:]
     without, with_it = json.loads(target.read_text())

@@ -21,13 +21,22 @@ pytestmark = [pytest.mark.hosts, pytest.mark.mpiexec]
 
 
 @pytest.mark.parametrize(
-    ("what", "layout"),
-    [("cable", []), ("daemon", []), ("daemon", ["layout.replicas=2"]), ("daemon", ["layout.stages=2"])],
+    ("mpi", "what", "layout"),
+    [
+        ("openmpi", "cable", []),
+        ("mpich", "cable", []),
+        ("openmpi", "daemon", []),
+        ("mpich", "daemon", []),
+        # Who waits for whom then does not depend on the MPI.
+        ("openmpi", "daemon", ["layout.stages=2"]),
+        ("mpich", "daemon", ["layout.replicas=2"]),
+    ],
+    indirect=["mpi"],
 )
 def test_what_is_lost_costs_a_host(mpi: Mpi, tmp_path: Path, what: str, layout: list[str]) -> None:
     if reason := tools.missing():
         pytest.skip(reason)
-    source = write_lines(tmp_path / "in.jsonl", mixed_lines(200, seed=4, tokens=60))
+    source = write_lines(tmp_path / "in.jsonl", mixed_lines(120, seed=4, tokens=60))
     output, hostfile = tmp_path / "out", tmp_path / "hosts"
     hostfile.write_text("".join(f"{NETWORK}.{number}:1\n" for number in (1, 2)))
     with Hosts(tmp_path, 2).up() as hosts:

@@ -80,8 +80,14 @@ def test_ranks_land_as_listed_and_talk_over_the_network(
 
 
 @pytest.mark.parametrize(
-    ("ranks", "layout", "replicas"),
-    [(2, "shards=2", 1), (4, "shards=4", 1), (3, "stages=3", 1), (3, "replicas=3", 3)],
+    ("mpi", "ranks", "layout", "replicas"),
+    [
+        ("openmpi", 2, "shards=2", 1),
+        ("mpich", 4, "shards=4", 1),
+        ("openmpi", 3, "stages=3", 1),
+        ("mpich", 3, "replicas=3", 3),
+    ],
+    indirect=["mpi"],
 )
 def test_the_real_job_gives_the_same_bytes(
     hosts: Hosts, mpi: Mpi, hostfile: Path, tmp_path: Path, ranks: int, layout: str, replicas: int

@@ -25,7 +25,7 @@ SETTINGS = ["batch.max_num_seqs=2"]
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    return write_lines(tmp_path / "in.jsonl", mixed_lines(200, seed=4, tokens=60))
+    return write_lines(tmp_path / "in.jsonl", mixed_lines(80, seed=4, tokens=60))
 
 
 @contextlib.contextmanager

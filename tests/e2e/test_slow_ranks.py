@@ -40,7 +40,7 @@ def lines(seed: int, count: int, tokens: int) -> list[dict[str, object]]:
 @pytest.mark.parametrize(("library", "victim"), [("openmpi", "1"), ("mpich", "0")])
 def test_it_gets_fewer_layers(library: str, victim: str, tmp_path: Path) -> None:
     mpi = get_mpi(library)
-    source = write_lines(tmp_path / "in.jsonl", lines(int(victim), 10, 50))
+    source = write_lines(tmp_path / "in.jsonl", lines(int(victim), 6, 50))
     # By these speeds products take nearly all of a step; they are equal, so that the run begins with 2-2 layers.
     hosts.write(tmp_path / "hosts.toml", [Host(memory="8GiB", products={"f32": [0.01] * 3}, count=2)])
     settings = [

@@ -97,9 +97,10 @@ def test_killed_near_the_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.mpiexec
-def test_killed_near_the_end_on_two_ranks(mpi: Mpi, tmp_path: Path) -> None:
+def test_killed_near_the_end_on_two_ranks(openmpi: Mpi, tmp_path: Path) -> None:
+    """With MPICH, test_killed_beside_clients.py and test_lost_ranks.py kill ranks of servers."""
     kills = (KILLS[0], *KILLS[5:10:2])
-    killed_again_and_again(tmp_path, mpi.command(2), mpi.environment(), kills)
+    killed_again_and_again(tmp_path, openmpi.command(2), openmpi.environment(), kills)
 
 
 def test_what_was_cancelled_stays_cancelled(tmp_path: Path) -> None:

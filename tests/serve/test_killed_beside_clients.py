@@ -183,5 +183,6 @@ def test_on_one_rank(tmp_path: Path) -> None:
 
 
 @pytest.mark.mpiexec
-def test_on_two_ranks(mpi: Mpi, tmp_path: Path) -> None:
-    killed_beside_clients(tmp_path, mpi.command(2), mpi.environment(), (1, 0, None))
+def test_on_two_ranks(mpich: Mpi, tmp_path: Path) -> None:
+    """With Open MPI, test_killed_batches.py and test_lost_ranks.py kill ranks of servers."""
+    killed_beside_clients(tmp_path, mpich.command(2), mpich.environment(), (1, 0, None))
