@@ -90,15 +90,19 @@ static void (*const DECODED_TIMES_ROWS[])(int, const uint8_t *, long, const uint
 /* The same for whole steps of PAIRS_ROWS rows of x: sums [pair][row of x]. */
 static void decoded_pairs(const uint8_t *rows, long ahead, const uint8_t *x, long x_stride, long columns, vf *sums) {
     const long stride = columns * 2;
-    for (int pair = 0; pair < MK_TILE / 2; pair++, sums += PAIRS_ROWS) {
-        const uint8_t *row = rows + PAIR_ROW(pair) * stride;
-        for (long line = 0; ahead && line < stride; line += 64) {
-            __builtin_prefetch(row + ahead + line);
-            __builtin_prefetch(row + ahead + line + 4 * stride);
+    for (int four = 0; four < PAIRS_FOURS; four++)
+        for (int group = 0; group < PAIRS_ROWS; group += MK_GROUP) {
+            const uint8_t *row = rows + four * stride, *of_group = x + group / MK_GROUP * x_stride;
+            vf *to = sums + four * PAIRS_ROWS + group;
+            for (long line = group / 2 * 4 * stride, end = line + stride; ahead && line < end; line += 64) {
+                __builtin_prefetch(row + ahead + line);
+                __builtin_prefetch(row + ahead + line + 4 * stride);
+            }
+            if (columns == MK_BF16_BLOCK)
+                pairs_block(row, 4 * stride, of_group, PAIRS_STEPS, to, PAIRS_FOURS * PAIRS_ROWS);
+            else
+                pairs_block(row, 4 * stride, of_group, columns / 32, to, PAIRS_FOURS * PAIRS_ROWS);
         }
-        if (columns == MK_BF16_BLOCK) pairs_block(row, 4 * stride, x, x_stride, PAIRS_STEPS, sums);
-        else pairs_block(row, 4 * stride, x, x_stride, columns / 32, sums);
-    }
 }
 #define HAS_PAIRS(T, columns) ((T) == PAIRS_ROWS && (columns) % 32 == 0)
 #define CODED_SUMS(pairs, a, T) ((pairs) ? vf_sums_of_pairs(a, T) : vf_sums(a, T))

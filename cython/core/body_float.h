@@ -238,18 +238,13 @@ HOT void float_tile(const int type, const int R, const int T, const uint8_t *w, 
 
 #ifdef VEC_BF16
 #include "body_pairs.h"
-#define PAIRS_TILE(type, T)                                                                                        \
-    if (type == MK_BF16 && T == PAIRS_ROWS && rows == MK_TILE && columns && columns % 32 == 0) {                   \
-        pairs_tile(w, stride, ahead, x, x_stride, columns, sums);                                                  \
-        return;                                                                                                    \
-    }
 #else
-#define PAIRS_TILE(type, T)
+#define PAIRS_FIT(type, rows, n, columns) 0
+#define pairs_tile(...) (void)0
 #endif
 #define FLOAT_TILE(type, T)                                                                                        \
     static void type##_##T(const uint8_t *w, long stride, long ahead, int rows, const uint8_t *x, long x_stride,   \
                            long columns, vf *sums) {                                                               \
-        PAIRS_TILE(type, T)                                                                                        \
         float_tile(type, STREAMS_OF(type, T), T, w, stride, ahead, rows, x, x_stride, columns, sums);                       \
     }
 #if VEC_ROWS > 4

@@ -30,7 +30,7 @@ static void store_tiles(const mk_matmul_job *job, const vf *sums, long tile, int
         }
 }
 
-/* Tiles `tile`... of panel p, for `rows` rows of x: sums [tiles][rows].  again: other rows of x had these tiles before. */
+/* Tiles `tile`... of panel p, for `rows` rows of x: sums [tiles][rows].  again: how many rows of x had these tiles before. */
 typedef void (*panel_function)(const mk_matmul_job *job, int rows, int p, long tile, int tiles, int again,
                                const uint8_t *x, vf *sums);
 
@@ -48,10 +48,14 @@ static void float_panel(const mk_matmul_job *job, int rows, int p, long tile, in
     if (several && !ahead) /* the next panel, or the next tile's first one */
         ahead = p + 1 < job->panels ? job->at[p + 1] - job->at[p] : job->at[0] - job->at[p] + MK_TILE * stride;
     const float_function of_shape = FLOAT_TILE_FUNCTIONS(type)[rows - 1];
-    for (long first = tile * MK_TILE; tiles--; first += MK_TILE, sums += rows) {
+    for (long first = tile * MK_TILE, end = first + tiles * MK_TILE; first < end; first += MK_TILE, sums += rows) {
         const int n = job->n - first < MK_TILE ? (int)(job->n - first) : MK_TILE;
         if (several && unaided(rows) && !p) mk_look_at(job->at[0] + first * stride, n, stride);
-        of_shape(job->at[p] + first * stride, stride, ahead, n, x, x_stride, columns, sums);
+        const uint8_t *w = job->at[p] + first * stride;
+        if (PAIRS_FIT(type, rows, n, columns))
+            pairs_tile(w, stride, ahead, share_of(job, again, tile, tiles, stride), x, x_stride, columns, sums);
+        else
+            of_shape(w, stride, ahead, n, x, x_stride, columns, sums);
     }
     if (type == MK_BF16) mk_restore(mode);
 }
@@ -89,7 +93,7 @@ static void product(const mk_matmul_job *job, panel_function panel, vf *pending,
             continue;
         }
         vf *sums = pending + depth++ * capacity;
-        panel(job, rows, p, tile, tiles, row % job->chunk != 0, x, sums);
+        panel(job, rows, p, tile, tiles, (int)(row % job->chunk), x, sums);
         x += bytes;
         if (job->panel_stride) {
             store_tiles(job, sums, tile, tiles, row, rows, job->out + p * job->panel_stride);

@@ -110,7 +110,11 @@ MK_INLINE vf vf_add_halves(vf sum, vf a) {
 /* The steps of vf_sums (vec_common.h): the lanes of vectors are added, and one vector has what remains of several. */
 #define VEC_FOLDS
 #define ZMM_ADD(shuffle, a, b, low, high) _mm512_add_ps(shuffle(a, b, low), shuffle(a, b, high))
-MK_INLINE vf vf_both_halves(vf a, vf b) { return ZMM_ADD(_mm512_shuffle_f32x4, a, b, 0x44, 0xee); } /* 8 of each */
+MK_INLINE vf vf_both_halves(vf a, vf b) { /* 8 of each */
+    const __m512i outer = _mm512_mask_blend_epi64(0xf0, _mm512_castps_si512(a), _mm512_castps_si512(b));
+    const __m512i inner = _mm512_alignr_epi64(_mm512_castps_si512(b), _mm512_castps_si512(a), 4);
+    return _mm512_add_ps(_mm512_castsi512_ps(outer), _mm512_castsi512_ps(inner));
+}
 MK_INLINE vf vf_quarters(vf a, vf b) { return ZMM_ADD(_mm512_shuffle_f32x4, a, b, 0x88, 0xdd); } /* of two such: 4 of each */
 MK_INLINE vf vf_eighths(vf a, vf b) { return ZMM_ADD(_mm512_shuffle_ps, a, b, 0x44, 0xee); } /* of two such: 2 of each */
 MK_INLINE vf vf_sixteenths(vf a, vf b) { return ZMM_ADD(_mm512_shuffle_ps, a, b, 0x88, 0xdd); }
