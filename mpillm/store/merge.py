@@ -65,8 +65,8 @@ def merge(parts: Sequence[Path], output: Path) -> Merged:
     Raises
     ------
     JobError
-        If a part is not finished, if two parts were run with different jobs or models, or if `output` is the
-        output of a run.
+        If a part is not finished or is itself merged, if two parts were run with different jobs or models, or if
+        `output` is the output of a run.
     """
     parts = _parts(parts)
     names = _names(parts)
@@ -130,6 +130,8 @@ def _metadata(parts: Sequence[Path]) -> dict[str, Any]:
     for part in parts:
         with existing_file(part / HDF5) as h5:
             attributes = dict(h5.attrs)
+        if "parts" in attributes:
+            raise JobError(f"{part} was made by mpillm merge; give the parts that it was made of.")
         first = first or attributes
         for key in sorted(first.keys() | attributes.keys()):
             if first.get(key) != attributes.get(key):

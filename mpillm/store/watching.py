@@ -12,6 +12,7 @@ from typing import Literal
 import msgspec
 
 from mpillm.errors import Interrupted, JobError
+from mpillm.store import report
 from mpillm.store.output import JOURNAL, LOCK, foreign_names
 from mpillm.store.results import JSONL
 from mpillm.store.status import NotBegun, NothingComputed, Reader, Starting, Status, ago
@@ -94,6 +95,8 @@ class PartsReader:
         self._complete = dict[Path, Status]()
         if not outputs_in(path):
             if (path / JSONL).exists():
+                if not (path / report.JSON).exists():  # written last
+                    raise JobError(f"{path} was made by a merge that did not end; type it again.")
                 raise JobError(f"{path} was made by mpillm merge and is complete; type: mpillm report {path}")
             if not any(path.iterdir()):
                 raise NotBegun(f"No run has begun in {path} yet: it is empty.")

@@ -130,6 +130,13 @@ def test_what_cannot_be_merged_is_named(runs: Path, tmp_path: Path) -> None:
         merge([runs / "whole", runs / "parts/../whole"], tmp_path / "out")
     with pytest.raises(JobError, match="is the output of a run"):
         merge([runs / "whole", runs / "unnamed"], runs / "whole")
+    for name in ("once", "again"):
+        merge([runs / "parts"], tmp_path / name)
+    for first, second in (("once", "again"), (runs / "unnamed", "once")):
+        with pytest.raises(
+            JobError, match="once was made by mpillm merge; give the parts that it was made of"
+        ):
+            merge([tmp_path / first, tmp_path / second], tmp_path / "out")
     other = tmp_path / "other"
     words = ["--model", str(CHAT), "--input", str(runs / "000.jsonl"), "--output", str(other)]
     words += ["--set", "sampling.max_tokens=4"]
@@ -179,3 +186,9 @@ def test_the_status_of_parts(runs: Path, tmp_path: Path) -> None:
     merge([runs / "parts"], tmp_path / "merged")
     merged = run_bounded([*words, "status", tmp_path / "merged"], env=clean_environment())
     assert (merged.returncode, f"type: mpillm report {tmp_path / 'merged'}" in merged.stderr) == (2, True)
+    (tmp_path / "merged/report.json").unlink()  # as a killed merge leaves it
+    killed = run_bounded([*words, "status", tmp_path / "merged"], env=clean_environment())
+    assert (killed.returncode, "was made by a merge that did not end; type it again" in killed.stderr) == (
+        2,
+        True,
+    )
