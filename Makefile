@@ -29,8 +29,8 @@ run: $(VENV)/installed
 
 # The tests run with Open MPI (in .venv) and with MPICH (alone in .venv-mpich, so that neither finds the other).
 # Those that start no ranks run side by side, on each core one, so that a second thread would only wait for a core; after
-# them those that start mpiexec, Slurm or hosts, three files at a time, for they mostly wait; at last those below
-# tests/mpi inside the ranks. A test that fails runs once more, because other programs and a busy machine take part in
+# them those that start mpiexec, Slurm or hosts, four at a time, for they mostly wait; at last those below tests/mpi
+# inside the ranks. A test that fails runs once more, because other programs and a busy machine take part in
 # many; each such test is named (RERUN) at the end, and is looked at.
 STARTS := mpiexec or slurm or hosts
 AGAIN  := --reruns 1 -r fER
@@ -40,7 +40,7 @@ ifdef PYTEST_ARGS
 	@. $(BIN)/activate && $(PYTEST) $(PYTEST_ARGS)
 else
 	@. $(BIN)/activate && OMP_NUM_THREADS=1 $(PYTEST) -n logical --maxprocesses 8 --dist worksteal $(AGAIN) -m "not ($(STARTS))"
-	@. $(BIN)/activate && $(PYTEST) -n 3 --dist loadfile $(AGAIN) -m "$(STARTS)"
+	@. $(BIN)/activate && $(PYTEST) -n 4 --dist worksteal $(AGAIN) -m "$(STARTS)"
 	@$(MAKE) --no-print-directory test-mpi
 endif
 
