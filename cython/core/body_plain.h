@@ -81,20 +81,20 @@ MK_INLINE vi dot_of(const int type, vi start, const vb *groups, const int8_t *q)
     return dot_of_groups(value_bits(type), 8, start, groups, q);
 }
 
-#ifdef VEC_DOT
 /* dots += the products of a row of x with the groups of a block of W, each as soon as it is unpacked: held for one row they
  * would only fill registers.  dots [2]: of both halves of the columns, or [1]. */
 MK_INLINE void dots_of_row(const int type, const int halves, const uint8_t *w, const int8_t *q, vi *dots) {
+    const int bits = value_bits(type), in_turn = type == MK_Q8_0 || (!VEC_ALIKE && bits == 5); /* for MK_CHAIN of 5 bits */
     uint32_t words[8][MK_TILE];
+    vp pairs[2];
     if (mk_is_grid(type)) grid_words(type, w, words);
     UNROLL
     for (int i = 0; i < 8; i++) {
-        const int g = type == MK_Q8_0 ? i : i / 2 + i % 2 * 4; /* nibbles of the same bytes are neighbours */
+        const int g = in_turn ? i : i / 2 + i % 2 * 4, h = halves == 2 ? g / 4 : 0; /* nibbles of the same bytes are neighbours */
         const vb group = vb_keep(load_group(type, w, words, g));
-        vb_multiply(8, g, 7, group, group, q, &dots[halves == 2 ? g / 4 : 0], NULL);
+        vb_multiply(bits, g - 4 * h, 8 / halves - 1, group, bits == 8 ? vb_size(group) : group, q + 16 * h, &dots[h], &pairs[h]);
     }
 }
-#endif
 
 MK_INLINE part_scales load_plain_scales(const int type, const uint8_t *w) {
     part_scales of;
@@ -112,7 +112,6 @@ HOT void quantised_tile(const int type, const int T, const uint8_t *w, const uin
     for (long b = 0; b < count; b++, w += bytes, x += T * MK_ACTIVATION) {
         const mk_activation *a = (const void *)x;
         fetch_ahead(w, bytes, ahead_of(type, T));
-#ifdef VEC_DOT
         if (T == 1) {
             vi dot = vi_set1(start_of(type, a));
             dots_of_row(type, 1, w + scales, a->q, &dot);
@@ -120,7 +119,6 @@ HOT void quantised_tile(const int type, const int T, const uint8_t *w, const uin
             *acc = add_part(form_of(type), *acc, dot, dot, &of, of.scale[0], of.scale[0], a);
             continue;
         }
-#endif
         vb groups[8];
         load_groups(type, w + scales, groups);
         const part_scales of = load_plain_scales(type, w);

@@ -72,7 +72,6 @@ HOT void super_tile(const int type, const int T, const uint8_t *w, const uint8_t
                 fetch_lines(small + ahead_of(type, T), step);
                 fetch_lines(part + ahead_of(type, T), bytes);
             }
-#ifdef VEC_DOT
             if (T == 1) {
                 vi dots[2];
                 UNROLL
@@ -83,7 +82,6 @@ HOT void super_tile(const int type, const int T, const uint8_t *w, const uint8_t
                 *acc = add_part(form_of(type), *acc, dots[0], dots[1], &of, all.d, all.m, a);
                 continue;
             }
-#endif
             vb groups[8];
             load_groups(type, part, groups);
             const part_scales of = load_scales(type, small, part, all.d, all.m);

@@ -19,6 +19,10 @@ static inline void vf_store_part(float *p, vf a, long count) {
     memcpy(p, lanes, (size_t)count * sizeof *lanes);
 }
 
+#ifndef VEC_KEEPS /* where compilers keep in a register what they have computed */
+MK_INLINE vb vb_keep(vb a) { return a; }
+#endif
+
 #if VEC_ALIKE /* others multiply sizes of signed bytes by x with their signs */
 MK_INLINE vb vb_size(vb a) { return a; }
 #endif

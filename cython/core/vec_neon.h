@@ -165,6 +165,7 @@ MK_INLINE void neon_mmla(int32x4_t *sum, int8x16_t x, int8x16_t w) {
 }
 #endif
 /* Load all before any is used, so that compilers emit pair loads. */
+#define VEC_KEEPS
 MK_INLINE vb vb_keep(vb a) { __asm__("" : "+w"(a.q[0]), "+w"(a.q[1]), "+w"(a.q[2]), "+w"(a.q[3])); return a; }
 typedef struct { char none; } vp;
 MK_INLINE void vb_multiply(const int bits, const int g, const int last, vb w, vb size, const int8_t *x, vi *dot,
