@@ -135,6 +135,7 @@ class Engine:
         chunks = tuple(chunk for sequence, count in chosen for chunk in chunks_of(sequence, count))
         step = Step(self.totals.steps, chunks)
         self.totals.steps += 1
+        self.totals.rows += sum(len(chunk.tokens) for chunk in chunks)
         self.totals.peak_sequences = max(self.totals.peak_sequences, len(chosen))
         seconds = self._worker.seconds
         self._post(step)

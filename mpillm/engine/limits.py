@@ -58,6 +58,7 @@ class Totals:
     """Counters of an engine. Every prompt token is counted once, as computed or as shared."""
 
     steps: int = 0
+    rows: int = 0  # of all steps
     prompt_tokens: int = 0  # computed prompt tokens
     shared_tokens: int = 0  # prompt tokens that were in the cache already, computed for another sequence
     recomputed_tokens: int = 0  # tokens computed again after a preemption

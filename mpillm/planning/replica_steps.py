@@ -16,7 +16,10 @@ from mpillm.planning.step_time import StepRows
 
 @dataclass(frozen=True)
 class ReplicaSteps:
-    """The times of a replica's steps. `rows` are increasing, and up to `maximum` sequences run at once."""
+    """The times of a replica's steps. `rows` are increasing, and up to `maximum` sequences run at once.
+
+    Steps of more rows compute prompts.
+    """
 
     maximum: int
     rows: Sequence[float]
@@ -35,7 +38,13 @@ def replica_steps(placement: Placement, demand: Demand) -> list[ReplicaSteps]:
     for number, (replica, plan) in enumerate(zip(placement.replicas, placement.plans, strict=True)):
         stages = placement.stages(number)
         maximum = max(int(at_once(plan, replica, demand)), 1)
-        rows = [1 << power for power in range(maximum.bit_length())]
-        times = [round_of(stages, StepRows(count, count, demand.context)).seconds for count in rows]
-        found.append(ReplicaSteps(maximum, rows, times))
+        batches = [
+            StepRows(count, count, demand.context)
+            for count in (1 << power for power in range(maximum.bit_length()))
+        ]
+        if (most := plan.step.tokens) > maximum:
+            length = max(demand.prompt / demand.requests, 1.0)
+            batches.append(StepRows(most, most / length, length / 2))
+        times = [round_of(stages, batch).seconds for batch in batches]
+        found.append(ReplicaSteps(maximum, [batch.rows for batch in batches], times))
     return found

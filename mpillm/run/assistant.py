@@ -37,7 +37,7 @@ from mpillm.spec import Spec
 from mpillm.weights.identity import ModelChangedError
 
 FEW = 4  # lines in a leader's first request
-TELL_EVERY = 1.0  # seconds after which a leader reports its progress even if no line is finished
+TELL_EVERY = 0.5  # seconds after which a leader reports its progress even if no line is finished
 
 
 class Assistant:

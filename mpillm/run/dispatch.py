@@ -76,7 +76,9 @@ class Dispatcher:
         self._held = dict.fromkeys(self._leaders, 0)  # unanswered lines, by leader
         # Rank 0's first step loads the weights, so leaders get the lines of their first step before it.
         at_once = session.limits.max_sequences * session.limits.micro_batches
+        self._at_once = at_once
         self._wanted = dict.fromkeys(self._leaders[1:], min(at_once, MANY))
+        self._received = time.monotonic()  # when no further message was there
         self._totals: dict[int, Totals] = {}
         self._here = set(self._leaders[1:])  # leaders that have not sent their last message
         self._telling = set(range(1, session.world.size if busy else 1))  # ranks that still report their time
@@ -112,12 +114,14 @@ class Dispatcher:
         self._hear()
         while (self._here or self._telling) and (message := self._mailbox.receive()) is not None:
             self._take(*message)
+        self._received = time.monotonic()
         self._share_anew()
         self._give()
 
     def wait(self) -> None:
         """Wait a short time for a message, and serve it."""
         if (message := self._mailbox.wait(LOOK_EVERY)) is not None:
+            self._received = time.monotonic()
             self._take(*message)
         self.serve()
 
@@ -174,7 +178,7 @@ class Dispatcher:
             self._held[leader] -= isinstance(record, Result)
         self._totals[leader] = message.totals
         self._wanted[leader] += message.wanted
-        self._sharing.note(self._leaders.index(leader), message.standing)
+        self._sharing.note(self._leaders.index(leader), message.standing, self._received)
 
     @property
     def begun(self) -> float:
@@ -185,7 +189,8 @@ class Dispatcher:
         """Change the numbers of lines that replicas hold to match their measured speeds, if it is time."""
         if self._asked or not self._sharing.due:
             return
-        self._sharing.note(0, self._own.standing())
+        standing = self._own.standing()
+        self._sharing.note(0, standing, standing.at)
         held = list(self._held.values())
         targets = self._sharing.targets(held, self._waiting)
         if targets is None:
@@ -196,8 +201,11 @@ class Dispatcher:
         }
         for leader, own, target in zip(self._leaders, held, targets, strict=True):
             if own <= target:
-                continue
-            if leader == 0:
+                # What a leader is to compute at once it gets unasked: its requests wait for the end of rank 0's step.
+                if leader:
+                    more = min(target, self._at_once) - own
+                    self._wanted[leader] = max(self._wanted[leader], min(more, MANY))
+            elif leader == 0:
                 self._get_back(0, self._own.give_back(own - target))
             else:
                 self._asked.add(leader)
@@ -225,6 +233,7 @@ class Dispatcher:
         unanswered, own = self._waiting + sum(self._held.values()), self._shares[leader]
         slow = own * len(self._leaders) < 1 - EXACT
         share = round(unanswered * own) if slow else math.ceil(unanswered * own - EXACT)
+        share = self._sharing.at_first(self._leaders.index(leader), share)
         return min(max(share - self._held[leader], 0), self._waiting)
 
 

@@ -53,6 +53,7 @@ class Standing(msgspec.Struct, frozen=True, array_like=True):
     lines: int  # the lines that it holds
     whole: int  # the rows of these lines, by the lengths of finished answers
     left: int  # the rows of these lines that are not yet computed
+    at: float  # the time of the report (time.monotonic() on the leader's host)
 
 
 class News(msgspec.Struct, tag="news", frozen=True):

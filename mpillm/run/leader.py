@@ -44,6 +44,10 @@ class Leader:
         self._every = spec.job.checkpoint_tokens
         self._pending: dict[str, Pending] = {}
         self._began, self._idle = time.monotonic(), 0.0
+        self._steps, self._rows = (
+            self.engine.totals.steps,
+            self.engine.totals.rows,
+        )  # those of earlier engines
         self._lengths = AnswerLengths()
 
     def requests(self, take: Callable[[], Given | None]) -> Iterator[Request]:
@@ -109,14 +113,15 @@ class Leader:
         whole = self._lengths.whole(prompts, answers, generated)
         left = whole - sum(one.computed for one in unfinished)
         lines = len(self._pending)
-        alike = (lines + waiting) / max(lines, 1)
+        alike, now = (lines + waiting) / max(lines, 1), time.monotonic()
         return Standing(
-            steps=totals.steps,
-            rows=totals.prompt_tokens + totals.recomputed_tokens + totals.turns + totals.drafted_tokens,
-            seconds=time.monotonic() - self._began - self._idle,
+            steps=totals.steps - self._steps,
+            rows=totals.rows - self._rows,
+            seconds=now - self._began - self._idle,
             lines=lines + waiting,
             whole=int(whole * alike),
             left=int(max(left, 0) * alike),
+            at=now,
         )
 
     def give_back(self, count: int) -> list[Unfinished]:

@@ -47,7 +47,7 @@ def test_lines_that_are_given_back_at_once_are_asked_for_again(monkeypatch: pyte
     """Rank 0 sends none unasked, and would wait for a leader with the last lines that are its share."""
     leader = SimpleNamespace(
         engine=SimpleNamespace(totals=Totals()),
-        standing=lambda waiting: Standing(0, 0, 0.0, waiting, 0, 0),
+        standing=lambda waiting: Standing(0, 0, 0.0, waiting, 0, 0, 0.0),
         give_back=lambda count: [],
         waiting=contextlib.nullcontext,
     )

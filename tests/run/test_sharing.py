@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from types import SimpleNamespace
+
 import pytest
 
 from mpillm.planning.replica_steps import ReplicaSteps
+from mpillm.run import sharing as sharing_module
 from mpillm.run.dispatch_messages import Standing
 from mpillm.run.sharing import Sharing
 
@@ -18,12 +22,18 @@ def sharing(steps: ReplicaSteps, *slower: float, lines: int, left: int = 100, wh
 
     Each holds `lines` of `whole` rows, `left` of which are still to be computed.
     """
-    made = Sharing([steps] * len(slower), ())
+    made = Sharing([steps] * len(slower), [1 / len(slower)] * len(slower))
     for replica, times in enumerate(slower):
         for at in (1, 11):
             took = times * steps.seconds(lines) * at
-            made.note(replica, Standing(at, lines * at, took, lines, lines * whole, lines * left))
+            note(made, replica, at, lines * at, took, lines, lines * whole, lines * left)
     return made
+
+
+def note(made: Sharing, replica: int, *progress: float) -> None:
+    """Let a report arrive at once."""
+    now = time.monotonic()
+    made.note(replica, Standing(*progress, at=now), now)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -60,14 +70,71 @@ def test_whoever_gets_a_line_computes_it_from_its_beginning() -> None:
 
 def test_speeds_must_be_known() -> None:
     """The first step loads the weights. A replica without lines may be done before its speed is known."""
-    made = Sharing([LINEAR] * 2, ())
+    made = Sharing([LINEAR] * 2, (0.5, 0.5))
     for steps in (1, 11):
-        made.note(0, Standing(steps, 24 * steps, 0.24 * steps, 24, 2400, 2400))
+        note(made, 0, steps, 24 * steps, 0.24 * steps, 24, 2400, 2400)
     assert made.targets([24, 24], 0) is None  # it has told nothing
-    made.note(1, Standing(1, 512, 5.0, 24, 2400, 2400))
+    note(made, 1, 0, 0, 0.0, 24, 2400, 2400)
     assert made.targets([24, 24], 0) is None
     assert made.targets([24, 0], 24) is None
+    note(made, 1, 1, 512, 5.0, 24, 2400, 2400)
     assert made.targets([24, 0], 0) == pytest.approx([12, 12], abs=1)
+
+
+def test_a_first_step_says_who_gets_further_lines_and_nobody_gives_lines_back_for_it() -> None:
+    made = Sharing([LINEAR] * 2, (0.5, 0.5))
+    for steps in (1, 11):
+        note(made, 0, steps, 24 * steps, 0.24 * steps, 24, 2400, 2400)
+    note(made, 1, 1, 24, 0.72, 24, 2400, 2400)
+    assert made.targets([24, 24], 0) is None
+    assert made.targets([24, 24], 48) == pytest.approx([72, 24], abs=1)
+    note(made, 1, 11, 264, 7.92, 24, 2400, 2400)
+    assert made.targets([24, 24], 0) == pytest.approx([36, 12], abs=1)
+
+
+@pytest.mark.parametrize(
+    ("steps", "share", "at_first"),
+    [
+        (LINEAR, 1, 1),
+        (LINEAR, 41, 21),
+        (FLAT, 41, 41),  # a step of half the lines would take as long
+        (FLAT, 100, 64),  # no more lines are computed at once
+        (FLAT, 200, 100),
+    ],
+)
+def test_some_lines_wait_until_all_speeds_are_measured(
+    steps: ReplicaSteps, share: int, at_first: int
+) -> None:
+    made = Sharing([steps] * 2, (0.5, 0.5))
+    assert made.at_first(1, share) == at_first
+    note(made, 0, 1, 8, 1.0, 8, 800, 800)
+    note(made, 0, 11, 88, 11.0, 8, 800, 800)
+    note(made, 1, 1, 8, 1.0, 8, 800, 800)
+    made.targets([8, 8], share)
+    assert made.at_first(1, share) == at_first
+    for steps_so_far in (11, 21, 31):
+        note(made, 0, 2 * steps_so_far, 8 * steps_so_far, 2.0 * steps_so_far, 8, 800, 800)
+        note(made, 1, steps_so_far, 8 * steps_so_far, 1.0 * steps_so_far, 8, 800, 800)
+        made.targets([8, 8], share)
+        assert at_first <= made.at_first(1, share) <= share
+    assert made.at_first(1, share) == share
+    assert Sharing([], ()).at_first(0, share) == share
+
+
+def test_a_replica_has_computed_since_its_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its clock is 1000 s ahead; a report was read 2 s after it was sent at most, for there was none 2 s before."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(sharing_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    made = Sharing([LINEAR] * 2, (0.5, 0.5))
+    for steps, clock.now in ((1, 0.4), (51, 20.4)):
+        made.note(
+            1, Standing(steps, 40 * steps, 0.4 * steps, 40, 4000, 4000, at=clock.now + 999.0), clock.now - 2
+        )
+        made.note(0, Standing(steps, 40 * steps, 0.4 * steps, 40, 4000, 4000, at=clock.now), clock.now)
+    assert made.targets([40, 40], 80) == [80, 80]  # 1 s is the time of 100 rows
+    clock.now = 35.4
+    made.note(0, Standing(51, 2040, 20.4, 40, 4000, 4000, at=clock.now), clock.now)
+    assert made.targets([40, 40], 80) == pytest.approx([72, 88], abs=1)
 
 
 def test_what_was_moved_must_be_seen_before_more_is() -> None:
@@ -78,7 +145,7 @@ def test_what_was_moved_must_be_seen_before_more_is() -> None:
 
 def test_how_much_is_begun() -> None:
     """With one replica, which is never measured, as well."""
-    own = Standing(10, 100, 1.0, 8, 800, 200)
+    own = Standing(10, 100, 1.0, 8, 800, 200, 0.0)
     assert Sharing([], ()).begun(own) == 6.0
     assert sharing(LINEAR, 1, 3, lines=24, left=50).begun(own) == 6.0 + 12.0
-    assert Sharing([], ()).begun(Standing(0, 0, 0.0, 0, 0, 0)) == 0.0
+    assert Sharing([], ()).begun(Standing(0, 0, 0.0, 0, 0, 0, 0.0)) == 0.0
