@@ -32,6 +32,7 @@ HEADS, KV_HEADS, HEAD_DIM = 16, 8, 128
 SEQUENCES, CONTEXT, SHORT_CONTEXT = 8, 512, 128
 VALUE_ROWS = 64
 FILLING = 0.04  # seconds for writing new memory
+BRIEFLY = 0.25  # the part of them if the effort is less than 1
 PERIODS = 0.2  # seconds of two periods of a control group's quota
 
 
@@ -71,14 +72,14 @@ def kernel_rates(
     values = _values(threads, seconds)
     core = core_speed(seconds, LOOK_TURNS if brief else TURNS)
     everything = new_buffer(max(nbytes, most) if compiled else PIECE, ALIGNMENT)
-    fill = threads * _fill(everything, nbytes)
+    fill = threads * _fill(everything, nbytes, FILLING * (BRIEFLY if brief else 1.0))
     memory = everything[:nbytes]
     sizes = ROWS[:-1] if brief else ROWS
     products = {name: _products(BlockType[name.upper()], sizes, memory, threads, seconds) for name in kinds}
     read = _memory(memory, threads, seconds)
     used, passed = time.thread_time() - used, time.perf_counter() - began
     meet()
-    part = min(part_of_core(used, passed, _measured_part), quota)
+    part = part_of_core(used, passed, _measured_part, quota)
     return KernelRates(
         {name: [part * rate for rate in rates] for name, rates in products.items()},
         part * read,
@@ -89,17 +90,18 @@ def kernel_rates(
     )
 
 
-def part_of_core(used: float, passed: float, again: Callable[[], float]) -> float:
+def part_of_core(used: float, passed: float, again: Callable[[], float], quota: float = 1.0) -> float:
     """Return the part of a core that a thread has: it ran for `used` of the last `passed` seconds.
 
     A control group's quota stops a thread repeatedly, and so do ranks that share its core; `typical` does not count
-    that. The disturbance by other programs is usually shorter, so a part below WHOLE is measured `again`. That takes
-    whole periods of a quota, because in one and a half periods a thread can run for the quota of two.
+    that. The disturbance by other programs is usually shorter, so a part below WHOLE of the known quota is measured
+    `again`. That takes whole periods of a quota, which may be hidden: in one and a half periods a thread can run for
+    the quota of two.
     """
     part = used / passed
-    if part < WHOLE:
+    if part < WHOLE * quota:
         part = again()
-    return part if part < WHOLE else 1.0
+    return part if part < WHOLE * quota else quota
 
 
 def _measured_part() -> float:
@@ -110,14 +112,14 @@ def _measured_part() -> float:
     return (time.thread_time() - used) / (time.perf_counter() - began)
 
 
-def _fill(memory: Bytes, least: int) -> float:
+def _fill(memory: Bytes, least: int, seconds: float) -> float:
     """Bytes/s at which one core writes new memory, with the time in which the system provides its pages.
 
     Pages that were freed a moment ago may come faster than others, so the rate is that of as much memory as there is
     time for, and of at least `least` bytes.
     """
     used, done = time.thread_time(), 0
-    while done < len(memory) and (done < least or time.thread_time() - used < FILLING):
+    while done < len(memory) and (done < least or time.thread_time() - used < seconds):
         memory[done : done + PIECE] = 0
         done += PIECE
     return min(done, len(memory)) / max(time.thread_time() - used, 1e-9)

@@ -260,6 +260,8 @@ def test_a_host_with_a_quota_measures_as_slow_as_it_is(monkeypatch: pytest.Monke
     assert kernel_rates.part_of_core(0.6, 1.0, lambda: 0.33) == pytest.approx(0.33)  # not of whole periods
     assert kernel_rates.part_of_core(0.6, 1.0, lambda: 0.99) == 1.0  # it was noise
     assert kernel_rates.part_of_core(0.95, 1.0, pytest.fail) == 1.0
+    assert kernel_rates.part_of_core(0.4, 1.0, pytest.fail, 0.33) == 0.33  # the known quota explains it
+    assert kernel_rates.part_of_core(0.2, 1.0, lambda: 0.2, 0.33) == 0.2  # and others compute besides
     monkeypatch.setattr(kernel_rates.time, "thread_time", lambda: 0.25 * time.perf_counter())
     for module in (core_speed, kernel_rates):
         monkeypatch.setattr(module, "typical", lambda *_: 1.0)
