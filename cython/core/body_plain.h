@@ -62,37 +62,27 @@ MK_INLINE int32_t start_of(int type, const mk_activation *a) {
     return is_signed(type) && VEC_Q8_BIAS ? a->offset128 : 0;
 }
 
-/* start + the products of `count` groups of values of `bits` bits (vb_multiply). */
-MK_INLINE vi dot_of_groups(const int bits, const int count, vi start, const vb *groups, const int8_t *q) {
-    vp pairs;
-    UNROLL
-    for (int g = 0; g < count; g++)
-        vb_multiply(bits, g, count - 1, groups[g], bits == 8 ? vb_size(groups[g]) : groups[g], q, &start, &pairs);
-    return start;
-}
-
 /* Of values as load_groups gives them. */
 MK_INLINE int value_bits(const int type) {
     if (is_signed(type)) return 8;
     return type == MK_Q6_K ? 6 : mk_bits(type) == 5 || type == MK_MXFP4 ? 5 : 4;
 }
 
-MK_INLINE vi dot_of(const int type, vi start, const vb *groups, const int8_t *q) {
-    return dot_of_groups(value_bits(type), 8, start, groups, q);
-}
-
-/* dots += the products of a row of x with the groups of a block of W, each as soon as it is unpacked: held for one row they
- * would only fill registers.  dots [2]: of both halves of the columns, or [1]. */
-MK_INLINE void dots_of_row(const int type, const int halves, const uint8_t *w, const int8_t *q, vi *dots) {
+/* dots [halves][T] += the products of T rows of x with the groups of a block of W, each as soon as it is unpacked: held, they
+ * would only fill registers. */
+MK_INLINE void dots_of_rows(const int type, const int halves, const int T, const uint8_t *w, const mk_activation *a,
+                            vi (*dots)[MK_GROUP]) {
     const int bits = value_bits(type), in_turn = type == MK_Q8_0 || (!VEC_ALIKE && bits == 5); /* for MK_CHAIN of 5 bits */
     uint32_t words[8][MK_TILE];
-    vp pairs[2];
+    vp pairs[2][MK_GROUP];
     if (mk_is_grid(type)) grid_words(type, w, words);
     UNROLL
     for (int i = 0; i < 8; i++) {
         const int g = in_turn ? i : i / 2 + i % 2 * 4, h = halves == 2 ? g / 4 : 0; /* nibbles of the same bytes are neighbours */
-        const vb group = vb_keep(load_group(type, w, words, g));
-        vb_multiply(bits, g - 4 * h, 8 / halves - 1, group, bits == 8 ? vb_size(group) : group, q + 16 * h, &dots[h], &pairs[h]);
+        const vb group = vb_keep(load_group(type, w, words, g)), size = bits == 8 ? vb_size(group) : group;
+        UNROLL
+        for (int t = 0; t < T; t++)
+            vb_multiply(bits, g - 4 * h, 8 / halves - 1, group, size, a[t].q + 16 * h, &dots[h][t], &pairs[h][t]);
     }
 }
 
@@ -112,21 +102,14 @@ HOT void quantised_tile(const int type, const int T, const uint8_t *w, const uin
     for (long b = 0; b < count; b++, w += bytes, x += T * MK_ACTIVATION) {
         const mk_activation *a = (const void *)x;
         fetch_ahead(w, bytes, ahead_of(type, T));
-        if (T == 1) {
-            vi dot = vi_set1(start_of(type, a));
-            dots_of_row(type, 1, w + scales, a->q, &dot);
-            const part_scales of = load_plain_scales(type, w);
-            *acc = add_part(form_of(type), *acc, dot, dot, &of, of.scale[0], of.scale[0], a);
-            continue;
-        }
-        vb groups[8];
-        load_groups(type, w + scales, groups);
+        vi dots[1][MK_GROUP];
+        UNROLL
+        for (int t = 0; t < T; t++) dots[0][t] = vi_set1(start_of(type, a + t));
+        dots_of_rows(type, 1, T, w + scales, a, dots);
         const part_scales of = load_plain_scales(type, w);
         UNROLL
-        for (int t = 0; t < T; t++) {
-            vi dot = dot_of(type, vi_set1(start_of(type, a + t)), groups, a[t].q);
-            acc[t] = add_part(form_of(type), acc[t], dot, dot, &of, of.scale[0], of.scale[0], a + t);
-        }
+        for (int t = 0; t < T; t++)
+            acc[t] = add_part(form_of(type), acc[t], dots[0][t], dots[0][t], &of, of.scale[0], of.scale[0], a + t);
     }
     UNROLL
     for (int t = 0; t < T; t++) sums[t] = acc[t];

@@ -52,11 +52,6 @@ MK_INLINE int32_t start_of_half(const int type, const mk_activation *a, const in
     return type == MK_Q6_K ? mk_offset32(a, h) : type == MK_Q3_K ? mk_offset32(a, h) / 8 : 0;
 }
 
-MK_INLINE vi dot_of_half(const int type, const mk_activation *a, const int h, const vb *groups) {
-    const vi start = vi_set1(start_of_half(type, a, h));
-    return dot_of_groups(value_bits(type), 4, start, groups + 4 * h, a->q + 16 * h);
-}
-
 /* K-quants, 32 columns at a time. */
 HOT void super_tile(const int type, const int T, const uint8_t *w, const uint8_t *x, long count, vf *sums) {
     const int bytes = mk_part_bytes(type), step = mk_part_scales(type);
@@ -72,27 +67,17 @@ HOT void super_tile(const int type, const int T, const uint8_t *w, const uint8_t
                 fetch_lines(small + ahead_of(type, T), step);
                 fetch_lines(part + ahead_of(type, T), bytes);
             }
-            if (T == 1) {
-                vi dots[2];
-                UNROLL
-                for (int h = 0; h < 2; h++)
-                    dots[h] = vi_set1(mk_halved(type) ? start_of_half(type, a, h) : start_of(type, a));
-                dots_of_row(type, 1 + mk_halved(type), part, a->q, dots);
-                const part_scales of = load_scales(type, small, part, all.d, all.m);
-                *acc = add_part(form_of(type), *acc, dots[0], dots[1], &of, all.d, all.m, a);
-                continue;
-            }
-            vb groups[8];
-            load_groups(type, part, groups);
+            const int halves = 1 + mk_halved(type);
+            vi dots[2][MK_GROUP];
+            UNROLL
+            for (int t = 0; t < T; t++)
+                for (int h = 0; h < halves; h++)
+                    dots[h][t] = vi_set1(mk_halved(type) ? start_of_half(type, a + t, h) : start_of(type, a + t));
+            dots_of_rows(type, halves, T, part, a, dots);
             const part_scales of = load_scales(type, small, part, all.d, all.m);
             UNROLL
-            for (int t = 0; t < T; t++) {
-                const mk_activation *row = a + t;
-                const vi first = mk_halved(type) ? dot_of_half(type, row, 0, groups)
-                                                 : dot_of(type, vi_set1(start_of(type, row)), groups, row->q);
-                const vi second = mk_halved(type) ? dot_of_half(type, row, 1, groups) : first;
-                acc[t] = add_part(form_of(type), acc[t], first, second, &of, all.d, all.m, row);
-            }
+            for (int t = 0; t < T; t++)
+                acc[t] = add_part(form_of(type), acc[t], dots[0][t], dots[halves - 1][t], &of, all.d, all.m, a + t);
         }
     }
     UNROLL
