@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,8 @@ from mpillm.weights import fill
 from mpillm.weights.formats import in_place
 from mpillm.weights.formats.in_place import InPlaceLoader
 from mpillm.weights.formats.loaders import UnpackedLoader
+from mpillm.weights.io import mapped
+from mpillm.weights.io.filesystem import FOLIO
 from mpillm.weights.io.reading import new_buffer
 from mpillm.weights.page import Matrix, Page
 from mpillm.weights.paging.cache import WeightCache
@@ -25,6 +29,7 @@ from mpillm.weights.plan import ALIGNMENT, PagePlan, PageTensor
 from mpillm.weights.roles import Key
 from mpillm.weights.source import rank_plans
 from tests.tools.packing import expected, model_path, outcome
+from tests.weights.build import Tiny, write_hf
 
 NAMES = ["llama_kquants.gguf", "llama_mixed.gguf", "qwen3moe_q8_0.gguf"]
 
@@ -133,3 +138,41 @@ def test_what_the_page_cache_lacks_is_packed_while_it_is_read(monkeypatch: pytes
         pages = rank_plans(config_of(source), Place(0, 1, 1), source)
         with closing(source.open_loader("auto", 2, pages, False)) as loader:
             assert isinstance(loader, UnpackedLoader)
+
+
+def test_floats_that_the_page_cache_lacks_are_read_as_huge_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole folios of long runs, and only of what is in this process's part; the bytes are the file's."""
+    model = Tiny(hidden=512, intermediate=4096, n_layers=4)
+    path, advised = write_hf(tmp_path, model.weights(), model.config(), "BF16"), list[tuple[int, int]]()
+    real = mapped.madvise
+
+    def madvise(address: int, nbytes: int, advice: int) -> None:
+        if advice == mmap.MADV_HUGEPAGE:
+            advised.append((address, nbytes))
+        real(address, nbytes, advice)
+
+    monkeypatch.setattr(mapped, "madvise", madvise)
+    monkeypatch.setattr(mapped, "reads_huge", lambda: True)
+    for there in (False, True):
+        monkeypatch.setattr(in_place, "cached", lambda *_, there=there: there)
+        with closing(open_source(path)) as source:
+            pages = [
+                page for page in rank_plans(config_of(source), Place(1, 2, 1), source) if page.layer >= 0
+            ]
+            with closing(source.open_loader("auto", 2, pages, False)) as loader:
+                assert isinstance(loader, InPlaceLoader)
+                loaded = [loader.load(plan, loader.allocate(plan, [])) for plan in pages]
+                for page in loaded:
+                    for entry in page.plan.entries:
+                        if source.in_place(entry):
+                            (matrix,) = page.matrices(entry.key.role)
+                            assert matrix.data.tobytes() == source.read(entry.key).tobytes()
+                (file,) = loader._maps
+                size = file.size
+                del loaded, page, matrix
+    assert advised
+    half = 2 * 3 * 4096 * 512 * 2
+    assert 0.5 * half < sum(nbytes for _, nbytes in advised) < 1.1 * half < 0.7 * size
+    assert all(nbytes % FOLIO == 0 for _, nbytes in advised)

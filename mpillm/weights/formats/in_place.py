@@ -19,6 +19,9 @@ from mpillm.weights.page import Page, Placed
 from mpillm.weights.paging.loaders import MappingLoader
 from mpillm.weights.plan import ALIGNMENT, PagePlan, PageTensor, aligned
 
+GAP = 64 * 2**10  # bytes between tensors of one run, at most
+LONG = 16 * 2**20  # bytes of a run that is read as huge pages, at least
+
 
 class StoredRows(NamedTuple):
     """Rows in file number `file`, `nbytes` from `offset` on, each `row_bytes` long."""
@@ -72,9 +75,27 @@ class InPlaceLoader(MappingLoader):
         super().__init__(source.mapped, parallel)
         self._source = source
         self._threads = threads
+        for number, begin, end in self._runs(pages):
+            if not cached(self._files[number].descriptor, begin, end - begin):
+                self._maps[number].read_huge(begin, end - begin)
         self._to_pack = [page for page in pages if any(map(self._for_now, page.entries))]
         # By page, of what is not packed anew.
         self._places = {page.name: dict[int, Placed]() for page in self._to_pack}
+
+    def _runs(self, pages: Sequence[PagePlan]) -> list[tuple[int, int, int]]:
+        """Return the file, begin and end of long runs of bytes that are used in place, with small gaps such as norms.
+
+        Only those are read as huge pages: each takes a mapping of its own, of which a process may have about 65,000.
+        """
+        found = (self._source.in_place(entry) for page in pages for entry in page.entries)
+        places = sorted({(there.file, there.offset, there.offset + there.nbytes) for there in found if there})
+        runs: list[tuple[int, int, int]] = []
+        for number, begin, end in places:
+            if runs and runs[-1][0] == number and begin - runs[-1][2] <= GAP:
+                _, begin, before = runs.pop()
+                end = max(end, before)
+            runs.append((number, begin, end))
+        return [run for run in runs if run[2] - run[1] >= LONG]
 
     def allocate(self, plan: PagePlan, dropped: list[Bytes]) -> Bytes:
         memory = new_buffer(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +98,12 @@ def map_cached(address: int, nbytes: int, sink: int) -> bool:
         _libc.pwritev(sink, some.ctypes.data, len(some), 0) == len(some)
         for some in (pieces[begin : begin + _MOST] for begin in range(0, len(pieces), _MOST))
     )
+
+
+def reads_huge() -> bool:
+    """Return whether a fault in a mapping of huge pages reads one: since Linux 5.18, and 2 MiB if pages have 4 KiB."""
+    release = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return mmap.PAGESIZE == 4096 and release is not None and tuple(map(int, release.groups())) >= (5, 18)
 
 
 def can_populate() -> bool:

@@ -106,13 +106,16 @@ class MappingLoader(ParallelLoader):
         offset = address - self._maps[number].bytes.ctypes.data
 
         def fetch(begin: int, nbytes: int) -> None:
-            if cached(file.descriptor, offset + begin, nbytes) and map_cached(
-                address + begin, nbytes, self._sink
-            ):
+            huge = self._maps[number].is_huge(
+                offset + begin, nbytes
+            )  # `cached` and WILLNEED read small pages
+            there = not huge and cached(file.descriptor, offset + begin, nbytes)
+            if there and map_cached(address + begin, nbytes, self._sink):
                 return
             try:
                 with tracing.span("disk read", bytes=nbytes):
-                    madvise(address + begin, nbytes, mmap.MADV_WILLNEED)
+                    if not huge:
+                        madvise(address + begin, nbytes, mmap.MADV_WILLNEED)
                     madvise(address + begin, nbytes, POPULATE_READ)
             except OSError as error:
                 if error.errno in (errno.ENOMEM, errno.EAGAIN):
