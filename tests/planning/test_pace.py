@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,3 +30,20 @@ def test_hosts_that_are_about_as_fast_are_alike() -> None:
     assert [speed.core for speed in speeds] == pytest.approx([1.0, 1.0, 0.33, 1.0])
     assert speeds[0].memory == pytest.approx(speeds[2].memory / 0.33)
     assert [speed.memory for speed in pace.by_pace((1.0, 1.0), [2])] == [speeds[0].memory / 2] * 2
+
+
+@pytest.mark.parametrize("stopped", [0, 1, 2])
+def test_a_call_in_which_the_core_is_taken_away_does_not_count(
+    stopped: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it lasts longer than all calls may, and takes a thousand times as long by the thread's own clock."""
+    made, clock = list[int](), SimpleNamespace(wall=0.0, thread=0.0)
+
+    def call(_: int) -> None:
+        taken = (0.3, 0.16) if len(made) == 1 + stopped else (0.0004, 0.0004)
+        made.append(0)
+        clock.wall, clock.thread = clock.wall + taken[0], clock.thread + taken[1]
+
+    times = SimpleNamespace(perf_counter=lambda: clock.wall, thread_time=lambda: clock.thread)
+    monkeypatch.setattr(core_speed, "time", times)
+    assert core_speed.typical(call, [0], 0.005) == pytest.approx(0.0004)
