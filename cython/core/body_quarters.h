@@ -74,7 +74,7 @@ MK_INLINE void quarter_dots(const int halves, const int T, const int h, const ui
 
 HOT void quarters_tile(const int form, const int bits, const int R, const int T, const unpacked *w, long count,
                        const uint8_t *x, const uint8_t *ahead, long fetched, vf *sums, int rows) {
-    const int halves = form == HALVED || form == MINIMA ? 2 : 1;
+    const int halves = halves_of(form);
     (void)bits, (void)R, (void)ahead, (void)fetched, (void)rows;
     vf acc[MK_GROUP];
     UNROLL

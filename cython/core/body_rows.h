@@ -44,6 +44,8 @@ MK_INLINE int form_of(const int type) {
     if (mk_is_super(type) && mk_halved(type)) return mk_f16s(type) == 2 ? MINIMA : HALVED;
     return mk_f16s(type) == 2 ? MINIMUM : SCALED;
 }
+/* How many scales a part of a form has: one for each half of its columns, or one for all. */
+MK_INLINE int halves_of(const int form) { return form == HALVED || form == MINIMA ? 2 : 1; }
 
 /* acc + the product of a part with a row of x.  first and second are the integer sums over the halves; forms without halves
  * use only first, and neither d nor m.  A scale of 4, 6 or 8 bits times an f16 is exact, and so is the sum of both halves

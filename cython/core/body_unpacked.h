@@ -60,7 +60,7 @@ MK_INLINE void unpack_groups(const int type, const uint8_t *w, unpacked *to) {
     vb groups[8];
     load_groups(type, w, groups);
     if (IS_FLIPPED(bits)) {
-        FLIPPED(form_of(type) == HALVED ? 2 : 1, groups, to);
+        FLIPPED(halves_of(form_of(type)), groups, to);
         return;
     }
     UNROLL
@@ -72,7 +72,7 @@ MK_INLINE void unpack_groups(const int type, const uint8_t *w, unpacked *to) {
 
 /* Store what a form needs of a part's factors; stores may take longer than the rest of unpacking. */
 MK_INLINE void put_scales(const int form, const part_scales *of, const super_scales *all, unpacked *to) {
-    const int halves = form == HALVED || form == MINIMA ? 2 : 1;
+    const int halves = halves_of(form);
     for (int h = 0; h < halves; h++) to->of.scale[h] = of->scale[h];
     for (int h = 0; h < halves && (form == MINIMUM || form == MINIMA); h++) to->of.minimum[h] = of->minimum[h];
     if (halves == 2) to->d = all->d;
@@ -106,7 +106,7 @@ HOT void unpack(const int type, const uint8_t *w, long count, unpacked *to) {
  * from `ahead` on into the second-level cache. */
 HOT void unpacked_tile(const int form, const int bits, const int R, const int T, const unpacked *w, long count,
                        const uint8_t *x, const uint8_t *ahead, long fetched, vf *sums, int rows) {
-    const int halves = form == HALVED || form == MINIMA ? 2 : 1, last = 8 / halves - 1;
+    const int halves = halves_of(form), last = 8 / halves - 1;
     const int centred = IS_CENTRED(form, bits), flipped = IS_FLIPPED(bits);
     vf acc[UNPACKED_SUMS];
     UNROLL

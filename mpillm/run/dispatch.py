@@ -75,9 +75,8 @@ class Dispatcher:
         self._asked = set[int]()  # leaders that have been asked for lines and have not yet returned them
         self._held = dict.fromkeys(self._leaders, 0)  # unanswered lines, by leader
         # Rank 0's first step loads the weights, so leaders get the lines of their first step before it.
-        at_once = session.limits.max_sequences * session.limits.micro_batches
-        self._at_once = at_once
-        self._wanted = dict.fromkeys(self._leaders[1:], min(at_once, MANY))
+        self._at_once = session.limits.max_sequences * session.limits.micro_batches
+        self._wanted = dict.fromkeys(self._leaders[1:], min(self._at_once, MANY))
         self._received = time.monotonic()  # when no further message was there
         self._totals: dict[int, Totals] = {}
         self._here = set(self._leaders[1:])  # leaders that have not sent their last message

@@ -44,10 +44,8 @@ class Leader:
         self._every = spec.job.checkpoint_tokens
         self._pending: dict[str, Pending] = {}
         self._began, self._idle = time.monotonic(), 0.0
-        self._steps, self._rows = (
-            self.engine.totals.steps,
-            self.engine.totals.rows,
-        )  # those of earlier engines
+        # Those of earlier engines.
+        self._steps, self._rows = self.engine.totals.steps, self.engine.totals.rows
         self._lengths = AnswerLengths()
 
     def requests(self, take: Callable[[], Given | None]) -> Iterator[Request]:

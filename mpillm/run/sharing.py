@@ -42,7 +42,7 @@ class Sharing:
         self._ahead: dict[int, tuple[float, float]] = {}
         # Measured time of steps divided by their time by the model; and that of first steps, which load the weights.
         self._slower: dict[int, float] = {}
-        self._at_first: dict[int, float] = {}
+        self._first_steps: dict[int, float] = {}
         self._windows = [0] * len(steps)  # the measurements of each replica
         self._measured = 0  # the least number of measurements of a replica that has lines
         self._looked = time.monotonic()
@@ -72,7 +72,7 @@ class Sharing:
             return
         since = self._since.setdefault(replica, now)
         steps, seconds = now.steps - since.steps, now.seconds - since.seconds
-        self._at_first.setdefault(replica, self._times(replica, now.steps, now.rows, now.seconds))
+        self._first_steps.setdefault(replica, self._times(replica, now.steps, now.rows, now.seconds))
         if steps and seconds >= SECONDS:
             slower = self._times(replica, steps, now.rows - since.rows, seconds)
             before = self._slower.get(replica, slower)
@@ -87,7 +87,7 @@ class Sharing:
         given back only if all replicas end clearly earlier then.
         """
         self._looked, replicas = time.monotonic(), range(len(held))
-        slower = self._at_first | self._slower
+        slower = self._first_steps | self._slower
         unknown = [replica for replica in replicas if replica not in slower]
         if len(self._last) < len(held) or any(waiting or held[replica] for replica in unknown) or not slower:
             return None

@@ -106,9 +106,8 @@ class MappingLoader(ParallelLoader):
         offset = address - self._maps[number].bytes.ctypes.data
 
         def fetch(begin: int, nbytes: int) -> None:
-            huge = self._maps[number].is_huge(
-                offset + begin, nbytes
-            )  # `cached` and WILLNEED read small pages
+            # `cached` and WILLNEED read small pages.
+            huge = self._maps[number].is_huge(offset + begin, nbytes)
             there = not huge and cached(file.descriptor, offset + begin, nbytes)
             if there and map_cached(address + begin, nbytes, self._sink):
                 return
